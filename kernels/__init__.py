@@ -1,0 +1,16 @@
+"""Operations on paged K/V: pure functions on tensors that know nothing of models or caches.
+
+Shapes are written with B cache rows, H KV heads, G query heads per KV head, Q queries, T tokens, N pages, P tokens per
+page, D and Dv head dims of keys and values.
+"""
+
+from .append_tokens import append_tokens
+from .gather_pages import gather_pages
+from .merge_partials import merge_partials
+from .partial_attention import causal_attention, partial_attention
+
+# With the repository root on sys.path this folder hides Hugging Face's `kernels` package. A version below any real
+# one makes transformers' check answer "not available" instead of raising on an unparsable version.
+__version__ = "0.0.0"
+
+__all__ = ["append_tokens", "causal_attention", "gather_pages", "merge_partials", "partial_attention"]

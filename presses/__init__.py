@@ -1,0 +1,1 @@
+"""kvpress-compatible presses. None is in this release; AGENTS.md tells how one is added."""

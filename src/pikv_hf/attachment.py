@@ -1,0 +1,236 @@
+"""Attaching PiKV to a model: its attention function, its masks and the expert recorder."""
+
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from .attention import pikv_attention_forward
+from .experts import LayerRouter, find_router
+from .masks import pikv_mask
+
+if TYPE_CHECKING:
+    from .layer import PiKVLayer
+
+ATTENTION_NAME = "pikv"
+_MODEL_ATTRIBUTE = "_pikv_attachment"
+
+
+class Attachment:
+    """What connects a model to its caches. Made by :func:`attach`; also a context manager that detaches.
+
+    Attributes
+    ----------
+    routers : dict of int to LayerRouter
+        The routers found, by layer index; layers without one place tokens by position.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._configs = _attention_configs(model)
+        self.routers = _find_routers(model)
+        self._modules = {id(module) for _, module in _attention_modules(model).values()}
+        self._waiting: dict[int, weakref.ref[PiKVLayer]] = {}
+        self._handles: list[Any] = []
+        self._previous: dict[int, Any] = {}
+        self._entered = 0
+        self._stays = True
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The attached model, or None if it is gone."""
+        return self._model()
+
+    def is_active(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention calls PiKV's function now."""
+        config = self._configs.get(layer_idx)
+        return config is not None and config._attn_implementation == ATTENTION_NAME
+
+    def expect(self, layer: "PiKVLayer") -> None:
+        """Deliver the next experts that the layer's router chooses to this layer of a cache."""
+        self._waiting[layer.layer_idx] = weakref.ref(layer)
+
+    def _receiver(self, layer_idx: int) -> Any:
+        def deliver(experts: torch.Tensor) -> None:
+            reference = self._waiting.pop(layer_idx, None)
+            layer = None if reference is None else reference()
+            if layer is not None:
+                layer.record_experts(experts)
+
+        return deliver
+
+    def owns(self, module: nn.Module) -> bool:
+        """Return whether an attention module belongs to the attached model."""
+        return id(module) in self._modules
+
+    def activate(self) -> None:
+        """Set the attention implementation and place the hooks, unless they are in place."""
+        _register()
+        for config in self._configs.values():
+            if config._attn_implementation != ATTENTION_NAME:
+                self._previous[id(config)] = config._attn_implementation
+                config._attn_implementation = ATTENTION_NAME
+        if not self._handles:
+            self._handles = [router.listen(self._receiver(index)) for index, router in self.routers.items()]
+
+    def undo(self) -> None:
+        """Restore the attention implementations and remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        for config in self._configs.values():
+            if config._attn_implementation == ATTENTION_NAME:
+                config._attn_implementation = self._previous[id(config)]
+
+    def require_routers(self, model: nn.Module) -> None:
+        """Raise `ValueError` if no layer's routing can be read."""
+        if not self.routers:
+            raise ValueError(
+                f"no router found in {type(model).__name__}, whose layers hold {', '.join(_feed_forward_classes(model))}; "
+                'placement="expert" follows a Mixture-of-Experts router, use placement="hash" for other models'
+            )
+
+    def __enter__(self) -> "Attachment":
+        self._entered += 1
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._entered -= 1
+        if not self._entered and not self._stays and (model := self.model) is not None:
+            detach(model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        # A copied model is not attached: the hooks of this one report to this one's caches.
+        return None
+
+
+def attach(model: nn.Module, placement: str = "expert") -> Attachment:
+    """Let a model read :class:`~pikv_hf.PiKVCache` in place and record the experts it chooses.
+
+    The model's attention implementation becomes `"pikv"`; with any other cache, or none, it behaves as with `"sdpa"`.
+    Attaching twice changes nothing. Undo it with :func:`detach` or by using the result as a context manager.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A decoder whose attention uses transformers' attention interface.
+    placement : {"expert", "hash"}
+        With `"expert"` the model must have routers that can be read.
+
+    Raises
+    ------
+    ValueError
+        For encoder-decoder models, linear-attention layers, models outside of the attention interface and, with
+        `placement="expert"`, models without a known router.
+
+    Examples
+    --------
+    >>> with attach(model):
+    ...     model.generate(**inputs, past_key_values=PiKVCache.for_model(model))
+    """
+    known = attachment_of(model)
+    attachment = ensure_attached(model, placement)
+    if known is None:
+        attachment._stays = False
+    return attachment
+
+
+def ensure_attached(model: nn.Module, placement: str) -> Attachment:
+    """Attach a model; a new attachment outlives any `with` block. See :func:`attach`."""
+    attachment = attachment_of(model)
+    if attachment is None:
+        check_supported(model.config)
+        attachment = Attachment(model)
+    if placement == "expert":
+        attachment.require_routers(model)
+    attachment.activate()
+    setattr(model, _MODEL_ATTRIBUTE, attachment)
+    return attachment
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """Return what :func:`attach` made for this model, active or not."""
+    attachment = getattr(model, _MODEL_ATTRIBUTE, None)
+    return attachment if isinstance(attachment, Attachment) and attachment.model is model else None
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`. Expert-placed caches of the model go on after it is attached again."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.undo()
+
+
+def check_supported(config: Any) -> None:
+    """Raise `ValueError` for architectures whose state is not a K/V cache of decoder self-attention."""
+    name = type(config).__name__
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{name} is an encoder-decoder; PiKVCache holds the K/V of decoder-only models")
+    text = config.get_text_config(decoder=True)
+    known = {"full_attention", "sliding_attention", "chunked_attention"}
+    kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
+    if unknown := sorted(kinds - known - {"attention"}):
+        raise ValueError(f"{name} has layers of type {', '.join(unknown)}; PiKVCache knows {', '.join(sorted(known))}")
+    stateful = [key for key in ("mamba_d_state", "ssm_state_size", "state_size") if hasattr(text, key)]
+    if stateful:
+        raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
+
+
+def _register() -> None:
+    # Each time: kvpress wraps every registered function at its import, and the wrapper would lose the layer reference.
+    AttentionInterface.register(ATTENTION_NAME, pikv_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, pikv_mask)
+
+
+def _attention_modules(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+    """Return name and module of the decoder's self-attention by layer index."""
+    text = model.config.get_text_config(decoder=True)
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "Attention" in type(module).__name__ and _config_of(module, text) is text:
+            found[index] = name, module
+    return found
+
+
+def _config_of(module: nn.Module, default: Any) -> Any:
+    return getattr(module, "config", default)
+
+
+def _attention_configs(model: nn.Module) -> dict[int, Any]:
+    modules = _attention_modules(model)
+    if not modules:
+        seen = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
+        raise ValueError(f"{type(model).__name__} has no decoder self-attention that can be attached; seen: {seen}")
+    can_set = getattr(model, "_can_set_attn_implementation", None)
+    if can_set is not None and not can_set():
+        raise ValueError(
+            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be replaced; "
+            "PiKVCache(config=model.config) works with it as it is"
+        )
+    text = model.config.get_text_config(decoder=True)
+    return {index: _config_of(module, text) for index, (_, module) in modules.items()}
+
+
+def _find_routers(model: nn.Module) -> dict[int, LayerRouter]:
+    text = model.config.get_text_config(decoder=True)
+    routers = {}
+    for index, (name, attention) in _attention_modules(model).items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if (router := find_router(layer, attention, text)) is not None:
+            routers[index] = router
+    return routers
+
+
+def _feed_forward_classes(model: nn.Module) -> list[str]:
+    """Return the class names in the decoder layers outside of attention, for messages about missing routers."""
+    names: set[str] = set()
+    for name, attention in _attention_modules(model).values():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        inside = set(attention.modules())
+        names |= {type(m).__name__ for m in layer.modules() if m is not layer and m not in inside}
+    return sorted(names)

@@ -1,0 +1,262 @@
+"""The cache object that transformers talks to."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from .attachment import Attachment, check_supported, ensure_attached
+from .config import PiKVConfig
+from .layer import PiKVLayer, check_fits
+from .report import LayerMemory, MemoryReport, live_bytes
+
+
+class PiKVCache(Cache):
+    """An expert-sharded, paged KV cache, exact: the same tokens as `DynamicCache`.
+
+    Make one with :meth:`for_model`, which attaches the model so that attention reads the pages in place and tokens move
+    to the shards of the experts that the model's own routers choose. Made from a config alone it works with any
+    attention implementation, by returning dense K/V, and places tokens by position.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's config; it tells the number of layers and which of them slide.
+    pikv_config : PiKVConfig, optional
+        Storage options.
+    attachment : Attachment, optional
+        The attached model; :meth:`for_model` passes it.
+
+    Raises
+    ------
+    ValueError
+        For unsupported architectures, or `placement="expert"` without an attached model.
+
+    Examples
+    --------
+    >>> cache = PiKVCache.for_model(model, page_size=32, num_shards=8)
+    >>> model.generate(**inputs, past_key_values=cache)
+    >>> print(cache.memory_report())
+    """
+
+    def __init__(
+        self, config: Any, pikv_config: PiKVConfig | None = None, attachment: Attachment | None = None
+    ) -> None:
+        options = PiKVConfig() if pikv_config is None else pikv_config
+        if not isinstance(options, PiKVConfig):
+            raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
+        if options.placement == "expert" and attachment is None:
+            raise ValueError(
+                'placement="expert" needs the model\'s routers: use PiKVCache.for_model(model), '
+                'or placement="hash" with a config alone'
+            )
+        check_supported(config)
+        self.pikv_config = options
+        self.attachment = attachment
+        super().__init__(layers=_make_layers(config, options, attachment))
+
+    @classmethod
+    def for_model(cls, model: Any, pikv_config: PiKVConfig | None = None, **options: Any) -> "PiKVCache":
+        """Attach a model and make a cache for it.
+
+        Parameters
+        ----------
+        model : PreTrainedModel
+            A decoder-only model.
+        pikv_config : PiKVConfig, optional
+            All options at once.
+        **options
+            Or single options of :class:`PiKVConfig`. `placement` is `"expert"` unless given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For unknown or invalid options, unsupported models, and models without a known router unless
+            `placement="hash"`.
+        """
+        if pikv_config is not None and options:
+            raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
+        config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
+        attachment = ensure_attached(model, config.placement or "expert")
+        return cls(model.config, config, attachment)
+
+    # The protocol of transformers
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store the new K/V of a layer; see :meth:`PiKVLayer.update`."""
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers")
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, PiKVLayer):
+            check_fits(layer_idx, key_states, value_states, _held(layer))
+        return layer.update(key_states, value_states, *args, **kwargs)
+
+    def get_max_length(self, layer_idx: int = 0) -> int:
+        """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
+        return -1
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` positions, or remove the last `-max_length` if it is negative.
+
+        Raises
+        ------
+        ValueError
+            If a sliding layer has already dropped tokens that the shorter cache would need; nothing is changed then.
+        """
+        seen = self.get_seq_length()
+        length = max(0, seen + max_length) if max_length < 0 else max_length
+        if length >= seen:
+            return
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window:
+                raise ValueError(
+                    f"cannot crop to {length} of {layer.get_seq_length()} tokens: layer {index} only kept the last "
+                    f'{layer.sliding_window - 1}; sliding_layers="paged" keeps all, as assisted decoding needs'
+                )
+        for layer in self.layers:
+            if isinstance(layer, PiKVLayer):
+                layer.crop(length)
+            else:
+                layer.crop(length - layer.get_seq_length())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Reorder the rows for beam search: page tables change, no token is copied."""
+        self._select(beam_idx.tolist(), beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times; the copies share their pages."""
+        rows = self._batch_size()
+        if rows is not None:
+            indices = np.repeat(np.arange(rows), repeats)
+            self._select(indices.tolist(), torch.from_numpy(indices))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows at `indices`, an integer or boolean tensor."""
+        rows = self._batch_size()
+        if rows is not None:
+            chosen = torch.arange(rows)[indices.cpu()]
+            self._select(chosen.tolist(), chosen)
+
+    def _batch_size(self) -> int | None:
+        for layer in self.layers:
+            if isinstance(layer, PiKVLayer) and layer.table is not None:
+                return len(layer.table.rows)
+            if not isinstance(layer, PiKVLayer) and layer.is_initialized:
+                return int(layer.keys.shape[0])
+        return None
+
+    def _select(self, indices: Sequence[int], tensor: torch.Tensor) -> None:
+        rows = self._batch_size()
+        if rows is None:
+            return
+        if bad := [index for index in indices if not 0 <= index < rows]:
+            raise IndexError(f"row {bad[0]} is out of range for a cache of {rows} rows")
+        for layer in self.layers:
+            if isinstance(layer, PiKVLayer):
+                layer.select(indices)
+            elif layer.is_initialized:
+                layer.batch_select_indices(tensor.to(layer.keys.device))
+
+    # What is PiKV's own
+
+    def fork(self) -> "PiKVCache":
+        """Return a copy that shares all pages until either side writes to them: one context, many questions."""
+        twin = PiKVCache.__new__(PiKVCache)
+        twin.__dict__.update(self.__dict__)
+        twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else _copied(layer) for layer in self.layers]
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
+        return self.fork()
+
+    @property
+    def nbytes(self) -> int:
+        """Live bytes: every distinct storage that the cache keeps alive, metadata included.
+
+        Forks share their storages; each of them reports the pages of all.
+        """
+        return self.memory_report().total
+
+    def memory_report(self) -> MemoryReport:
+        """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
+        layers = tuple(_layer_memory(index, layer) for index, layer in enumerate(self.layers))
+        return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
+
+    def __repr__(self) -> str:
+        paged = sum(isinstance(layer, PiKVLayer) for layer in self.layers)
+        return (
+            f"PiKVCache({len(self.layers)} layers, {paged} of them paged, {self.get_seq_length()} tokens seen, "
+            f"{self.pikv_config})"
+        )
+
+
+def _make_layers(config: Any, options: PiKVConfig, attachment: Attachment | None) -> list[Any]:
+    """Return a layer for each that `DynamicCache` would make: its sliding layers as they are, the others paged."""
+    layers: list[Any] = []
+    for index, layer in enumerate(DynamicCache(config=config.get_text_config(decoder=True)).layers):
+        if type(layer) is DynamicSlidingWindowLayer and options.sliding_layers == "bounded":
+            layers.append(layer)
+        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            layers.append(PiKVLayer(index, options, attachment))
+        else:
+            raise ValueError(
+                f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "
+                "PiKVCache knows full and sliding attention"
+            )
+    return layers
+
+
+def _held(layer: Any) -> Any:
+    if not layer.is_initialized or not layer.keys.numel():
+        return None
+    batch, heads, _, dim = layer.keys.shape
+    return (batch, heads, dim, layer.values.shape[-1]), layer.keys.dtype, layer.keys.device
+
+
+def _copied(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
+    """Copy a bounded layer; it never writes into its tensors, so that they can be shared."""
+    twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
+    twin.__dict__.update(layer.__dict__)
+    return twin
+
+
+def _layer_memory(index: int, layer: Any) -> LayerMemory:
+    if not isinstance(layer, PiKVLayer):
+        tensors = [layer.keys, layer.values] if layer.is_initialized else []
+        keys, values = (live_bytes([tensor]) for tensor in tensors) if tensors else (0, 0)
+        device = str(tensors[0].device) if tensors else "-"
+        stored = tensors[0].shape[0] * tensors[0].shape[-2] if tensors and tensors[0].numel() else 0
+        total = live_bytes(tensors)
+        return LayerMemory(
+            index, "sliding", device, keys, values, 0, total, total, 0, 0, (), (), layer.get_seq_length(), stored
+        )
+    if layer.table is None:
+        return LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)
+    table, pool = layer.table, layer.table.pool
+    pending = live_bytes(t for t in layer.storages() if all(t is not p for p in pool.tensors()))
+    keys, values = live_bytes([pool.keys]), live_bytes([pool.values])
+    page = (keys + values) // max(1, pool.capacity)
+    held = table.distinct_pages()
+    shard = pool.shard[held]
+    counts = [int(np.count_nonzero(shard == s)) for s in range(table.num_shards)]
+    metadata = live_bytes([pool.positions, pool.experts]) + pool.host_bytes + table.host_bytes
+    return LayerMemory(
+        layer=index,
+        kind="paged",
+        device=str(layer.device),
+        keys=keys,
+        values=values,
+        metadata=metadata,
+        total=keys + values + metadata + pending,
+        window=page * int(np.count_nonzero(shard < 0)),
+        free=page * pool.free_pages,
+        pending=pending,
+        shards=tuple(page * count for count in counts),
+        shard_tokens=tuple(int(pool.count[held[shard == s]].sum()) for s in range(table.num_shards)),
+        tokens_seen=layer.seen,
+        tokens_stored=int(pool.count[held].sum()),
+    )
