@@ -98,7 +98,9 @@ class Attachment:
         self._entered += 1
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._entered -= 1
         if not self._entered and not self._stays and (model := self.model) is not None:
             detach(model)
@@ -216,12 +218,28 @@ def _attention_configs(model: nn.Module) -> dict[int, Any]:
     return {index: _config_of(module, text) for index, (_, module) in modules.items()}
 
 
+def _decoder_layers(model: nn.Module) -> dict[int, tuple[list[nn.Module], nn.Module]]:
+    """Return, by layer index, the modules around the layer's attention alone, innermost first, and the attention."""
+    modules = _attention_modules(model)
+    every = {id(attention) for _, attention in modules.values()}
+    layers = {}
+    for index, (name, attention) in modules.items():
+        around = []
+        while name := name.rpartition(".")[0]:
+            ancestor = model.get_submodule(name)
+            if any(id(module) in every and module is not attention for module in ancestor.modules()):
+                break
+            around.append(ancestor)
+        layers[index] = around, attention
+    return layers
+
+
 def _find_routers(model: nn.Module) -> dict[int, LayerRouter]:
     text = model.config.get_text_config(decoder=True)
     routers = {}
-    for index, (name, attention) in _attention_modules(model).items():
-        layer = model.get_submodule(name.rpartition(".")[0])
-        if (router := find_router(layer, attention, text)) is not None:
+    for index, (around, attention) in _decoder_layers(model).items():
+        found = (find_router(layer, attention, text) for layer in around)
+        if (router := next(filter(None, found), None)) is not None:
             routers[index] = router
     return routers
 
@@ -229,8 +247,7 @@ def _find_routers(model: nn.Module) -> dict[int, LayerRouter]:
 def _feed_forward_classes(model: nn.Module) -> list[str]:
     """Return the class names in the decoder layers outside of attention, for messages about missing routers."""
     names: set[str] = set()
-    for name, attention in _attention_modules(model).values():
-        layer = model.get_submodule(name.rpartition(".")[0])
+    for around, attention in _decoder_layers(model).values():
         inside = set(attention.modules())
-        names |= {type(m).__name__ for m in layer.modules() if m is not layer and m not in inside}
+        names |= {type(m).__name__ for layer in around for m in layer.modules() if m not in inside}
     return sorted(names)

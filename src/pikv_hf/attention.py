@@ -281,4 +281,3 @@ def _trailing_causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tenso
     """Return the causal mask of queries that are the last of the keys; SDPA's own flag aligns them with the first."""
     queries, tokens = query.shape[2], key.shape[2]
     return torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=query.device).tril_(tokens - queries)
-

@@ -89,7 +89,9 @@ class PiKVCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new K/V of a layer; see :meth:`PiKVLayer.update`."""
         if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers")
+            raise ValueError(
+                f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
+            )
         layer = self.layers[layer_idx]
         if not isinstance(layer, PiKVLayer):
             check_fits(layer_idx, key_states, value_states, _held(layer))

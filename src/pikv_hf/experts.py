@@ -132,7 +132,7 @@ def _outside(layer: nn.Module, attention: nn.Module) -> Iterator[nn.Module]:
 
 
 def _num_experts(module: nn.Module, config: Any) -> int | None:
-    for source in (module, config):
+    for source in (module, config, getattr(config, "ffn_config", None)):
         for name in _COUNT_ATTRIBUTES:
             if isinstance(count := getattr(source, name, None), int):
                 return count

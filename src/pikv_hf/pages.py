@@ -119,7 +119,7 @@ class PagePool:
         """
         self.reserve(pages)
         free = self.refcount == 0
-        if 0 <= after and free[after + 1 : after + 1 + pages].sum() == pages:
+        if after >= 0 and free[after + 1 : after + 1 + pages].sum() == pages:
             ids = np.arange(after + 1, after + 1 + pages)
         else:
             ids = _first_run(np.flatnonzero(free), pages)
@@ -160,7 +160,12 @@ class PagePool:
         self.positions[page, count:] = -1
 
     def write(
-        self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, experts: torch.Tensor
+        self,
+        slots: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        experts: torch.Tensor,
     ) -> None:
         """Store tokens; the caller has counted them.
 

@@ -329,7 +329,9 @@ class PageTable:
                     sequence.window += self.pool.allocate(-(-tokens // size), after=tail).tolist()
                     return np.concatenate([*slots, self._fill_new(sequence.window[-(-(-tokens // size)) :], tokens)])
                 self._make_room(sequence)
-            slots.append(self._fill_new([sequence.window[-1]], min(tokens, size - self.pool.count[sequence.window[-1]])))
+            slots.append(
+                self._fill_new([sequence.window[-1]], min(tokens, size - self.pool.count[sequence.window[-1]]))
+            )
             tokens -= len(slots[-1])
         return np.concatenate(slots) if slots else np.zeros(0, dtype=np.int64)
 

@@ -1,0 +1,27 @@
+"""Settings for all tests."""
+
+import os
+import warnings
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("pikv", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("pikv")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_each() -> None:
+    # The suite runs one process per core.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
+    torch.manual_seed(0)

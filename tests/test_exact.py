@@ -1,0 +1,214 @@
+"""Exact mode is exact: the same tokens as DynamicCache with eager attention, and the same logits to 1e-4."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, prompts
+from transformers import DynamicCache
+
+from pikv_hf import PiKVCache, PiKVConfig, detach
+
+# Small pages and windows, so that 75 tokens of prompt fill many pages in every shard.
+SMALL = {"page_size": 8, "recent_window": 16, "num_shards": 8}
+
+
+def reference(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
+    detach(model)
+    model.set_attn_implementation("eager")
+    return generate(model, inputs, DynamicCache(config=model.config.get_text_config()), **kwargs)
+
+
+def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **kwargs: Any) -> Any:
+    options = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    torch.manual_seed(0)
+    return model.generate(**inputs, past_key_values=cache, **{**options, **kwargs})
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    assert torch.equal(ours.sequences, theirs.sequences)
+    for step, (a, b) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
+        assert (a - b).abs().max() <= 1e-4, f"step {step}"
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_model(request: pytest.FixtureRequest) -> Any:
+    model = FAMILIES[request.param].build()
+    model.placement = "expert" if FAMILIES[request.param].routed else "hash"
+    return model
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Any:
+    return FAMILIES["qwen3_moe"].build()
+
+
+@pytest.mark.parametrize("sliding_layers", ["bounded", "paged"])
+def test_every_family_greedy_with_left_padding(family_model: Any, sliding_layers: str) -> None:
+    inputs = prompts()
+    expected = reference(family_model, inputs)
+    assert len(expected.sequences[:, 75:].unique()) > 20, "the model's output is trivial"
+    options = {**SMALL, "placement": family_model.placement, "sliding_layers": sliding_layers}
+    assert_same(generate(family_model, inputs, PiKVCache.for_model(family_model, **options)), expected)
+
+
+def test_every_family_beam_search(family_model: Any) -> None:
+    options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 24, "output_logits": False}
+    expected = reference(family_model, prompts(), **options)
+    cache = PiKVCache.for_model(family_model, **SMALL, placement=family_model.placement)
+    assert torch.equal(generate(family_model, prompts(), cache, **options).sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("placement", ["expert", "hash"])
+@pytest.mark.parametrize("page_size", [8, 16, 32, 64])
+@pytest.mark.parametrize("num_shards", [1, 3, 8])
+def test_every_layout(qwen: Any, placement: str, page_size: int, num_shards: int) -> None:
+    inputs = prompts(length=150)
+    options = {"page_size": page_size, "num_shards": num_shards, "placement": placement, "recent_window": 40}
+    expected = reference(qwen, inputs, max_new_tokens=80)
+    assert_same(generate(qwen, inputs, PiKVCache.for_model(qwen, **options), max_new_tokens=80), expected)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "llama"])
+def test_without_attaching(name: str, implementation: str) -> None:
+    model = FAMILIES[name].build()
+    expected = reference(model, prompts())
+    model.set_attn_implementation(implementation)
+    cache = PiKVCache(config=model.config, pikv_config=PiKVConfig(**SMALL))
+    assert_same(generate(model, prompts(), cache), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": True, "temperature": 0.7, "top_k": 20},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"num_beams": 4, "do_sample": True, "output_logits": False},
+        {"prefill_chunk_size": 13},
+        {"prefill_chunk_size": 40},
+    ],
+    ids=str,
+)
+def test_decoding_strategies(qwen: Any, options: dict[str, Any]) -> None:
+    expected = reference(qwen, prompts(), **options)
+    ours = generate(qwen, prompts(), PiKVCache.for_model(qwen, **SMALL), **options)
+    assert torch.equal(ours.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jetmoe", "mixtral_sliding"])
+@pytest.mark.parametrize("kind", ["prompt lookup", "assistant model"])
+def test_assisted_decoding(name: str, kind: str) -> None:
+    model = FAMILIES[name].build()
+    # A prompt that repeats itself gives prompt lookup something to find; the assistant is the model with noise.
+    ids = torch.randint(2, 190, (1, 20), generator=torch.Generator().manual_seed(3)).repeat(1, 4)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assistant = FAMILIES[name].build()
+    for parameter in assistant.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.004)
+    help_ = {"prompt_lookup_num_tokens": 4} if kind == "prompt lookup" else {"assistant_model": assistant}
+    # transformers' prompt lookup fails without an end token.
+    expected = reference(model, inputs, eos_token_id=198)
+    cache = PiKVCache.for_model(model, **SMALL, sliding_layers="paged")
+    ours = generate(model, inputs, cache, eos_token_id=198, output_logits=False, **help_)
+    assert torch.equal(ours.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_second_turn_on_the_same_cache(qwen: Any, attached: bool) -> None:
+    inputs = prompts()
+    detach(qwen)
+    qwen.set_attn_implementation("eager")
+    results = []
+    for make in (
+        lambda: DynamicCache(config=qwen.config),
+        lambda: PiKVCache.for_model(qwen, **SMALL) if attached else PiKVCache(qwen.config, PiKVConfig(**SMALL)),
+    ):
+        cache = make()
+        first = generate(qwen, inputs, cache).sequences
+        turn = torch.cat([first, prompts(seed=5)["input_ids"][:, -30:]], dim=1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(turn[:, 75:])], dim=1)
+        results.append(generate(qwen, {"input_ids": turn, "attention_mask": mask}, cache))
+    assert_same(results[1], results[0])
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, PiKVCache.fork])
+def test_copies_are_independent(qwen: Any, copying: Any) -> None:
+    inputs = prompts()
+    questions = [prompts(seed=seed)["input_ids"][:, -20:] for seed in (5, 6)]
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(questions[0])], dim=1)
+    asked = [{"input_ids": torch.cat([inputs["input_ids"], q], dim=1), "attention_mask": mask} for q in questions]
+    expected = [reference(qwen, question) for question in asked]
+    cache = PiKVCache.for_model(qwen, **SMALL)
+    with torch.no_grad():
+        qwen(**inputs, past_key_values=cache, position_ids=(inputs["attention_mask"].cumsum(1) - 1).clamp_min(0))
+    copies = [copying(cache) for _ in questions]
+    for question, twin, answer in zip(asked, copies, expected, strict=True):
+        assert_same(generate(qwen, question, twin), answer)
+    assert cache.get_seq_length() == 75
+    assert_same(generate(qwen, asked[0], cache), expected[0])
+
+
+def test_row_operations_and_crop(qwen: Any) -> None:
+    """The same operations on both caches in the middle of decoding, at window depth and deeper."""
+    inputs = prompts(length=100)
+    detach(qwen)
+    qwen.set_attn_implementation("eager")
+    logits = []
+    for make in (lambda: DynamicCache(config=qwen.config), lambda: PiKVCache.for_model(qwen, **SMALL)):
+        cache, mask, outputs = make(), inputs["attention_mask"], []
+        with torch.no_grad():
+            qwen(**inputs, past_key_values=cache)
+            for step, change in enumerate(("repeat", "reorder", "select", "crop", "deep crop", "none", "reorder")):
+                if change == "repeat":
+                    cache.batch_repeat_interleave(2)
+                    mask = mask.repeat_interleave(2, dim=0)
+                elif change == "reorder":
+                    index = torch.tensor([1, 0, 1, 3][: mask.shape[0]] + list(range(4, mask.shape[0])))
+                    cache.reorder_cache(index)
+                    mask = mask[index]
+                elif change == "select":
+                    index = torch.tensor([0, 2, 5])
+                    cache.batch_select_indices(index)
+                    mask = mask[index]
+                elif "crop" in change:
+                    length = cache.get_seq_length() - (3 if change == "crop" else 60)
+                    cache.crop(length)
+                    mask = mask[:, :length]
+                for _ in range(11):
+                    token = torch.randint(2, 190, (mask.shape[0], 1), generator=torch.Generator().manual_seed(step))
+                    mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+                    outputs.append(qwen(input_ids=token, attention_mask=mask, past_key_values=cache).logits)
+        logits.append(outputs)
+    for ours, theirs in zip(logits[1], logits[0], strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4
+
+
+def test_reset_starts_over(qwen: Any) -> None:
+    expected = reference(qwen, prompts(seed=2))
+    cache = PiKVCache.for_model(qwen, **SMALL)
+    generate(qwen, prompts(batch=2), cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    assert cache.nbytes == 0
+    assert_same(generate(qwen, prompts(seed=2), cache), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_close_as_sdpa(dtype: torch.dtype) -> None:
+    """Against fp32 logits, the error is at most twice that of SDPA in the same dtype (and a rounding step)."""
+    model = FAMILIES["qwen3_moe"].build()
+    inputs, token = prompts(length=120), torch.full((3, 1), 7)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
+
+    def last_logits(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            return model(input_ids=token, attention_mask=mask, past_key_values=cache).logits.float()
+
+    exact = last_logits(DynamicCache(config=model.config))
+    model.to(dtype)
+    sdpa = last_logits(DynamicCache(config=model.config))
+    ours = last_logits(PiKVCache.for_model(model, **SMALL))
+    assert (ours - exact).abs().mean() <= 2 * (sdpa - exact).abs().mean() + torch.finfo(dtype).eps
