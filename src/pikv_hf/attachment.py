@@ -29,7 +29,7 @@ class Attachment:
         The routers found, by layer index; layers without one place tokens by position.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self._configs = _attention_configs(model)
         self.routers = _find_routers(model)
@@ -41,7 +41,7 @@ class Attachment:
         self._stays = True
 
     @property
-    def model(self) -> nn.Module | None:
+    def model(self) -> Any:
         """The attached model, or None if it is gone."""
         return self._model()
 
@@ -86,11 +86,12 @@ class Attachment:
             if config._attn_implementation == ATTENTION_NAME:
                 config._attn_implementation = self._previous[id(config)]
 
-    def require_routers(self, model: nn.Module) -> None:
+    def require_routers(self, model: Any) -> None:
         """Raise `ValueError` if no layer's routing can be read."""
         if not self.routers:
             raise ValueError(
-                f"no router found in {type(model).__name__}, whose layers hold {', '.join(_feed_forward_classes(model))}; "
+                f"no router found in {type(model).__name__}, whose layers hold "
+                f"{', '.join(_feed_forward_classes(model))}; "
                 'placement="expert" follows a Mixture-of-Experts router, use placement="hash" for other models'
             )
 
@@ -110,7 +111,7 @@ class Attachment:
         return None
 
 
-def attach(model: nn.Module, placement: str = "expert") -> Attachment:
+def attach(model: Any, placement: str = "expert") -> Attachment:
     """Let a model read :class:`~pikv_hf.PiKVCache` in place and record the experts it chooses.
 
     The model's attention implementation becomes `"pikv"`; with any other cache, or none, it behaves as with `"sdpa"`.
@@ -141,7 +142,7 @@ def attach(model: nn.Module, placement: str = "expert") -> Attachment:
     return attachment
 
 
-def ensure_attached(model: nn.Module, placement: str) -> Attachment:
+def ensure_attached(model: Any, placement: str) -> Attachment:
     """Attach a model; a new attachment outlives any `with` block. See :func:`attach`."""
     attachment = attachment_of(model)
     if attachment is None:
@@ -154,13 +155,13 @@ def ensure_attached(model: nn.Module, placement: str) -> Attachment:
     return attachment
 
 
-def attachment_of(model: nn.Module) -> Attachment | None:
+def attachment_of(model: Any) -> Attachment | None:
     """Return what :func:`attach` made for this model, active or not."""
     attachment = getattr(model, _MODEL_ATTRIBUTE, None)
     return attachment if isinstance(attachment, Attachment) and attachment.model is model else None
 
 
-def detach(model: nn.Module) -> None:
+def detach(model: Any) -> None:
     """Undo :func:`attach`. Expert-placed caches of the model go on after it is attached again."""
     attachment = attachment_of(model)
     if attachment is not None:
@@ -188,7 +189,7 @@ def _register() -> None:
     AttentionMaskInterface.register(ATTENTION_NAME, pikv_mask)
 
 
-def _attention_modules(model: nn.Module) -> dict[int, tuple[str, nn.Module]]:
+def _attention_modules(model: Any) -> dict[int, tuple[str, nn.Module]]:
     """Return name and module of the decoder's self-attention by layer index."""
     text = model.config.get_text_config(decoder=True)
     found: dict[int, tuple[str, nn.Module]] = {}
@@ -203,7 +204,7 @@ def _config_of(module: nn.Module, default: Any) -> Any:
     return getattr(module, "config", default)
 
 
-def _attention_configs(model: nn.Module) -> dict[int, Any]:
+def _attention_configs(model: Any) -> dict[int, Any]:
     modules = _attention_modules(model)
     if not modules:
         seen = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
@@ -211,14 +212,14 @@ def _attention_configs(model: nn.Module) -> dict[int, Any]:
     can_set = getattr(model, "_can_set_attn_implementation", None)
     if can_set is not None and not can_set():
         raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be replaced; "
-            "PiKVCache(config=model.config) works with it as it is"
+            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
+            "replaced; PiKVCache(config=model.config) works with it as it is"
         )
     text = model.config.get_text_config(decoder=True)
     return {index: _config_of(module, text) for index, (_, module) in modules.items()}
 
 
-def _decoder_layers(model: nn.Module) -> dict[int, tuple[list[nn.Module], nn.Module]]:
+def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
     """Return, by layer index, the modules around the layer's attention alone, innermost first, and the attention."""
     modules = _attention_modules(model)
     every = {id(attention) for _, attention in modules.values()}
@@ -234,7 +235,7 @@ def _decoder_layers(model: nn.Module) -> dict[int, tuple[list[nn.Module], nn.Mod
     return layers
 
 
-def _find_routers(model: nn.Module) -> dict[int, LayerRouter]:
+def _find_routers(model: Any) -> dict[int, LayerRouter]:
     text = model.config.get_text_config(decoder=True)
     routers = {}
     for index, (around, attention) in _decoder_layers(model).items():
@@ -244,7 +245,7 @@ def _find_routers(model: nn.Module) -> dict[int, LayerRouter]:
     return routers
 
 
-def _feed_forward_classes(model: nn.Module) -> list[str]:
+def _feed_forward_classes(model: Any) -> list[str]:
     """Return the class names in the decoder layers outside of attention, for messages about missing routers."""
     names: set[str] = set()
     for around, attention in _decoder_layers(model).values():

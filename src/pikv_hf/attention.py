@@ -10,7 +10,8 @@ from .kernels import causal_attention, merge_partials, partial_attention
 from .kernels.merge_partials import merge_sinks
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
 from .masks import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid
-from .table import PageTable, Run
+from .read_plan import Run
+from .table import PageTable
 
 # Scattered pages are gathered at most this many bytes of keys at a time.
 MAX_GATHER_BYTES = 32 * 1024 * 1024

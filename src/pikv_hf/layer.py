@@ -10,7 +10,8 @@ from transformers.cache_utils import CacheLayerMixin
 from .config import PiKVConfig
 from .pages import PagePool
 from .placement import expert_placement, hash_placement
-from .table import PageTable, ShardOf
+from .sequence import SequenceWriter, ShardOf
+from .table import PageTable
 
 if TYPE_CHECKING:
     from .attachment import Attachment
@@ -128,7 +129,7 @@ class PiKVLayer(CacheLayerMixin):
         size = self.config.page_size
         pool = PagePool(heads, dim, value_states.shape[-1], size, self.dtype, self.device)
         shards, window, sinks = self.config.num_shards, self.config.recent_window, self.config.sink_tokens
-        self.table = PageTable(pool, batch, shards, window, sinks, self._shard_of())
+        self.table = PageTable(SequenceWriter(pool, shards, window, sinks, self._shard_of()), batch)
         self.is_initialized = True
 
     # Updating
@@ -250,7 +251,8 @@ class PiKVLayer(CacheLayerMixin):
             self.table.flush()
 
     def _place(self, experts: torch.Tensor) -> None:
-        assert self.table is not None and self.pending is not None
+        assert self.table is not None
+        assert self.pending is not None
         new, start = self.pending, self.seen - self.pending.keys.shape[2]
         positions = torch.arange(start, self.seen, dtype=torch.int32, device=self.device)
         self.table.store(new.keys, new.values, positions, experts.to(torch.int16), new.valid)
@@ -266,12 +268,12 @@ class PiKVLayer(CacheLayerMixin):
         return self.table.dense(self.seen)
 
     @property
-    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+    def keys(self) -> torch.Tensor | None:
         """The stored keys, dense; None before the first update. A copy: writing to it changes nothing."""
         return None if self.table is None else self.dense()[0]
 
     @property
-    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+    def values(self) -> torch.Tensor | None:
         """The stored values, dense; None before the first update. A copy: writing to it changes nothing."""
         return None if self.table is None else self.dense()[1]
 

@@ -21,8 +21,8 @@ class PagePool:
     """Pages of one layer on one device.
 
     A page holds up to `page_size` tokens of one sequence: the keys and values of all KV heads, each token's position in
-    the sequence and its primary expert. Slots fill in order of position; the values of slots beyond a
-    page's count are finite, so that a masked slot never turns a sum into NaN. Page numbers stay valid when the pool grows.
+    the sequence and its primary expert. Slots fill in order of position; the values of slots beyond a page's count are
+    finite, so that a masked slot never turns a sum into NaN. Page numbers stay valid when the pool grows.
 
     Parameters
     ----------
@@ -219,8 +219,7 @@ class PagePool:
         try:
             yield
         except BaseException:
-            for now, then in zip((self.refcount, self.count, self.shard), before, strict=True):
-                now[: len(then)] = then
+            self.refcount[: len(before[0])], self.count[: len(before[1])], self.shard[: len(before[2])] = before
             self.refcount[len(before[0]) :] = 0
             raise
 
@@ -235,7 +234,7 @@ def _extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
 
 
 def _first_run(free: PageIds, pages: int) -> PageIds:
-    """Return the first `pages` neighbouring page numbers in sorted `free`, or its first ones if there is no such run."""
+    """Return the first `pages` neighbouring numbers in sorted `free`, or its first ones if there is no such run."""
     if pages > 1 and len(free) > pages:
         starts = np.flatnonzero(free[pages - 1 :] - free[: len(free) - pages + 1] == pages - 1)
         if len(starts):

@@ -1,0 +1,79 @@
+"""How attention reads a page table: long runs of pages in place, the rest gathered."""
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from .pages import PageIds
+
+# Shorter runs are cheaper gathered together than read one matmul at a time.
+MIN_RUN = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """Neighbouring pages `start..stop-1` held by exactly the rows `rows`: read in place, once for all of them."""
+
+    start: int
+    stop: int
+    rows: list[int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """All pages of all rows, in the two ways they are read.
+
+    Attributes
+    ----------
+    runs : list of Run
+        At least `MIN_RUN` pages each.
+    scattered : numpy.ndarray
+        `(B, n)` int64; shorter rows are filled up with a page of their own beyond `lengths`.
+    lengths : numpy.ndarray
+        `(B,)` int64, scattered pages of each row.
+    """
+
+    runs: list[Run]
+    scattered: PageIds
+    lengths: PageIds
+
+
+def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], capacity: int) -> ReadPlan:
+    """Divide the pages of sequences into runs and scattered pages.
+
+    Parameters
+    ----------
+    pages : sequence of numpy.ndarray
+        The page numbers of each distinct sequence.
+    members : sequence of sequences of int
+        The rows that hold each of them; together all rows `0..B-1`.
+    capacity : int
+        Pages in the pool.
+    """
+    # One column of zeros on either side, so that every stretch of pages has two edges.
+    holds = np.zeros((len(pages), capacity + 2), dtype=np.bool_)
+    for line, ids in zip(holds, pages, strict=True):
+        line[ids + 1] = True
+    edges = np.flatnonzero((holds[:, 1:] != holds[:, :-1]).any(axis=0)).tolist()
+    runs: list[Run] = []
+    scattered: dict[int, list[int]] = defaultdict(list)
+    for start, stop in itertools.pairwise(edges):
+        holders = np.flatnonzero(holds[:, start + 1]).tolist()
+        rows = sorted(row for holder in holders for row in members[holder])
+        if rows and stop - start >= MIN_RUN:
+            runs.append(Run(start, stop, rows))
+        else:
+            for row in rows:
+                scattered[row] += range(start, stop)
+    batch = sum(map(len, members))
+    lengths = np.array([len(scattered[row]) for row in range(batch)], dtype=np.int64)
+    table = np.zeros((batch, int(lengths.max(initial=0))), dtype=np.int64)
+    for ids, shared in zip(pages, members, strict=True):
+        # Filled up with a page of its own: nothing of another row is read, not even to be masked.
+        table[list(shared)] = ids[0] if len(ids) else 0
+    for row in range(batch):
+        table[row, : lengths[row]] = scattered[row]
+    return ReadPlan(runs, table, lengths)
