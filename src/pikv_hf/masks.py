@@ -81,13 +81,13 @@ class PageBias:
     def shared(self, rows: list[int], positions: torch.Tensor) -> torch.Tensor:
         """Return the bias for tokens at `positions` `(T,)` shared by `rows`, as `(H or 1, len(rows) * G * Q, T)`."""
         mask = self.mask if len(rows) == self.mask.shape[0] else self.mask[rows]
-        picked = as_bias(mask.index_select(-1, positions.clamp_min(0).long()))
+        picked = as_bias(mask.index_select(-1, self._columns(positions)))
         rows_first = self._split_heads(picked)
         return rows_first.transpose(0, 1).reshape(rows_first.shape[1], -1, positions.numel())
 
     def per_row(self, positions: torch.Tensor) -> torch.Tensor:
         """Return the bias for each row's own tokens at `positions` `(B, T)`, as `(H * B, G * Q, T)`."""
-        index = positions.clamp_min(0).long()[:, None, None, :]
+        index = self._columns(positions)[:, None, None, :]
         picked = as_bias(self.mask.gather(-1, index.expand(-1, *self.mask.shape[1:3], -1)))
         rows_first = self._split_heads(picked).expand(-1, self.heads, -1, -1, -1)
         return rows_first.transpose(0, 1).reshape(-1, self.groups * picked.shape[2], positions.shape[1])
@@ -95,6 +95,10 @@ class PageBias:
     def new_tokens(self, new: int) -> torch.Tensor:
         """Return the bias among the `new` newest tokens, broadcastable to `(B, H, G, Q, Q)`."""
         return self._split_heads(as_bias(self.mask[..., -new:]))
+
+    def _columns(self, positions: torch.Tensor) -> torch.Tensor:
+        # Slots without a token, which are hidden anyway, may carry any position.
+        return positions.clamp(0, self.mask.shape[-1] - 1).long()
 
     def _split_heads(self, bias: torch.Tensor) -> torch.Tensor:
         """Turn `(B, 1 or Hq, Q, T)` into `(B, 1 or H, G, Q, T)`."""
