@@ -63,6 +63,11 @@ class Attachment:
 
         return deliver
 
+    @property
+    def active(self) -> bool:
+        """Whether attention implementations and hooks are in place."""
+        return any(self.is_active(index) for index in self._configs)
+
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the attached model."""
         return id(module) in self._modules
@@ -84,7 +89,8 @@ class Attachment:
         self._handles = []
         for config in self._configs.values():
             if config._attn_implementation == ATTENTION_NAME:
-                config._attn_implementation = self._previous[id(config)]
+                # A copy of an attached model starts out with this name and never had another.
+                config._attn_implementation = self._previous.get(id(config), "sdpa")
 
     def require_routers(self, model: Any) -> None:
         """Raise `ValueError` if no layer's routing can be read."""
@@ -136,8 +142,9 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
     ...     model.generate(**inputs, past_key_values=PiKVCache.for_model(model))
     """
     known = attachment_of(model)
+    was_active = known is not None and known.active
     attachment = ensure_attached(model, placement)
-    if known is None:
+    if not was_active:
         attachment._stays = False
     return attachment
 
@@ -147,7 +154,11 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     attachment = attachment_of(model)
     if attachment is None:
         check_supported(model.config)
+        if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+            raise ValueError(f"{type(model).__name__} keeps its state in a cache of its own, not in one of transformers'")
         attachment = Attachment(model)
+    if not attachment.active:
+        attachment._stays = True
     if placement == "expert":
         attachment.require_routers(model)
     attachment.activate()

@@ -65,11 +65,10 @@ def pikv_attention_forward(
             f"layer {layer.layer_idx}: the cache was made for another model than the one that {type(module).__name__} "
             "belongs to; make one with PiKVCache.for_model(model)"
         )
-    if attention_mask is not None and attention_mask.shape[-1] != layer.seen:
+    if attention_mask is not None and attention_mask.shape[-1] != (seen := layer.seen):
         layer.rollback(query.shape[2])
         raise ValueError(
-            f"layer {layer.layer_idx}: the attention mask spans {attention_mask.shape[-1]} positions, "
-            f"the cache {layer.seen}"
+            f"layer {layer.layer_idx}: the attention mask spans {attention_mask.shape[-1]} positions, the cache {seen}"
         )
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:

@@ -217,7 +217,8 @@ class PiKVLayer(CacheLayerMixin):
         check_fits(self.layer_idx, keys, values, held)
 
     def rollback(self, tokens: int) -> None:
-        """Take back the last update, of `tokens` tokens."""
+        """Take back the last update, of `tokens` tokens, which no attention has seen."""
+        self._reference_out = False
         self.crop(self.seen - tokens)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:

@@ -1,0 +1,49 @@
+# `make` lists the targets. Each of them makes the virtual environment first, if it is missing or out of date.
+
+# Tried rather than looked up: a version manager's shim answers to the name of a Python that is not installed.
+PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format bench clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(INSTALLED) ## Compare DynamicCache and PiKVCache on the bundled model
+	$(BIN)/pikv demo
+
+# One torch thread per worker: two workers with two threads each on two cores wait for one another.
+test: $(INSTALLED) ## Run the tests and list the slowest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=15
+
+check: $(INSTALLED) ## Check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## Format the code and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## Measure decoding, beam reordering and prefill
+	$(BIN)/pikv bench decode
+	$(BIN)/pikv bench reorder
+	$(BIN)/pikv bench prefill
+
+clean: ## Remove caches and build products; the environment stays
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src kernels presses eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; v = sys.version_info; \
+	sys.exit(None if v >= (3, 11) else 'Python 3.11 or newer is needed, but %s is %d.%d; try make PYTHON=python3.12' \
+	% (sys.executable, v[0], v[1]))"
+	$(PYTHON) -m venv $(VENV)

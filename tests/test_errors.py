@@ -1,0 +1,217 @@
+"""Unsupported things say so, naming both values, and leave the cache as it was."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import COMMON, FAMILIES, prompts
+
+from pikv_hf import PiKVCache, PiKVConfig, attach, detach
+from pikv_hf.layer import PiKVLayer
+
+SMALL = {"page_size": 8, "recent_window": 8}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return FAMILIES["qwen3_moe"].build()
+
+
+@pytest.fixture
+def filled(model: Any) -> PiKVCache:
+    cache = PiKVCache.for_model(model, **SMALL)
+    with torch.no_grad():
+        model(**prompts(), past_key_values=cache)
+    return cache
+
+
+def snapshot(cache: PiKVCache) -> list[Any]:
+    state: list[Any] = [cache.get_seq_length(), cache.nbytes]
+    for layer in cache.layers:
+        keys, values = layer.dense()
+        state += [keys.clone(), values.clone(), layer.table.pool.refcount.copy().tolist()]
+    return state
+
+
+def assert_unchanged(cache: PiKVCache, before: list[Any]) -> None:
+    for then, now in zip(before, snapshot(cache), strict=True):
+        assert torch.equal(then, now) if torch.is_tensor(then) else then == now
+
+
+def decode(model: Any, cache: PiKVCache, tokens: int, steps: int) -> None:
+    for _ in range(steps):
+        model(input_ids=torch.full((3, tokens), 5), past_key_values=cache)
+
+
+def kv(batch: int = 3, heads: int = 2, tokens: int = 1, dim: int = 16, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros(batch, heads, tokens, dim, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        (kv(batch=2), kv(batch=2), r"\(2, 2, 16, 16\), but the cache holds \(3, 2, 16, 16\)"),
+        (kv(heads=4), kv(heads=4), r"\(3, 4, 16, 16\), but the cache holds \(3, 2, 16, 16\)"),
+        (kv(dim=8), kv(dim=8), r"\(3, 2, 8, 8\)"),
+        (kv(), kv(tokens=2), r"\(3, 2, 1, 16\) and \(3, 2, 2, 16\)"),
+        (kv(dtype=torch.float16), kv(dtype=torch.float16), r"torch.float16.*torch.float32"),
+        (kv(), kv(dtype=torch.bfloat16), r"keys are torch.float32 on cpu, values torch.bfloat16"),
+        (kv()[0], kv()[0], r"\(2, 1, 16\)"),
+    ],
+)
+@pytest.mark.parametrize("layer", [0, 1])
+def test_wrong_tensors(filled: PiKVCache, layer: int, keys: torch.Tensor, values: torch.Tensor, message: str) -> None:
+    before = snapshot(filled)
+    with pytest.raises(ValueError, match=f"layer {layer}: .*{message}"):
+        filled.update(keys, values, layer)
+    assert_unchanged(filled, before)
+
+
+def test_wrong_tensors_on_a_sliding_layer() -> None:
+    model = FAMILIES["gpt_oss"].build()
+    cache = PiKVCache.for_model(model)
+    with torch.no_grad():
+        model(**prompts(), past_key_values=cache)
+    length = cache.layers[0].get_seq_length()
+    with pytest.raises(ValueError, match=r"layer 0: .*\(2, 2, 16, 16\), but the cache holds \(3, 2, 16, 16\)"):
+        cache.update(kv(batch=2), kv(batch=2), 0)
+    assert cache.layers[0].get_seq_length() == length
+
+
+def test_wrong_batch_through_the_model(model: Any, filled: PiKVCache) -> None:
+    before = snapshot(filled)
+    with pytest.raises(ValueError, match="batch"), torch.no_grad():
+        model(input_ids=torch.tensor([[5]]), past_key_values=filled)
+    assert_unchanged(filled, before)
+
+
+def test_training_through_the_cache(model: Any) -> None:
+    cache = PiKVCache.for_model(model)
+    with pytest.raises(RuntimeError, match="gradients"):
+        model(**prompts(), past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+def test_another_model(filled: PiKVCache) -> None:
+    before = snapshot(filled)
+    other = FAMILIES["qwen3_moe"].build(seed=1)
+    with attach(other), torch.no_grad(), pytest.raises(ValueError, match="made for another model"):
+        other(input_ids=torch.full((3, 1), 5), past_key_values=filled)
+    assert_unchanged(filled, before)
+    with attach(other), torch.no_grad(), pytest.raises(ValueError, match="made for another model"):
+        other(input_ids=torch.full((3, 4), 5), past_key_values=filled)
+    assert_unchanged(filled, before)
+
+
+def test_a_model_of_other_depth(filled: PiKVCache) -> None:
+    with pytest.raises(ValueError, match="layer_idx is 3, but the cache was made for a model of 3 layers"):
+        filled.update(kv(), kv(), 3)
+
+
+def test_wrong_mask_width(model: Any, filled: PiKVCache) -> None:
+    before = snapshot(filled)
+    mask = torch.ones(3, 1, 2, 50, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask spans 50 positions, the cache 77"), torch.no_grad():
+        model(input_ids=torch.full((3, 2), 5), attention_mask=mask, past_key_values=filled)
+    assert_unchanged(filled, before)
+
+
+def test_rows_out_of_range(filled: PiKVCache) -> None:
+    before = snapshot(filled)
+    with pytest.raises(IndexError, match="row 3 is out of range for a cache of 3 rows"):
+        filled.reorder_cache(torch.tensor([0, 1, 3]))
+    with pytest.raises(IndexError, match="out of"):
+        filled.batch_select_indices(torch.tensor([0, 5]))
+    assert_unchanged(filled, before)
+
+
+def test_cropping_a_full_sliding_layer_changes_nothing() -> None:
+    model = FAMILIES["gpt_oss"].build()
+    cache = PiKVCache.for_model(model, **SMALL)
+    with torch.no_grad():
+        model(**prompts(), past_key_values=cache)
+    with pytest.raises(ValueError, match='layer 0 only kept the last 23; sliding_layers="paged"'):
+        cache.crop(40)
+    assert [layer.get_seq_length() for layer in cache.layers] == [75, 75, 75]
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_out_of_memory_changes_nothing(
+    model: Any, filled: PiKVCache, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Growth fails at a layer: that layer is as before, and cropping brings the others back."""
+    with torch.no_grad():
+        while filled.layers[0].table.pool.free_pages:
+            model(input_ids=torch.full((3, 1), 5), past_key_values=filled)
+    layer = filled.layers[0]
+    before, seen = [t.clone() for t in layer.dense()], layer.seen
+
+    def no_memory(extra: int) -> None:
+        raise torch.OutOfMemoryError("no memory for more pages")
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(layer.table.pool, "_grow", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            decode(model, filled, tokens, steps=30)
+    filled.crop(seen)
+    assert layer.seen == seen
+    for then, now in zip(before, layer.dense(), strict=True):
+        assert torch.equal(then, now)
+
+
+def test_detached_expert_cache_says_why(model: Any) -> None:
+    cache = PiKVCache.for_model(model, **SMALL)
+    detach(model)
+    try:
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"layer 0: .*chose no expert.*detached"):
+            decode(model, cache, tokens=75, steps=2)
+    finally:
+        attach(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        ("T5Config", {}, "encoder-decoder"),
+        ("Qwen3NextConfig", {}, "linear_attention"),
+        ("JambaConfig", {}, "mamba"),
+        ("MambaConfig", {}, "recurrent state"),
+        ("Lfm2MoeConfig", {"layer_types": ["conv", "full_attention"] * 16}, "conv"),
+    ],
+)
+def test_unsupported_architectures(config: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"{config}.*{message}"):
+        PiKVCache(getattr(transformers, config)(**options))
+
+
+def test_unsupported_models_are_left_alone() -> None:
+    small = {**COMMON, "num_hidden_layers": 4, "num_experts": 4, "num_experts_per_tok": 2}
+    config = transformers.Qwen3NextConfig(**small, moe_intermediate_size=32, head_dim=16)
+    model = transformers.Qwen3NextForCausalLM(config)
+    implementation = model.config._attn_implementation
+    with pytest.raises(ValueError, match="linear_attention"):
+        attach(model)
+    assert model.config._attn_implementation == implementation
+
+
+def test_keys_and_values_are_read_only(filled: PiKVCache) -> None:
+    layer = filled.layers[0]
+    assert isinstance(layer, PiKVLayer)
+    assert layer.keys.shape == (3, 2, 75, 16)
+    with pytest.raises(AttributeError):
+        layer.keys = torch.zeros(1)
+
+
+def test_offloading_is_refused(filled: PiKVCache) -> None:
+    with pytest.raises(NotImplementedError, match="offloading"):
+        filled.layers[0].offload()
+
+
+def test_for_model_takes_one_kind_of_options(model: Any) -> None:
+    with pytest.raises(TypeError, match="both"):
+        PiKVCache.for_model(model, PiKVConfig(), page_size=8)
+    with pytest.raises(TypeError, match="did you mean 'page_size'"):
+        PiKVCache.for_model(model, pagesize=8)
+    with pytest.raises(TypeError, match="PiKVConfig, got dict"):
+        PiKVCache(model.config, {"page_size": 8})
