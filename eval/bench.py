@@ -1,0 +1,219 @@
+"""Speed of the cache against `DynamicCache` with transformers' own SDPA attention, both timed in one run."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from pikv_hf import PiKVCache, detach
+from pikv_hf.attention import pikv_attention_forward
+
+# The geometry of Qwen3-30B-A3B's attention.
+QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Seconds of repeated calls: the 20th, 50th and 80th percentile, the mean, and how many there were."""
+
+    p20: float
+    p50: float
+    p80: float
+    mean: float
+    count: int
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> "Timing":
+        """Summarise measured seconds."""
+        ordered = sorted(seconds)
+        p20, p50, p80 = (ordered[min(len(ordered) - 1, int(len(ordered) * share))] for share in (0.2, 0.5, 0.8))
+        return cls(p20, p50, p80, statistics.fmean(ordered), len(ordered))
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One case: what was timed, on which sizes, for both caches.
+
+    Attributes
+    ----------
+    name : str
+        The operation.
+    batch, tokens : int
+        Rows and cached tokens.
+    pikv, dynamic : Timing
+        Seconds per call.
+    ratio : float
+        Median of `dynamic` over median of `pikv`: above 1, PiKV is faster.
+    mean_ratio : float
+        The same for the means, which include the steps that move pages.
+    max_difference : float
+        Largest absolute difference of the two outputs.
+    """
+
+    name: str
+    batch: int
+    tokens: int
+    pikv: Timing
+    dynamic: Timing
+    ratio: float
+    mean_ratio: float
+    max_difference: float
+
+
+def _compare(
+    name: str, batch: int, tokens: int, pikv: Sequence[float], dynamic: Sequence[float], difference: float
+) -> Comparison:
+    ours, theirs = Timing.of(pikv), Timing.of(dynamic)
+    return Comparison(name, batch, tokens, ours, theirs, theirs.p50 / ours.p50, theirs.mean / ours.mean, difference)
+
+
+def _timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
+    start = time.perf_counter()
+    result = call(*args, **kwargs)
+    return time.perf_counter() - start, result
+
+
+def geometry_model(layers: int = 1, hidden: int = 256) -> Any:
+    """Return a random Qwen3-MoE with the attention geometry of Qwen3-30B-A3B and a small feed-forward."""
+    config = Qwen3MoeConfig(
+        vocab_size=1024,
+        hidden_size=hidden,
+        intermediate_size=hidden,
+        moe_intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=QUERY_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        num_experts=32,
+        num_experts_per_tok=4,
+        max_position_embeddings=1 << 18,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
+def _random_kv(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, KV_HEADS, tokens, HEAD_DIM), torch.randn(batch, KV_HEADS, tokens, HEAD_DIM)
+
+
+def filled_pikv(model: Any, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> PiKVCache:
+    """Return a cache of one layer that holds these K/V, `(B, H, T, D)`, in shards of random experts."""
+    cache = PiKVCache.for_model(model, **options)
+    cache.update(keys, values, 0)
+    cache.layers[0].attend_begins(None)
+    cache.layers[0].record_experts(_random_experts(keys.shape[0] * keys.shape[2]))
+    return cache
+
+
+def _random_experts(count: int) -> torch.Tensor:
+    return torch.randint(0, 32, (count,))
+
+
+def run_decode(contexts: Sequence[int], batches: Sequence[int], seconds: float = 6.0) -> Iterator[Comparison]:
+    """Time one decoding step of one layer: appending a token and attending to everything.
+
+    Parameters
+    ----------
+    contexts : sequence of int
+        Cached tokens.
+    batches : sequence of int
+        Rows.
+    seconds : float
+        Time to spend on the slower side of each case; at least 5 steps are taken. PiKV always takes 64 more, so that
+        its mean includes moving pages to shards.
+    """
+    model = geometry_model()
+    attention = model.model.layers[0].self_attn
+    for tokens in contexts:
+        for batch in batches:
+            yield _decode_case(model, attention, batch, tokens, seconds)
+
+
+@torch.no_grad()
+def _decode_case(model: Any, attention: Any, batch: int, tokens: int, seconds: float) -> Comparison:
+    keys, values = _random_kv(batch, tokens)
+    pikv = filled_pikv(model, keys, values)
+    dynamic = DynamicCache(config=model.config)
+    dynamic.update(keys, values, 0)
+    del keys, values
+    ours: list[float] = []
+    theirs: list[float] = []
+    difference = 0.0
+    started = time.perf_counter()
+    while len(theirs) < 6 or time.perf_counter() - started < seconds:
+        step = _decode_inputs(batch)
+        spent, our_out = _timed(_our_step, pikv, attention, *step)
+        ours.append(spent)
+        spent, their_out = _timed(_their_step, dynamic, attention, *step)
+        theirs.append(spent)
+        difference = max(difference, float((our_out - their_out).abs().max()))
+    del dynamic
+    ours += [_timed(_our_step, pikv, attention, *_decode_inputs(batch))[0] for _ in range(64)]
+    # The first step pays for allocations on either side.
+    return _compare("decode", batch, tokens, ours[1:], theirs[1:], difference)
+
+
+def _decode_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.randn(batch, QUERY_HEADS, 1, HEAD_DIM), *_random_kv(batch, 1)
+
+
+def _our_step(
+    cache: PiKVCache, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    keys, values = cache.update(key, value, 0)
+    out, _ = pikv_attention_forward(attention, query, keys, values, None, scaling=attention.scaling)
+    cache.layers[0].record_experts(_random_experts(query.shape[0]))
+    return out
+
+
+def _their_step(
+    cache: DynamicCache, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    keys, values = cache.update(key, value, 0)
+    out, _ = sdpa_attention_forward(attention, query, keys, values, None, scaling=attention.scaling)
+    return out
+
+
+@torch.no_grad()
+def run_reorder(beams: int = 8, tokens: int = 32768, repeats: int = 5) -> Iterator[Comparison]:
+    """Time `reorder_cache` of one layer, for beams that share their prompt and for rows that share nothing."""
+    model = geometry_model()
+    for name, rows in (("reorder, shared prompt", 1), ("reorder, separate rows", beams)):
+        keys, values = _random_kv(rows, tokens)
+        pikv = filled_pikv(model, keys, values)
+        pikv.batch_repeat_interleave(beams // rows)
+        dynamic = DynamicCache(config=model.config)
+        dynamic.update(keys.repeat_interleave(beams // rows, 0), values.repeat_interleave(beams // rows, 0), 0)
+        del keys, values
+        ours: list[float] = []
+        theirs: list[float] = []
+        for repeat in range(repeats):
+            # Every row stays alive: a permutation, as in the steps of a beam search that keep all beams.
+            order = torch.randperm(beams, generator=torch.Generator().manual_seed(repeat))
+            ours.append(_timed(pikv.reorder_cache, order)[0])
+            theirs.append(_timed(dynamic.reorder_cache, order)[0])
+        difference = float((pikv.layers[0].keys[:, :, :64] - dynamic.layers[0].keys[:, :, :64]).abs().max())
+        yield _compare(name, beams, tokens, ours, theirs, difference)
+
+
+@torch.no_grad()
+def run_prefill(tokens: int = 8192, repeats: int = 3) -> Iterator[Comparison]:
+    """Time a prompt through a model of two layers: everything, from embeddings to stored pages."""
+    model = geometry_model(layers=2)
+    ids = torch.randint(0, 1024, (1, tokens))
+    ours, theirs, difference = [], [], 0.0
+    for _ in range(repeats + 1):
+        # Attaching is set-up, not prefill; without it the model runs transformers' own SDPA.
+        pikv = PiKVCache.for_model(model)
+        spent, our_out = _timed(model, ids, past_key_values=pikv, logits_to_keep=1)
+        ours.append(spent)
+        detach(model)
+        dynamic = DynamicCache(config=model.config)
+        spent, their_out = _timed(model, ids, past_key_values=dynamic, logits_to_keep=1)
+        theirs.append(spent)
+        difference = max(difference, float((our_out.logits - their_out.logits).abs().max()))
+    yield _compare("prefill", 1, tokens, ours[1:], theirs[1:], difference)

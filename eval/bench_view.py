@@ -1,0 +1,62 @@
+"""Running benchmarks from the command line: a table as they come, a JSON file of the results."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .bench import Comparison
+from .provenance import provenance
+
+
+def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
+    """Run benchmarks, print them and write them down.
+
+    Parameters
+    ----------
+    comparisons : iterable of Comparison
+        A benchmark; its cases run as they are asked for.
+    threads : int
+        CPU threads.
+    output : Path, optional
+        A JSON file to write, with machine, versions and command.
+    """
+    torch.set_num_threads(threads)
+    console = Console()
+    done: list[Comparison] = []
+    with console.status("measuring"):
+        for comparison in comparisons:
+            done.append(comparison)
+            console.log(_line(comparison), highlight=False, log_locals=False)
+    console.print(_table(done))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result = {**provenance(), "results": [dataclasses.asdict(each) for each in done]}
+        output.write_text(json.dumps(result, indent=2) + "\n")
+        console.print(f"written to {output}")
+
+
+def _line(each: Comparison) -> str:
+    return f"{each.name}, batch {each.batch}, {each.tokens:,} tokens: {each.ratio:.1f}x"
+
+
+def _table(done: list[Comparison]) -> Table:
+    table = Table(title="Milliseconds, median of the runs; ratio above 1: PiKV is faster")
+    for name in ("case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "ratio of means", "max |difference|"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for each in done:
+        table.add_row(
+            each.name,
+            str(each.batch),
+            f"{each.tokens:,}",
+            f"{each.pikv.p50 * 1e3:,.2f}",
+            f"{each.dynamic.p50 * 1e3:,.1f}",
+            f"{each.ratio:,.1f}x",
+            f"{each.mean_ratio:,.1f}x",
+            f"{each.max_difference:.0e}",
+        )
+    return table

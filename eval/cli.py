@@ -1,0 +1,150 @@
+"""The command line, ``pikv``. Commands import what they need when they run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pikv_hf.config import PiKVConfig
+from pikv_hf.eval.demo_options import DemoOptions, InputError, user_input
+
+if TYPE_CHECKING:
+    from pikv_hf.eval.demo import DemoResult
+
+app = typer.Typer(
+    name="pikv",
+    help="PiKV: an exact, expert-sharded, paged KV cache for Mixture-of-Experts models.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+bench = typer.Typer(help="Measure the cache against transformers' DynamicCache in the same run.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+_DEFAULT = DemoOptions()
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from pikv_hf.version import __version__
+
+    typer.echo(__version__)
+
+
+@app.command()
+def demo(
+    model: Annotated[str | None, typer.Option(help="Folder or Hub name; by default the bundled model.")] = None,
+    text: Annotated[Path | None, typer.Option(help="File to ask about; by default a synthetic haystack.")] = None,
+    questions: Annotated[list[str] | None, typer.Option("--question", help="About --text; may be repeated.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the haystack.")] = _DEFAULT.tokens,
+    seed: Annotated[int, typer.Option(help="Of the haystack.")] = _DEFAULT.seed,
+    max_new_tokens: Annotated[int, typer.Option(help="Limit of each answer.")] = _DEFAULT.max_new_tokens,
+    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = _DEFAULT.pikv.page_size,
+    recent_window: Annotated[int, typer.Option(help="Newest tokens, not in a shard.")] = _DEFAULT.pikv.recent_window,
+    sink_tokens: Annotated[int, typer.Option(help="First tokens, not in a shard.")] = _DEFAULT.pikv.sink_tokens,
+    num_shards: Annotated[int, typer.Option(help="Groups of experts.")] = _DEFAULT.pikv.num_shards,
+    placement: Annotated[str, typer.Option(help="expert (by router) or hash (by position).")] = "expert",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as saved.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; by default a GPU if any.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Ask several questions about one text with transformers' DynamicCache and with PiKVCache, and compare.
+
+    Without options it needs no network: a small bundled model looks up numbers in 2,048 tokens of synthetic text.
+    The exit status is 1 if the two caches' answers differ in any token, 2 if an option cannot be used.
+    """
+    given = {
+        "model": model,
+        "text": text,
+        "questions": tuple(questions or ()),
+        "tokens": tokens,
+        "seed": seed,
+        "max_new_tokens": max_new_tokens,
+        "dtype": dtype,
+        "device": device,
+        "threads": threads,
+    }
+    storage = {
+        "page_size": page_size,
+        "recent_window": recent_window,
+        "sink_tokens": sink_tokens,
+        "num_shards": num_shards,
+        "placement": placement,
+    }
+    try:
+        result = _run_demo(given, storage, as_json)
+    except InputError as error:
+        raise _failure(2, str(error)) from None
+    if not result.agree:
+        raise _failure(1, result.describe_disagreement())
+
+
+@bench.command()
+def decode(
+    device: Annotated[str, typer.Option(help="Where to measure; cpu is the only choice in this release.")] = "cpu",
+    contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """One decoding step of one layer: 32 query and 4 KV heads, head dim 128, fp32, expert placement."""
+    if device != "cpu":
+        raise _failure(2, f"--device must be cpu in this release, got {device!r}")
+    from pikv_hf.eval.bench import run_decode
+    from pikv_hf.eval.bench_view import run_and_show
+
+    run_and_show(run_decode(contexts or (4096, 32768, 131072), batches or (1, 4)), threads, output)
+
+
+@bench.command()
+def reorder(
+    beams: Annotated[int, typer.Option(help="Rows.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Cached tokens of each row.")] = 32768,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Beam reordering of one layer, for beams of one prompt and for rows that share nothing."""
+    from pikv_hf.eval.bench import run_reorder
+    from pikv_hf.eval.bench_view import run_and_show
+
+    run_and_show(run_reorder(beams, tokens), threads, output)
+
+
+@bench.command()
+def prefill(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8192,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """A prompt through a model of two layers, from embeddings to stored pages."""
+    from pikv_hf.eval.bench import run_prefill
+    from pikv_hf.eval.bench_view import run_and_show
+
+    run_and_show(run_prefill(tokens), threads, output)
+
+
+def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> "DemoResult":
+    """Run the demo and print its result."""
+    with user_input("invalid option"):
+        options = DemoOptions(**given, pikv=PiKVConfig.from_dict(storage))
+    from pikv_hf.eval.demo import run_demo
+    from pikv_hf.eval.demo_view import print_json, print_result, working
+
+    with working(quiet=as_json):
+        result = run_demo(options)
+    (print_json if as_json else print_result)(result)
+    return result
+
+
+def _failure(status: int, message: str) -> typer.Exit:
+    typer.echo(f"Error: {message}", err=True)
+    return typer.Exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What ``pikv demo`` was asked to do. Free of torch, so that the command line's help is quick."""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pikv_hf.config import PiKVConfig
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class InputError(ValueError):
+    """The user asked for something impossible; the message is one line for the terminal."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """What ``pikv demo`` was asked to do.
+
+    Parameters
+    ----------
+    model : str, optional
+        Folder or Hub name; the bundled reference model by default.
+    text : Path, optional
+        File with the context; by default a synthetic haystack with needles.
+    questions : tuple of str
+        Questions about `text`.
+    tokens : int
+        Length of the haystack with its questions and answers, in tokens of the reference tokenizer.
+    seed : int
+        Of the haystack.
+    max_new_tokens : int
+        Limit of each answer.
+    dtype : str, optional
+        One of `DTYPES`; by default the one the model was saved in.
+    device : str, optional
+        By default the first GPU, else the CPU.
+    threads : int
+        CPU threads of torch.
+    pikv : PiKVConfig
+        Storage options of the PiKV cache.
+
+    Raises
+    ------
+    InputError
+        For a number below 1, an unknown dtype, or a text without questions and the reverse.
+    """
+
+    model: str | None = None
+    text: Path | None = None
+    questions: tuple[str, ...] = ()
+    tokens: int = 2048
+    seed: int = 0
+    max_new_tokens: int = 48
+    dtype: str | None = None
+    device: str | None = None
+    threads: int = 2
+    pikv: PiKVConfig = dataclasses.field(default_factory=PiKVConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "max_new_tokens", "threads"):
+            if (value := getattr(self, name)) < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.text is not None and not self.questions:
+            raise InputError(f"--text {self.text} needs at least one --question")
+        if self.questions and self.text is None:
+            raise InputError("--question needs --text, the file that it is about")
+
+
+@contextmanager
+def user_input(what: str) -> Iterator[None]:
+    """Turn the errors that a wrong option causes into an `InputError` of one line that begins with `what`."""
+    try:
+        yield
+    except InputError:
+        raise
+    # AssertionError is what torch raises for CUDA devices where it was built without CUDA.
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        lines = reason.strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{what}: {lines[0]}") from error
