@@ -10,9 +10,8 @@ MAX_LOGITS = 8 * 1024 * 1024
 
 def _softmax_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn float32 logits `(..., T)` into unnormalised probabilities in place; return their sum and the LSE."""
-    peak = logits.amax(dim=-1, keepdim=True)
-    # A row without any visible key has peak -inf; anchored at 0 its probabilities are all exp(-inf) = 0.
-    peak.masked_fill_(peak == -torch.inf, 0.0)
+    # A row without any visible key has peak -inf; anchored at a finite one its probabilities are all exp(-inf) = 0.
+    peak = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     logits.sub_(peak).exp_()
     total = logits.sum(dim=-1, keepdim=True)
     return total, (total.log() + peak).squeeze(-1)
@@ -74,7 +73,8 @@ def _attend_block(
     holes: torch.Tensor | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = torch.bmm(query, keys.transpose(1, 2)).float().mul_(scale)
+    unread = query.new_empty((1, 1, 1))
+    logits = torch.baddbmm(unread, query, keys.transpose(1, 2), beta=0, alpha=scale).float()
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:

@@ -155,7 +155,9 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     if attachment is None:
         check_supported(model.config)
         if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-            raise ValueError(f"{type(model).__name__} keeps its state in a cache of its own, not in one of transformers'")
+            raise ValueError(
+                f"{type(model).__name__} keeps its state in a cache of its own, not in one of transformers'"
+            )
         attachment = Attachment(model)
     if not attachment.active:
         attachment._stays = True

@@ -182,14 +182,11 @@ def _attend_run(
 
 
 def _holes(table: PageTable, run: Run) -> torch.Tensor | None:
-    """Return the empty slots of a run, counted from its first slot."""
-    size = table.pool.page_size
-    counts = table.pool.count[run.start : run.stop]
-    partial = np.flatnonzero(counts < size)
-    if not len(partial):
+    """Return the empty slots of a run, counted from its first slot. Pages fill but never empty while a plan lasts."""
+    pool = table.pool
+    if not len(run.partial):
         return None
-    slots = partial[:, None] * size + np.arange(size)
-    return table.pool.index(slots[np.arange(size) >= counts[partial, None]])
+    return pool.index(run.slots[np.arange(pool.page_size) >= pool.count[run.partial, None]])
 
 
 def _attend_scattered(

@@ -38,11 +38,12 @@ class LayerRouter:
     def listen(self, deliver: Deliver) -> torch.utils.hooks.RemovableHandle:
         """Call `deliver` with the primary experts of every forward pass; the handle ends it."""
         if self.reads_inputs:
-            signature = inspect.signature(self.module.forward)
+            names = list(inspect.signature(self.module.forward).parameters)
+            ids, weights = _named(names, _ID_ARGUMENTS), _named(names, _WEIGHT_ARGUMENTS)
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                given = signature.bind_partial(*args, **kwargs).arguments
-                deliver(primary_experts(_first(given, _ID_ARGUMENTS), _first(given, _WEIGHT_ARGUMENTS)))
+                given = {**dict(zip(names, args, strict=False)), **kwargs}
+                deliver(primary_experts(given[ids], given.get(weights)))
 
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
 
@@ -139,5 +140,5 @@ def _num_experts(module: nn.Module, config: Any) -> int | None:
     return None
 
 
-def _first(arguments: dict[str, Any], names: tuple[str, ...]) -> Any:
-    return next((arguments[name] for name in names if name in arguments), None)
+def _named(names: list[str], wanted: tuple[str, ...]) -> str:
+    return next((name for name in wanted if name in names), "")

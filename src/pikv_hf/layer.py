@@ -225,13 +225,8 @@ class PiKVLayer(CacheLayerMixin):
         """Write one decoded token per row into the window; its expert follows from the router."""
         assert self.table is not None
         self._slots = self.table.pool.index(self.table.next_slots())
-        position = torch.full((len(self._slots),), self.seen, dtype=torch.int32, device=self.device)
-        self.table.pool.write(
-            self._slots,
-            keys.squeeze(2).transpose(0, 1),
-            values.squeeze(2).transpose(0, 1),
-            position,
-            position.new_full(position.shape, -1, dtype=torch.int16),
+        self.table.pool.write_newest(
+            self._slots, keys.squeeze(2).transpose(0, 1), values.squeeze(2).transpose(0, 1), self.seen
         )
 
     def record_experts(self, experts: torch.Tensor) -> None:

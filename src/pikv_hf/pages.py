@@ -131,10 +131,11 @@ class PagePool:
         return ids
 
     def _wipe(self, ids: PageIds) -> None:
-        """Clear what an earlier owner left: stale positions, and values, since 0 * NaN is NaN even where masked."""
+        """Clear what an earlier owner left; values too, since 0 * NaN is NaN even where masked."""
         if len(ids):
             index = self.index(ids)
             self.positions.index_fill_(0, index, -1)
+            self.experts.index_fill_(0, index, -1)
             self.values.index_fill_(1, index, 0)
 
     def hold(self, ids: PageIds) -> None:
@@ -158,6 +159,7 @@ class PagePool:
         """Forget the tokens of a page beyond the first `count`."""
         self.count[page] = count
         self.positions[page, count:] = -1
+        self.experts[page, count:] = -1
 
     def write(
         self,
@@ -182,6 +184,12 @@ class PagePool:
         append_tokens(self.values, slots, values)
         self.positions.view(-1).index_copy_(0, slots, positions)
         self.experts.view(-1).index_copy_(0, slots, experts)
+
+    def write_newest(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Store one decoded token per slot, all at one position, their experts yet unknown. See :meth:`write`."""
+        append_tokens(self.keys, slots, keys)
+        append_tokens(self.values, slots, values)
+        self.positions.view(-1).index_fill_(0, slots, position)
 
     def move(self, sources: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy tokens from one set of slots to another, both `(n,)` int64."""

@@ -15,11 +15,25 @@ MIN_RUN = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring pages `start..stop-1` held by exactly the rows `rows`: read in place, once for all of them."""
+    """Neighbouring pages held by exactly the same rows: read in place, once for all of them.
+
+    Attributes
+    ----------
+    start, stop : int
+        Pages `start..stop-1`.
+    rows : list of int
+        The rows that hold them.
+    partial : numpy.ndarray
+        `(n,)` int64, the pages that were not full when the plan was made.
+    slots : numpy.ndarray
+        `(n, P)` int64, their slots, counted from the first of the run.
+    """
 
     start: int
     stop: int
     rows: list[int]
+    partial: PageIds
+    slots: PageIds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,7 +55,7 @@ class ReadPlan:
     lengths: PageIds
 
 
-def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], capacity: int) -> ReadPlan:
+def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], counts: np.ndarray, size: int) -> ReadPlan:
     """Divide the pages of sequences into runs and scattered pages.
 
     Parameters
@@ -50,11 +64,13 @@ def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], capaci
         The page numbers of each distinct sequence.
     members : sequence of sequences of int
         The rows that hold each of them; together all rows `0..B-1`.
-    capacity : int
-        Pages in the pool.
+    counts : numpy.ndarray
+        `(N,)`, the tokens in each page of the pool.
+    size : int
+        Tokens per page.
     """
     # One column of zeros on either side, so that every stretch of pages has two edges.
-    holds = np.zeros((len(pages), capacity + 2), dtype=np.bool_)
+    holds = np.zeros((len(pages), len(counts) + 2), dtype=np.bool_)
     for line, ids in zip(holds, pages, strict=True):
         line[ids + 1] = True
     edges = np.flatnonzero((holds[:, 1:] != holds[:, :-1]).any(axis=0)).tolist()
@@ -64,7 +80,9 @@ def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], capaci
         holders = np.flatnonzero(holds[:, start + 1]).tolist()
         rows = sorted(row for holder in holders for row in members[holder])
         if rows and stop - start >= MIN_RUN:
-            runs.append(Run(start, stop, rows))
+            partial = start + np.flatnonzero(counts[start:stop] < size)
+            slots = (partial - start)[:, None] * size + np.arange(size)
+            runs.append(Run(start, stop, rows, partial, slots))
         else:
             for row in rows:
                 scattered[row] += range(start, stop)

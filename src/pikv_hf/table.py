@@ -215,7 +215,7 @@ class PageTable:
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
             pages = [sequence.pages() for sequence in self._sequences()]
-            self._plan = make_plan(pages, list(members.values()), self.pool.capacity)
+            self._plan = make_plan(pages, list(members.values()), self.pool.count, self.pool.page_size)
         return self._plan
 
     def dense(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
