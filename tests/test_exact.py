@@ -174,7 +174,7 @@ def test_row_operations_and_crop(qwen: Any) -> None:
                     mask = mask[index]
                 elif "crop" in change:
                     length = cache.get_seq_length() - (3 if change == "crop" else 60)
-                    cache.crop(length)
+                    cache.crop(length - cache.get_seq_length())
                     mask = mask[:, :length]
                 for _ in range(11):
                     token = torch.randint(2, 190, (mask.shape[0], 1), generator=torch.Generator().manual_seed(step))

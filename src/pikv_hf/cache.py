@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from .attachment import Attachment, check_supported, ensure_attached
 from .config import PiKVConfig
-from .layer import PiKVLayer, check_fits
+from .layer import PiKVLayer, check_fits, cropped_length
 from .report import LayerMemory, MemoryReport, live_bytes
 
 
@@ -104,13 +104,15 @@ class PiKVCache(Cache):
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions, or remove the last `-max_length` if it is negative.
 
+        Zero means what the installed transformers means by it: keep nothing up to 5.17, remove nothing from 5.18 on.
+
         Raises
         ------
         ValueError
             If a sliding layer has already dropped tokens that the shorter cache would need; nothing is changed then.
         """
         seen = self.get_seq_length()
-        length = max(0, seen + max_length) if max_length < 0 else max_length
+        length = cropped_length(seen, max_length)
         if length >= seen:
             return
         for index, layer in enumerate(self.layers):
@@ -121,7 +123,7 @@ class PiKVCache(Cache):
                 )
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.crop(length)
+                layer.truncate(length)
             else:
                 layer.crop(length - layer.get_seq_length())
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers.cache_utils import CacheLayerMixin
 
 from .config import PiKVConfig
@@ -78,6 +80,21 @@ def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: H
         )
     if (keys.dtype, keys.device) != (dtype, device):
         raise ValueError(f"{where}: got {keys.dtype} on {keys.device}, but the cache holds {dtype} on {device}")
+
+
+# Up to 5.17 `crop(0)` keeps nothing, from 5.18 on it removes nothing.
+_ZERO_REMOVES_NOTHING = Version(transformers.__version__) >= Version("5.18.0.dev0")
+
+
+def cropped_length(seen: int, argument: int) -> int:
+    """Return how many of `seen` positions `crop(argument)` keeps.
+
+    A negative argument is a number of tokens to remove, which all releases of transformers agree on. A positive one is
+    the length to keep, as up to 5.17; zero means what the installed release means by it.
+    """
+    if argument < 0 or (argument == 0 and _ZERO_REMOVES_NOTHING):
+        return max(0, seen + argument)
+    return min(seen, argument)
 
 
 class PiKVLayer(CacheLayerMixin):
@@ -173,7 +190,9 @@ class PiKVLayer(CacheLayerMixin):
             self.attachment.expect(self)
         elif not in_place:
             self.settle()
-        if history and not in_place:
+        if not in_place:
+            if not history:
+                return key_states, value_states
             return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
         # A view of its own: the attribute must not outlive this call on a tensor that the caller keeps.
         keys = key_states.view(key_states.shape)
@@ -219,7 +238,7 @@ class PiKVLayer(CacheLayerMixin):
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""
         self._reference_out = False
-        self.crop(self.seen - tokens)
+        self.truncate(self.seen - tokens)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
@@ -325,8 +344,11 @@ class PiKVLayer(CacheLayerMixin):
             self.select(torch.arange(len(self.table.rows))[indices.cpu()].tolist())
 
     def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` positions, or remove the last `-max_length` if it is negative."""
-        length = max(0, self.seen + max_length) if max_length < 0 else max_length
+        """Keep the first `max_length` positions, or remove the last `-max_length`; see :func:`cropped_length`."""
+        self.truncate(cropped_length(self.seen, max_length))
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` positions."""
         if length >= self.seen or self.table is None:
             return
         if self.pending is not None and length <= self.seen - self.pending.keys.shape[2]:
