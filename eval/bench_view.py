@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from .bench import Comparison
 from .provenance import provenance
+
+WIDTH = 100
 
 
 def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
@@ -26,18 +29,20 @@ def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path |
         A JSON file to write, with machine, versions and command.
     """
     torch.set_num_threads(threads)
-    console = Console()
+    console = Console(log_path=False, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH
     done: list[Comparison] = []
     with console.status("measuring"):
         for comparison in comparisons:
             done.append(comparison)
-            console.log(_line(comparison), highlight=False, log_locals=False)
+            console.log(_line(comparison))
     console.print(_table(done))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         result = {**provenance(), "results": [dataclasses.asdict(each) for each in done]}
         output.write_text(json.dumps(result, indent=2) + "\n")
-        console.print(f"written to {output}")
+        console.print(f"written to {output}", soft_wrap=True)
 
 
 def _line(each: Comparison) -> str:
@@ -45,9 +50,13 @@ def _line(each: Comparison) -> str:
 
 
 def _table(done: list[Comparison]) -> Table:
-    table = Table(title="Milliseconds, median of the runs; ratio above 1: PiKV is faster")
-    for name in ("case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "ratio of means", "max |difference|"):
-        table.add_column(name, justify="left" if name == "case" else "right")
+    table = Table(
+        title="Median milliseconds; ratio: times faster than DynamicCache, by medians, by means",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"):
+        table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
     for each in done:
         table.add_row(
             each.name,
