@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     cells = [(row, length) for length in arguments.lengths for row in ROWS]
     results = [
         measure(model, tokenizer, evaluation_samples(*row, length, arguments.samples, arguments.seed), length)
-        for row, length in track(cells, "Measuring accuracy", Console(stderr=True))
+        for row, length in track(cells, "Measuring accuracy", console=Console(stderr=True))
     ]
     mixed = [sample for row in ROWS for sample in evaluation_samples(*row, 1024, 8, arguments.seed)]
     report = {

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch.multiprocessing.spawn import spawn
 from transformers import PreTrainedTokenizerFast
 
-from pikv_hf.eval.reference import write_digest
+from pikv_hf.eval.reference import CHECKPOINT, write_digest
 from pikv_hf.eval.tokenizer import build_tokenizer
 from pikv_hf.eval.training.metrics import MetricsLog
 from pikv_hf.eval.training.trainer import Settings, Trainer
@@ -74,6 +74,8 @@ def worker(rank: int, world: int, store: str, settings: Settings, max_minutes: f
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Save the model, its tokenizer, the training record and the checkpoint's digest to ``out``."""
     trainer.model.save_pretrained(out)
+    # safetensors writes files that only their owner may read, which would end up so in an installed package.
+    (out / CHECKPOINT).chmod(0o644)
     tokenizer.save_pretrained(out)
     record = {"seed": trainer.settings.seed, **trainer.progress.as_dict()}
     (out / "training.json").write_text(json.dumps(record, indent=2) + "\n")

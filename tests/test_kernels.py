@@ -148,3 +148,23 @@ def test_gather_and_append_are_inverse() -> None:
     assert torch.equal(gathered[:, 0], tokens)
     assert torch.equal(gathered[:, 1], tokens.roll(4, dims=1))
     assert (pool[:, [0, 2, 4]] == 0).all()
+
+
+def test_a_masked_history_is_read_in_bounded_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sliding layer's chunk over a long history gives the same in one piece and in many."""
+    from families import FAMILIES
+
+    from pikv_hf import PiKVCache, attention
+
+    model = FAMILIES["mixtral_sliding"].build(num_hidden_layers=1)
+    ids = torch.randint(2, 190, (2, 300))
+
+    def logits() -> torch.Tensor:
+        cache = PiKVCache.for_model(model, page_size=4, recent_window=8, sliding_layers="paged")
+        with torch.no_grad():
+            model(ids[:, :280], past_key_values=cache)
+            return model(ids[:, 280:], past_key_values=cache).logits
+
+    whole = logits()
+    monkeypatch.setattr(attention, "MAX_LOGITS", 2000)
+    torch.testing.assert_close(logits(), whole, atol=1e-5, rtol=1e-5)

@@ -8,6 +8,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .kernels import causal_attention, merge_partials, partial_attention
 from .kernels.merge_partials import merge_sinks
+from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
 from .masks import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid
 from .read_plan import Run
@@ -144,10 +145,14 @@ def attend_pages(
     plan = table.plan()
     value_dim = table.pool.values.shape[-1]
     result: tuple[torch.Tensor, torch.Tensor] | None = None
+    # A mask is turned into a bias of the size of the logits, which partial_attention bounds only for itself.
+    logits_per_page = folded[..., 0].numel() * table.pool.page_size
+    most = max(1, table.pool.capacity if bias is None else MAX_LOGITS // logits_per_page)
     for run in plan.runs:
-        part = _attend_run(table, run, folded, bias, scale, softcap)
-        result = _add_rows(result, part, run.rows, batch)
-    for first in range(0, plan.scattered.shape[1], step := _gather_step(table, batch)):
+        for piece in run.pieces(most, table.pool.count, table.pool.page_size):
+            part = _attend_run(table, piece, folded, bias, scale, softcap)
+            result = _add_rows(result, part, piece.rows, batch)
+    for first in range(0, plan.scattered.shape[1], step := min(most, _gather_step(table, batch))):
         part = _attend_scattered(table, slice(first, first + step), folded, bias, scale, softcap)
         result = part if result is None else merge_partials(*result, *part)
     if result is None:

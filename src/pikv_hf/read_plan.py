@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -34,6 +34,20 @@ class Run:
     rows: list[int]
     partial: PageIds
     slots: PageIds
+
+    @classmethod
+    def of(cls, start: int, stop: int, rows: list[int], counts: np.ndarray, size: int) -> "Run":
+        """Make a run; `counts` `(N,)` are the tokens in each page of the pool, `size` those of a full page."""
+        partial = start + np.flatnonzero(counts[start:stop] < size)
+        return cls(start, stop, rows, partial, (partial - start)[:, None] * size + np.arange(size))
+
+    def pieces(self, pages: int, counts: np.ndarray, size: int) -> Iterator["Run"]:
+        """Divide the run into runs of at most `pages` pages."""
+        if self.stop - self.start <= pages:
+            yield self
+            return
+        for start in range(self.start, self.stop, pages):
+            yield Run.of(start, min(start + pages, self.stop), self.rows, counts, size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,9 +94,7 @@ def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], counts
         holders = np.flatnonzero(holds[:, start + 1]).tolist()
         rows = sorted(row for holder in holders for row in members[holder])
         if rows and stop - start >= MIN_RUN:
-            partial = start + np.flatnonzero(counts[start:stop] < size)
-            slots = (partial - start)[:, None] * size + np.arange(size)
-            runs.append(Run(start, stop, rows, partial, slots))
+            runs.append(Run.of(start, stop, rows, counts, size))
         else:
             for row in rows:
                 scattered[row] += range(start, stop)
