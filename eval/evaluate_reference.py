@@ -7,26 +7,21 @@ over experts. Writes ``accuracy.json`` and the model card into the model's folde
 import argparse
 import json
 import math
-import os
-import platform
 import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
-import transformers
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
-from pikv_hf.eval.model_card import write_model_card
+from pikv_hf.eval.model_card import accuracy_table, write_model_card
+from pikv_hf.eval.provenance import provenance
 from pikv_hf.eval.reference import DIGESTS, load_reference_model, reference_model_path
 from pikv_hf.eval.synthetic import Sample, count_tokens, make_sample
 
@@ -148,29 +143,6 @@ def expert_balance(
     return [entropy_share(load) for load in loads]
 
 
-def provenance(command: str) -> dict[str, Any]:
-    """Where, when and with what the figures were measured."""
-    return {
-        "command": command,
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "checkpoint_sha256": (reference_model_path() / DIGESTS).read_text().split()[0],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "machine": f"{os.cpu_count()} CPU cores ({_processor()})",
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _processor() -> str:
-    """The processor's marketing name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure the bundled checkpoint, print the table and update the model's folder."""
     parser = argparse.ArgumentParser(prog="python -m pikv_hf.eval.evaluate_reference", description=__doc__)
@@ -184,9 +156,12 @@ def main(argv: list[str] | None = None) -> None:
         measure(model, tokenizer, evaluation_samples(*row, length, arguments.samples, arguments.seed), length)
         for row, length in track(cells, "Measuring accuracy", console=Console(stderr=True))
     ]
+    lengths = " ".join(map(str, arguments.lengths))
+    command = f"{parser.prog} --samples {arguments.samples} --lengths {lengths} --seed {arguments.seed}"
     mixed = [sample for row in ROWS for sample in evaluation_samples(*row, 1024, 8, arguments.seed)]
-    report = {
-        **provenance(f"{parser.prog} --samples {arguments.samples} --seed {arguments.seed}"),
+    report: dict[str, Any] = {
+        **provenance(command),
+        "checkpoint_sha256": (reference_model_path() / DIGESTS).read_text().split()[0],
         "seed": arguments.seed,
         "accuracy": [asdict(result) for result in results],
         "expert_entropy_share": [round(share, 4) for share in expert_balance(model, tokenizer, mixed)],
@@ -194,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = reference_model_path()
     (folder / "accuracy.json").write_text(json.dumps(report, indent=2) + "\n")
     write_model_card(folder)
-    Console().print((folder / "README.md").read_text(), markup=False)
+    print(accuracy_table(report["accuracy"]))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ Exact match / RULER string match in percent, {samples} samples per cell, full `D
 
 - single: one needle.
 - multikey: one of 8 needles is asked for; in a haystack of needles, one of as many as fit.
-- multivalue: four numbers of one key in order of appearance, and one other needle.
+- multivalue: four numbers of one key in order of appearance, and one other needle. An exact match needs the order, the
+  string match does not.
 - multiquery: four of 8 needles in one answer.
 - vt: one chain of 5 variables (4 hops), asked backwards: the last variable is given and the chain to its value is the
   answer. Partial credit is easy here, so do not rank methods by its string match.
@@ -50,7 +51,7 @@ Exact match / RULER string match in percent, {samples} samples per cell, full `D
 Experts: the entropy of the load is {balance} of the uniform distribution's in layers 1 to {layers}.
 
 Measured on {date} with `{command}`;
-Python {python}, torch {torch}, transformers {transformers}, {machine}, {threads} threads.
+Python {python}, torch {torch}, transformers {transformers}, {cores} CPU cores ({processor}), {threads} threads.
 
 ## Training data
 
@@ -68,13 +69,13 @@ weight 0.01. Two single-threaded processes average their gradients.
 
 {stages}
 
-The first stage starts with 8 keys and doubles their number whenever recall exceeds 85%; with all keys from the
-beginning, matching a key does not emerge. Once it has 64 keys, a fifth of its documents are `variable_recall`.
-Lengths beyond those trained on are reached with skipped position ids (PoSE).
+The first stage starts with 8 keys and doubles their number whenever recall exceeds 85%: in earlier trials with all keys
+from the beginning, matching a key did not emerge within an hour. Once the pool has 64 keys, a fifth of the documents
+are `variable_recall`. Lengths beyond those trained on are reached with skipped position ids (PoSE).
 
 This checkpoint: {tokens:.1f} million tokens (padding included) in {steps:,} steps, {wall:.0f} minutes of wall time and
-{cpu:.0f} minutes of CPU time over both processes, on two cores shared with other work. The script was started {runs}
-times, each time continuing from its checkpoint.{notes}
+{cpu:.0f} minutes of CPU time over both processes, on two cores shared with other work, in {runs} run(s) of the script,
+each continuing from the checkpoint of the one before.{notes}
 """
 
 
@@ -85,8 +86,11 @@ def write_model_card(folder: Path) -> None:
     )
     shares = report["expert_entropy_share"]
     card = _TEMPLATE.format(
-        **{name: report[name] for name in ("seed", "date", "command", "python", "torch", "transformers", "machine")},
-        threads=report["threads"],
+        **{name: report["versions"][name] for name in ("python", "torch", "transformers")},
+        **{name: report["machine"][name] for name in ("cores", "processor", "threads")},
+        seed=report["seed"],
+        command=report["command"],
+        date=report["date"][:10],
         vocabulary=config["vocab_size"],
         sha256=report["checkpoint_sha256"],
         samples=report["accuracy"][0]["samples"],

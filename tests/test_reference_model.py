@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +25,6 @@ from pikv_hf.eval.model_card import accuracy_table, write_model_card
 from pikv_hf.eval.reference import load_reference_model, reference_model_path, verify_digest, write_digest
 from pikv_hf.eval.synthetic.words import KEYS
 from pikv_hf.eval.tokenizer import build_tokenizer, vocabulary
-from pikv_hf.eval.train_reference import main as train
 from pikv_hf.eval.training import trainer as trainer_module
 from pikv_hf.eval.training.batches import BatchBuilder
 from pikv_hf.eval.training.curriculum import CURRICULUM, FIRST_POOL, Progress, Stage
@@ -234,7 +235,9 @@ class TestTraining:
 
     def test_script_trains_saves_and_verifies(self, tmp_path: Path) -> None:
         work, out = tmp_path / "work", tmp_path / "out"
-        train(["--work-dir", str(work), "--out", str(out), "--steps-scale", "0"])
+        # A process of its own: the script sets environment variables and a signal handler.
+        script = [sys.executable, "-m", "pikv_hf.eval.train_reference", "--steps-scale", "0"]
+        subprocess.run([*script, "--work-dir", work, "--out", out], cwd=tmp_path, check=True, capture_output=True)
         verify_digest(out)
         record = json.loads((out / "training.json").read_text())
         assert record["stage_ends"] == [1, 2, 3, 4, 5]

@@ -173,13 +173,13 @@ def _attend_run(
     rows = len(run.rows)
     query = folded if rows == folded.shape[1] else folded[:, run.rows]
     start, stop = run.start * size, run.stop * size
-    positions = pool.positions[run.start : run.stop].view(-1)
+    hidden = None if bias is None else bias.shared(run.rows, pool.positions[run.start : run.stop].view(-1))
     out, lse = partial_attention(
         query.reshape(heads, -1, dim),
         pool.flat_keys[:, start:stop],
         pool.flat_values[:, start:stop],
         scale,
-        None if bias is None else bias.shared(run.rows, positions),
+        hidden,
         _holes(table, run),
         softcap,
     )

@@ -21,7 +21,7 @@ class PagePool:
     """Pages of one layer on one device.
 
     A page holds up to `page_size` tokens of one sequence: the keys and values of all KV heads, each token's position in
-    the sequence and its primary expert. Slots fill in order of position; the values of slots beyond a page's count are
+    the sequence and its primary expert. Slots fill in order of position; the K/V of slots beyond a page's count are
     finite, so that a masked slot never turns a sum into NaN. Page numbers stay valid when the pool grows.
 
     Parameters
@@ -47,6 +47,8 @@ class PagePool:
     refcount, count, shard, used : numpy.ndarray
         `(N,)` int32 / int16 / int16 / bool: sequences that hold the page (0: free), tokens in it, its shard
         (-1: window), whether it ever held tokens.
+    allocations : int
+        Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class PagePool:
         self.count = np.zeros(0, dtype=np.int16)
         self.shard = np.zeros(0, dtype=np.int16)
         self.used = np.zeros(0, dtype=np.bool_)
+        self.allocations = 0
 
     @property
     def capacity(self) -> int:
@@ -126,16 +129,19 @@ class PagePool:
         self.refcount[ids] = 1
         self.count[ids] = 0
         self.shard[ids] = shard
-        self._wipe(ids[self.used[ids]])
+        self.wipe(ids)
         self.used[ids] = True
+        self.allocations += 1
         return ids
 
-    def _wipe(self, ids: PageIds) -> None:
-        """Clear what an earlier owner left; values too, since 0 * NaN is NaN even where masked."""
-        if len(ids):
-            index = self.index(ids)
+    def wipe(self, ids: PageIds) -> None:
+        """Clear what earlier owners left in free pages; K/V too, since masking a NaN leaves a NaN."""
+        stale = ids[self.used[ids]]
+        if len(stale):
+            index = self.index(stale)
             self.positions.index_fill_(0, index, -1)
             self.experts.index_fill_(0, index, -1)
+            self.keys.index_fill_(1, index, 0)
             self.values.index_fill_(1, index, 0)
 
     def hold(self, ids: PageIds) -> None:
@@ -143,9 +149,10 @@ class PagePool:
         np.add.at(self.refcount, ids, 1)
 
     def release(self, ids: PageIds) -> None:
-        """Drop a reference to each page; pages without one are free."""
+        """Drop a reference to each page; pages without one are free and hold no tokens."""
         np.subtract.at(self.refcount, ids, 1)
         assert (self.refcount[ids] >= 0).all(), "a page was released more often than held"
+        self.count[ids[self.refcount[ids] == 0]] = 0
 
     def copy_page(self, page: int) -> int:
         """Copy a page; the copy has a reference count of 1."""

@@ -3,19 +3,22 @@
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .pages import PageIds
 
-# Shorter runs are cheaper gathered together than read one matmul at a time.
+# Shorter runs are cheaper gathered together than read one matmul at a time, and reading past as many free pages is
+# cheaper than a second run.
 MIN_RUN = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Run:
     """Neighbouring pages held by exactly the same rows: read in place, once for all of them.
+
+    A few free pages may lie between them; they count as pages without tokens.
 
     Attributes
     ----------
@@ -62,14 +65,19 @@ class ReadPlan:
         `(B, n)` int64; shorter rows are filled up with a page of their own beyond `lengths`.
     lengths : numpy.ndarray
         `(B,)` int64, scattered pages of each row.
+    bridged : numpy.ndarray
+        `(n,)` int64, the free pages inside of runs.
     """
 
     runs: list[Run]
     scattered: PageIds
     lengths: PageIds
+    bridged: PageIds
 
 
-def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], counts: np.ndarray, size: int) -> ReadPlan:
+def make_plan(
+    pages: Sequence[PageIds], members: Sequence[Sequence[int]], free: np.ndarray, counts: np.ndarray, size: int
+) -> ReadPlan:
     """Divide the pages of sequences into runs and scattered pages.
 
     Parameters
@@ -78,26 +86,23 @@ def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], counts
         The page numbers of each distinct sequence.
     members : sequence of sequences of int
         The rows that hold each of them; together all rows `0..B-1`.
+    free : numpy.ndarray
+        `(N,)` bool, the pages of the pool that nobody holds.
     counts : numpy.ndarray
         `(N,)`, the tokens in each page of the pool.
     size : int
         Tokens per page.
     """
-    # One column of zeros on either side, so that every stretch of pages has two edges.
-    holds = np.zeros((len(pages), len(counts) + 2), dtype=np.bool_)
-    for line, ids in zip(holds, pages, strict=True):
-        line[ids + 1] = True
-    edges = np.flatnonzero((holds[:, 1:] != holds[:, :-1]).any(axis=0)).tolist()
     runs: list[Run] = []
     scattered: dict[int, list[int]] = defaultdict(list)
-    for start, stop in itertools.pairwise(edges):
-        holders = np.flatnonzero(holds[:, start + 1]).tolist()
-        rows = sorted(row for holder in holders for row in members[holder])
-        if rows and stop - start >= MIN_RUN:
+    bridged = [np.zeros(0, dtype=np.int64)]
+    for start, stop, rows in _bridge(_stretches(pages, members, len(counts)), free):
+        if stop - start >= MIN_RUN:
             runs.append(Run.of(start, stop, rows, counts, size))
+            bridged.append(start + np.flatnonzero(free[start:stop]))
         else:
             for row in rows:
-                scattered[row] += range(start, stop)
+                scattered[row] += [page for page in range(start, stop) if not free[page]]
     batch = sum(map(len, members))
     lengths = np.array([len(scattered[row]) for row in range(batch)], dtype=np.int64)
     table = np.zeros((batch, int(lengths.max(initial=0))), dtype=np.int64)
@@ -106,4 +111,33 @@ def make_plan(pages: Sequence[PageIds], members: Sequence[Sequence[int]], counts
         table[list(shared)] = ids[0] if len(ids) else 0
     for row in range(batch):
         table[row, : lengths[row]] = scattered[row]
-    return ReadPlan(runs, table, lengths)
+    return ReadPlan(runs, table, lengths, np.concatenate(bridged))
+
+
+def _stretches(
+    pages: Sequence[PageIds], members: Sequence[Sequence[int]], capacity: int
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Yield `(start, stop, rows)` of the longest stretches of pages that the same rows hold."""
+    # One column of zeros on either side, so that every stretch of pages has two edges.
+    holds = np.zeros((len(pages), capacity + 2), dtype=np.bool_)
+    for line, ids in zip(holds, pages, strict=True):
+        line[ids + 1] = True
+    edges = np.flatnonzero((holds[:, 1:] != holds[:, :-1]).any(axis=0)).tolist()
+    for start, stop in itertools.pairwise(edges):
+        holders = np.flatnonzero(holds[:, start + 1]).tolist()
+        if holders:
+            yield start, stop, sorted(row for holder in holders for row in members[holder])
+
+
+def _bridge(stretches: Iterable[tuple[int, int, list[int]]], free: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
+    """Join stretches of the same rows with nothing but a few free pages between them."""
+    held: tuple[int, int, list[int]] | None = None
+    for start, stop, rows in stretches:
+        if held is not None and held[2] == rows and start - held[1] <= MIN_RUN and free[held[1] : start].all():
+            held = held[0], stop, rows
+            continue
+        if held is not None:
+            yield held
+        held = start, stop, rows
+    if held is not None:
+        yield held

@@ -49,6 +49,7 @@ class PageTable:
 
     def _changed(self) -> None:
         self._plan: ReadPlan | None = None
+        self._planned_at = -1
         self._cursor: tuple[PageIds, PageIds, int] | None = None
 
     def _sequences(self) -> list[SequencePages]:
@@ -210,12 +211,16 @@ class PageTable:
 
     def plan(self) -> ReadPlan:
         """Return how attention reads this table; made anew only after pages changed hands."""
-        if self._plan is None:
+        if self._plan is None or (len(self._plan.bridged) and self._planned_at != self.pool.allocations):
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
             pages = [sequence.pages() for sequence in self._sequences()]
-            self._plan = make_plan(pages, list(members.values()), self.pool.count, self.pool.page_size)
+            pool = self.pool
+            self._plan = make_plan(pages, list(members.values()), pool.refcount == 0, pool.count, pool.page_size)
+            # The free pages that a run reads past must stay free and clean; another fork may allocate them.
+            pool.wipe(self._plan.bridged)
+            self._planned_at = pool.allocations
         return self._plan
 
     def dense(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
