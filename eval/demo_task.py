@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pikv_hf.eval.demo_options import DemoOptions, InputError, user_input
 from pikv_hf.eval.reference import load_reference_model
-from pikv_hf.eval.synthetic import Sample, make_shared_samples
+from pikv_hf.eval.synthetic import Sample, count_tokens, make_shared_samples
 
 REFERENCE_NAME = "bundled reference model"
 # Stands in for the question while the chat template is applied; no text file has it.
@@ -107,6 +107,9 @@ def _context_and_samples(options: DemoOptions) -> tuple[str, list[Sample]]:
         return f"{text}\n", []
     with user_input(f"no haystack of --tokens {options.tokens}"):
         samples = make_shared_samples(options.tokens, random.Random(options.seed))
+        # That length includes the questions and answers; --tokens means the text alone.
+        missing = options.tokens - count_tokens(samples[0].context)
+        samples = make_shared_samples(options.tokens + missing, random.Random(options.seed))
     return samples[0].context, samples
 
 
