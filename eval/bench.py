@@ -182,7 +182,7 @@ def _their_step(
 def run_reorder(beams: int = 8, tokens: int = 32768, repeats: int = 5) -> Iterator[Comparison]:
     """Time `reorder_cache` of one layer, for beams that share their prompt and for rows that share nothing."""
     model = geometry_model()
-    for name, rows in (("reorder, shared prompt", 1), ("reorder, separate rows", beams)):
+    for name, rows in (("reorder shared", 1), ("reorder separate", beams)):
         keys, values = _random_kv(rows, tokens)
         pikv = filled_pikv(model, keys, values)
         pikv.batch_repeat_interleave(beams // rows)

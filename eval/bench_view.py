@@ -46,7 +46,11 @@ def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path |
 
 
 def _line(each: Comparison) -> str:
-    return f"{each.name}, batch {each.batch}, {each.tokens:,} tokens: {each.ratio:.1f}x"
+    return f"{each.name}, batch {each.batch}, {each.tokens:,} tokens: {_times(each.ratio)}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}x" if ratio >= 100 else f"{ratio:.2f}x" if ratio < 2 else f"{ratio:.1f}x"
 
 
 def _table(done: list[Comparison]) -> Table:
@@ -64,8 +68,8 @@ def _table(done: list[Comparison]) -> Table:
             f"{each.tokens:,}",
             f"{each.pikv.p50 * 1e3:,.2f}",
             f"{each.dynamic.p50 * 1e3:,.1f}",
-            f"{each.ratio:,.1f}x",
-            f"{each.mean_ratio:,.1f}x",
+            _times(each.ratio),
+            _times(each.mean_ratio),
             f"{each.max_difference:.0e}",
         )
     return table
