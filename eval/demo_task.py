@@ -107,8 +107,8 @@ def _context_and_samples(options: DemoOptions) -> tuple[str, list[Sample]]:
         return f"{text}\n", []
     with user_input(f"no haystack of --tokens {options.tokens}"):
         samples = make_shared_samples(options.tokens, random.Random(options.seed))
-        # That length includes the questions and answers; --tokens means the text alone.
-        missing = options.tokens - count_tokens(samples[0].context)
+        # That length includes the questions and answers; --tokens means the text alone, <bos> included.
+        missing = options.tokens - 1 - count_tokens(samples[0].context)
         samples = make_shared_samples(options.tokens + missing, random.Random(options.seed))
     return samples[0].context, samples
 

@@ -29,6 +29,12 @@ def _one_thread_each() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _small_runs_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The pages of small models are so small that they would all be gathered, and none read in place.
+    monkeypatch.setattr("pikv_hf.table.MIN_RUN_BYTES", 1)
+
+
+@pytest.fixture(autouse=True)
 def _quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     warnings.filterwarnings("ignore", message=".*generation flags are not valid.*")
     torch.manual_seed(0)

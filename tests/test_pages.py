@@ -10,7 +10,7 @@ from pikv_hf import PiKVConfig
 from pikv_hf.attention import attend
 from pikv_hf.layer import PiKVLayer
 from pikv_hf.pages import PagePool
-from pikv_hf.read_plan import MIN_RUN, make_plan
+from pikv_hf.read_plan import make_plan
 
 
 def pool() -> PagePool:
@@ -82,18 +82,19 @@ def test_failed_transaction_changes_no_count() -> None:
 @given(
     owners=st.lists(st.sampled_from(["free", "a", "b", "ab", "other"]), min_size=1, max_size=60).map(
         lambda picks: [p for p in picks for _ in range(4)]
-    )
+    ),
+    min_run=st.sampled_from([2, 8, 20]),
 )
-def test_plan_covers_every_page_once(owners: list[str]) -> None:
+def test_plan_covers_every_page_once(owners: list[str], min_run: int) -> None:
     """Every row reads each of its pages exactly once, and nothing else but clean free pages."""
     held = [np.array([i for i, owner in enumerate(owners) if name in owner and owner != "other"]) for name in "ab"]
     held = [ids.astype(np.int64) for ids in held]
     free = np.array([owner == "free" for owner in owners])
     counts = np.where(free, 0, 4)
-    plan = make_plan(held, [[0, 2], [1]], free, counts, 4)
+    plan = make_plan(held, [[0, 2], [1]], free, counts, size=4, min_run=min_run)
     read: dict[int, list[int]] = {0: [], 1: [], 2: []}
     for run in plan.runs:
-        assert run.stop - run.start >= MIN_RUN
+        assert run.stop - run.start >= min_run
         for row in run.rows:
             read[row] += [page for page in range(run.start, run.stop) if not free[page]]
         inside = [page for page in range(run.start, run.stop) if free[page]]

@@ -14,8 +14,8 @@ from .masks import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid
 from .read_plan import Run
 from .table import PageTable
 
-# Scattered pages are gathered at most this many bytes of keys at a time.
-MAX_GATHER_BYTES = 32 * 1024 * 1024
+# Scattered pages are gathered at most this many bytes of K/V at a time.
+MAX_GATHER_BYTES = 64 * 1024 * 1024
 
 
 def pikv_attention_forward(
@@ -205,28 +205,30 @@ def _attend_scattered(
     keys, values = pool.gather(index)
     tokens = keys.shape[2]
     held = np.where(np.arange(part.start, part.start + ids.shape[1]) < plan.lengths[:, None], pool.count[ids], 0)
-    hidden = pool.index(held)[:, :, None] <= torch.arange(pool.page_size, device=keys.device)
-    hide = torch.zeros((1, batch, 1, tokens), device=keys.device)
-    hide.masked_fill_(hidden.view(1, batch, 1, tokens), -torch.inf)
-    total = hide.expand(heads, -1, -1, -1).reshape(heads * batch, 1, tokens)
-    if bias is not None:
-        total = total + bias.per_row(pool.positions[index].view(batch, tokens))
+    empty = (np.arange(pool.page_size) >= held[:, :, None]).reshape(batch, tokens)
+    hidden = None if bias is None else bias.per_row(pool.positions[index].view(batch, tokens))
+    holes = None
+    if batch == 1:
+        holes = pool.index(np.flatnonzero(empty))
+    else:
+        # Rows have their holes at different places, which only a bias can say.
+        gone = torch.from_numpy(np.where(empty, -np.inf, 0.0).astype(np.float32)).to(keys.device)
+        by_lane = gone.repeat(heads, 1).unsqueeze(1)
+        hidden = by_lane if hidden is None else hidden + by_lane
     out, lse = partial_attention(
         folded.reshape(heads * batch, queries, dim),
         keys.view(heads * batch, tokens, -1),
         values.view(heads * batch, tokens, -1),
         scale,
-        total,
-        None,
+        hidden,
+        holes,
         softcap,
     )
     return out.view(heads, batch, queries, -1), lse.view(heads, batch, queries)
 
 
 def _gather_step(table: PageTable, batch: int) -> int:
-    keys = table.pool.keys
-    page_bytes = keys.shape[0] * keys.shape[2] * keys.shape[3] * keys.element_size()
-    return max(1, MAX_GATHER_BYTES // max(1, batch * page_bytes))
+    return max(1, MAX_GATHER_BYTES // (batch * table.pool.page_bytes))
 
 
 def _nothing(folded: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

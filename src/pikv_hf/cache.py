@@ -243,7 +243,7 @@ def _layer_memory(index: int, layer: Any) -> LayerMemory:
     table, pool = layer.table, layer.table.pool
     pending = live_bytes(t for t in layer.storages() if all(t is not p for p in pool.tensors()))
     keys, values = live_bytes([pool.keys]), live_bytes([pool.values])
-    page = (keys + values) // max(1, pool.capacity)
+    page = pool.page_bytes
     held = table.distinct_pages()
     shard = pool.shard[held]
     counts = [int(np.count_nonzero(shard == s)) for s in range(table.num_shards)]

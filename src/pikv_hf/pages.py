@@ -80,6 +80,12 @@ class PagePool:
         return [self.keys, self.values, self.positions, self.experts]
 
     @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page."""
+        per_token = self.keys.shape[0] * (self.keys.shape[-1] + self.values.shape[-1])
+        return self.page_size * per_token * self.keys.element_size()
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the bookkeeping kept outside of tensors."""
         return self.refcount.nbytes + self.count.nbytes + self.shard.nbytes + self.used.nbytes

@@ -9,9 +9,9 @@ import numpy as np
 
 from .pages import PageIds
 
-# Shorter runs are cheaper gathered together than read one matmul at a time, and reading past as many free pages is
-# cheaper than a second run.
-MIN_RUN = 8
+# Shorter runs, in bytes of K/V, are cheaper gathered together than read one matmul at a time, and reading past as many
+# free bytes is cheaper than a second run. A run costs some 80 microseconds on a CPU, in which about 1 MiB is copied.
+MIN_RUN_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class ReadPlan:
     Attributes
     ----------
     runs : list of Run
-        At least `MIN_RUN` pages each.
+        At least `min_run` pages each.
     scattered : numpy.ndarray
         `(B, n)` int64; shorter rows are filled up with a page of their own beyond `lengths`.
     lengths : numpy.ndarray
@@ -76,7 +76,12 @@ class ReadPlan:
 
 
 def make_plan(
-    pages: Sequence[PageIds], members: Sequence[Sequence[int]], free: np.ndarray, counts: np.ndarray, size: int
+    pages: Sequence[PageIds],
+    members: Sequence[Sequence[int]],
+    free: np.ndarray,
+    counts: np.ndarray,
+    size: int,
+    min_run: int,
 ) -> ReadPlan:
     """Divide the pages of sequences into runs and scattered pages.
 
@@ -92,12 +97,14 @@ def make_plan(
         `(N,)`, the tokens in each page of the pool.
     size : int
         Tokens per page.
+    min_run : int
+        The fewest pages of a run, and the most free pages that one reads past.
     """
     runs: list[Run] = []
     scattered: dict[int, list[int]] = defaultdict(list)
     bridged = [np.zeros(0, dtype=np.int64)]
-    for start, stop, rows in _bridge(_stretches(pages, members, len(counts)), free):
-        if stop - start >= MIN_RUN:
+    for start, stop, rows in _bridge(_stretches(pages, members, len(counts)), free, min_run):
+        if stop - start >= min_run:
             runs.append(Run.of(start, stop, rows, counts, size))
             bridged.append(start + np.flatnonzero(free[start:stop]))
         else:
@@ -129,11 +136,13 @@ def _stretches(
             yield start, stop, sorted(row for holder in holders for row in members[holder])
 
 
-def _bridge(stretches: Iterable[tuple[int, int, list[int]]], free: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
-    """Join stretches of the same rows with nothing but a few free pages between them."""
+def _bridge(
+    stretches: Iterable[tuple[int, int, list[int]]], free: np.ndarray, most: int
+) -> Iterator[tuple[int, int, list[int]]]:
+    """Join stretches of the same rows with nothing but free pages between them, at most `most`."""
     held: tuple[int, int, list[int]] | None = None
     for start, stop, rows in stretches:
-        if held is not None and held[2] == rows and start - held[1] <= MIN_RUN and free[held[1] : start].all():
+        if held is not None and held[2] == rows and start - held[1] <= most and free[held[1] : start].all():
             held = held[0], stop, rows
             continue
         if held is not None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from .pages import PageIds, PagePool
-from .read_plan import ReadPlan, make_plan
+from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
 from .sequence import SequencePages, SequenceWriter
 
 
@@ -217,7 +217,10 @@ class PageTable:
                 members[id(row)].append(index)
             pages = [sequence.pages() for sequence in self._sequences()]
             pool = self.pool
-            self._plan = make_plan(pages, list(members.values()), pool.refcount == 0, pool.count, pool.page_size)
+            min_run = max(2, MIN_RUN_BYTES // pool.page_bytes)
+            self._plan = make_plan(
+                pages, list(members.values()), pool.refcount == 0, pool.count, pool.page_size, min_run
+            )
             # The free pages that a run reads past must stay free and clean; another fork may allocate them.
             pool.wipe(self._plan.bridged)
             self._planned_at = pool.allocations
