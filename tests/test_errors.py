@@ -195,6 +195,24 @@ def test_unsupported_models_are_left_alone() -> None:
     assert model.config._attn_implementation == implementation
 
 
+def test_history_that_attention_never_read(model: Any, filled: PiKVCache) -> None:
+    """An interrupted call, or a wrapper that copies the keys, is noticed at the next update."""
+    before = snapshot(filled)
+    filled.update(kv(), kv(), 0)
+    with pytest.raises(RuntimeError, match=r"layer 0: no attention has read the history.*crop"):
+        filled.update(kv(), kv(), 0)
+    filled.crop(75)
+    assert_unchanged(filled, before)
+    with torch.no_grad():
+        model(input_ids=torch.full((3, 1), 5), past_key_values=filled)
+
+
+def test_router_of_another_batch(filled: PiKVCache) -> None:
+    filled.update(kv(tokens=4), kv(tokens=4), 0)
+    with pytest.raises(RuntimeError, match="layer 0: the router chose experts for 5 tokens, the cache got 12"):
+        filled.layers[0].record_experts(torch.zeros(5, dtype=torch.long))
+
+
 def test_keys_and_values_are_read_only(filled: PiKVCache) -> None:
     layer = filled.layers[0]
     assert isinstance(layer, PiKVLayer)

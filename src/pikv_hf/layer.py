@@ -129,9 +129,11 @@ class PiKVLayer(CacheLayerMixin):
         self.vetted = True
         self._slots: torch.Tensor | None = None
         # Whether the key tensor last returned carries a reference that no attention call has picked up yet, and
-        # whether one ever got lost on the way (JetMoE repeats the keys): from then on the layer returns dense K/V.
+        # whether one of a prompt got lost on the way (JetMoE repeats the keys), where the new K/V alone are right:
+        # from then on the layer returns dense K/V.
         self._reference_out = False
         self._reference_lost = False
+        self._history_out = False
 
     def _shard_of(self) -> ShardOf:
         if self.routed and self.attachment is not None:
@@ -197,15 +199,20 @@ class PiKVLayer(CacheLayerMixin):
         # A view of its own: the attribute must not outlive this call on a tensor that the caller keeps.
         keys = key_states.view(key_states.shape)
         setattr(keys, LAYER_ATTRIBUTE, self)
-        self._reference_out = True
+        self._reference_out, self._history_out = True, history
         return keys, value_states
 
     def _reads_in_place(self) -> bool:
         """Return whether PiKV's attention function will see what `update` returns."""
         if self.attachment is None or not self.attachment.is_active(self.layer_idx):
             return False
-        if self._reference_out:
-            self._reference_lost = True
+        if self._reference_out and self._history_out:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: no attention has read the history that the last update referred to. Either "
+                "that call was interrupted, or something between update and attention copies the keys. Take the call's "
+                "tokens back with cache.crop(length)"
+            )
+        self._reference_lost |= self._reference_out
         return not self._reference_lost
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
@@ -237,7 +244,6 @@ class PiKVLayer(CacheLayerMixin):
 
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""
-        self._reference_out = False
         self.truncate(self.seen - tokens)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -252,9 +258,15 @@ class PiKVLayer(CacheLayerMixin):
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
         assert self.table is not None
         batch = len(self.table.rows)
+        expected = batch if self.pending is None else batch * self.pending.keys.shape[2]
+        if experts.numel() != expected:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: the router chose experts for {experts.numel()} tokens, "
+                f"the cache got {expected}"
+            )
         if self.pending is not None:
             self._place(experts.view(batch, -1))
-        elif self._slots is not None and experts.numel() == len(self._slots):
+        elif self._slots is not None:
             self.table.pool.experts.view(-1).index_copy_(0, self._slots, experts.to(torch.int16))
 
     def settle(self) -> None:
@@ -357,6 +369,7 @@ class PiKVLayer(CacheLayerMixin):
         self.table.crop(length)
         self.seen = length
         self._slots = None
+        self._reference_out = False
 
     def reset(self) -> None:
         """Forget everything and return the memory."""
