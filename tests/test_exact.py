@@ -150,6 +150,29 @@ def test_copies_are_independent(qwen: Any, copying: Any) -> None:
     assert_same(generate(qwen, asked[0], cache), expected[0])
 
 
+@pytest.mark.parametrize("change", ["fork", "crop", "repeat"])
+def test_a_lost_reference_is_remembered(change: str) -> None:
+    """JetMoE repeats the keys after `update`; what happens to the cache right after the prompt must not hide that."""
+    model = FAMILIES["jetmoe"].build()
+    inputs = prompts(batch=1)
+    logits = []
+    for make in (lambda: DynamicCache(config=model.config), lambda: PiKVCache.for_model(model, **SMALL)):
+        cache = make()
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            if change == "fork":
+                cache = copy.deepcopy(cache)
+            elif change == "crop":
+                cache.crop(-5)
+            else:
+                cache.batch_repeat_interleave(2)
+            tokens = torch.full((2 if change == "repeat" else 1, 3), 7)
+            logits.append(model(tokens, past_key_values=cache).logits)
+            logits.append(model(tokens[:, :1], past_key_values=cache).logits)
+    assert (logits[2] - logits[0]).abs().max() <= 1e-4
+    assert (logits[3] - logits[1]).abs().max() <= 1e-4
+
+
 def test_row_operations_and_crop(qwen: Any) -> None:
     """The same operations on both caches in the middle of decoding, at window depth and deeper."""
     inputs = prompts(length=100)

@@ -244,6 +244,7 @@ class PiKVLayer(CacheLayerMixin):
 
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""
+        self._reference_out = False
         self.truncate(self.seen - tokens)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -369,6 +370,7 @@ class PiKVLayer(CacheLayerMixin):
         self.table.crop(length)
         self.seen = length
         self._slots = None
+        self._reference_lost |= self._reference_out and not self._history_out
         self._reference_out = False
 
     def reset(self) -> None:
@@ -383,6 +385,7 @@ class PiKVLayer(CacheLayerMixin):
             twin.table = self.table.fork()
             twin.dtype, twin.device = self.dtype, self.device
         twin.seen, twin.is_initialized, twin.vetted = self.seen, self.is_initialized, self.vetted
+        twin._reference_out, twin._history_out = self._reference_out, self._history_out
         twin._reference_lost = self._reference_lost
         return twin
 
