@@ -18,7 +18,8 @@ class PiKVCache(Cache):
 
     Make one with :meth:`for_model`, which attaches the model so that attention reads the pages in place and tokens move
     to the shards of the experts that the model's own routers choose. Made from a config alone it works with any
-    attention implementation, by returning dense K/V, and places tokens by position.
+    attention implementation, by returning dense K/V, and places tokens by position; it never sees the mask, so that it
+    stores padding too.
 
     Parameters
     ----------
