@@ -1,6 +1,7 @@
 """What a cache costs: bytes counted from live storages."""
 
 import dataclasses
+import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -147,7 +148,7 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=open_null())
+        console = Console(width=100, record=True, file=io.StringIO())
         console.print(self.__rich__())
         return console.export_text().rstrip()
 
@@ -160,10 +161,3 @@ class MemoryReport:
             cells = [format_bytes(amount) for amount in amounts]
             table.add_row(str(row.layer), row.kind, row.device, *cells, str(row.tokens_stored))
         return table
-
-
-def open_null() -> Any:
-    """Return a text stream that keeps nothing."""
-    import io
-
-    return io.StringIO()
