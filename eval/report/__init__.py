@@ -1,0 +1,1 @@
+"""Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons."""

@@ -1,0 +1,1 @@
+"""Running an evaluation: options, caches and presses by name, measurement, result folders."""
