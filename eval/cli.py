@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.eval.demo_options import DemoOptions, InputError, user_input
+from pikv_hf.eval.demo_options import DemoOptions
+from pikv_hf.eval.errors import InputError, user_input
 
 if TYPE_CHECKING:
     from pikv_hf.eval.demo import DemoResult

@@ -20,8 +20,9 @@ from pikv_hf.eval.demo_measure import (
     measure,
     pikv_cache,
 )
-from pikv_hf.eval.demo_options import DemoOptions, user_input
+from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.demo_task import DemoTask, build_task
+from pikv_hf.eval.errors import user_input
 from pikv_hf.layer import PiKVLayer
 
 

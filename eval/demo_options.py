@@ -1,17 +1,12 @@
 """What ``pikv demo`` was asked to do. Free of torch, so that the command line's help is quick."""
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from pikv_hf.config import PiKVConfig
+from pikv_hf.eval.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-class InputError(ValueError):
-    """The user asked for something impossible; the message is one line for the terminal."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,17 +63,3 @@ class DemoOptions:
             raise InputError(f"--text {self.text} needs at least one --question")
         if self.questions and self.text is None:
             raise InputError("--question needs --text, the file that it is about")
-
-
-@contextmanager
-def user_input(what: str) -> Iterator[None]:
-    """Turn the errors that a wrong option causes into an `InputError` of one line that begins with `what`."""
-    try:
-        yield
-    except InputError:
-        raise
-    # AssertionError is what torch raises for CUDA devices where it was built without CUDA.
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        lines = reason.strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what}: {lines[0]}") from error

@@ -2,14 +2,13 @@
 
 import dataclasses
 import random
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pikv_hf.eval.demo_options import DemoOptions, InputError, user_input
-from pikv_hf.eval.reference import load_reference_model
+from pikv_hf.eval.demo_options import DemoOptions
+from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.models import REFERENCE, load_model, position_limit
 from pikv_hf.eval.synthetic import Sample, count_tokens, make_shared_samples
 
 REFERENCE_NAME = "bundled reference model"
@@ -83,8 +82,8 @@ def build_task(options: DemoOptions) -> DemoTask:
         If a file, model or device is missing, or the text does not fit the model.
     """
     context, samples = _context_and_samples(options)
-    device = _device(options.device)
-    model, tokenizer = _load(options, device)
+    model, tokenizer = load_model(options.model or REFERENCE, options.dtype, options.device)
+    device = model.device
     before, after = _around_question(tokenizer, context)
     templated = tokenizer.chat_template is not None
     ids = _encode(tokenizer, before, device, add_special_tokens=not templated)
@@ -120,35 +119,6 @@ def _asked(options: DemoOptions, samples: list[Sample]) -> list[tuple[str, str, 
     return [(sample.question, sample.answer_prefix, sample) for sample in samples]
 
 
-def _device(name: str | None) -> torch.device:
-    with user_input(f"cannot use --device {name}"):
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    return device
-
-
-def _load(options: DemoOptions, device: torch.device) -> tuple[Any, Any]:
-    dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    if options.model is None:
-        with user_input("cannot load the bundled reference model"):
-            model, tokenizer = load_reference_model(dtype=dtype or torch.float32)
-    else:
-        if _looks_like_path(options.model) and not Path(options.model).expanduser().is_dir():
-            raise InputError(f"cannot load --model {options.model}: no such folder")
-        name = str(Path(options.model).expanduser()) if _looks_like_path(options.model) else options.model
-        with user_input(f"cannot load --model {options.model}"):
-            # The config comes first: of the three, its absence gives the clearest message.
-            config = AutoConfig.from_pretrained(name)
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype or "auto")
-    return model.eval().to(device), tokenizer
-
-
-def _looks_like_path(name: str) -> bool:
-    """Return whether a model name cannot be one of the Hub's, which have the form `name` or `owner/name`."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
-
-
 def _around_question(tokenizer: Any, context: str) -> tuple[str, str]:
     """Return what the model reads before the question and between it and the answer."""
     if tokenizer.chat_template is None:
@@ -168,7 +138,7 @@ def _encode(tokenizer: Any, text: str, device: torch.device, add_special_tokens:
 
 
 def _check_length(task: DemoTask, max_new_tokens: int) -> None:
-    limit = getattr(task.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(task.model)
     longest = max(prompt.ids.shape[1] for prompt in task.prompts)
     needed = task.context.shape[1] + longest + max_new_tokens
     if limit is not None and needed > limit:

@@ -1,9 +1,10 @@
 """The options of a cache."""
 
 import dataclasses
-import difflib
 import json
 from typing import Any, Literal, get_args
+
+from pikv_hf.suggest import did_you_mean
 
 Placement = Literal["expert", "hash"]
 SlidingLayers = Literal["bounded", "paged"]
@@ -68,9 +69,7 @@ class PiKVConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
-                hint = f", did you mean {close[0]!r}?" if close else ""
-                raise TypeError(f"unknown option {name!r}{hint} (known: {', '.join(known)})")
+                raise TypeError(f"unknown option {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})")
         return cls(**options)
 
     def to_json(self) -> str:
@@ -88,6 +87,5 @@ class PiKVConfig:
 
 def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        close = difflib.get_close_matches(str(value), choices, n=1)
-        hint = f", did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(value, choices)
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}{hint}")
