@@ -1,0 +1,110 @@
+"""Caches by name: `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64,num_shards=4`."""
+
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import kvpress  # noqa: F401  Patches the attention functions it finds; whoever registers one later is left alone.
+import yaml
+from transformers import DynamicCache, QuantizedCache
+
+from pikv_hf import PiKVCache, PiKVConfig, attach
+from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.suggest import did_you_mean
+
+#: Backends of transformers' QuantizedCache: the module each needs, and the widths it knows.
+_BACKENDS = {"quanto": ("optimum.quanto", (2, 4)), "hqq": ("hqq", (1, 2, 3, 4, 8))}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFactory:
+    """Makes a fresh cache for every sample.
+
+    Attributes
+    ----------
+    spec : str
+        As the user wrote it.
+    label : str
+        For tables and plots.
+    make : callable
+        From a model to a new, empty cache.
+    prepare : callable
+        From a model to a context manager in which the cache works; it leaves the model as it was.
+    takes_press : bool
+        Whether kvpress can compress it, which assigns `layer.keys` and `layer.values`.
+    """
+
+    spec: str
+    label: str
+    make: Callable[[Any], Any]
+    prepare: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    takes_press: bool = True
+
+
+def cache_factory(spec: str) -> CacheFactory:
+    """Prepare a cache by name.
+
+    Raises
+    ------
+    InputError
+        For an unknown name or option (with a suggestion), a value out of range, or a package that is not installed.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in _FACTORIES:
+        raise InputError(f"unknown cache {name!r}{did_you_mean(name, _FACTORIES)} (known: {', '.join(_FACTORIES)})")
+    return _FACTORIES[name](spec, rest)
+
+
+def _dynamic(spec: str, rest: str) -> CacheFactory:
+    if rest:
+        raise InputError(f"the dynamic cache has no options, got {rest!r}")
+    return CacheFactory(spec, "DynamicCache", lambda model: DynamicCache(config=model.config))
+
+
+def _quantized(spec: str, rest: str) -> CacheFactory:
+    backend, _, width = (rest or "quanto:4").partition(":")
+    if backend not in _BACKENDS:
+        hint = did_you_mean(backend, _BACKENDS)
+        raise InputError(f"unknown backend {backend!r}{hint} in {spec!r} (known: {', '.join(_BACKENDS)})")
+    module, widths = _BACKENDS[backend]
+    if width not in map(str, widths):
+        raise InputError(f"{backend} quantises to {', '.join(map(str, widths))} bits, got {width!r} in {spec!r}")
+    if not _installed(module):
+        raise InputError(f"the cache {spec!r} needs the package {module.replace('.', '-')}, which is not installed")
+
+    def make(model: Any) -> Any:
+        # kvpress and the backends write to all layers alike; a config with sliding layers would mix the kinds.
+        return QuantizedCache(backend=backend, config=model.config, nbits=int(width))
+
+    return CacheFactory(spec, f"QuantizedCache {backend} {width} bit", make)
+
+
+def _pikv(spec: str, rest: str) -> CacheFactory:
+    with user_input(f"invalid cache {spec!r}"):
+        options = dict(_option(part, spec) for part in rest.split(",") if part.strip())
+        config = PiKVConfig.from_dict(options)
+    label = " ".join(["PiKVCache", *(f"{name}={value}" for name, value in options.items())])
+    return CacheFactory(spec, label, lambda model: PiKVCache.for_model(model, config), attach, takes_press=False)
+
+
+def _option(part: str, spec: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    if not equals:
+        raise InputError(f"expected option=value in {spec!r}, got {part!r}")
+    return name.strip(), yaml.safe_load(value)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+_FACTORIES: dict[str, Callable[[str, str], CacheFactory]] = {
+    "dynamic": _dynamic,
+    "quantized": _quantized,
+    "pikv": _pikv,
+}

@@ -1,0 +1,206 @@
+"""The two ways to ask a question: after the context was compressed without it, or together with it.
+
+The first is kvpress's pipeline: the context is read once and compressed, then the question and the answer's first words
+follow. The second is plain `generate` over the whole prompt; a press then sees the question.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kvpress import KVPressTextGenerationPipeline
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from pikv_hf.eval.runner.meter import Cost, Meter
+from pikv_hf.eval.tasks.sample import EvalSample
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model wrote after the answer prefix, and what that cost.
+
+    Attributes
+    ----------
+    text : str
+        Without special tokens.
+    context_tokens, question_tokens, new_tokens : int
+        Read as context, read as question with answer prefix, and generated (an end token included).
+    rows : int
+        Sequences that share the cost: the batch.
+    cost : Cost
+        Of the whole batch.
+    """
+
+    text: str
+    context_tokens: int
+    question_tokens: int
+    new_tokens: int
+    rows: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One sample as token ids, `(1, T)` and `(1, Q)` int64."""
+
+    context: torch.Tensor
+    question: torch.Tensor
+    max_new_tokens: int
+
+
+class Asker(KVPressTextGenerationPipeline):
+    """kvpress's pipeline with a meter in it.
+
+    Tokenising, chat template, press hooks and the special cases of presses are kvpress's own. Two things differ from
+    its answers: an end token that comes first ends the answer, and nothing is taken out of the cache afterwards, since
+    each cache serves one question.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        super().__init__(model=model, tokenizer=tokenizer)
+        self.meter = Meter(model.device)
+        self._generated: list[int] = []
+
+    def encode(self, sample: EvalSample, max_context: int | None = None) -> Encoded:
+        """Tokenise a sample as kvpress does; a context longer than `max_context` loses its end."""
+        limit = min(self.tokenizer.model_max_length, int(1e10)) if max_context is None else max_context
+        parts = self.preprocess(sample.context, [sample.question], sample.answer_prefix, limit)
+        device = self.model.device
+        return Encoded(parts["context_ids"].to(device), parts["questions_ids"][0].to(device), sample.max_new_tokens)
+
+    @torch.no_grad()
+    def ask(self, encoded: Encoded, cache: Any, press: Any = None) -> Answer:
+        """Read the context, compress it, then answer the question."""
+        inputs = {"context_ids": encoded.context, "questions_ids": [encoded.question]}
+        self.meter.start()
+        [text] = self._forward(inputs, max_new_tokens=encoded.max_new_tokens, press=press, cache=cache)
+        cost = self.meter.finish(cache)
+        return Answer(text, encoded.context.shape[1], encoded.question.shape[1], len(self._generated), 1, cost)
+
+    def generate_answer(
+        self, question_ids: torch.Tensor, cache: Any, context_length: int, max_new_tokens: int
+    ) -> str:
+        """Continue a compressed context greedily; called by kvpress's pipeline once the context has been read."""
+        self.meter.prefilled(cache)
+        self._generated = []
+        ids = question_ids
+        position = context_length
+        while True:
+            positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
+            logits = self.model(
+                input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1
+            ).logits
+            position += ids.shape[1]
+            ids = logits[:, -1:].argmax(-1)
+            if not self._generated:
+                self.meter.decoding()
+            self._generated.append(int(ids.item()))
+            if self._generated[-1] in self._end_tokens or len(self._generated) == max_new_tokens:
+                break
+        return str(self.tokenizer.decode(self._generated, skip_special_tokens=True))
+
+    def _remove_answer_from_cache(self, cache: Any, cache_seq_lengths: list[int]) -> None:
+        """Leave the cache as it is, so that its bytes at the end can be counted."""
+
+    @property
+    def _end_tokens(self) -> tuple[int, ...]:
+        end = self.model.generation_config.eos_token_id
+        return tuple(end) if isinstance(end, list) else () if end is None else (end,)
+
+    @torch.no_grad()
+    def ask_together(self, batch: Sequence[Encoded], cache: Any, press: Any = None) -> list[Answer]:
+        """Read contexts with their questions and answer, by `generate`; a press sees the questions.
+
+        Several samples are padded on the left; the shorter ones then wait for the longest answer.
+        """
+        prompts = [torch.cat([encoded.context, encoded.question], dim=1) for encoded in batch]
+        ids, mask = pad_left(prompts, self._pad_token)
+        limit = max(encoded.max_new_tokens for encoded in batch)
+        self.meter.start()
+        with press(self.model) if press is not None else contextlib.nullcontext():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=limit,
+                do_sample=False,
+                pad_token_id=self._pad_token,
+                stopping_criteria=StoppingCriteriaList([_FirstToken(lambda: self.meter.prefilled(cache))]),
+            )
+        cost = self.meter.finish(cache)
+        return [
+            self._answer(encoded, output[row, ids.shape[1] :].tolist(), len(batch), cost)
+            for row, encoded in enumerate(batch)
+        ]
+
+    @torch.no_grad()
+    def ask_batch(self, batch: Sequence[Encoded], cache: Any) -> list[Answer]:
+        """Answer several samples at once, contexts and questions padded on the left; for caches without a press."""
+        self.meter.start()
+        contexts, seen = pad_left([encoded.context for encoded in batch], self._pad_token)
+        self.model.model(
+            input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), past_key_values=cache
+        )
+        self.meter.prefilled(cache)
+        ids, mask = pad_left([encoded.question for encoded in batch], self._pad_token)
+        limits = torch.tensor([encoded.max_new_tokens for encoded in batch], device=ids.device)
+        ends = torch.tensor(self._end_tokens, device=ids.device)
+        open_rows = torch.ones(len(batch), dtype=torch.bool, device=ids.device)
+        steps: list[torch.Tensor] = []
+        while open_rows.any():
+            seen = torch.cat([seen, mask], dim=1)
+            positions = _positions(seen)[:, -ids.shape[1] :]
+            logits = self.model(
+                input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits
+            if not steps:
+                self.meter.decoding()
+            # A row that has ended is fed padding, which no later token looks at.
+            new = torch.where(open_rows, logits[:, -1].argmax(-1), self._pad_token)
+            steps.append(new)
+            open_rows &= ~torch.isin(new, ends) & (len(steps) < limits)
+            ids, mask = new[:, None], open_rows[:, None].to(mask.dtype)
+        cost = self.meter.finish(cache)
+        columns = torch.stack(steps, dim=1).tolist()
+        return [self._answer(*pair, len(batch), cost) for pair in zip(batch, columns, strict=True)]
+
+    def _answer(self, encoded: Encoded, generated: list[int], rows: int, cost: Cost) -> Answer:
+        """Cut what `generate` or a batch wrote behind the end of this row's answer."""
+        generated = generated[: encoded.max_new_tokens]
+        end = next((i for i, token in enumerate(generated) if token in self._end_tokens), len(generated) - 1)
+        kept = generated[: end + 1]
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return Answer(str(text), encoded.context.shape[1], encoded.question.shape[1], len(kept), rows, cost)
+
+    @property
+    def _pad_token(self) -> int:
+        """What rows are filled up with; any token does, since the mask hides it."""
+        return self.tokenizer.pad_token_id or 0
+
+
+class _FirstToken(StoppingCriteria):
+    """Calls back once `generate` has its first token, when the cache holds the prompt and nothing else."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback: Callable[[], None] | None = callback
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self._callback is not None:
+            self._callback()
+            self._callback = None
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def pad_left(rows: Sequence[torch.Tensor], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack `(1, T_i)` ids to `(B, T)`, padded on the left, with their `(B, T)` int64 attention mask."""
+    longest = max(row.shape[1] for row in rows)
+    ids = torch.cat([torch.nn.functional.pad(row, (longest - row.shape[1], 0), value=pad) for row in rows])
+    mask = torch.cat([torch.nn.functional.pad(torch.ones_like(row), (longest - row.shape[1], 0)) for row in rows])
+    return ids, mask
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """Return each token's position in its row `(B, T)`, counted without padding."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
