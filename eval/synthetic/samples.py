@@ -85,11 +85,14 @@ _PLANNERS: dict[str, Callable[[random.Random], Plan]] = {
 }
 
 
-def make_sample(task: str, n_tokens: int, rng: random.Random, haystack: str = "essay") -> Sample:
+def make_sample(
+    task: str, n_tokens: int, rng: random.Random, haystack: str = "essay", depth: float | None = None
+) -> Sample:
     """One evaluation sample of at most ``n_tokens`` tokens, prompt and expected answer together.
 
     ``single`` hides 1 needle, ``multikey`` and ``multiquery`` 8 (with ``haystack="needles"`` as many as fit),
-    ``multivalue`` one key with 4 values and one other needle, ``vt`` one chain of 5 variables (4 hops).
+    ``multivalue`` one key with 4 values and one other needle, ``vt`` one chain of 5 variables (4 hops). With ``depth``, in [0, 1], what is hidden
+    stands together behind that share of the text.
 
     Raises
     ------
@@ -98,7 +101,7 @@ def make_sample(task: str, n_tokens: int, rng: random.Random, haystack: str = "e
     """
     if task not in _PLANNERS:
         raise ValueError(f"unknown task {task!r}, expected one of {tasks.TASKS}")
-    document = tasks.hide(_PLANNERS[task](rng), n_tokens, rng, haystack)
+    document = tasks.hide(_PLANNERS[task](rng), n_tokens, rng, haystack, depth)
     return document_samples(document, haystack)[0]
 
 

@@ -179,8 +179,10 @@ def plan_variables(
     )
 
 
-def hide(plan: Plan, n_tokens: int, rng: random.Random, haystack: str = "essay") -> Document:
-    """Hide the plan's statements at random depths of a haystack.
+def hide(
+    plan: Plan, n_tokens: int, rng: random.Random, haystack: str = "essay", depth: float | None = None
+) -> Document:
+    """Hide the plan's statements in a haystack.
 
     Parameters
     ----------
@@ -193,6 +195,8 @@ def hide(plan: Plan, n_tokens: int, rng: random.Random, haystack: str = "essay")
         Source of the filler sentences and depths.
     haystack : str
         One of :data:`pikv_hf.eval.synthetic.text.HAYSTACKS`.
+    depth : float, optional
+        Share of the filler before the statements, in [0, 1]; by default each has a random one.
 
     Raises
     ------
@@ -203,7 +207,8 @@ def hide(plan: Plan, n_tokens: int, rng: random.Random, haystack: str = "essay")
     if fixed > n_tokens:
         raise ValueError(f"statements and questions take {fixed} tokens, more than the {n_tokens} asked for")
     filler = _take_tokens(_filler(plan, rng, haystack), n_tokens - fixed)
-    return Document(f"{plan.preamble}\n{' '.join(_scatter(rng, plan.statements, filler))}\n", plan.questions)
+    sentences = _scatter(rng, plan.statements, filler) if depth is None else _insert(plan.statements, filler, depth)
+    return Document(f"{plan.preamble}\n{' '.join(sentences)}\n", plan.questions)
 
 
 def _filler(plan: Plan, rng: random.Random, haystack: str) -> Iterator[str]:
@@ -237,6 +242,12 @@ def _scatter(rng: random.Random, statements: Sequence[str], filler: Sequence[str
         sentences += [*filler[start:gap], statement]
         start = gap
     return [*sentences, *filler[start:]]
+
+
+def _insert(statements: Sequence[str], filler: Sequence[str], depth: float) -> list[str]:
+    """Insert the statements together behind the share ``depth`` of the filler sentences."""
+    gap = round(depth * len(filler))
+    return [*filler[:gap], *statements, *filler[gap:]]
 
 
 def _interleave(rng: random.Random, sequences: Sequence[Sequence[str]]) -> list[str]:

@@ -74,8 +74,9 @@ class SequenceWriter:
         return self._shard_of(positions, experts).cpu().numpy()
 
     def page_shards(self, page: int) -> np.ndarray:
-        """Return the shards of a full page's tokens, `(P,)`."""
-        return self.shards(self.pool.positions[page], self.pool.experts[page])
+        """Return the shards of a page's tokens, `(count,)`."""
+        count = int(self.pool.count[page])
+        return self.shards(self.pool.positions[page, :count], self.pool.experts[page, :count])
 
     # Into the window
 
@@ -108,9 +109,13 @@ class SequenceWriter:
         size = self.pool.page_size
         first, direct, leaving = self._divide(sequence, len(shards))
         window = _pages_for(first, size) + _pages_for(len(shards) - first - direct, size)
-        passing = self.shard_pages_needed(sequence, 1, shards[first : first + direct])
-        # What leaves the window fills at most this many pages, the page it leaves being free again each time.
-        return window + passing + (leaving + self.num_shards if leaving else 0)
+        leaving_shards = self._leaving_shards(sequence, leaving, shards[:first])
+        return window + self.shard_pages_needed(sequence, 1, np.append(leaving_shards, shards[first : first + direct]))
+
+    def _leaving_shards(self, sequence: SequencePages, pages: int, new: np.ndarray) -> np.ndarray:
+        """Return the shards of the tokens in the oldest recent pages, the last of which new tokens may have to fill."""
+        held = [self.page_shards(page) for page in sequence.window[self.sink_pages :][:pages]]
+        return np.concatenate([*held, new])[: pages * self.pool.page_size]
 
     def _divide(self, sequence: SequencePages, new: int) -> tuple[int, int, int]:
         """Divide new tokens: how many fill up the page (or sink pages) begun, how many pass straight to the shards.
