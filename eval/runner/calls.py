@@ -57,4 +57,6 @@ def _value(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
     except ValueError:
-        raise InputError(f"cannot read {ast.unparse(node)!r} in {text!r}: expected a number, text or NAME(...)") from None
+        raise InputError(
+            f"cannot read {ast.unparse(node)!r} in {text!r}: expected a number, text or NAME(...)"
+        ) from None

@@ -92,7 +92,9 @@ def _build(value: Any) -> Any:
     options = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in value.options:
         if name not in options:
-            raise InputError(f"{value.name} has no option {name!r}{did_you_mean(name, options)} (known: {', '.join(options)})")
+            raise InputError(
+                f"{value.name} has no option {name!r}{did_you_mean(name, options)} (known: {', '.join(options)})"
+            )
     arguments = [_build(argument) for argument in value.arguments]
     try:
         return cls(*arguments, **{name: _build(option) for name, option in value.options.items()})

@@ -79,9 +79,7 @@ class Asker(KVPressTextGenerationPipeline):
         cost = self.meter.finish(cache)
         return Answer(text, encoded.context.shape[1], encoded.question.shape[1], len(self._generated), 1, cost)
 
-    def generate_answer(
-        self, question_ids: torch.Tensor, cache: Any, context_length: int, max_new_tokens: int
-    ) -> str:
+    def generate_answer(self, question_ids: torch.Tensor, cache: Any, context_length: int, max_new_tokens: int) -> str:
         """Continue a compressed context greedily; called by kvpress's pipeline once the context has been read."""
         self.meter.prefilled(cache)
         self._generated = []
@@ -89,9 +87,7 @@ class Asker(KVPressTextGenerationPipeline):
         position = context_length
         while True:
             positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
-            logits = self.model(
-                input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1
-            ).logits
+            logits = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
             position += ids.shape[1]
             ids = logits[:, -1:].argmax(-1)
             if not self._generated:
@@ -140,9 +136,7 @@ class Asker(KVPressTextGenerationPipeline):
         """Answer several samples at once, contexts and questions padded on the left; for caches without a press."""
         self.meter.start()
         contexts, seen = pad_left([encoded.context for encoded in batch], self._pad_token)
-        self.model.model(
-            input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), past_key_values=cache
-        )
+        self.model.model(input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), past_key_values=cache)
         self.meter.prefilled(cache)
         ids, mask = pad_left([encoded.question for encoded in batch], self._pad_token)
         limits = torch.tensor([encoded.max_new_tokens for encoded in batch], device=ids.device)

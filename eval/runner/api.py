@@ -1,0 +1,125 @@
+"""Evaluations from Python, and many in a row."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.models import load_model
+from pikv_hf.eval.runner.caches import CacheFactory, cache_factory
+from pikv_hf.eval.runner.jobs import Subject
+from pikv_hf.eval.runner.options import EvalOptions
+from pikv_hf.eval.runner.presses import PressFactory, press_factory
+from pikv_hf.eval.runner.run import EvalResult, check_press, run
+
+
+def evaluate_cache(
+    model: Any = "reference",
+    tokenizer: Any = None,
+    *,
+    suite: str = "ruler",
+    cache: str | Callable[[Any], Any] = "pikv",
+    press: str | Callable[[], Any] | None = None,
+    ratio: float | None = None,
+    output: Path | str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> EvalResult:
+    """Measure accuracy, bytes and speed of a cache.
+
+    Parameters
+    ----------
+    model : str or PreTrainedModel
+        `reference` for the bundled model, a folder, a name on the Hub, or a model with its `tokenizer`.
+    tokenizer : PreTrainedTokenizer, optional
+        Needed with a model object.
+    suite : str
+        `ruler`, `longbench`, `perplexity` or `needle`.
+    cache : str or callable
+        `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64`, or a function from the model to an empty cache.
+    press : str or callable, optional
+        A press of kvpress, `AdaKVPress(SnapKVPress)`, or a function that returns a new one.
+    ratio : float, optional
+        Share of the cache that a press given by name removes.
+    output : path, optional
+        Where the run's own folder is made. Without it nothing is written, and nothing can be resumed.
+    overwrite : bool
+        Measure anew what is complete already.
+    progress : bool
+        Whether to show a progress bar on standard error.
+    **options
+        The other fields of :class:`~pikv_hf.eval.runner.options.EvalOptions`.
+
+    Raises
+    ------
+    InputError
+        For an option that cannot be used; the message names what was given and what is possible.
+
+    Examples
+    --------
+    >>> result = evaluate_cache("reference", cache="pikv", tasks=["niah_single_1"], samples=2, progress=False)
+    >>> result.summary["score"]["mean"]
+    100.0
+    """
+    named = {"model": _model_name(model), "cache": _name(cache), "press": press and _name(press)}
+    asked = EvalOptions.from_dict({"suite": suite, "ratio": ratio, **named, **options})
+    caches = cache_factory(cache) if isinstance(cache, str) else CacheFactory(asked.cache, asked.cache, cache)
+    loaded = _load(asked) if isinstance(model, str) else _given(model, tokenizer)
+    subject = Subject(*loaded, caches, _press(press, ratio))
+    return run(asked, subject, None if output is None else Path(output), overwrite=overwrite, progress=progress)
+
+
+def run_all(
+    runs: Sequence[EvalOptions], output: Path, *, overwrite: bool = False, progress: bool = True
+) -> Iterator[EvalResult]:
+    """Run several evaluations one after the other; a model that stays the same is loaded once.
+
+    What can be checked without a model is checked for all runs before the first one starts.
+    """
+    parts = [(cache_factory(options.cache), _press(options.press, options.ratio)) for options in runs]
+    for options, (cache, press) in zip(runs, parts, strict=True):
+        check_press(options, Subject(None, None, cache, press))
+    loaded: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+    for options, (cache, press) in zip(runs, parts, strict=True):
+        key = (options.model, options.dtype, options.device, _attention(options))
+        if key not in loaded:
+            # One model at a time: the next one may need the memory.
+            loaded = {key: _load(options)}
+        yield run(options, Subject(*loaded[key], cache, press), output, overwrite=overwrite, progress=progress)
+
+
+def _load(options: EvalOptions) -> tuple[Any, Any]:
+    device = options.device or str(PartialState().device)
+    return load_model(options.model, options.dtype, device, _attention(options))
+
+
+def _attention(options: EvalOptions) -> str | None:
+    """Return the attention implementation; a press that looks at attention weights gets one that returns them."""
+    if options.attn_implementation is None and "ObservedAttention" in (options.press or ""):
+        return "eager"
+    return options.attn_implementation
+
+
+def _given(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    if tokenizer is None:
+        raise InputError(f"a {type(model).__name__} needs its tokenizer, got None")
+    return model.eval(), tokenizer
+
+
+def _press(press: str | Callable[[], Any] | None, ratio: float | None) -> PressFactory | None:
+    if press is None:
+        return None
+    if isinstance(press, str):
+        return press_factory(press, ratio)
+    return PressFactory(_name(press), float(getattr(press(), "compression_ratio", 0.0)), press)
+
+
+def _model_name(model: Any) -> str:
+    return model if isinstance(model, str) else model.config._name_or_path or type(model).__name__
+
+
+def _name(value: str | Callable[..., Any]) -> str:
+    return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)

@@ -1,0 +1,133 @@
+"""The folder of one run: complete or not there, and resumable in between.
+
+Layout of kvpress's evaluation, `predictions.csv`, `metrics.json` and `config.yaml`, with `summary.json` written last:
+a folder with a summary is complete. Until then every finished sample is a line of a `partial-*.jsonl` file, one file per
+process.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.runner.fingerprint import fingerprint
+
+PREDICTIONS = "predictions.csv"
+METRICS = "metrics.json"
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+
+Row = dict[str, Any]
+
+
+class ResultFolder:
+    """Where the results of one run are, or will be.
+
+    Parameters
+    ----------
+    path : Path
+        Of the folder; made when first written to.
+    config : Mapping
+        All options that the results depend on. Lines that were written under other options are not resumed.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        self.config = dict(config)
+        self._fingerprint = fingerprint(self.config)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete."""
+        return (self.path / SUMMARY).exists()
+
+    def partial_rows(self) -> dict[str, Row]:
+        """Return the rows of an interrupted run by sample id.
+
+        A line that was cut off in the middle is left out, and so is every file that another configuration wrote.
+        """
+        rows: dict[str, Row] = {}
+        for file in sorted(self.path.glob("partial-*.jsonl")):
+            head, *lines = _whole_lines(file) or [{}]
+            if head.get("fingerprint") == self._fingerprint:
+                rows.update({row["id"]: row for row in lines})
+        return rows
+
+    def append(self, rows: Iterable[Row], process: int = 0) -> None:
+        """Keep finished samples, safe from whatever happens to the process afterwards."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / f"partial-{process}.jsonl"
+        whole = _whole_lines(file) if file.exists() else []
+        fresh = not whole or whole[0].get("fingerprint") != self._fingerprint
+        with file.open("w" if fresh else "r+", encoding="utf-8") as stream:
+            if fresh:
+                stream.write(json.dumps({"fingerprint": self._fingerprint}) + "\n")
+            else:
+                # What an interrupted write left behind the last whole line is overwritten.
+                stream.seek(_whole_length(file))
+                stream.truncate()
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def finish(self, rows: list[Row], metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+        """Write the four files, the summary last, and remove the partial ones."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / PREDICTIONS, pd.DataFrame(rows).to_csv(index=False))
+        _write(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+        _write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        for file in self.path.glob("partial-*.jsonl"):
+            file.unlink()
+
+    def clear(self) -> None:
+        """Forget what an earlier run left here; nothing but a run's own files is removed."""
+        for name in (SUMMARY, PREDICTIONS, METRICS, CONFIG):
+            (self.path / name).unlink(missing_ok=True)
+        for file in self.path.glob("partial-*.jsonl"):
+            file.unlink()
+
+    def read(self) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
+        """Return rows, metrics and summary of a complete run.
+
+        Raises
+        ------
+        InputError
+            If the run is not complete or was made with other options.
+        """
+        if not self.finished:
+            raise InputError(f"{self.path} has no {SUMMARY}: the run is not complete")
+        config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        if fingerprint(config) != self._fingerprint:
+            changed = {key for key in {*config, *self.config} if config.get(key) != self.config.get(key)}
+            details = "; ".join(
+                f"{key} {config.get(key)!r} there, {self.config.get(key)!r} here" for key in sorted(changed)
+            )
+            raise InputError(f"{self.path} was made with other options: {details}")
+        metrics, summary = (json.loads((self.path / name).read_text(encoding="utf-8")) for name in (METRICS, SUMMARY))
+        return pd.read_csv(self.path / PREDICTIONS, keep_default_na=False, na_values=[""]), metrics, summary
+
+
+def _whole_lines(file: Path) -> list[Row]:
+    text = file.read_bytes()[: _whole_length(file)].decode("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _whole_length(file: Path) -> int:
+    """Return the bytes up to and including the last newline: what is behind it was cut off."""
+    return file.read_bytes().rfind(b"\n") + 1
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace a file in one step, so that it is never seen half written."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8", newline="") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)

@@ -1,0 +1,148 @@
+"""A run cut into batches: what is to be done, and how one batch becomes rows."""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from pikv_hf.eval.runner.caches import CacheFactory
+from pikv_hf.eval.runner.folder import Row
+from pikv_hf.eval.runner.memory import DynamicFootprint
+from pikv_hf.eval.runner.meter import Meter
+from pikv_hf.eval.runner.options import EvalOptions
+from pikv_hf.eval.runner.perplexity import WindowLoss, score_window
+from pikv_hf.eval.runner.presses import PressFactory
+from pikv_hf.eval.runner.protocol import Answer, Asker, Encoded
+from pikv_hf.eval.runner.rows import answer_row, kv_shares, times
+from pikv_hf.eval.tasks.perplexity import Window
+from pikv_hf.eval.tasks.sample import EvalSample, EvalSet
+
+#: Tokens of the unrecorded prompt that pays for what only a process's first forward costs.
+_WARM_UP_TOKENS = 64
+
+
+class Item(Protocol):
+    """Something to be measured, with an id of its own."""
+
+    @property
+    def id(self) -> str:
+        """Unique within the run."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Subject:
+    """What is evaluated: a model with a kind of cache and perhaps a press."""
+
+    model: Any
+    tokenizer: Any
+    cache: CacheFactory
+    press: PressFactory | None
+
+    @property
+    def ratio(self) -> float:
+        """The press's ratio, 0 without one."""
+        return 0.0 if self.press is None else self.press.ratio
+
+    @property
+    def label(self) -> str:
+        """For tables and plots: the cache, or the press and a cache other than DynamicCache."""
+        if self.press is None:
+            return self.cache.label
+        return self.press.label if self.cache.spec == "dynamic" else f"{self.press.label} on {self.cache.label}"
+
+    def new_press(self) -> Any:
+        """Return a fresh press or None."""
+        return None if self.press is None else self.press.make()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Job:
+    """All items of a run, and the function that turns a batch of them into rows."""
+
+    items: Sequence[Item]
+    measure: Callable[[Sequence[Any]], list[Row]]
+    warm_up: Callable[[], None]
+
+
+def question_job(subject: Subject, eval_set: EvalSet, options: EvalOptions) -> Job:
+    """Prepare a run of questions about contexts."""
+    asker = Asker(subject.model, subject.tokenizer)
+    footprint = DynamicFootprint.of(subject.model)
+
+    def measure(batch: Sequence[EvalSample]) -> list[Row]:
+        encoded = [asker.encode(sample, options.max_context) for sample in batch]
+        seed_for(options.seed, batch[0].id)
+        answers = _ask(asker, subject, encoded, options.query_aware)
+        shares = _shares(answers, footprint, options.query_aware)
+        return [
+            answer_row(sample, answer, eval_set.score(sample, answer.text), shares, subject.ratio)
+            for sample, answer in zip(batch, answers, strict=True)
+        ]
+
+    def warm_up() -> None:
+        asker.ask(_beginning(asker.encode(eval_set.samples[0])), subject.cache.make(subject.model))
+
+    return Job(eval_set.samples, measure, warm_up)
+
+
+def _beginning(encoded: Encoded) -> Encoded:
+    """Return a short prompt, to be read without a press, which may want more tokens."""
+    return dataclasses.replace(encoded, context=encoded.context[:, :_WARM_UP_TOKENS], max_new_tokens=2)
+
+
+def _ask(asker: Asker, subject: Subject, encoded: Sequence[Encoded], query_aware: bool) -> list[Answer]:
+    cache, press = subject.cache.make(subject.model), subject.new_press()
+    if query_aware:
+        return asker.ask_together(encoded, cache, press)
+    if len(encoded) > 1:
+        return asker.ask_batch(encoded, cache)
+    return [asker.ask(encoded[0], cache, press)]
+
+
+def _shares(answers: Sequence[Answer], footprint: DynamicFootprint, query_aware: bool) -> Row:
+    """Return the shares of a batch. The last token of an answer is generated, never read."""
+    prompts = [answer.context_tokens + answer.question_tokens for answer in answers]
+    prefill = prompts if query_aware else [answer.context_tokens for answer in answers]
+    end = [prompt + answer.new_tokens - 1 for prompt, answer in zip(prompts, answers, strict=True)]
+    return kv_shares(answers[0].cost, len(answers), footprint, prefill, end)
+
+
+def perplexity_job(subject: Subject, cut: Sequence[Window], options: EvalOptions) -> Job:
+    """Prepare a run over windows of a text."""
+    footprint, meter = DynamicFootprint.of(subject.model), Meter(subject.model.device)
+
+    def measure(batch: Sequence[Window]) -> list[Row]:
+        [window] = batch
+        seed_for(options.seed, window.id)
+        cache, press = subject.cache.make(subject.model), subject.new_press()
+        loss = score_window(subject.model, window, options.chunk, cache, press, meter)
+        return [_window_row(window, loss, subject.ratio, footprint)]
+
+    def warm_up() -> None:
+        score_window(subject.model, cut[0], options.chunk, subject.cache.make(subject.model), None, meter)
+
+    return Job(cut, measure, warm_up)
+
+
+def _window_row(window: Window, loss: WindowLoss, ratio: float, footprint: DynamicFootprint) -> Row:
+    length = window.ids.shape[1]
+    return {
+        "id": window.id,
+        "task": "perplexity",
+        "length": length,
+        "compression_ratio": ratio,
+        "metric": "nats_per_token",
+        "score": loss.nats,
+        "context_tokens": window.prefill,
+        "question_tokens": length - window.prefill - loss.scored,
+        "new_tokens": loss.scored,
+        **kv_shares(loss.cost, 1, footprint, [window.prefill], [length]),
+        **times(loss.cost, 1, window.prefill, length - window.prefill),
+    }
+
+
+def seed_for(seed: int, name: str) -> None:
+    """Seed torch by sample, so that a press that draws at random does so alike in whatever order samples are taken."""
+    torch.manual_seed(zlib.crc32(f"{seed} {name}".encode()))

@@ -1,0 +1,211 @@
+"""One run: measure what is missing, over one process or several, and finish the folder."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.provenance import provenance
+from pikv_hf.eval.runner.folder import ResultFolder, Row
+from pikv_hf.eval.runner.jobs import Item, Job, Subject, perplexity_job, question_job
+from pikv_hf.eval.runner.options import EvalOptions
+from pikv_hf.eval.runner.quiet import warn_once
+from pikv_hf.eval.runner.suites import build_set, build_windows
+from pikv_hf.eval.runner.summary import by_task, cost_summary, score_summary
+from pikv_hf.eval.tasks.sample import EvalSet
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EvalResult:
+    """What came out of a run.
+
+    Attributes
+    ----------
+    rows : pandas.DataFrame
+        One row per sample.
+    metrics : dict
+        In kvpress's layout: `{task: {metric: percent}}`.
+    summary : dict
+        Means, 95% intervals, costs and provenance.
+    folder : Path or None
+        Where all that was written, if it was.
+    skipped : bool
+        Whether the folder was complete already, and only read.
+    """
+
+    rows: pd.DataFrame
+    metrics: dict[str, Any]
+    summary: dict[str, Any]
+    folder: Path | None
+    skipped: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Plan:
+    """What a run measures, and what its figures are called."""
+
+    dataset: str
+    data_dir: str
+    job: Job
+    eval_set: EvalSet | None
+
+    @property
+    def measure(self) -> dict[str, Any]:
+        if self.eval_set is None:
+            return {"name": "perplexity", "unit": "", "higher_is_better": False}
+        return {"name": "score", "unit": "%", "higher_is_better": True}
+
+    def shown(self, score: float) -> float:
+        """Return a mean of rows' scores on the scale of the tables: percent, or perplexity for nats."""
+        return math.exp(score) if self.eval_set is None else 100 * score
+
+
+def run(
+    options: EvalOptions, subject: Subject, output: Path | None, *, overwrite: bool = False, progress: bool = True
+) -> EvalResult:
+    """Measure a subject, or read what an earlier, complete run with the same options measured.
+
+    Raises
+    ------
+    InputError
+        If the options do not go together, or do not fit the model.
+    """
+    warn_once()
+    check_press(options, subject)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    with subject.cache.prepare(subject.model):
+        plan = _plan(options, subject)
+        name = options.folder_name(plan.dataset, plan.data_dir, subject.ratio)
+        folder = None if output is None else ResultFolder(output / name, _config(options, subject, plan))
+        if folder is not None and folder.finished and not overwrite:
+            rows, metrics, summary = folder.read()
+            return EvalResult(rows, metrics, summary, folder.path, skipped=True)
+        measured = _measure(plan.job, options, folder, overwrite, progress, subject.label)
+    metrics, summary = _metrics(plan, measured), _summary(plan, measured, options, subject)
+    if folder is not None:
+        if PartialState().is_main_process:
+            folder.finish(measured, metrics, summary)
+        PartialState().wait_for_everyone()
+    return EvalResult(pd.DataFrame(measured), metrics, summary, folder.path if folder else None)
+
+
+def check_press(options: EvalOptions, subject: Subject) -> None:
+    """Refuse a press on a cache that it cannot compress."""
+    if subject.press is not None and not subject.cache.takes_press:
+        raise InputError(
+            f"{options.press} assigns layer.keys and layer.values, which the cache {options.cache!r} does not let it; "
+            "use --cache dynamic"
+        )
+
+
+def _plan(options: EvalOptions, subject: Subject) -> _Plan:
+    if options.suite == "perplexity":
+        cut = build_windows(options, subject.model, subject.tokenizer)
+        return _Plan("perplexity", str(options.length), perplexity_job(subject, cut, options), None)
+    eval_set = build_set(options, subject.model, subject.tokenizer)
+    if options.limit is not None:
+        eval_set = dataclasses.replace(eval_set, samples=eval_set.samples[: options.limit])
+    return _Plan(eval_set.dataset, eval_set.data_dir, question_job(subject, eval_set, options), eval_set)
+
+
+def _measure(
+    job: Job, options: EvalOptions, folder: ResultFolder | None, overwrite: bool, progress: bool, label: str
+) -> list[Row]:
+    """Return the rows of all items in their order; those that an interrupted run left are not measured again."""
+    state = PartialState()
+    if folder is not None and overwrite and state.is_main_process:
+        folder.clear()
+    state.wait_for_everyone()
+    known = folder.partial_rows() if folder is not None else {}
+    # Nobody may write before everybody has read.
+    state.wait_for_everyone()
+    missing = [item for item in job.items if item.id not in known]
+    mine = missing[state.process_index :: state.num_processes]
+    new = _measure_mine(job, mine, options, folder, progress and state.is_main_process, label)
+    rows = known | {row["id"]: row for row in gather_object(new)}
+    return [rows[item.id] for item in job.items]
+
+
+def _measure_mine(
+    job: Job, items: Sequence[Item], options: EvalOptions, folder: ResultFolder | None, progress: bool, label: str
+) -> list[Row]:
+    """Measure this process's items batch by batch, and keep each batch as soon as it is done."""
+    rows: list[Row] = []
+    if items:
+        job.warm_up()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task(label, total=len(items))
+        for start in range(0, len(items), options.batch_size):
+            batch = job.measure(items[start : start + options.batch_size])
+            if folder is not None:
+                folder.append(batch, PartialState().process_index)
+            rows += batch
+            bar.advance(task, len(batch))
+    return rows
+
+
+def _metrics(plan: _Plan, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return kvpress's metrics: per task the mean of its own score, or one mean per bucket where the suite has them."""
+    if plan.eval_set is None:
+        return {"perplexity": {"perplexity": round(plan.shown(float(np.mean([row["score"] for row in rows]))), 4)}}
+    if plan.eval_set.bucket is None:
+        return {task: {group[0]["metric"]: _percent(group)} for task, group in by_task(rows).items()}
+    buckets = {sample.id: plan.eval_set.bucket(sample) for sample in plan.eval_set.samples}
+    return {task: _by_bucket(group, buckets) for task, group in by_task(rows).items()}
+
+
+def _by_bucket(rows: Sequence[Row], buckets: dict[str, str]) -> dict[str, float]:
+    ordered = sorted(rows, key=lambda row: buckets[row["id"]])
+    groups = itertools.groupby(ordered, key=lambda row: buckets[row["id"]])
+    return {bucket: _percent(list(group)) for bucket, group in groups}
+
+
+def _percent(rows: Sequence[Row]) -> float:
+    return round(100 * float(np.mean([row["score"] for row in rows])), 2)
+
+
+def _config(options: EvalOptions, subject: Subject, plan: _Plan) -> dict[str, Any]:
+    """Return kvpress's configuration keys, followed by everything else that decides the result."""
+    kvpress_keys = {
+        "dataset": plan.dataset,
+        "data_dir": plan.data_dir,
+        "model": options.model,
+        "press_name": options.press or "no_press",
+        "compression_ratio": subject.ratio,
+        "press_init_command": str(subject.new_press()),
+    }
+    return kvpress_keys | options.result_options()
+
+
+def _summary(plan: _Plan, rows: Sequence[Row], options: EvalOptions, subject: Subject) -> dict[str, Any]:
+    return {
+        "dataset": plan.dataset,
+        "data_dir": plan.data_dir,
+        "model": options.model,
+        "cache": options.cache,
+        "press": options.press,
+        "compression_ratio": subject.ratio,
+        "query_aware": options.query_aware,
+        "label": f"{subject.label} (query-aware)" if options.query_aware else subject.label,
+        "samples": len(rows),
+        "measure": plan.measure,
+        **score_summary(rows, plan.shown),
+        "cost": cost_summary(rows),
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "processes": PartialState().num_processes,
+        "batch_size": options.batch_size,
+        "provenance": provenance(),
+    }

@@ -1,0 +1,75 @@
+"""A finished run as a few lines for the terminal."""
+
+from typing import Any
+
+from accelerate import PartialState
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pikv_hf.eval.runner.run import EvalResult
+from pikv_hf.report import format_bytes
+
+
+def show(result: EvalResult) -> None:
+    """Print scores, bytes and speed of a run; only one process of several prints."""
+    if not PartialState().is_main_process:
+        return
+    console = Console()
+    summary = result.summary
+    console.print()
+    console.print(f"[bold]{escape(summary['label'])}[/] on {escape(_what(summary))}")
+    console.print(_scores(summary))
+    for line in _costs(summary):
+        console.print(line)
+    if result.folder is not None:
+        state = "complete already, read from" if result.skipped else "in"
+        console.print(f"[dim]{state} {escape(str(result.folder))}[/]", soft_wrap=True)
+
+
+def _what(summary: dict[str, Any]) -> str:
+    length = f" {summary['data_dir']}" if summary["data_dir"] else ""
+    return f"{summary['dataset']}{length}, {summary['model']} ({summary['dtype']}), {summary['samples']} samples"
+
+
+def _scores(summary: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task")
+    table.add_column("metric")
+    for name in ("samples", summary["measure"]["name"], "95% interval"):
+        table.add_column(name, justify="right")
+    for task, row in summary["tasks"].items():
+        table.add_row(escape(task), row["metric"], *_figures(row["samples"], row))
+    table.add_section()
+    if len(summary["tasks"]) > 1:
+        table.add_row("mean over tasks", "", *_figures(summary["samples"], summary["score"]), style="bold")
+    return table
+
+
+def _figures(samples: int, row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{samples:,}", f"{row['mean']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}"
+
+
+def _costs(summary: dict[str, Any]) -> list[str]:
+    cost = summary["cost"]
+    lines = [
+        f"KV after prefill {_kv(cost, 'prefill')}",
+        f"KV at the end    {_kv(cost, 'end')}",
+        f"prefill {cost['prefill_tokens_per_s']:,.0f} tokens/s, decode {_speed(cost['decode_tokens_per_s'])}",
+        f"peak memory of the process {format_bytes(cost['peak_memory_bytes'])}",
+    ]
+    if cost["cuda_peak_bytes"] is not None:
+        lines.append(f"peak memory of the GPU {format_bytes(cost['cuda_peak_bytes'])}")
+    return lines
+
+
+def _kv(cost: dict[str, Any], stage: str) -> str:
+    return (
+        f"{format_bytes(cost[f'kv_bytes_{stage}'])} a sample: {cost[f'kv_share_{stage}']:.1%} of DynamicCache in bf16, "
+        f"{cost[f'kv_share_{stage}_dtype']:.1%} in the model's dtype"
+    )
+
+
+def _speed(tokens: float | None) -> str:
+    return "not measured" if tokens is None else f"{tokens:,.0f} tokens/s"
