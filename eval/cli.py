@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pikv_hf.config import PiKVConfig
+from pikv_hf.eval.cli_eval import app as evaluation
 from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.errors import InputError, user_input
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure the cache against transformers' DynamicCache in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+app.add_typer(evaluation, name="eval")
 _DEFAULT = DemoOptions()
 
 

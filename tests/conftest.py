@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,14 @@ settings.load_profile("pikv")
 def _one_thread_each() -> None:
     # The suite runs one process per core.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference_model() -> tuple[Any, Any]:
+    """Return the bundled model and its tokenizer."""
+    from pikv_hf.eval.models import load_model
+
+    return load_model(device="cpu")
 
 
 @pytest.fixture(autouse=True)

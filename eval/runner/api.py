@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.models import load_model
 from pikv_hf.eval.runner.caches import CacheFactory, cache_factory
 from pikv_hf.eval.runner.jobs import Subject
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.presses import PressFactory, press_factory
+from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.run import EvalResult, check_press, run
 
 
@@ -92,7 +91,7 @@ def run_all(
 
 
 def _load(options: EvalOptions) -> tuple[Any, Any]:
-    device = options.device or str(PartialState().device)
+    device = options.device or str(processes().device)
     return load_model(options.model, options.dtype, device, _attention(options))
 
 

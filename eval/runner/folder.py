@@ -1,8 +1,8 @@
 """The folder of one run: complete or not there, and resumable in between.
 
 Layout of kvpress's evaluation, `predictions.csv`, `metrics.json` and `config.yaml`, with `summary.json` written last:
-a folder with a summary is complete. Until then every finished sample is a line of a `partial-*.jsonl` file, one file per
-process.
+a folder with a summary is complete. Until then every finished sample is a line of a `partial-*.jsonl` file, one file
+per process.
 """
 
 import json

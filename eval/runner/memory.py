@@ -1,5 +1,6 @@
 """Bytes that a cache really keeps alive, what `DynamicCache` would hold, and peak memory of the process."""
 
+import contextlib
 import resource
 import sys
 from collections.abc import Iterable, Iterator
@@ -102,11 +103,9 @@ class PeakMemory:
         """Start anew. Where the system cannot do that, the process's figure is the highest since it began."""
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
-        try:
+        with contextlib.suppress(OSError):
             # 5 resets the peak resident set size, see proc(5).
             _CLEAR_REFS.write_text("5")
-        except OSError:
-            pass
 
     def process_bytes(self) -> int:
         """Return the peak resident set size."""

@@ -170,7 +170,7 @@ class EvalOptions:
         return {name: value for name, value in self.to_dict().items() if name not in _ONLY_SPEED}
 
     def folder_name(self, dataset: str, data_dir: str, ratio: float) -> str:
-        """Return kvpress's name for the results' folder; whatever has no place in that is added, or as a fingerprint."""
+        """Return kvpress's name for the results' folder, with what has no place in that added as a fingerprint."""
         press = self.press or "no_press"
         parts = [dataset, data_dir, self.model, press, f"{ratio:.2f}"]
         parts += [] if self.cache == "dynamic" else [self.cache]
@@ -183,7 +183,7 @@ class EvalOptions:
         return "__".join(_for_a_path(part) for part in parts if part)
 
 
-def read_options(file: Path, overrides: Mapping[str, Any] | None = None) -> list[EvalOptions]:
+def read_options(file: Path) -> list[EvalOptions]:
     """Read the runs that a YAML file describes.
 
     The file is a mapping of options. Under `runs` it may hold a list of mappings, each of which starts from the others.
@@ -205,9 +205,11 @@ def read_options(file: Path, overrides: Mapping[str, Any] | None = None) -> list
     runs = content.pop("runs", [{}])
     if not isinstance(runs, list) or not all(isinstance(run, dict) for run in runs):
         raise InputError(f"runs in {file} must be a list of mappings of options, got {runs!r}")
-    with user_input(f"in {file}"):
-        grid = [one for run in runs for one in _expanded(content | run | dict(overrides or {}))]
+    grid = [one for run in runs for one in _expanded(content | run)]
+    try:
         return [EvalOptions.from_dict(one) for one in grid]
+    except InputError as error:
+        raise InputError(f"in {file}: {error}") from None
 
 
 def _expanded(options: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -57,7 +57,7 @@ def press_factory(spec: str, ratio: float | None = None) -> PressFactory:
     ----------
     spec : str
         A class name of kvpress, with options in parentheses where wanted; a press around others takes them as
-        arguments: `AdaKVPress(SnapKVPress)`, `ComposedPress([SnapKVPress, ThinKPress(key_channel_compression_ratio=0.5)])`.
+        arguments: `AdaKVPress(SnapKVPress)`, `ComposedPress([SnapKVPress, ThinKPress(window_size=16)])`.
     ratio : float, optional
         Share of the cache to remove, in [0, 1). Set on the press itself, or through it on the one it is around.
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,6 +19,7 @@ from pikv_hf.eval.provenance import provenance
 from pikv_hf.eval.runner.folder import ResultFolder, Row
 from pikv_hf.eval.runner.jobs import Item, Job, Subject, perplexity_job, question_job
 from pikv_hf.eval.runner.options import EvalOptions
+from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.quiet import warn_once
 from pikv_hf.eval.runner.suites import build_set, build_windows
 from pikv_hf.eval.runner.summary import by_task, cost_summary, score_summary
@@ -95,9 +95,9 @@ def run(
         measured = _measure(plan.job, options, folder, overwrite, progress, subject.label)
     metrics, summary = _metrics(plan, measured), _summary(plan, measured, options, subject)
     if folder is not None:
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             folder.finish(measured, metrics, summary)
-        PartialState().wait_for_everyone()
+        processes().wait_for_everyone()
     return EvalResult(pd.DataFrame(measured), metrics, summary, folder.path if folder else None)
 
 
@@ -124,7 +124,7 @@ def _measure(
     job: Job, options: EvalOptions, folder: ResultFolder | None, overwrite: bool, progress: bool, label: str
 ) -> list[Row]:
     """Return the rows of all items in their order; those that an interrupted run left are not measured again."""
-    state = PartialState()
+    state = processes()
     if folder is not None and overwrite and state.is_main_process:
         folder.clear()
     state.wait_for_everyone()
@@ -151,7 +151,7 @@ def _measure_mine(
         for start in range(0, len(items), options.batch_size):
             batch = job.measure(items[start : start + options.batch_size])
             if folder is not None:
-                folder.append(batch, PartialState().process_index)
+                folder.append(batch, processes().process_index)
             rows += batch
             bar.advance(task, len(batch))
     return rows
@@ -187,7 +187,9 @@ def _config(options: EvalOptions, subject: Subject, plan: _Plan) -> dict[str, An
         "compression_ratio": subject.ratio,
         "press_init_command": str(subject.new_press()),
     }
-    return kvpress_keys | options.result_options()
+    others = options.result_options()
+    # kvpress's data_dir is the variant; ours is where LongBench's files are.
+    return kvpress_keys | {"files": others.pop("data_dir")} | others
 
 
 def _summary(plan: _Plan, rows: Sequence[Row], options: EvalOptions, subject: Subject) -> dict[str, Any]:
@@ -205,7 +207,7 @@ def _summary(plan: _Plan, rows: Sequence[Row], options: EvalOptions, subject: Su
         **score_summary(rows, plan.shown),
         "cost": cost_summary(rows),
         "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "processes": PartialState().num_processes,
+        "processes": processes().num_processes,
         "batch_size": options.batch_size,
         "provenance": provenance(),
     }

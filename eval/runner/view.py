@@ -2,19 +2,19 @@
 
 from typing import Any
 
-from accelerate import PartialState
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.run import EvalResult
 from pikv_hf.report import format_bytes
 
 
 def show(result: EvalResult) -> None:
     """Print scores, bytes and speed of a run; only one process of several prints."""
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     console = Console()
     summary = result.summary
@@ -39,23 +39,24 @@ def _scores(summary: dict[str, Any]) -> Table:
     table.add_column("metric")
     for name in ("samples", summary["measure"]["name"], "95% interval"):
         table.add_column(name, justify="right")
+    digits = 1 if summary["measure"]["unit"] == "%" else 3
     for task, row in summary["tasks"].items():
-        table.add_row(escape(task), row["metric"], *_figures(row["samples"], row))
+        table.add_row(escape(task), row["metric"], *_figures(row["samples"], row, digits))
     table.add_section()
     if len(summary["tasks"]) > 1:
-        table.add_row("mean over tasks", "", *_figures(summary["samples"], summary["score"]), style="bold")
+        table.add_row("mean over tasks", "", *_figures(summary["samples"], summary["score"], digits), style="bold")
     return table
 
 
-def _figures(samples: int, row: dict[str, Any]) -> tuple[str, str, str]:
-    return f"{samples:,}", f"{row['mean']:.1f}", f"{row['low']:.1f} to {row['high']:.1f}"
+def _figures(samples: int, row: dict[str, Any], digits: int) -> tuple[str, str, str]:
+    return f"{samples:,}", f"{row['mean']:.{digits}f}", f"{row['low']:.{digits}f} to {row['high']:.{digits}f}"
 
 
 def _costs(summary: dict[str, Any]) -> list[str]:
     cost = summary["cost"]
     lines = [
-        f"KV after prefill {_kv(cost, 'prefill')}",
-        f"KV at the end    {_kv(cost, 'end')}",
+        f"KV after prefill {_kv(cost, 'prefill', summary['dtype'])}",
+        f"KV at the end    {_kv(cost, 'end', summary['dtype'])}",
         f"prefill {cost['prefill_tokens_per_s']:,.0f} tokens/s, decode {_speed(cost['decode_tokens_per_s'])}",
         f"peak memory of the process {format_bytes(cost['peak_memory_bytes'])}",
     ]
@@ -64,10 +65,10 @@ def _costs(summary: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _kv(cost: dict[str, Any], stage: str) -> str:
+def _kv(cost: dict[str, Any], stage: str, dtype: str) -> str:
     return (
-        f"{format_bytes(cost[f'kv_bytes_{stage}'])} a sample: {cost[f'kv_share_{stage}']:.1%} of DynamicCache in bf16, "
-        f"{cost[f'kv_share_{stage}_dtype']:.1%} in the model's dtype"
+        f"{format_bytes(cost[f'kv_bytes_{stage}'])}, {cost[f'kv_share_{stage}']:.0%} of DynamicCache in bf16 "
+        f"({cost[f'kv_share_{stage}_dtype']:.0%} in {dtype})"
     )
 
 

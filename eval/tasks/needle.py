@@ -40,7 +40,7 @@ class Grid:
 
 
 def reference_samples(grid: Grid) -> list[EvalSample]:
-    """Return the grid's samples in the words of the bundled model; scored by :func:`pikv_hf.eval.tasks.reference.score`."""
+    """Return the grid's samples in the words of the bundled model; `reference.score` scores them."""
     return [_reference_sample(grid.seed, *cell) for cell in grid.cells()]
 
 
