@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test check format bench baseline test-browser clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(INSTALLED) ## Compare DynamicCache and PiKVCache on the bundled model
 	$(BIN)/pikv demo
@@ -33,6 +33,18 @@ bench: $(INSTALLED) ## Measure decoding, beam reordering and prefill
 	$(BIN)/pikv bench decode
 	$(BIN)/pikv bench reorder
 	$(BIN)/pikv bench prefill
+
+# A complete run is read, an interrupted one goes on; `make baseline FLAGS=--overwrite` measures everything anew.
+# One process per core: they measure alike, whoever has the sample. Without a GPU, --multi_gpu means gloo.
+BASELINE := eval/results/baseline
+baseline: $(INSTALLED) ## Measure the accuracy table of the README, and draw its figure
+	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
+	  --dynamo_backend no --main_process_port 0 -m pikv_hf.eval run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
+	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
+
+test-browser: $(INSTALLED) ## Install Debian's Chromium, if there is none, and look at a report page with it
+	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
+	$(BIN)/pytest tests/test_report_browser.py
 
 clean: ## Remove caches and build products; the environment stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

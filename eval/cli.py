@@ -7,6 +7,7 @@ import typer
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.eval.cli_eval import app as evaluation
+from pikv_hf.eval.cli_report import app as report
 from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.errors import InputError, user_input
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 bench = typer.Typer(help="Measure the cache against transformers' DynamicCache in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
+app.add_typer(report, name="report")
 _DEFAULT = DemoOptions()
 
 

@@ -204,7 +204,7 @@ def test_a_yaml_file_runs_from_the_command_line(tmp_path):
     result = CliRunner().invoke(app, ["eval", "run", str(file), "--output", str(tmp_path / "out"), "--quiet"])
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "out").glob("*/summary.json"))) == 2
-    assert "PiKVCache on ruler 200, reference (float32), 1 samples" in result.output
+    assert "PiKVCache on ruler 200, reference (float32), 1 sample" in result.output
 
 
 def test_user_errors_are_one_line_and_status_2():

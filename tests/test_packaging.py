@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[1]
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 NOT_SOURCE = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "runs", "shared")
 
+# What the code reads at run time. Results are for people, and stay in the repository.
+DATA = ("reference_model/*", "report/*.jinja", "tasks/*/data/*")
+
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys
 import pikv_hf
@@ -66,9 +69,9 @@ def test_wheel_holds_every_module_and_data_file(wheel):
     expected = {"pikv_hf/py.typed"}
     for name, folder in folders_with_modules().items():
         expected |= {f"{name.replace('.', '/')}/{file.name}" for file in folder.glob("*.py")}
-    model = [file for file in (ROOT / "eval" / "reference_model").iterdir() if file.is_file()]
-    assert "model.safetensors" in {file.name for file in model}
-    expected |= {f"pikv_hf/eval/reference_model/{file.name}" for file in model}
+    data = {file for pattern in DATA for file in (ROOT / "eval").glob(pattern)}
+    assert {"model.safetensors", "report.html.jinja", "squad.json", "narrativeqa.jsonl"} <= {f.name for f in data}
+    expected |= {f"pikv_hf/{file.relative_to(ROOT)}" for file in data}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert held == expected

@@ -1,1 +1,20 @@
 """Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons."""
+
+from pikv_hf.eval.report.compare import Comparison, Difference, compare
+from pikv_hf.eval.report.compare_view import comparison_text
+from pikv_hf.eval.report.figure_accuracy import accuracy_figure
+from pikv_hf.eval.report.page import write_report
+from pikv_hf.eval.report.runs import Run, load_runs
+from pikv_hf.eval.report.table import markdown_table
+
+__all__ = [
+    "Comparison",
+    "Difference",
+    "Run",
+    "accuracy_figure",
+    "compare",
+    "comparison_text",
+    "load_runs",
+    "markdown_table",
+    "write_report",
+]

@@ -115,7 +115,8 @@ def _plan(options: EvalOptions, subject: Subject) -> _Plan:
         cut = build_windows(options, subject.model, subject.tokenizer)
         return _Plan("perplexity", str(options.length), perplexity_job(subject, cut, options), None)
     eval_set = build_set(options, subject.model, subject.tokenizer)
-    if options.limit is not None:
+    # LongBench's loader has applied the limit to each of its sets.
+    if options.limit is not None and options.suite != "longbench":
         eval_set = dataclasses.replace(eval_set, samples=eval_set.samples[: options.limit])
     return _Plan(eval_set.dataset, eval_set.data_dir, question_job(subject, eval_set, options), eval_set)
 

@@ -30,7 +30,8 @@ def show(result: EvalResult) -> None:
 
 def _what(summary: dict[str, Any]) -> str:
     length = f" {summary['data_dir']}" if summary["data_dir"] else ""
-    return f"{summary['dataset']}{length}, {summary['model']} ({summary['dtype']}), {summary['samples']} samples"
+    samples = f"{summary['samples']:,} sample{'s' if summary['samples'] != 1 else ''}"
+    return f"{summary['dataset']}{length}, {summary['model']} ({summary['dtype']}), {samples}"
 
 
 def _scores(summary: dict[str, Any]) -> Table:

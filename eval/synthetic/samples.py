@@ -91,8 +91,9 @@ def make_sample(
     """One evaluation sample of at most ``n_tokens`` tokens, prompt and expected answer together.
 
     ``single`` hides 1 needle, ``multikey`` and ``multiquery`` 8 (with ``haystack="needles"`` as many as fit),
-    ``multivalue`` one key with 4 values and one other needle, ``vt`` one chain of 5 variables (4 hops). With ``depth``, in [0, 1], what is hidden
-    stands together behind that share of the text.
+    ``multivalue`` one key with 4 values and one other needle, ``vt`` one chain of 5 variables (4 hops).
+
+    With ``depth``, in [0, 1], what is hidden stands together behind that share of the text.
 
     Raises
     ------

@@ -1,0 +1,89 @@
+"""``pikv report``: result folders as a page, figures and tables, and one run against another."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pikv_hf.eval.errors import InputError, user_input
+
+
+class _FoldersFirst(TyperGroup):
+    """Takes anything that is not the name of a command for the folders of a page: `pikv report results`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "--show-completion"):
+            args = ["page", *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_FoldersFirst,
+    help="Show result folders of pikv eval: `pikv report FOLDER...` makes a page, figures and a Markdown table.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def page(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders, or folders that hold some.")],
+    output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "PiKV evaluation",
+) -> None:
+    """One HTML page that needs nothing else, its figures as PNG, and its table as Markdown.
+
+    The command's name may be left out.
+    """
+    from pikv_hf.eval.report import load_runs, write_report
+
+    try:
+        with user_input("cannot make a report"), _plain_warnings():
+            written = write_report(load_runs(folders), output, title)
+    except InputError as error:
+        raise _failure(error) from None
+    typer.echo(f"{written} and {len(list(output.glob('*.png')))} figures beside it")
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Result folder of the run to compare with.")],
+    b: Annotated[Path, typer.Argument(help="Result folder of the other run.")],
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Compare the samples that both have.")] = False,
+) -> None:
+    """Differences of B to A over the same samples, with paired 95% intervals and p-values."""
+    from pikv_hf.eval.report import compare as compare_runs
+    from pikv_hf.eval.report import comparison_text
+
+    try:
+        with user_input("cannot compare"), _plain_warnings():
+            typer.echo(comparison_text(compare_runs(_run(a), _run(b), allow_partial=allow_partial)))
+    except InputError as error:
+        raise _failure(error) from None
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print warnings about folders as one line each, without the place in the code."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        typer.echo(f"Warning: {warning.message}", err=True)
+
+
+def _run(folder: Path) -> Any:
+    from pikv_hf.eval.report import load_runs
+
+    runs = load_runs([folder])
+    if len(runs) != 1:
+        raise InputError(f"{folder} holds {len(runs)} runs, expected one")
+    return runs[0]
+
+
+def _failure(error: InputError) -> typer.Exit:
+    typer.echo(f"Error: {error}", err=True)
+    return typer.Exit(2)
