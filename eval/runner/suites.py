@@ -78,17 +78,27 @@ def _needle(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
 def _longbench(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
     bundled = options.data_dir == BUNDLED
     samples = longbench.load(
-        options.tasks or (longbench.SETS_E if options.e else longbench.SETS),
+        options.tasks or tuple(longbench.SETS_E if options.e else longbench.SETS),
         data_dir=longbench.bundled_sample() if bundled else _path(options.data_dir),
         e=options.e,
         prompts=_path(options.prompts),
         limit=options.limit,
-        max_context=options.max_context or position_limit(model),
+        max_context=options.max_context or _room_for_prompts(options, model),
         tokenizer=tokenizer,
     )
     name = "longbench-e" if options.e else "longbench"
     data_dir = options.tasks[0] if len(options.tasks) == 1 else ""
     return EvalSet(name, data_dir, tuple(samples), longbench.score, longbench.bucket if options.e else None)
+
+
+def _room_for_prompts(options: EvalOptions, model: Any) -> int | None:
+    """Return the positions that the longest answer leaves, None if the model has no limit."""
+    limit = position_limit(model)
+    sets = [longbench.SETS[name] for name in options.tasks or longbench.SETS if name in longbench.SETS]
+    answer = options.max_new_tokens or max((one.max_new_tokens for one in sets), default=0)
+    if limit is not None and limit <= answer:
+        raise InputError(f"answers of {answer} tokens leave no room in the model's {limit} positions")
+    return None if limit is None else limit - answer
 
 
 def _reference_wording(options: EvalOptions) -> bool:
