@@ -214,3 +214,29 @@ def test_random_presses_draw_the_same_in_any_order(reference_model, samples):
     order = list(encoded)
     shuffled = random.Random(0).sample(order, len(order))
     assert answers(order) == answers(shuffled)
+
+
+def test_prompts_are_kvpress_own_with_a_chat_template(reference_model, samples):
+    model, tokenizer = reference_model
+    template = "{% for m in messages %}<bos>{{ m.role }}: {{ m.content }}{% endfor %}<eos>answer:"
+    before = tokenizer.chat_template
+    tokenizer.chat_template = template
+    try:
+        asker, sample = Asker(model, tokenizer), samples[0]
+        theirs = asker.preprocess(sample.context, [sample.question], sample.answer_prefix, 10_000)
+        ours = asker.encode(sample)
+    finally:
+        tokenizer.chat_template = before
+    assert torch.equal(ours.context, theirs["context_ids"])
+    assert torch.equal(ours.question, theirs["questions_ids"][0])
+
+
+def test_a_tokenizer_needs_no_beginning_of_text_token(reference_model, samples):
+    model, tokenizer = reference_model
+    before = tokenizer.bos_token
+    tokenizer.bos_token = None
+    try:
+        encoded = Asker(model, tokenizer).encode(samples[0])
+    finally:
+        tokenizer.bos_token = before
+    assert tokenizer.decode(encoded.context[0]).startswith("A special magic number")

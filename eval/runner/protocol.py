@@ -14,6 +14,7 @@ from kvpress import KVPressTextGenerationPipeline
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pikv_hf.eval.runner.meter import Cost, Meter
+from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 
 
@@ -53,22 +54,27 @@ class Encoded:
 class Asker(KVPressTextGenerationPipeline):
     """kvpress's pipeline with a meter in it.
 
-    Tokenising, chat template, press hooks and the special cases of presses are kvpress's own. Two things differ from
-    its answers: an end token that comes first ends the answer, and nothing is taken out of the cache afterwards, since
-    each cache serves one question.
+    Press hooks and the special cases of presses are kvpress's own, and prompts are what it makes of them. Three things
+    differ: a tokenizer may lack a beginning-of-text token, an end token that comes first ends the answer, and nothing
+    is taken out of the cache afterwards, since each cache serves one question.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         super().__init__(model=model, tokenizer=tokenizer)
         self.meter = Meter(model.device)
+        self._frame = frame(tokenizer)
         self._generated: list[int] = []
 
     def encode(self, sample: EvalSample, max_context: int | None = None) -> Encoded:
         """Tokenise a sample as kvpress does; a context longer than `max_context` loses its end."""
-        limit = min(self.tokenizer.model_max_length, int(1e10)) if max_context is None else max_context
-        parts = self.preprocess(sample.context, [sample.question], sample.answer_prefix, limit)
-        device = self.model.device
-        return Encoded(parts["context_ids"].to(device), parts["questions_ids"][0].to(device), sample.max_new_tokens)
+        before, between = self._frame
+        context = self._ids(before + sample.context)
+        question = self._ids(sample.question + between + sample.answer_prefix)
+        return Encoded(context[:, :max_context], question, sample.max_new_tokens)
+
+    def _ids(self, text: str) -> torch.Tensor:
+        ids = self.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+        return ids.to(self.model.device, torch.long)
 
     @torch.no_grad()
     def ask(self, encoded: Encoded, cache: Any, press: Any = None) -> Answer:

@@ -4,23 +4,9 @@ import dataclasses
 
 from transformers import PreTrainedTokenizerBase
 
+from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.longbench.truncate import count_tokens, truncate_middle
 from pikv_hf.eval.tasks.sample import EvalSample
-
-_SEPARATOR = "\0context\0"
-
-
-def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """Return what kvpress's pipeline puts before the context and between question and answer prefix.
-
-    That is the beginning-of-text token and a newline, or the two halves of the chat template around a user's message.
-    """
-    if tokenizer.chat_template is None:
-        return tokenizer.bos_token or "", "\n"
-    message = [{"role": "user", "content": _SEPARATOR}]
-    text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False, enable_thinking=False)
-    before, between = str(text).split(_SEPARATOR)
-    return before, between
 
 
 def fit(sample: EvalSample, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> EvalSample:
