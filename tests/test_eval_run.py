@@ -226,3 +226,15 @@ def test_intervals_hold_what_they_promise():
     assert 174 <= hits <= 200
     assert interval([[0.5]]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert interval([[1.0, 1.0], [0.0]]) == {"mean": 0.5, "low": 0.5, "high": 0.5}
+
+
+def test_needles_in_rulers_words_are_where_the_grid_says(reference_model):
+    _, tokenizer = reference_model
+    grid = needle.Grid((600,), (0.0, 0.25, 1.0), 2, 7)
+    for sample in needle.samples(grid, tokenizer):
+        body = sample.context.split("\n")[1]
+        start, needle_length = body.index("One of the special magic numbers"), len("One of the special magic numbers")
+        share = start / (len(body) - needle_length)
+        # A sentence is at most a tenth of such a short text.
+        assert share == pytest.approx(sample.extra["depth"], abs=0.12)
+        assert len(tokenizer(f"{sample.context}{sample.question}\n{sample.answer_prefix}").input_ids) + 128 <= 600

@@ -114,6 +114,8 @@ def _method(axes: Any, entries: Sequence[Entry], styles: Styles) -> None:
         linewidth=1.2,
         elinewidth=0.9,
         zorder=3,
+        # A marker at the very top is not cut in half.
+        clip_on=False,
     )
 
 
@@ -122,7 +124,18 @@ def _front(axes: Any, front: Sequence[Entry]) -> None:
         return
     x, y = zip(*map(_place, front), strict=True)
     axes.plot(x, y, color="black", linewidth=5, alpha=0.12, drawstyle="steps-post", zorder=1.5)
-    axes.plot(x, y, linestyle="none", marker="o", markersize=13, fillstyle="none", color="black", mew=0.9, zorder=4)
+    axes.plot(
+        x,
+        y,
+        linestyle="none",
+        marker="o",
+        markersize=13,
+        fillstyle="none",
+        color="black",
+        mew=0.9,
+        zorder=4,
+        clip_on=False,
+    )
 
 
 def _legend(drawing: Figure, methods: Sequence[str], styles: Styles) -> None:

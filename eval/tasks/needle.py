@@ -3,10 +3,16 @@
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pikv_hf.eval.errors import user_input
 from pikv_hf.eval.synthetic import make_sample
-from pikv_hf.eval.tasks.reference import MAX_NEW_TOKENS
+from pikv_hf.eval.tasks.reference import MAX_NEW_TOKENS as REFERENCE_LIMIT
+from pikv_hf.eval.tasks.ruler.counting import TokenCounter
+from pikv_hf.eval.tasks.ruler.fitting import fit
+from pikv_hf.eval.tasks.ruler.haystack import Haystack
+from pikv_hf.eval.tasks.ruler.needles import NEEDLE_TASKS, needle_problem
+from pikv_hf.eval.tasks.ruler.templates import MAX_NEW_TOKENS
 from pikv_hf.eval.tasks.sample import EvalSample
 
 
@@ -39,6 +45,43 @@ class Grid:
                     yield length, depth, index
 
 
+def samples(grid: Grid, tokenizer: Any, haystack: Haystack | None = None) -> list[EvalSample]:
+    """Return the grid's samples: RULER's `niah_single_2` with the needle at a chosen depth of the haystack.
+
+    Lengths are counted as in :func:`pikv_hf.eval.tasks.ruler.generate`; `ruler.score` scores them.
+
+    Raises
+    ------
+    ValueError
+        If a length is too small for needle, question and answer.
+    """
+    counter, text = TokenCounter(tokenizer), haystack or Haystack.bundled()
+    return [_sample(grid.seed, counter, text, *cell) for cell in grid.cells()]
+
+
+def _sample(seed: int, counter: TokenCounter, text: Haystack, length: int, depth: float, index: int) -> EvalSample:
+    rng = random.Random(f"needle {seed} {length} {depth} {index}")
+    problem = needle_problem(NEEDLE_TASKS["niah_single_2"], rng, counter, text, length, depth)
+    limit = MAX_NEW_TOKENS["niah"]
+    [fitted] = fit([problem], counter, length, limit)
+    prompt = fitted.prompt
+    return EvalSample(
+        id=_name(length, depth, index),
+        task=f"needle_{length}",
+        context=prompt.context,
+        question=prompt.question,
+        answer_prefix=prompt.answer_prefix,
+        answers=fitted.answers,
+        max_new_tokens=limit,
+        length=length,
+        extra={"depth": depth},
+    )
+
+
+def _name(length: int, depth: float, index: int) -> str:
+    return f"needle-{length}-{depth:.3f}-{index:03d}"
+
+
 def reference_samples(grid: Grid) -> list[EvalSample]:
     """Return the grid's samples in the words of the bundled model; `reference.score` scores them."""
     return [_reference_sample(grid.seed, *cell) for cell in grid.cells()]
@@ -49,13 +92,13 @@ def _reference_sample(seed: int, length: int, depth: float, index: int) -> EvalS
     with user_input(f"a needle does not fit into {length} tokens"):
         sample = make_sample("single", length, rng, depth=depth)
     return EvalSample(
-        id=f"needle-{length}-{depth:.3f}-{index:03d}",
+        id=_name(length, depth, index),
         task=f"needle_{length}",
         context=sample.context,
         question=sample.question,
         answer_prefix=sample.answer_prefix,
         answers=sample.answers,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=REFERENCE_LIMIT,
         length=length,
         extra={"exact": sample.answer, "depth": depth},
     )

@@ -1,1 +1,9 @@
 """RULER's 13 tasks, generated for any tokenizer and length."""
+
+from pikv_hf.eval.tasks.ruler.generate import generate
+from pikv_hf.eval.tasks.ruler.haystack import Haystack
+from pikv_hf.eval.tasks.ruler.hub import load_hub
+from pikv_hf.eval.tasks.ruler.scoring import score
+from pikv_hf.eval.tasks.ruler.templates import TASKS
+
+__all__ = ["TASKS", "Haystack", "generate", "load_hub", "score"]
