@@ -86,12 +86,12 @@ def summary_of(rows: Sequence[Row], label: str, **changes: Any) -> dict[str, Any
             for task, values in scores.items()
         },
         "cost": {
-            "kv_bytes_prefill": 2**20 * share,
-            "kv_bytes_end": 2**20 * share + 1024,
+            "kv_bytes_prefill": 2**20 * (share or 1),
+            "kv_bytes_end": 2**20 * (share or 1) + 1024,
             "kv_share_prefill": share,
-            "kv_share_end": share + 0.01,
-            "kv_share_prefill_dtype": share / 2,
-            "kv_share_end_dtype": share / 2,
+            "kv_share_end": share and share + 0.01,
+            "kv_share_prefill_dtype": share and share / 2,
+            "kv_share_end_dtype": share and share / 2,
             "prefill_tokens_per_s": 2000.0 * speed,
             "decode_tokens_per_s": 50.0 * speed,
             "peak_memory_bytes": 2**30,

@@ -11,7 +11,7 @@ import pytest
 from report_folders import HOSTILE, edit, needle_rows, press, question_rows, window_rows, write_run, write_suite
 
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.report import accuracy_figure, load_runs, markdown_table, write_report
+from pikv_hf.eval.report import accuracy_figure, load_runs, markdown_table, ratio_table, write_report
 from pikv_hf.eval.report.examples import EXAMPLES, LIMIT, shorten, wrong_answers
 from pikv_hf.eval.report.figure_accuracy import pareto_front
 from pikv_hf.eval.report.figure_needle import needle_figure
@@ -246,6 +246,20 @@ class TestTable:
             "| SnapKV 75%        |        40.0 (37.0–42.0) |            25.0% |     26.0% |        1.50x |",
         ]
 
+    def test_short_table_has_a_row_per_method_and_a_column_per_ratio(self, tmp_path: Path) -> None:
+        write_suite(tmp_path / "all")
+        write_run(tmp_path / "all" / "g", "Odd", cache="x", share=None)
+        header, _, *rows = table_cells(ratio_table(load_runs([tmp_path])))
+        assert header == ["score (%) at KV bytes", "0% removed", "50% removed", "75% removed"]
+        assert rows == [
+            ["DynamicCache", "80.0 at 100%", "–", "–"],
+            ["PiKVCache", "80.0 at 101%", "–", "–"],
+            ["Odd", "80.0", "–", "–"],
+            ["AdaKV(SnapKV)", "–", "70.0 at 100%", "–"],
+            ["Knorm", "–", "30.0 at 50%", "–"],
+            ["SnapKV", "–", "60.0 at 50%", "40.0 at 25%"],
+        ]
+
     def test_several_groups_get_titles(self, tmp_path: Path) -> None:
         write_run(tmp_path / "a", "DynamicCache")
         write_run(tmp_path / "b", "DynamicCache", data_dir="4096")
@@ -375,6 +389,7 @@ class TestPage:
         names = {path.name for path in page.parent.iterdir()}
         assert names == {
             "report.html",
+            "ratios.md",
             "table.md",
             *(f"ruler-1024-{figure}.png" for figure in ("accuracy", "tasks", "speed")),
         }

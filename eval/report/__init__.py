@@ -4,6 +4,7 @@ from pikv_hf.eval.report.compare import Comparison, Difference, compare
 from pikv_hf.eval.report.compare_view import comparison_text
 from pikv_hf.eval.report.figure_accuracy import accuracy_figure
 from pikv_hf.eval.report.page import write_report
+from pikv_hf.eval.report.ratios import ratio_table
 from pikv_hf.eval.report.runs import Run, load_runs
 from pikv_hf.eval.report.table import markdown_table
 
@@ -16,5 +17,6 @@ __all__ = [
     "comparison_text",
     "load_runs",
     "markdown_table",
+    "ratio_table",
     "write_report",
 ]

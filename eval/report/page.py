@@ -15,12 +15,14 @@ from pikv_hf.eval.report.figure_speed import has_speeds, is_relative, speed_figu
 from pikv_hf.eval.report.figure_tasks import tasks_figure
 from pikv_hf.eval.report.groups import Group, group_runs
 from pikv_hf.eval.report.page_tables import Table, main_table, origins, tasks_table
+from pikv_hf.eval.report.ratios import ratio_table
 from pikv_hf.eval.report.runs import Run
 from pikv_hf.eval.report.style import Styles, method_styles
 from pikv_hf.eval.report.table import BYTES_NOTE, markdown_table, measure_name
 
 PAGE = "report.html"
 TABLE = "table.md"
+RATIOS = "ratios.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +46,7 @@ class Section:
 
 
 def write_report(runs: Sequence[Run], output: Path | str, title: str = "PiKV evaluation") -> Path:
-    """Write `report.html`, its figures as PNG files, and `table.md`.
+    """Write `report.html`, its figures as PNG files, `table.md` (a row per run) and `ratios.md` (a row per method).
 
     The same runs give the same bytes. The page loads nothing, runs no script, and escapes all that models wrote.
 
@@ -74,6 +76,7 @@ def write_report(runs: Sequence[Run], output: Path | str, title: str = "PiKV eva
         raise InputError(f"{output} is a file, expected a folder for the report")
     output.mkdir(parents=True, exist_ok=True)
     (output / TABLE).write_text(markdown_table(runs), encoding="utf-8")
+    (output / RATIOS).write_text(ratio_table(runs), encoding="utf-8")
     page = output / PAGE
     page.write_text(_render(group_runs(runs), output, title), encoding="utf-8")
     return page

@@ -60,7 +60,9 @@ class Asker(KVPressTextGenerationPipeline):
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        super().__init__(model=model, tokenizer=tokenizer)
+        # Without a device the pipeline would move the model to a GPU, if there is one; one that is spread stays so.
+        device = None if hasattr(model, "hf_device_map") else model.device
+        super().__init__(model=model, tokenizer=tokenizer, device=device)
         self.meter = Meter(model.device)
         self._frame = frame(tokenizer)
         self._generated: list[int] = []

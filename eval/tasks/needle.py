@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pikv_hf.eval.errors import user_input
-from pikv_hf.eval.synthetic import make_sample
+from pikv_hf.eval.synthetic import Sample, make_sample
 from pikv_hf.eval.tasks.reference import MAX_NEW_TOKENS as REFERENCE_LIMIT
-from pikv_hf.eval.tasks.ruler.counting import TokenCounter
+from pikv_hf.eval.tasks.ruler.counting import Prompt, TokenCounter
 from pikv_hf.eval.tasks.ruler.fitting import fit
 from pikv_hf.eval.tasks.ruler.haystack import Haystack
 from pikv_hf.eval.tasks.ruler.needles import NEEDLE_TASKS, needle_problem
@@ -59,46 +59,41 @@ def samples(grid: Grid, tokenizer: Any, haystack: Haystack | None = None) -> lis
     return [_sample(grid.seed, counter, text, *cell) for cell in grid.cells()]
 
 
-def _sample(seed: int, counter: TokenCounter, text: Haystack, length: int, depth: float, index: int) -> EvalSample:
-    rng = random.Random(f"needle {seed} {length} {depth} {index}")
-    problem = needle_problem(NEEDLE_TASKS["niah_single_2"], rng, counter, text, length, depth)
-    limit = MAX_NEW_TOKENS["niah"]
-    [fitted] = fit([problem], counter, length, limit)
-    prompt = fitted.prompt
-    return EvalSample(
-        id=_name(length, depth, index),
-        task=f"needle_{length}",
-        context=prompt.context,
-        question=prompt.question,
-        answer_prefix=prompt.answer_prefix,
-        answers=fitted.answers,
-        max_new_tokens=limit,
-        length=length,
-        extra={"depth": depth},
-    )
-
-
-def _name(length: int, depth: float, index: int) -> str:
-    return f"needle-{length}-{depth:.3f}-{index:03d}"
-
-
 def reference_samples(grid: Grid) -> list[EvalSample]:
     """Return the grid's samples in the words of the bundled model; `reference.score` scores them."""
     return [_reference_sample(grid.seed, *cell) for cell in grid.cells()]
 
 
+def _sample(seed: int, counter: TokenCounter, text: Haystack, length: int, depth: float, index: int) -> EvalSample:
+    rng = _random(seed, length, depth, index)
+    problem = needle_problem(NEEDLE_TASKS["niah_single_2"], rng, counter, text, length, depth)
+    limit = MAX_NEW_TOKENS["niah"]
+    [fitted] = fit([problem], counter, length, limit)
+    return _cell(fitted.prompt, fitted.answers, limit, length, depth, index)
+
+
 def _reference_sample(seed: int, length: int, depth: float, index: int) -> EvalSample:
-    rng = random.Random(f"needle {seed} {length} {depth} {index}")
+    rng = _random(seed, length, depth, index)
     with user_input(f"a needle does not fit into {length} tokens"):
         sample = make_sample("single", length, rng, depth=depth)
+    return _cell(sample, sample.answers, REFERENCE_LIMIT, length, depth, index, exact=sample.answer)
+
+
+def _random(seed: int, length: int, depth: float, index: int) -> random.Random:
+    return random.Random(f"needle {seed} {length} {depth} {index}")
+
+
+def _cell(
+    parts: Prompt | Sample, answers: tuple[str, ...], limit: int, length: int, depth: float, index: int, **extra: Any
+) -> EvalSample:
     return EvalSample(
-        id=_name(length, depth, index),
+        id=f"needle-{length}-{depth:.3f}-{index:03d}",
         task=f"needle_{length}",
-        context=sample.context,
-        question=sample.question,
-        answer_prefix=sample.answer_prefix,
-        answers=sample.answers,
-        max_new_tokens=REFERENCE_LIMIT,
+        context=parts.context,
+        question=parts.question,
+        answer_prefix=parts.answer_prefix,
+        answers=answers,
+        max_new_tokens=limit,
         length=length,
-        extra={"exact": sample.answer, "depth": depth},
+        extra={"depth": depth, **extra},
     )

@@ -6,6 +6,8 @@ from itertools import accumulate, islice
 
 from transformers import PreTrainedTokenizerBase
 
+from pikv_hf.eval.tasks.frame import frame
+
 # What stands before a piece when its cost is measured: it keeps rules for the beginning of a text out of the figure.
 _ANCHOR = "."
 # Pieces counted at once while gathering, and pieces remembered at most: needles never come back, sentences do.
@@ -55,7 +57,7 @@ class TokenCounter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._before, self._between = _frame(tokenizer)
+        self._before, self._between = frame(tokenizer)
         self._costs: dict[str, int] = {}
         self._anchor = self.lengths([_ANCHOR])[0]
 
@@ -116,17 +118,3 @@ def _fitting(reach: Iterator[int], room: int) -> list[int]:
             break
         fitting.append(cost)
     return fitting
-
-
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What kvpress's pipeline puts before the context, and between the question and the answer prefix."""
-    if tokenizer.chat_template is None:
-        return tokenizer.bos_token or "", "\n"
-    mark = "#" * 32
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False, enable_thinking=False
-    )
-    if rendered.count(mark) != 1:
-        raise ValueError(f"the chat template must repeat the user's text once, got it {rendered.count(mark)} times")
-    before, between = rendered.split(mark)
-    return before, between

@@ -117,7 +117,9 @@ class _Fit:
         if tokens <= self.room and (self.best is None or tokens > self.best.tokens):
             self.best = Fitted(prompt, self.problem.answers, tokens, self.problem.draft.extra(self.size))
         self.settled = self.settled or self.floor <= tokens <= self.room
-        self.scale = tokens / max(1, self.estimate)
+        scale = tokens / max(1, self.estimate)
+        # A sample that is too long gets shorter each time, so that it fits in the end or is known not to.
+        self.scale = max(self.scale, scale) if tokens > self.room else scale
 
 
 def fit(problems: Sequence[Problem], counter: TokenCounter, length: int, max_new_tokens: int) -> list[Fitted]:
