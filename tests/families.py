@@ -29,6 +29,9 @@ MLA: dict[str, Any] = {
     "v_head_dim": 16,
     "num_key_value_heads": 4,
 }
+# In these families transformers' own eager and sdpa attention differ by up to 7e-5 with COMMON's weights, how much
+# depends on the processor: too close to the bound of 1e-4 for a test of anything else.
+CALMER: dict[str, Any] = {"initializer_range": 0.15}
 GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 
 
@@ -94,8 +97,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "deepseek_v3": _moe("DeepseekV3", {**MLA, **GROUPED, "moe_intermediate_size": 32, "first_k_dense_replace": 1}),
     "phimoe": _moe("Phimoe", {**_LOCAL, "sliding_window": None}),
-    "granitemoe": _moe("GraniteMoe", {**_LOCAL, "attention_multiplier": 0.25}),
-    "granitemoeshared": _moe("GraniteMoeShared", {**_LOCAL, "shared_intermediate_size": 32}),
+    "granitemoe": _moe("GraniteMoe", {**_LOCAL, **CALMER, "attention_multiplier": 0.25}),
+    "granitemoeshared": _moe("GraniteMoeShared", {**_LOCAL, **CALMER, "shared_intermediate_size": 32}),
     "glm4_moe": _moe("Glm4Moe", {**GROUPED, "moe_intermediate_size": 32, "head_dim": 16, "first_k_dense_replace": 1}),
     "minimax_m2": _moe("MiniMaxM2", {**_LOCAL, "head_dim": 16, "rotary_dim": 8}),
     "ernie4_5_moe": _moe(
@@ -117,6 +120,7 @@ FAMILIES: dict[str, Family] = {
         "DbrxConfig",
         "DbrxForCausalLM",
         {
+            **CALMER,
             "d_model": 64,
             "n_heads": 4,
             "n_layers": 3,
