@@ -22,7 +22,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
         What was run; by default this process's command line, without its folder.
     """
     return {
-        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or " ".join([_program(), *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "machine": {
@@ -34,6 +34,12 @@ def provenance(command: str | None = None) -> dict[str, Any]:
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
+
+
+def _program() -> str:
+    """Return what was started, without its folder: a script, or a module as `python -m` takes it."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
 def _version(package: str) -> str | None:

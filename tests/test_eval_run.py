@@ -79,6 +79,8 @@ def test_means_and_intervals_are_over_tasks(finished):
 
 def test_a_finished_run_is_read_instead_of_repeated(finished, monkeypatch):
     result, root = finished
+    # Neither the model nor any sample is needed.
+    monkeypatch.setattr("pikv_hf.eval.models.load_reference_model", None)
     monkeypatch.setattr(Asker, "ask", None)
     again = evaluate_cache(cache="dynamic", press="SnapKVPress", ratio=0.5, output=root, **SMALL)
     assert again.skipped
@@ -168,7 +170,7 @@ def test_needles_are_where_the_grid_says():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": "pikv", "press": "SnapKVPress", "ratio": 0.5}, "use --cache dynamic"),
+        ({"cache": "pikv", "press": "SnapKVPress", "ratio": 0.5}, "use the dynamic cache"),
         ({"tasks": ["niah_multikey_3"]}, "no task 'niah_multikey_3'"),
         ({"length": 20}, "does not fit into --length 20"),
         ({"length": 5000}, "5000 tokens do not fit the model's 4096 positions"),

@@ -181,14 +181,11 @@ def test_a_wrong_yaml_file_is_named(tmp_path, text, message):
 
 def test_folders_have_kvpress_names_and_differ_when_results_do():
     plain = EvalOptions(suite="ruler", press="SnapKVPress", ratio=0.5)
-    assert plain.folder_name("ruler", "1024", 0.5) == "ruler__1024__reference__SnapKVPress__0.50"
+    assert plain.folder_name(0.5) == "ruler__1024__reference__SnapKVPress__0.50"
     hub = EvalOptions(suite="ruler", model="owner/name", cache="pikv:page_size=16", query_aware=True, threads=2)
-    assert (
-        hub.folder_name("ruler", "1024", 0.0)
-        == "ruler__1024__owner--name__no_press__0.00__pikv-page_size=16__query_aware"
-    )
+    assert hub.folder_name(0.0) == "ruler__1024__owner--name__no_press__0.00__pikv-page_size=16__query_aware"
     names = {
-        EvalOptions(suite="ruler", **options).folder_name("ruler", "1024", 0.0)
+        EvalOptions(suite="ruler", **options).folder_name(0.0)
         for options in ({}, {"seed": 1}, {"samples": 3}, {"dtype": "float16"}, {"max_context": 9}, {"tasks": ("vt",)})
     }
     assert len(names) == 6

@@ -1,5 +1,6 @@
 """Evaluations from Python, and many in a row."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,11 @@ from typing import Any
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.models import load_model
 from pikv_hf.eval.runner.caches import CacheFactory, cache_factory
-from pikv_hf.eval.runner.jobs import Subject
+from pikv_hf.eval.runner.method import Method
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.presses import PressFactory, press_factory
 from pikv_hf.eval.runner.processes import processes
-from pikv_hf.eval.runner.run import EvalResult, check_press, run
+from pikv_hf.eval.runner.run import EvalResult, run
 
 
 def evaluate_cache(
@@ -66,9 +67,9 @@ def evaluate_cache(
     named = {"model": _model_name(model), "cache": _name(cache), "press": press and _name(press)}
     asked = EvalOptions.from_dict({"suite": suite, "ratio": ratio, **named, **options})
     caches = cache_factory(cache) if isinstance(cache, str) else CacheFactory(asked.cache, asked.cache, cache)
-    loaded = _load(asked) if isinstance(model, str) else _given(model, tokenizer)
-    subject = Subject(*loaded, caches, _press(press, ratio))
-    return run(asked, subject, None if output is None else Path(output), overwrite=overwrite, progress=progress)
+    method = Method(caches, _press(press, ratio))
+    folder = None if output is None else Path(output)
+    return run(asked, method, _loader(asked, model, tokenizer), folder, overwrite=overwrite, progress=progress)
 
 
 def run_all(
@@ -78,21 +79,34 @@ def run_all(
 
     What can be checked without a model is checked for all runs before the first one starts.
     """
-    parts = [(cache_factory(options.cache), _press(options.press, options.ratio)) for options in runs]
-    for options, (cache, press) in zip(runs, parts, strict=True):
-        check_press(options, Subject(None, None, cache, press))
-    loaded: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-    for options, (cache, press) in zip(runs, parts, strict=True):
-        key = (options.model, options.dtype, options.device, _attention(options))
-        if key not in loaded:
-            # One model at a time: the next one may need the memory.
-            loaded = {key: _load(options)}
-        yield run(options, Subject(*loaded[key], cache, press), output, overwrite=overwrite, progress=progress)
+    methods = [Method(cache_factory(options.cache), _press(options.press, options.ratio)) for options in runs]
+    load = _keep_last(load_model)
+    for options, method in zip(runs, methods, strict=True):
+        loader = _loader(options, options.model, load=load)
+        yield run(options, method, loader, output, overwrite=overwrite, progress=progress)
 
 
-def _load(options: EvalOptions) -> tuple[Any, Any]:
+def _keep_last(load: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:
+    """Return `load`, which then gives its last result again; that is let go before another one needs the memory."""
+    kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def load_once(*arguments: Any) -> tuple[Any, Any]:
+        if arguments not in kept:
+            kept.clear()
+            kept[arguments] = load(*arguments)
+        return kept[arguments]
+
+    return load_once
+
+
+def _loader(
+    options: EvalOptions, model: Any, tokenizer: Any = None, load: Callable[..., tuple[Any, Any]] = load_model
+) -> Callable[[], tuple[Any, Any]]:
+    """Return what gives the model and tokenizer, once they are needed."""
+    if not isinstance(model, str):
+        return functools.partial(_given, model, tokenizer)
     device = options.device or str(processes().device)
-    return load_model(options.model, options.dtype, device, _attention(options))
+    return functools.partial(load, options.model, options.dtype, device, _attention(options))
 
 
 def _attention(options: EvalOptions) -> str | None:

@@ -7,13 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
-from pikv_hf.eval.runner.caches import CacheFactory
 from pikv_hf.eval.runner.folder import Row
 from pikv_hf.eval.runner.memory import DynamicFootprint
 from pikv_hf.eval.runner.meter import Meter
+from pikv_hf.eval.runner.method import Subject
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.perplexity import WindowLoss, score_window
-from pikv_hf.eval.runner.presses import PressFactory
 from pikv_hf.eval.runner.protocol import Answer, Asker, Encoded
 from pikv_hf.eval.runner.rows import answer_row, kv_shares, times
 from pikv_hf.eval.tasks.perplexity import Window
@@ -29,32 +28,6 @@ class Item(Protocol):
     @property
     def id(self) -> str:
         """Unique within the run."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Subject:
-    """What is evaluated: a model with a kind of cache and perhaps a press."""
-
-    model: Any
-    tokenizer: Any
-    cache: CacheFactory
-    press: PressFactory | None
-
-    @property
-    def ratio(self) -> float:
-        """The press's ratio, 0 without one."""
-        return 0.0 if self.press is None else self.press.ratio
-
-    @property
-    def label(self) -> str:
-        """For tables and plots: the cache, or the press and a cache other than DynamicCache."""
-        if self.press is None:
-            return self.cache.label
-        return self.press.label if self.cache.spec == "dynamic" else f"{self.press.label} on {self.cache.label}"
-
-    def new_press(self) -> Any:
-        """Return a fresh press or None."""
-        return None if self.press is None else self.press.make()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,12 +50,12 @@ def question_job(subject: Subject, eval_set: EvalSet, options: EvalOptions) -> J
         answers = _ask(asker, subject, encoded, options.query_aware)
         shares = _shares(answers, footprint, options.query_aware)
         return [
-            answer_row(sample, answer, eval_set.score(sample, answer.text), shares, subject.ratio)
+            answer_row(sample, answer, eval_set.score(sample, answer.text), shares, subject.method.ratio)
             for sample, answer in zip(batch, answers, strict=True)
         ]
 
     def warm_up() -> None:
-        asker.ask(_beginning(asker.encode(eval_set.samples[0])), subject.cache.make(subject.model))
+        asker.ask(_beginning(asker.encode(eval_set.samples[0])), subject.new_cache())
 
     return Job(eval_set.samples, measure, warm_up)
 
@@ -93,7 +66,7 @@ def _beginning(encoded: Encoded) -> Encoded:
 
 
 def _ask(asker: Asker, subject: Subject, encoded: Sequence[Encoded], query_aware: bool) -> list[Answer]:
-    cache, press = subject.cache.make(subject.model), subject.new_press()
+    cache, press = subject.new_cache(), subject.method.new_press()
     if query_aware:
         return asker.ask_together(encoded, cache, press)
     if len(encoded) > 1:
@@ -116,12 +89,12 @@ def perplexity_job(subject: Subject, cut: Sequence[Window], options: EvalOptions
     def measure(batch: Sequence[Window]) -> list[Row]:
         [window] = batch
         seed_for(options.seed, window.id)
-        cache, press = subject.cache.make(subject.model), subject.new_press()
+        cache, press = subject.new_cache(), subject.method.new_press()
         loss = score_window(subject.model, window, options.chunk, cache, press, meter)
-        return [_window_row(window, loss, subject.ratio, footprint)]
+        return [_window_row(window, loss, subject.method.ratio, footprint)]
 
     def warm_up() -> None:
-        score_window(subject.model, cut[0], options.chunk, subject.cache.make(subject.model), None, meter)
+        score_window(subject.model, cut[0], options.chunk, subject.new_cache(), None, meter)
 
     return Job(cut, measure, warm_up)
 

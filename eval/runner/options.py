@@ -169,10 +169,23 @@ class EvalOptions:
         """Return the options that decide the result."""
         return {name: value for name, value in self.to_dict().items() if name not in _ONLY_SPEED}
 
-    def folder_name(self, dataset: str, data_dir: str, ratio: float) -> str:
+    @property
+    def dataset(self) -> str:
+        """What kvpress calls the suite."""
+        names = {"needle": "needle_in_haystack", "longbench": "longbench-e" if self.e else "longbench"}
+        return names.get(self.suite, self.suite)
+
+    @property
+    def variant(self) -> str:
+        """What kvpress calls the data set's folder: a length, or the only set of LongBench; else empty."""
+        if self.suite == "longbench":
+            return self.tasks[0] if len(self.tasks) == 1 else ""
+        return "" if self.suite == "needle" else str(self.length)
+
+    def folder_name(self, ratio: float) -> str:
         """Return kvpress's name for the results' folder, with what has no place in that added as a fingerprint."""
         press = self.press or "no_press"
-        parts = [dataset, data_dir, self.model, press, f"{ratio:.2f}"]
+        parts = [self.dataset, self.variant, self.model, press, f"{ratio:.2f}"]
         parts += [] if self.cache == "dynamic" else [self.cache]
         parts += ["query_aware"] if self.query_aware else []
         defaults = EvalOptions(suite=self.suite, length=self.length, prefill=0).to_dict() | {"prefill": 512}

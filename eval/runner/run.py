@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.provenance import provenance
 from pikv_hf.eval.runner.folder import ResultFolder, Row
-from pikv_hf.eval.runner.jobs import Item, Job, Subject, perplexity_job, question_job
+from pikv_hf.eval.runner.jobs import Item, Job, perplexity_job, question_job
+from pikv_hf.eval.runner.method import Method, Subject
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.quiet import warn_once
@@ -55,8 +55,6 @@ class EvalResult:
 class _Plan:
     """What a run measures, and what its figures are called."""
 
-    dataset: str
-    data_dir: str
     job: Job
     eval_set: EvalSet | None
 
@@ -72,27 +70,45 @@ class _Plan:
 
 
 def run(
-    options: EvalOptions, subject: Subject, output: Path | None, *, overwrite: bool = False, progress: bool = True
+    options: EvalOptions,
+    method: Method,
+    load: Callable[[], tuple[Any, Any]],
+    output: Path | None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
 ) -> EvalResult:
-    """Measure a subject, or read what an earlier, complete run with the same options measured.
+    """Measure a method, or read what an earlier, complete run with the same options measured.
+
+    Parameters
+    ----------
+    options : EvalOptions
+        What to run.
+    method : Method
+        What to run it with.
+    load : callable
+        Returns the model and its tokenizer; not called where there is nothing to measure.
+    output : Path, optional
+        Where the run's own folder is made.
+    overwrite, progress : bool
+        Whether to measure anew what is complete, and to show a progress bar.
 
     Raises
     ------
     InputError
-        If the options do not go together, or do not fit the model.
+        If the options do not fit the model.
     """
     warn_once()
-    check_press(options, subject)
+    folder = _folder(options, method, output)
+    if folder is not None and folder.finished and not overwrite:
+        rows, metrics, summary = folder.read()
+        return EvalResult(rows, metrics, summary, folder.path, skipped=True)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    with subject.cache.prepare(subject.model):
+    subject = Subject(*load(), method)
+    with method.cache.prepare(subject.model):
         plan = _plan(options, subject)
-        name = options.folder_name(plan.dataset, plan.data_dir, subject.ratio)
-        folder = None if output is None else ResultFolder(output / name, _config(options, subject, plan))
-        if folder is not None and folder.finished and not overwrite:
-            rows, metrics, summary = folder.read()
-            return EvalResult(rows, metrics, summary, folder.path, skipped=True)
-        measured = _measure(plan.job, options, folder, overwrite, progress, subject.label)
+        measured = _measure(plan.job, options, folder, overwrite, progress, method.label)
     metrics, summary = _metrics(plan, measured), _summary(plan, measured, options, subject)
     if folder is not None:
         if processes().is_main_process:
@@ -101,24 +117,21 @@ def run(
     return EvalResult(pd.DataFrame(measured), metrics, summary, folder.path if folder else None)
 
 
-def check_press(options: EvalOptions, subject: Subject) -> None:
-    """Refuse a press on a cache that it cannot compress."""
-    if subject.press is not None and not subject.cache.takes_press:
-        raise InputError(
-            f"{options.press} assigns layer.keys and layer.values, which the cache {options.cache!r} does not let it; "
-            "use --cache dynamic"
-        )
+def _folder(options: EvalOptions, method: Method, output: Path | None) -> ResultFolder | None:
+    if output is None:
+        return None
+    return ResultFolder(output / options.folder_name(method.ratio), _config(options, method))
 
 
 def _plan(options: EvalOptions, subject: Subject) -> _Plan:
     if options.suite == "perplexity":
         cut = build_windows(options, subject.model, subject.tokenizer)
-        return _Plan("perplexity", str(options.length), perplexity_job(subject, cut, options), None)
+        return _Plan(perplexity_job(subject, cut, options), None)
     eval_set = build_set(options, subject.model, subject.tokenizer)
     # LongBench's loader has applied the limit to each of its sets.
     if options.limit is not None and options.suite != "longbench":
         eval_set = dataclasses.replace(eval_set, samples=eval_set.samples[: options.limit])
-    return _Plan(eval_set.dataset, eval_set.data_dir, question_job(subject, eval_set, options), eval_set)
+    return _Plan(question_job(subject, eval_set, options), eval_set)
 
 
 def _measure(
@@ -178,15 +191,15 @@ def _percent(rows: Sequence[Row]) -> float:
     return round(100 * float(np.mean([row["score"] for row in rows])), 2)
 
 
-def _config(options: EvalOptions, subject: Subject, plan: _Plan) -> dict[str, Any]:
+def _config(options: EvalOptions, method: Method) -> dict[str, Any]:
     """Return kvpress's configuration keys, followed by everything else that decides the result."""
     kvpress_keys = {
-        "dataset": plan.dataset,
-        "data_dir": plan.data_dir,
+        "dataset": options.dataset,
+        "data_dir": options.variant,
         "model": options.model,
         "press_name": options.press or "no_press",
-        "compression_ratio": subject.ratio,
-        "press_init_command": str(subject.new_press()),
+        "compression_ratio": method.ratio,
+        "press_init_command": str(method.new_press()),
     }
     others = options.result_options()
     # kvpress's data_dir is the variant; ours is where LongBench's files are.
@@ -195,14 +208,14 @@ def _config(options: EvalOptions, subject: Subject, plan: _Plan) -> dict[str, An
 
 def _summary(plan: _Plan, rows: Sequence[Row], options: EvalOptions, subject: Subject) -> dict[str, Any]:
     return {
-        "dataset": plan.dataset,
-        "data_dir": plan.data_dir,
+        "dataset": options.dataset,
+        "data_dir": options.variant,
         "model": options.model,
         "cache": options.cache,
         "press": options.press,
-        "compression_ratio": subject.ratio,
+        "compression_ratio": subject.method.ratio,
         "query_aware": options.query_aware,
-        "label": f"{subject.label} (query-aware)" if options.query_aware else subject.label,
+        "label": f"{subject.method.label} (query-aware)" if options.query_aware else subject.method.label,
         "samples": len(rows),
         "measure": plan.measure,
         **score_summary(rows, plan.shown),

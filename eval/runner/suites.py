@@ -48,11 +48,11 @@ def _ruler(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
     _check_positions(options.length, model)
     if options.hub:
         samples = ruler.load_hub(options.length, tasks=options.tasks or ruler.TASKS, samples=options.samples)
-        return EvalSet("ruler", str(options.length), tuple(samples), ruler.score)
+        return EvalSet(tuple(samples), ruler.score)
     if _reference_wording(options):
         tasks = options.tasks or reference.TASKS
         samples = reference.generate(options.length, options.samples, tasks=tasks, seed=options.seed)
-        return EvalSet("ruler", str(options.length), tuple(samples), reference.score)
+        return EvalSet(tuple(samples), reference.score)
     samples = ruler.generate(
         tokenizer,
         options.length,
@@ -63,16 +63,16 @@ def _ruler(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
         squad=_path(options.squad),
         hotpotqa=_path(options.hotpotqa),
     )
-    return EvalSet("ruler", str(options.length), tuple(samples), ruler.score)
+    return EvalSet(tuple(samples), ruler.score)
 
 
 def _needle(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
     _check_positions(max(options.lengths), model)
     grid = needle.Grid(options.lengths, tuple(depth / 100 for depth in options.depths), options.samples, options.seed)
     if _reference_wording(options):
-        return EvalSet("needle_in_haystack", "", tuple(needle.reference_samples(grid)), reference.score)
+        return EvalSet(tuple(needle.reference_samples(grid)), reference.score)
     samples = needle.samples(grid, tokenizer, _haystack(options))
-    return EvalSet("needle_in_haystack", "", tuple(samples), ruler.score)
+    return EvalSet(tuple(samples), ruler.score)
 
 
 def _longbench(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
@@ -86,9 +86,7 @@ def _longbench(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
         max_context=options.max_context or _room_for_prompts(options, model),
         tokenizer=tokenizer,
     )
-    name = "longbench-e" if options.e else "longbench"
-    data_dir = options.tasks[0] if len(options.tasks) == 1 else ""
-    return EvalSet(name, data_dir, tuple(samples), longbench.score, longbench.bucket if options.e else None)
+    return EvalSet(tuple(samples), longbench.score, longbench.bucket if options.e else None)
 
 
 def _room_for_prompts(options: EvalOptions, model: Any) -> int | None:

@@ -52,10 +52,6 @@ class EvalSet:
 
     Attributes
     ----------
-    dataset : str
-        `ruler`, `longbench`, `longbench-e` or `needle`.
-    data_dir : str
-        The variant, as kvpress names its folders: a length for RULER, a set or empty for LongBench.
     samples : tuple of EvalSample
         In a fixed order.
     score : callable
@@ -64,8 +60,6 @@ class EvalSet:
         From a sample to the group that it is reported under, such as LongBench-E's `0-4k`.
     """
 
-    dataset: str
-    data_dir: str
     samples: tuple[EvalSample, ...]
     score: Callable[[EvalSample, str], Scores]
     bucket: Callable[[EvalSample], str] | None = None
