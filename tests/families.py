@@ -29,8 +29,8 @@ MLA: dict[str, Any] = {
     "v_head_dim": 16,
     "num_key_value_heads": 4,
 }
-# In these families transformers' own eager and sdpa attention differ by up to 7e-5 with COMMON's weights, how much
-# depends on the processor: too close to the bound of 1e-4 for a test of anything else.
+# Of Granite's two families fp32 itself is up to 1.6e-4 from float64 with COMMON's weights, in transformers' eager and
+# sdpa attention alike: two fp32 runs cannot agree to 1e-4. tests/test_exact.py compares those weights with float64.
 CALMER: dict[str, Any] = {"initializer_range": 0.15}
 GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 
@@ -120,7 +120,6 @@ FAMILIES: dict[str, Family] = {
         "DbrxConfig",
         "DbrxForCausalLM",
         {
-            **CALMER,
             "d_model": 64,
             "n_heads": 4,
             "n_layers": 3,
