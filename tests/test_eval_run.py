@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pikv_hf.eval import evaluate_cache
 from pikv_hf.eval.cli import app
 from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.report import load_runs, write_report
 from pikv_hf.eval.runner.protocol import Asker
 from pikv_hf.eval.runner.summary import interval
 from pikv_hf.eval.tasks import needle, reference
@@ -65,6 +66,25 @@ def test_every_row_carries_what_was_spent(finished):
     assert rows["kv_share_prefill"].tolist() == pytest.approx((2 * kept).tolist())
     assert rows["kv_share_prefill_dtype"].tolist() == pytest.approx(kept.tolist())
     assert (rows["kv_bytes_end"] > rows["kv_bytes_prefill"]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suite": "ruler", "wording": "ruler", "length": 1024, "samples": 1},
+        {"suite": "longbench", "data_dir": "bundled", "limit": 1},
+        {"suite": "longbench", "data_dir": "bundled", "limit": 1, "e": True, "tasks": ["qasper"]},
+        {"suite": "needle", "lengths": [300], "depths": [0, 50], "samples": 1},
+        {"suite": "perplexity", "length": 600, "samples": 2},
+    ],
+    ids=lambda options: "-".join([options["suite"], *(["e"] if "e" in options else [])]),
+)
+def test_every_suite_can_be_reported(tmp_path, options):
+    limit = {} if options["suite"] == "perplexity" else {"max_new_tokens": 2}
+    result = evaluate_cache(cache="dynamic", output=tmp_path / "results", progress=False, **limit, **options)
+    page = write_report(load_runs([tmp_path / "results"]), tmp_path / "report")
+    assert result.summary["label"] in page.read_text()
+    assert (tmp_path / "report" / "table.md").exists()
 
 
 def test_means_and_intervals_are_over_tasks(finished):

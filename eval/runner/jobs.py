@@ -50,7 +50,14 @@ def question_job(subject: Subject, eval_set: EvalSet, options: EvalOptions) -> J
         answers = _ask(asker, subject, encoded, options.query_aware)
         shares = _shares(answers, footprint, options.query_aware)
         return [
-            answer_row(sample, answer, eval_set.score(sample, answer.text), shares, subject.method.ratio)
+            answer_row(
+                sample,
+                answer,
+                eval_set.score(sample, answer.text),
+                shares,
+                subject.method.ratio,
+                eval_set.columns,
+            )
             for sample, answer in zip(batch, answers, strict=True)
         ]
 

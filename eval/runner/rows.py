@@ -1,6 +1,7 @@
 """One row per sample: the answer, its scores, and what it cost."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pikv_hf.eval.runner.folder import Row
@@ -10,15 +11,16 @@ from pikv_hf.eval.runner.protocol import Answer
 from pikv_hf.eval.tasks.sample import EvalSample, Scores
 
 
-def answer_row(sample: EvalSample, answer: Answer, scores: Scores, shares: Row, ratio: float) -> Row:
-    """Return the row of a question: kvpress's columns, then scores, then costs."""
+def answer_row(
+    sample: EvalSample, answer: Answer, scores: Scores, shares: Row, ratio: float, columns: Sequence[str] = ()
+) -> Row:
+    """Return the row of a question: kvpress's columns and those of the suite, then scores, then costs."""
     metric = next(iter(scores))
-    extra = {name: value for name, value in sample.extra.items() if isinstance(value, int | float)}
     return {
         "id": sample.id,
         "task": sample.task,
         "length": sample.length,
-        **extra,
+        **{name: sample.extra[name] for name in columns},
         "question": sample.question,
         "answer_prefix": sample.answer_prefix,
         "answer": json.dumps(list(sample.answers), ensure_ascii=False),

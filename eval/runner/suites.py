@@ -70,9 +70,9 @@ def _needle(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:
     _check_positions(max(options.lengths), model)
     grid = needle.Grid(options.lengths, tuple(depth / 100 for depth in options.depths), options.samples, options.seed)
     if _reference_wording(options):
-        return EvalSet(tuple(needle.reference_samples(grid)), reference.score)
+        return EvalSet(tuple(needle.reference_samples(grid)), reference.score, columns=("depth",))
     samples = needle.samples(grid, tokenizer, _haystack(options))
-    return EvalSet(tuple(samples), ruler.score)
+    return EvalSet(tuple(samples), ruler.score, columns=("depth",))
 
 
 def _longbench(options: EvalOptions, model: Any, tokenizer: Any) -> EvalSet:

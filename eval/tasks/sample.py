@@ -58,8 +58,11 @@ class EvalSet:
         From a sample and the text that the model wrote after the answer prefix to named scores.
     bucket : callable, optional
         From a sample to the group that it is reported under, such as LongBench-E's `0-4k`.
+    columns : tuple of str
+        Entries of every sample's `extra` that become columns of the results, such as a needle grid's `depth`.
     """
 
     samples: tuple[EvalSample, ...]
     score: Callable[[EvalSample, str], Scores]
     bucket: Callable[[EvalSample], str] | None = None
+    columns: tuple[str, ...] = ()
