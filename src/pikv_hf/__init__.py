@@ -1,9 +1,29 @@
 """PiKV for Hugging Face: an expert-sharded, paged KV cache for Mixture-of-Experts models."""
 
-from .attachment import attach, detach
-from .cache import PiKVCache
-from .config import PiKVConfig
-from .report import MemoryReport
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .version import __version__
 
+if TYPE_CHECKING:
+    from .attachment import attach, detach
+    from .cache import PiKVCache
+    from .config import PiKVConfig
+    from .report import MemoryReport
+
 __all__ = ["MemoryReport", "PiKVCache", "PiKVConfig", "__version__", "attach", "detach"]
+
+_MODULES = {
+    "MemoryReport": "report",
+    "PiKVCache": "cache",
+    "PiKVConfig": "config",
+    "attach": "attachment",
+    "detach": "attachment",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # The kernels need torch alone and are used where transformers may be missing or of another version.
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
