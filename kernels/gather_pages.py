@@ -3,7 +3,7 @@
 import torch
 
 
-def gather_pages(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+def gather_dense(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Copy the pages of each row of a page table next to one another.
 
     Parameters

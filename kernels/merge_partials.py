@@ -3,7 +3,7 @@
 import torch
 
 
-def merge_partials(
+def merge_pair(
     out: torch.Tensor, lse: torch.Tensor, other_out: torch.Tensor, other_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the union of two disjoint sets of keys, from the attention over each.

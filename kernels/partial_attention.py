@@ -2,13 +2,13 @@
 
 import torch
 
-from .merge_partials import merge_partials
+from .merge_partials import merge_pair
 
 # Logits are kept in float32; a block of them never exceeds this many elements (32 MiB), whatever the context length.
 MAX_LOGITS = 8 * 1024 * 1024
 
 
-def _softmax_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn float32 logits `(..., T)` into unnormalised probabilities in place; return their sum and the LSE."""
     # A row without any visible key has peak -inf; anchored at a finite one its probabilities are all exp(-inf) = 0.
     peak = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
@@ -60,7 +60,7 @@ def partial_attention(
         inside = None if holes is None else holes[(holes >= start) & (holes < end)] - start
         cut = bias[..., start:end] if bias is not None and bias.shape[-1] > 1 else bias
         part = _attend_block(query, keys[:, start:end], values[:, start:end], scale, cut, inside, softcap)
-        out, lse = merge_partials(out, lse, *part)
+        out, lse = merge_pair(out, lse, *part)
     return out, lse
 
 
@@ -81,7 +81,7 @@ def _attend_block(
         logits.add_(bias)
     if holes is not None and holes.numel():
         logits.index_fill_(2, holes, -torch.inf)
-    total, lse = _softmax_stats(logits)
+    total, lse = softmax_stats(logits)
     out = torch.bmm(logits.to(values.dtype), values).float()
     return out.div_(total.clamp_min_(torch.finfo(torch.float32).tiny)), lse
 

@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from .kernels import causal_attention, merge_partials, partial_attention
+from .kernels import causal_attention, merge_pair
 from .kernels.merge_partials import merge_sinks
 from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
 from .masks import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid
-from .read_plan import Run
+from .page_book import PageBook
+from .read_plan import ReadPlan, Run
+from .readers import Partial, PlainReader, SealedReader, reader_of
 from .table import PageTable
 
 # Scattered pages are gathered at most this many bytes of K/V at a time.
@@ -72,6 +74,7 @@ def pikv_attention_forward(
             f"layer {layer.layer_idx}: the attention mask spans {attention_mask.shape[-1]} positions, the cache {seen}"
         )
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
+    layer.observe(query, scale)
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scale)
@@ -111,7 +114,7 @@ def attend(
     out, lse = attend_pages(layer.table, query, history_mask, scale, softcap)
     if layer.pending is not None:
         new = _attend_new(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
-        out, lse = merge_partials(out, lse, *new)
+        out, lse = merge_pair(out, lse, *new)
     return out, lse
 
 
@@ -142,93 +145,101 @@ def attend_pages(
     bias = None if mask is None else PageBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
-    plan = table.plan()
+    result: Partial | None = None
+    for name, pool in table.pages.pools().items():
+        part = _attend_pool(table, name, reader_of(pool), folded, bias, scale, softcap)
+        result = part if result is None or part is None else merge_pair(*result, *part)
     value_dim = table.pool.values.shape[-1]
-    result: tuple[torch.Tensor, torch.Tensor] | None = None
-    # A mask is turned into a bias of the size of the logits, which partial_attention bounds only for itself.
-    logits_per_page = folded[..., 0].numel() * table.pool.page_size
-    most = max(1, table.pool.capacity if bias is None else MAX_LOGITS // logits_per_page)
-    for run in plan.runs:
-        for piece in run.pieces(most, table.pool.count, table.pool.page_size):
-            part = _attend_run(table, piece, folded, bias, scale, softcap)
-            result = _add_rows(result, part, piece.rows, batch)
-    for first in range(0, plan.scattered.shape[1], step := min(most, _gather_step(table, batch))):
-        part = _attend_scattered(table, slice(first, first + step), folded, bias, scale, softcap)
-        result = part if result is None else merge_partials(*result, *part)
-    if result is None:
-        result = _nothing(folded, value_dim)
-    out, lse = result
+    out, lse = _nothing(folded, value_dim) if result is None else result
     return (
         out.transpose(0, 1).reshape(batch, query_heads, queries, value_dim),
         lse.transpose(0, 1).reshape(batch, query_heads, queries),
     )
 
 
+def _attend_pool(
+    table: PageTable,
+    name: str,
+    reader: "PlainReader | SealedReader",
+    folded: torch.Tensor,
+    bias: PageBias | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial | None:
+    """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, None if there are none."""
+    plan, pool, batch = table.plan(name), reader.pool, folded.shape[1]
+    query = reader.query(folded)
+    result: Partial | None = None
+    # A mask is turned into a bias of the size of the logits, which attention bounds only for itself.
+    logits_per_page = folded[..., 0].numel() * pool.page_size
+    most = max(1, pool.capacity if bias is None else MAX_LOGITS // logits_per_page)
+    for run in plan.runs:
+        for piece in run.pieces(most, pool.count, pool.page_size):
+            part = _attend_run(reader, piece, query, bias, scale, softcap)
+            result = _add_rows(result, part, piece.rows, batch)
+    for first in range(0, plan.scattered.shape[1], step := min(most, _gather_step(pool, batch))):
+        part = _attend_scattered(reader, plan, slice(first, first + step), query, bias, scale, softcap)
+        result = part if result is None else merge_pair(*result, *part)
+    return None if result is None else (reader.output(result[0]), result[1])
+
+
 def _attend_run(
-    table: PageTable, run: Run, folded: torch.Tensor, bias: PageBias | None, scale: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    reader: "PlainReader | SealedReader",
+    run: Run,
+    query: torch.Tensor,
+    bias: PageBias | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
     """Attend to neighbouring pages in place, for all rows that share them: `(H, rows, G * Q, Dv)` and its LSE."""
-    pool = table.pool
-    size, heads, dim = pool.page_size, folded.shape[0], folded.shape[-1]
-    rows = len(run.rows)
-    query = folded if rows == folded.shape[1] else folded[:, run.rows]
-    start, stop = run.start * size, run.stop * size
+    pool, heads, rows = reader.pool, query.shape[0], len(run.rows)
+    mine = query if rows == query.shape[1] else query[:, run.rows]
     hidden = None if bias is None else bias.shared(run.rows, pool.positions[run.start : run.stop].view(-1))
-    out, lse = partial_attention(
-        query.reshape(heads, -1, dim),
-        pool.flat_keys[:, start:stop],
-        pool.flat_values[:, start:stop],
-        scale,
-        hidden,
-        _holes(table, run),
-        softcap,
-    )
+    lanes = mine.reshape(heads, -1, query.shape[-1])
+    out, lse = reader.attend_run(lanes, run.start, run.stop, scale, hidden, _holes(pool, run), softcap)
     return out.view(heads, rows, -1, out.shape[-1]), lse.view(heads, rows, -1)
 
 
-def _holes(table: PageTable, run: Run) -> torch.Tensor | None:
+def _holes(pool: PageBook, run: Run) -> torch.Tensor | None:
     """Return the empty slots of a run, counted from its first slot. Pages fill but never empty while a plan lasts."""
-    pool = table.pool
     if not len(run.partial):
         return None
     return pool.index(run.slots[np.arange(pool.page_size) >= pool.count[run.partial, None]])
 
 
 def _attend_scattered(
-    table: PageTable, part: slice, folded: torch.Tensor, bias: PageBias | None, scale: float, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    reader: "PlainReader | SealedReader",
+    plan: ReadPlan,
+    part: slice,
+    query: torch.Tensor,
+    bias: PageBias | None,
+    scale: float,
+    softcap: float | None,
+) -> Partial:
     """Attend to each row's scattered pages, gathered: `(H, B, G * Q, Dv)` and its LSE."""
-    pool, plan = table.pool, table.plan()
-    heads, batch, queries, dim = folded.shape
+    pool = reader.pool
+    heads, batch, queries, _ = query.shape
     ids = plan.scattered[:, part]
-    index = pool.index(ids)
-    keys, values = pool.gather(index)
-    tokens = keys.shape[2]
+    tokens = ids.shape[1] * pool.page_size
     held = np.where(np.arange(part.start, part.start + ids.shape[1]) < plan.lengths[:, None], pool.count[ids], 0)
     empty = (np.arange(pool.page_size) >= held[:, :, None]).reshape(batch, tokens)
+    index = pool.index(ids)
     hidden = None if bias is None else bias.per_row(pool.positions[index].view(batch, tokens))
     holes = None
     if batch == 1:
         holes = pool.index(np.flatnonzero(empty))
     else:
         # Rows have their holes at different places, which only a bias can say.
-        gone = torch.from_numpy(np.where(empty, -np.inf, 0.0).astype(np.float32)).to(keys.device)
+        gone = torch.from_numpy(np.where(empty, -np.inf, 0.0).astype(np.float32)).to(query.device)
         by_lane = gone.repeat(heads, 1).unsqueeze(1)
         hidden = by_lane if hidden is None else hidden + by_lane
-    out, lse = partial_attention(
-        folded.reshape(heads * batch, queries, dim),
-        keys.view(heads * batch, tokens, -1),
-        values.view(heads * batch, tokens, -1),
-        scale,
-        hidden,
-        holes,
-        softcap,
-    )
+    lanes = query.reshape(heads * batch, queries, -1)
+    out, lse = reader.attend_gathered(lanes, index, scale, hidden, holes, softcap)
     return out.view(heads, batch, queries, -1), lse.view(heads, batch, queries)
 
 
-def _gather_step(table: PageTable, batch: int) -> int:
-    return max(1, MAX_GATHER_BYTES // (batch * table.pool.page_bytes))
+def _gather_step(pool: PageBook, batch: int) -> int:
+    return max(1, MAX_GATHER_BYTES // (batch * pool.page_bytes))
 
 
 def _nothing(folded: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -238,21 +249,21 @@ def _nothing(folded: torch.Tensor, value_dim: int) -> tuple[torch.Tensor, torch.
 
 
 def _add_rows(
-    result: tuple[torch.Tensor, torch.Tensor] | None,
-    part: tuple[torch.Tensor, torch.Tensor],
+    result: Partial | None,
+    part: Partial,
     rows: list[int],
     batch: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Partial:
     """Merge a part that some rows read into the result of all, `(H, B, M, Dv)` and `(H, B, M)`."""
     if len(rows) == batch:
-        return part if result is None else merge_partials(*result, *part)
+        return part if result is None else merge_pair(*result, *part)
     out, lse = result if result is not None else _empty_like(part, batch)
-    merged_out, merged_lse = merge_partials(out[:, rows], lse[:, rows], *part)
+    merged_out, merged_lse = merge_pair(out[:, rows], lse[:, rows], *part)
     out[:, rows], lse[:, rows] = merged_out, merged_lse
     return out, lse
 
 
-def _empty_like(part: tuple[torch.Tensor, torch.Tensor], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_like(part: Partial, batch: int) -> Partial:
     heads, _, queries, dim = part[0].shape
     return part[0].new_zeros((heads, batch, queries, dim)), part[1].new_full((heads, batch, queries), -torch.inf)
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 from typing import Any, Literal, get_args
 
+from pikv_hf.codecs import CODECS
 from pikv_hf.suggest import did_you_mean
 
 Placement = Literal["expert", "hash"]
@@ -12,7 +14,9 @@ SlidingLayers = Literal["bounded", "paged"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PiKVConfig:
-    """How a :class:`~pikv_hf.PiKVCache` stores keys and values. No option here changes a result.
+    """How a :class:`~pikv_hf.PiKVCache` stores keys and values.
+
+    No option changes a result but `key_codec` and `value_codec`, with what they refer to.
 
     Parameters
     ----------
@@ -31,6 +35,16 @@ class PiKVConfig:
     sliding_layers : {"bounded", "paged"}
         `"bounded"` keeps transformers' own sliding-window layers, which hold no more than the window but cannot be
         cropped once it is full. `"paged"` stores their whole history in pages, as assisted decoding needs.
+    key_codec, value_codec : str
+        How full pages outside of the window keep keys and values: `"none"` as they came; `"int8"`, `"int4"`, `"int2"`
+        quantised; `"fp8"` as float8 e4m3; `"lowrank"` as coefficients of a basis per KV head, `"lowrank+int4"` with
+        the quantised rest; `"auto"` each page in the narrowest of int2, int4, int8 and none whose error stays within
+        `error_budget`. A page that an integer codec cannot hold well is kept in a wider one.
+    error_budget : float
+        Of `"auto"`, per page and for its worst head: root mean square error of the attention logits of recent queries
+        (keys), relative root mean square error (values). Both are about the relative error of the attention output.
+    rank : int, optional
+        Of the low-rank codecs, a quarter of the head dim by default.
 
     Raises
     ------
@@ -44,6 +58,10 @@ class PiKVConfig:
     num_shards: int = 8
     placement: Placement | None = None
     sliding_layers: SlidingLayers = "bounded"
+    key_codec: str = "none"
+    value_codec: str = "none"
+    error_budget: float = 0.2
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("page_size", 1), ("recent_window", 0), ("sink_tokens", 0), ("num_shards", 1)):
@@ -58,6 +76,16 @@ class PiKVConfig:
         if self.placement is not None:
             _one_of("placement", self.placement, get_args(Placement))
         _one_of("sliding_layers", self.sliding_layers, get_args(SlidingLayers))
+        _one_of("key_codec", self.key_codec, CODECS)
+        _one_of("value_codec", self.value_codec, CODECS)
+        if not isinstance(self.error_budget, int | float) or isinstance(self.error_budget, bool):
+            raise TypeError(f"error_budget must be a number, got {self.error_budget!r}")
+        if not 0 <= self.error_budget < math.inf:
+            raise ValueError(f"error_budget must be at least 0 and finite, got {self.error_budget}")
+        if self.rank is not None and (not isinstance(self.rank, int) or isinstance(self.rank, bool)):
+            raise TypeError(f"rank must be an int, got {self.rank!r} ({type(self.rank).__name__})")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values."""

@@ -13,6 +13,7 @@ from .config import PiKVConfig
 from .pages import PagePool
 from .placement import expert_placement, hash_placement
 from .sequence import SequenceWriter, ShardOf
+from .store import PageStore
 from .table import PageTable
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 
 # The attribute of a returned key tensor by which the attention function finds the layer.
 LAYER_ATTRIBUTE = "_pikv_layer"
+
+
+# Queries kept of each KV head to judge the errors of packed keys by: of these newest positions, at most so many.
+OBSERVED_POSITIONS, MAX_OBSERVED = 8, 64
 
 
 @dataclasses.dataclass(slots=True)
@@ -148,7 +153,9 @@ class PiKVLayer(CacheLayerMixin):
         size = self.config.page_size
         pool = PagePool(heads, dim, value_states.shape[-1], size, self.dtype, self.device)
         shards, window, sinks = self.config.num_shards, self.config.recent_window, self.config.sink_tokens
-        self.table = PageTable(SequenceWriter(pool, shards, window, sinks, self._shard_of()), batch)
+        self.table = PageTable(
+            SequenceWriter(PageStore(pool, self.config), shards, window, sinks, self._shard_of()), batch
+        )
         self.is_initialized = True
 
     # Updating
@@ -228,6 +235,18 @@ class PiKVLayer(CacheLayerMixin):
             self.pending.valid, self.pending.vetted = valid, True
         elif valid is not None:
             self.vetted = False
+
+    def observe(self, query: torch.Tensor, scale: float) -> None:
+        """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
+        if self.table is None or not self.table.pages.seals:
+            return
+        batch, _, new, dim = query.shape
+        heads = self.table.pool.keys.shape[0]
+        if new == 1 and self.table.pages.queries is not None and self.seen % self.config.page_size:
+            # Pages fill now and then: looking at every decoded token would only cost time.
+            return
+        recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, heads, -1, dim).transpose(0, 1)
+        self.table.pages.observe(recent.reshape(heads, -1, dim)[:, :MAX_OBSERVED].clone(), scale)
 
     def attend_ends(self) -> None:
         """Store the new tokens if no router is to be awaited."""
@@ -324,8 +343,8 @@ class PiKVLayer(CacheLayerMixin):
 
     def storages(self) -> list[torch.Tensor]:
         """Return the tensors that hold this layer's memory."""
-        pool = [] if self.table is None else self.table.pool.tensors()
-        return pool if self.pending is None else [*pool, self.pending.keys, self.pending.values]
+        held = [] if self.table is None else self.table.pages.tensors()
+        return held if self.pending is None else [*held, self.pending.keys, self.pending.values]
 
     # Changing rows and length
 

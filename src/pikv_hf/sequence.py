@@ -6,7 +6,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from .pages import PageIds, PagePool
+from .page_book import PageIds
+from .pages import FullPages
+from .store import CHUNK_PAGES, PageStore
 
 # Maps (positions, experts) of tokens, int32 and int16 `(n,)`, to their shards.
 ShardOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,24 +26,29 @@ class SequencePages:
         `(S,)` int64, the partly filled page of each shard, -1 if it has none.
     sealed : numpy.ndarray
         `(n,)` int64, full pages of all shards in order of sealing.
+    packed : dict
+        By the name of their pool, the numbers `(n,)` of the pages that a codec packed. Never changed in place.
     """
 
     window: list[int]
     open: PageIds
     sealed: PageIds
+    packed: dict[str, PageIds] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_shards: int) -> "SequencePages":
         """Return a sequence without pages."""
         return cls([], np.full(num_shards, -1, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
-    def pages(self) -> PageIds:
-        """Return all page numbers."""
+    def pages(self, pool: str = "") -> PageIds:
+        """Return the numbers of all pages in a pool, by default those kept as they came."""
+        if pool:
+            return self.packed.get(pool, np.zeros(0, dtype=np.int64))
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0], self.sealed])
 
     def copy(self) -> "SequencePages":
         """Return an independent object; the caller adds the references."""
-        return SequencePages(list(self.window), self.open.copy(), self.sealed)
+        return SequencePages(list(self.window), self.open.copy(), self.sealed, self.packed)
 
 
 class SequenceWriter:
@@ -52,7 +59,7 @@ class SequenceWriter:
 
     Parameters
     ----------
-    pool : PagePool
+    pages : PageStore
         Where pages come from.
     num_shards, recent_window, sink_tokens : int
         As in :class:`~pikv_hf.PiKVConfig`.
@@ -61,12 +68,13 @@ class SequenceWriter:
     """
 
     def __init__(
-        self, pool: PagePool, num_shards: int, recent_window: int, sink_tokens: int, shard_of: ShardOf
+        self, pages: PageStore, num_shards: int, recent_window: int, sink_tokens: int, shard_of: ShardOf
     ) -> None:
-        self.pool = pool
+        self.pages = pages
+        self.pool = pages.plain
         self.num_shards = num_shards
         self.recent_window = recent_window
-        self.sink_pages = _pages_for(sink_tokens, pool.page_size)
+        self.sink_pages = _pages_for(sink_tokens, self.pool.page_size)
         self._shard_of = shard_of
 
     def shards(self, positions: torch.Tensor, experts: torch.Tensor) -> np.ndarray:
@@ -91,18 +99,9 @@ class SequenceWriter:
         """Give a sequence a window page with a free slot that it alone holds. Allocates one page at most."""
         tail = sequence.window[-1] if sequence.window else -1
         if tail >= 0 and self.pool.count[tail] < self.pool.page_size:
-            sequence.window[-1] = self._own(tail, holders=1)
+            sequence.window[-1] = self.pool.own(tail, holders=1)
         else:
             sequence.window.append(int(self.pool.allocate(1, after=tail)[0]))
-
-    def _own(self, page: int, holders: int) -> int:
-        """Return a page with this one's content that only `holders` sequences hold; they swap it for theirs."""
-        if self.pool.refcount[page] == holders:
-            return page
-        copy = self.pool.copy_page(page)
-        self.pool.refcount[copy] = holders
-        self.pool.refcount[page] -= holders
-        return copy
 
     def pages_needed(self, sequence: SequencePages, shards: np.ndarray) -> int:
         """Return how many pages :meth:`store` allocates at most for tokens of these shards."""
@@ -110,7 +109,22 @@ class SequenceWriter:
         first, direct, leaving = self._divide(sequence, len(shards))
         window = _pages_for(first, size) + _pages_for(len(shards) - first - direct, size)
         leaving_shards = self._leaving_shards(sequence, leaving, shards[:first])
-        return window + self.shard_pages_needed(sequence, 1, np.append(leaving_shards, shards[first : first + direct]))
+        needed = self.shard_pages_needed(sequence, 1, np.append(leaving_shards, shards[first : first + direct]))
+        if not self.pages.seals:
+            return window + needed
+        # Most pages are packed without passing through this pool; nothing hangs on this number being right.
+        return window + min(needed, self.num_shards)
+
+    def pages_sealed(self, sequence: SequencePages, shards: np.ndarray) -> int:
+        """Return how many pages :meth:`store` fills with tokens of these shards."""
+        first, direct, leaving = self._divide(sequence, len(shards))
+        counts = np.bincount(
+            np.append(self._leaving_shards(sequence, leaving, shards[:first]), shards[first : first + direct]),
+            minlength=self.num_shards,
+        )
+        is_open = sequence.open >= 0
+        counts[is_open] += self.pool.count[sequence.open[is_open]]
+        return int((counts // self.pool.page_size).sum())
 
     def _leaving_shards(self, sequence: SequencePages, pages: int, new: np.ndarray) -> np.ndarray:
         """Return the shards of the tokens in the oldest recent pages, the last of which new tokens may have to fill."""
@@ -151,10 +165,89 @@ class SequenceWriter:
             tokens = keys[:, first:], values[:, first:], positions[first:], experts[first:]
         for _ in range(leaving):
             self.flush_page([sequence], self.page_shards(sequence.window[self.sink_pages]))
-        if len(shards) > first:
-            passing = self._shard_slots([sequence], shards[first : first + direct])
-            staying = self._window_slots(sequence, len(shards) - first - direct)
-            self.pool.write(self.pool.index(np.concatenate([passing, staying])), *tokens)
+        passing, staying = shards[first : first + direct], len(shards) - first - direct
+        if self.pages.seals and direct:
+            self.pages.seal([sequence])
+            tokens = self._pass_in_chunks(sequence, passing, tokens)
+            passing = passing[:0]
+        if len(passing) or staying:
+            places = self._shard_slots([sequence], passing), self._window_slots(sequence, staying)
+            self.pool.write(self.pool.index(np.concatenate(places)), *tokens)
+
+    def _pass_in_chunks(
+        self, sequence: SequencePages, shards: np.ndarray, tokens: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        """Move the first tokens to their shards and pack the pages that they fill; return the other tokens."""
+        for start in range(0, len(shards), step := CHUNK_PAGES * self.pool.page_size):
+            chunk = shards[start : start + step]
+            whole, before, after = self._divide_by_pages(sequence, chunk)
+            if not self.pages.is_ready(len(whole)):
+                whole, before, after = whole[:0], np.arange(len(chunk)), after[:0]
+            self._pass(sequence, chunk, before, start, tokens)
+            self.pages.seal([sequence])
+            if len(whole):
+                self._pack(sequence, chunk[whole[:, 0]], self.pool.index(start + whole), tokens)
+            self._pass(sequence, chunk, after, start, tokens)
+        keys, values, positions, experts = tokens
+        rest = slice(len(shards), None)
+        return keys[:, rest], values[:, rest], positions[rest], experts[rest]
+
+    def _divide_by_pages(
+        self, sequence: SequencePages, shards: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Divide tokens, by their numbers: whole pages `(n, P)`, those that fill open pages before, those left after."""
+        size = self.pool.page_size
+        whole, before, after = [np.zeros((0, size), dtype=np.int64)], [], []
+        for shard in np.unique(shards):
+            mine, page = np.flatnonzero(shards == shard), int(sequence.open[shard])
+            filling = min(len(mine), size - int(self.pool.count[page])) if page >= 0 else 0
+            end = filling + (len(mine) - filling) // size * size
+            before.append(mine[:filling])
+            whole.append(mine[filling:end].reshape(-1, size))
+            after.append(mine[end:])
+        return np.concatenate(whole), np.concatenate(before), np.concatenate(after)
+
+    def _pass(
+        self,
+        sequence: SequencePages,
+        shards: np.ndarray,
+        which: np.ndarray,
+        start: int,
+        tokens: tuple[torch.Tensor, ...],
+    ) -> None:
+        """Write some tokens of a chunk that begins at `start` to the open pages of their shards."""
+        if len(which):
+            slots = self.pool.index(self._shard_slots([sequence], shards[which]))
+            picked = _picked(tokens, self.pool.index(start + which))
+            self.pool.write(slots, *picked)
+
+    def _pack(
+        self, sequence: SequencePages, shards: np.ndarray, index: torch.Tensor, tokens: tuple[torch.Tensor, ...]
+    ) -> None:
+        """Pack tokens that fill pages on their own: `index` `(n, P)` are their numbers, `shards` `(n,)` the pages'."""
+        keys, values, positions, experts = _picked(tokens, index.view(-1))
+        shape = index.shape
+        contents = FullPages(
+            keys.unflatten(1, shape), values.unflatten(1, shape), positions.view(shape), experts.view(shape), shards
+        )
+        left = np.ones(len(shards), dtype=np.bool_)
+        for name, (which, ids) in self.pages.pack(contents).items():
+            self.pages.give(sequence, name, ids)
+            left[which] = False
+        if left.any():
+            self._keep(sequence, contents, np.flatnonzero(left))
+
+    def _keep(self, sequence: SequencePages, contents: FullPages, which: np.ndarray) -> None:
+        """Store full pages as they are."""
+        pool = self.pool
+        ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards[which]])
+        pool.count[ids], pool.kept[ids] = pool.page_size, True
+        slots = (ids[:, None] * pool.page_size + np.arange(pool.page_size)).reshape(-1)
+        index = pool.index(which)
+        keys, values = contents.keys.index_select(1, index), contents.values.index_select(1, index)
+        positions, experts = contents.positions[index].view(-1), contents.experts[index].view(-1)
+        pool.write(pool.index(slots), keys.flatten(1, 2), values.flatten(1, 2), positions, experts)
+        sequence.sealed = np.append(sequence.sealed, ids)
 
     def _window_slots(self, sequence: SequencePages, tokens: int) -> PageIds:
         """Take the next window slots: the rest of the last page, then new pages."""
@@ -229,7 +322,7 @@ class SequenceWriter:
 
     def _shard_room(self, open_page: int, shard: int, tokens: int, holders: int) -> list[int]:
         """Return pages that `holders` sequences alone hold, with room for more tokens of a shard."""
-        pages = [self._own(open_page, holders)] if open_page >= 0 else []
+        pages = [self.pool.own(open_page, holders)] if open_page >= 0 else []
         room = self.pool.page_size - int(self.pool.count[pages[0]]) if pages else 0
         if tokens > room:
             new = self.pool.allocate(_pages_for(tokens - room, self.pool.page_size), shard=shard)
@@ -239,25 +332,22 @@ class SequenceWriter:
 
     # Removing tokens
 
-    def tokens_before(self, sequence: SequencePages, length: int) -> PageIds:
-        """Return for each of the sequence's pages how many of its tokens lie before position `length`."""
-        positions = self.pool.positions[self.pool.index(sequence.pages())]
+    def tokens_before(self, sequence: SequencePages, length: int, pool: str = "") -> PageIds:
+        """Return for each of the sequence's pages in a pool how many of its tokens lie before position `length`."""
+        book = self.pages.pools()[pool]
+        positions = book.positions[book.index(sequence.pages(pool))]
         return ((positions >= 0) & (positions < length)).sum(dim=1).cpu().numpy()
 
-    def copies_needed(self, sequence: SequencePages, keep: PageIds) -> int:
-        """Return how many pages :meth:`cropped` copies at most."""
-        ids = sequence.pages()
-        return int(((keep > 0) & (keep < self.pool.count[ids]) & (self.pool.refcount[ids] > 1)).sum())
+    def copies_needed(self, sequence: SequencePages, length: int, pool: str) -> int:
+        """Return how many pages of a pool :meth:`cropped` copies at most."""
+        ids, keep = sequence.pages(pool), self.tokens_before(sequence, length, pool)
+        book = self.pages.pools()[pool]
+        return int(((keep > 0) & (keep < book.count[ids]) & (book.refcount[ids] > 1)).sum())
 
-    def cropped(self, sequence: SequencePages, keep: PageIds) -> SequencePages:
-        """Return the sequence with only the first `keep` tokens of each page; it takes over the references."""
-        ids = sequence.pages()
-        kept = {int(page): int(page) for page in ids[keep > 0]}
-        for page, count in zip(ids.tolist(), keep.tolist(), strict=True):
-            if 0 < count < self.pool.count[page]:
-                kept[page] = self._own(page, holders=1)
-                self.pool.truncate(kept[page], count)
-        self.pool.release(ids[keep == 0])
+    def cropped(self, sequence: SequencePages, length: int) -> SequencePages:
+        """Return the sequence with only its tokens before position `length`; it takes over the references."""
+        packed = {name: np.array(list(self._cut(sequence, length, name).values())) for name in sequence.packed}
+        kept = self._cut(sequence, length, "")
         # Pages of a shard follow one another in time, so at most one page per shard is left partly filled.
         open_pages = np.full(self.num_shards, -1, dtype=np.int64)
         sealed = []
@@ -267,8 +357,26 @@ class SequenceWriter:
             elif page in kept:
                 open_pages[self.pool.shard[page]] = kept[page]
         window = [kept[page] for page in sequence.window if page in kept]
-        return SequencePages(window, open_pages, np.asarray(sealed, dtype=np.int64))
+        packed = {name: ids.astype(np.int64) for name, ids in packed.items() if len(ids)}
+        return SequencePages(window, open_pages, np.asarray(sealed, dtype=np.int64), packed)
+
+    def _cut(self, sequence: SequencePages, length: int, pool: str) -> dict[int, int]:
+        """Release the pages of a pool that lie beyond `length`, shorten others; return old and new page numbers."""
+        book, ids, keep = self.pages.pools()[pool], sequence.pages(pool), self.tokens_before(sequence, length, pool)
+        kept = {int(page): int(page) for page in ids[keep > 0]}
+        for page, count in zip(ids.tolist(), keep.tolist(), strict=True):
+            if 0 < count < book.count[page]:
+                kept[page] = book.own(page, holders=1)
+                book.truncate(kept[page], count)
+        book.release(ids[keep == 0])
+        return kept
 
 
 def _pages_for(tokens: int, page_size: int) -> int:
     return (tokens + page_size - 1) // page_size
+
+
+def _picked(tokens: tuple[torch.Tensor, ...], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return some of the tokens: keys and values `(H, n, D)`, positions and experts `(n,)`."""
+    keys, values, positions, experts = tokens
+    return keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]

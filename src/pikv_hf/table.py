@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .pages import PageIds, PagePool
+from .page_book import PageIds
+from .pages import PagePool
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
 from .sequence import SequencePages, SequenceWriter
+from .store import PageStore
 
 
 class PageTable:
-    """The rows of one layer's cache over a page pool.
+    """The rows of one layer's cache over its pages.
 
     Rows with the same tokens share one :class:`SequencePages`; sequences with a common past share its pages.
 
     Parameters
     ----------
     writer : SequenceWriter
-        Adds and removes tokens; tables made by :meth:`fork` share it and its pool.
+        Adds and removes tokens; tables made by :meth:`fork` share it and its pages.
     batch : int
         Rows.
     """
@@ -29,12 +31,17 @@ class PageTable:
         self.writer = writer
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
         self._changed()
-        # Dropping a fork must give its pages back to the pool it shares.
-        weakref.finalize(self, _release_rows, self.pool, self.rows).atexit = False
+        # Dropping a fork must give its pages back to the pools it shares.
+        weakref.finalize(self, _release_rows, self.pages, self.rows).atexit = False
+
+    @property
+    def pages(self) -> PageStore:
+        """All pools of the layer."""
+        return self.writer.pages
 
     @property
     def pool(self) -> PagePool:
-        """Where the pages live."""
+        """The pool of pages that keep tokens as they came, the window among them."""
         return self.writer.pool
 
     @property
@@ -45,11 +52,10 @@ class PageTable:
     @property
     def host_bytes(self) -> int:
         """Bytes of the page numbers."""
-        return sum(sequence.pages().nbytes for sequence in self._sequences())
+        return sum(s.pages(name).nbytes for s in self._sequences() for name in self.pages.pools())
 
     def _changed(self) -> None:
-        self._plan: ReadPlan | None = None
-        self._planned_at = -1
+        self._plans: dict[str, tuple[ReadPlan, int]] = {}
         self._cursor: tuple[PageIds, PageIds, int] | None = None
 
     def _sequences(self) -> list[SequencePages]:
@@ -67,7 +73,7 @@ class PageTable:
         twin = PageTable(self.writer, len(self.rows))
         copies = {id(sequence): sequence.copy() for sequence in self._sequences()}
         for sequence in copies.values():
-            self.pool.hold(sequence.pages())
+            self.pages.hold(sequence)
         twin.rows[:] = [copies[id(row)] for row in self.rows]
         return twin
 
@@ -77,17 +83,18 @@ class PageTable:
         kept = {id(row) for row in rows}
         for sequence in self._sequences():
             if id(sequence) not in kept:
-                self.pool.release(sequence.pages())
+                self.pages.release(sequence)
         self.rows[:] = rows
         self._changed()
 
     def tokens(self) -> list[int]:
         """Return the number of tokens that each row holds."""
-        return [int(self.pool.count[row.pages()].sum()) for row in self.rows]
+        pools = self.pages.pools().items()
+        return [sum(int(pool.count[row.pages(name)].sum()) for name, pool in pools) for row in self.rows]
 
-    def distinct_pages(self) -> PageIds:
-        """Return the page numbers held by any row, sorted."""
-        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages() for s in self._sequences())]))
+    def distinct_pages(self, pool: str = "") -> PageIds:
+        """Return the page numbers of a pool that any row holds, sorted."""
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool) for s in self._sequences())]))
 
     # Adding and removing tokens
 
@@ -124,7 +131,7 @@ class PageTable:
             sequence = self.rows[leader]
             if id(sequence) in taken:
                 sequence = sequence.copy()
-                self.pool.hold(sequence.pages())
+                self.pages.hold(sequence)
             taken.add(id(sequence))
             parted[leader] = sequence
         return [parted[leader] for leader in leaders]
@@ -152,13 +159,18 @@ class PageTable:
         """
         leaders = self._identical_rows(keys, values, valid)
         picks = {row: slice(None) if valid is None else valid[row].nonzero().squeeze(1) for row in set(leaders)}
-        with self.pool.transaction():
-            rows = self._part(leaders)
+        with self.pages.transaction():
+            parted = self._part(leaders)
+            # Copies take over the references: should anything fail, the rows are as they were.
+            copies = {id(row): row.copy() for row in parted}
+            rows = [copies[id(row)] for row in parted]
             shards = {row: self.writer.shards(positions[pick], experts[row][pick]) for row, pick in picks.items()}
             self.pool.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in picks))
+            self.pages.reserve_sealed(sum(self.writer.pages_sealed(rows[row], shards[row]) for row in picks))
             for row, pick in picks.items():
                 tokens = keys[row][:, pick], values[row][:, pick], positions[pick], experts[row][pick]
                 self.writer.store(rows[row], shards[row], *tokens)
+            self.pages.seal(list(copies.values()))
         self.rows[:] = rows
         self._changed()
 
@@ -199,49 +211,52 @@ class PageTable:
                 writer.flush_page(group, shards[key])
             self._changed()
             ripe = [sequence for sequence in ripe if writer.is_ripe(sequence)]
+            if not ripe:
+                self.pages.seal(self._sequences())
 
     def crop(self, length: int) -> None:
         """Forget every token at position `length` or later."""
         sequences = self._sequences()
-        keep = [self.writer.tokens_before(sequence, length) for sequence in sequences]
-        self.pool.reserve(sum(map(self.writer.copies_needed, sequences, keep)))
-        self._replace({id(s): self.writer.cropped(s, k) for s, k in zip(sequences, keep, strict=True)})
+        for name, pool in self.pages.pools().items():
+            pool.reserve(sum(self.writer.copies_needed(sequence, length, name) for sequence in sequences))
+        self._replace({id(sequence): self.writer.cropped(sequence, length) for sequence in sequences})
 
     # Reading
 
-    def plan(self) -> ReadPlan:
-        """Return how attention reads this table; made anew only after pages changed hands."""
-        if self._plan is None or (len(self._plan.bridged) and self._planned_at != self.pool.allocations):
+    def plan(self, name: str = "") -> ReadPlan:
+        """Return how attention reads this table's pages of a pool; made anew only after pages changed hands."""
+        pool = self.pages.pools()[name]
+        plan, made_at = self._plans.get(name, (None, -1))
+        if plan is None or (len(plan.bridged) and made_at != pool.allocations):
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
-            pages = [sequence.pages() for sequence in self._sequences()]
-            pool = self.pool
+            pages = [sequence.pages(name) for sequence in self._sequences()]
             min_run = max(2, MIN_RUN_BYTES // pool.page_bytes)
-            self._plan = make_plan(
-                pages, list(members.values()), pool.refcount == 0, pool.count, pool.page_size, min_run
-            )
+            free = pool.refcount == 0
+            plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
             # The free pages that a run reads past must stay free and clean; another fork may allocate them.
-            pool.wipe(self._plan.bridged)
-            self._planned_at = pool.allocations
-        return self._plan
+            pool.wipe(plan.bridged)
+            self._plans[name] = plan, pool.allocations
+        return plan
 
     def dense(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored."""
-        pool = self.pool
-        keys = pool.keys.new_zeros((len(self.rows), pool.keys.shape[0], length, pool.keys.shape[-1]))
-        values = pool.values.new_zeros((*keys.shape[:3], pool.values.shape[-1]))
-        offsets = torch.arange(pool.page_size, device=keys.device)
-        for row, sequence in enumerate(self.rows):
-            ids = pool.index(sequence.pages())
-            positions = pool.positions[ids].view(-1)
-            slots = (ids[:, None] * pool.page_size + offsets).view(-1)
-            held = positions >= 0
-            keys[row].index_copy_(1, positions[held].long(), pool.flat_keys.index_select(1, slots[held]))
-            values[row].index_copy_(1, positions[held].long(), pool.flat_values.index_select(1, slots[held]))
+        plain = self.pool
+        keys = plain.keys.new_zeros((len(self.rows), plain.keys.shape[0], length, plain.keys.shape[-1]))
+        values = plain.values.new_zeros((*keys.shape[:3], plain.values.shape[-1]))
+        for name, pool in self.pages.pools().items():
+            for row, sequence in enumerate(self.rows):
+                ids = pool.index(sequence.pages(name))
+                positions = pool.positions[ids].view(-1)
+                held = (positions >= 0).nonzero().squeeze(1)
+                places = positions[held].long()
+                page_keys, page_values = pool.decoded(ids)
+                keys[row].index_copy_(1, places, page_keys.index_select(1, held))
+                values[row].index_copy_(1, places, page_values.index_select(1, held))
         return keys, values
 
 
-def _release_rows(pool: PagePool, rows: list[SequencePages]) -> None:
+def _release_rows(pages: PageStore, rows: list[SequencePages]) -> None:
     for sequence in {id(row): row for row in rows}.values():
-        pool.release(sequence.pages())
+        pages.release(sequence)

@@ -1,0 +1,236 @@
+"""What is known of the pages of a pool: who holds them, how many tokens they have, where these are in the sequence."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+PageIds = npt.NDArray[np.int64]
+
+# A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
+MIN_GROWTH = 4
+
+
+class PageBook:
+    """Allocation and reference counts of the pages of one layer on one device; a subclass keeps their K/V.
+
+    A page holds up to `page_size` tokens of one sequence, of all KV heads, in order of position. Page numbers stay
+    valid when the pool grows.
+
+    Parameters
+    ----------
+    page_size : int
+        Tokens per page.
+    device : torch.device
+        Where the pages live.
+    growth : float
+        The share of its size by which the pool grows. Small steps waste little memory, and copying the pool once every
+        few hundred tokens costs less than reading it at each.
+
+    Attributes
+    ----------
+    positions : torch.Tensor
+        `(N, P)` int32, -1 in empty slots.
+    experts : torch.Tensor
+        `(N, P)` int16, the token's primary expert, -1 where unknown.
+    refcount, count, shard, used : numpy.ndarray
+        `(N,)` int32 / int16 / int16 / bool: sequences that hold the page (0: free), tokens in it, its shard
+        (-1: window), whether it ever held tokens.
+    allocations : int
+        Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
+    """
+
+    def __init__(self, page_size: int, device: torch.device, growth: float) -> None:
+        self.page_size = page_size
+        self.device = device
+        self.growth = growth
+        self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
+        self.experts = torch.full((0, page_size), -1, dtype=torch.int16, device=device)
+        self.refcount = np.zeros(0, dtype=np.int32)
+        self.count = np.zeros(0, dtype=np.int16)
+        self.shard = np.zeros(0, dtype=np.int16)
+        self.used = np.zeros(0, dtype=np.bool_)
+        self.allocations = 0
+        # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
+        self._spared = np.zeros(0, dtype=np.bool_)
+
+    # What a subclass keeps of a page: tensors with the pages along dimension 1
+
+    def token_tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold K/V, `(H, N, ...)` each."""
+        raise NotImplementedError
+
+    def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
+        """Take grown copies of :meth:`token_tensors`, in that order."""
+        raise NotImplementedError
+
+    def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)` keys and `(H, n * P, Dv)` values."""
+        raise NotImplementedError
+
+    @property
+    def capacity(self) -> int:
+        """Pages allocated, free ones included."""
+        return len(self.refcount)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that can be allocated without growing."""
+        return int(np.count_nonzero(self._free()))
+
+    def _free(self) -> np.ndarray:
+        free = self.refcount == 0
+        free[: len(self._spared)] &= ~self._spared
+        return free
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold the pool's memory."""
+        return [*self.token_tensors(), self.positions, self.experts]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page."""
+        return sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in self.token_tensors())
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return self.refcount.nbytes + self.count.nbytes + self.shard.nbytes + self.used.nbytes
+
+    def reserve(self, pages: int) -> None:
+        """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was."""
+        missing = pages - self.free_pages
+        if missing > 0:
+            # The first reservation is exact (a prompt whose size is known); later ones leave room for what follows.
+            slack = max(MIN_GROWTH, int(self.capacity * self.growth)) if self.capacity else 0
+            self._grow(max(missing, slack))
+
+    def _grow(self, extra: int) -> None:
+        old = self.capacity
+        grown = [_extended(tensor, extra, 1) for tensor in self.token_tensors()]
+        positions, experts = _extended(self.positions, extra, 0), _extended(self.experts, extra, 0)
+        self._replace_tokens(grown)
+        self.positions, self.experts = positions, experts
+        self.positions[old:] = -1
+        self.experts[old:] = -1
+        self.refcount = np.append(self.refcount, np.zeros(extra, dtype=np.int32))
+        self.count = np.append(self.count, np.zeros(extra, dtype=np.int16))
+        self.shard = np.append(self.shard, np.full(extra, -1, dtype=np.int16))
+        self.used = np.append(self.used, np.zeros(extra, dtype=np.bool_))
+
+    def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
+        """Take free pages, side by side where possible.
+
+        Parameters
+        ----------
+        pages : int
+            How many.
+        after : int
+            A page whose right-hand neighbours are preferred, so that a sequence stays in one piece.
+        shard : int
+            The shard they will belong to, -1 for the window.
+
+        Returns
+        -------
+        numpy.ndarray
+            `(pages,)` int64 page numbers, each with a reference count of 1 and no tokens.
+        """
+        self.reserve(pages)
+        free = self._free()
+        if after >= 0 and free[after + 1 : after + 1 + pages].sum() == pages:
+            ids = np.arange(after + 1, after + 1 + pages)
+        else:
+            ids = _first_run(np.flatnonzero(free), pages)
+        self.refcount[ids] = 1
+        self.count[ids] = 0
+        self.shard[ids] = shard
+        self.wipe(ids)
+        self.used[ids] = True
+        self.allocations += 1
+        return ids
+
+    def wipe(self, ids: PageIds) -> None:
+        """Clear what earlier owners left in free pages; floating-point K/V too, since a masked NaN is a NaN."""
+        stale = ids[self.used[ids]]
+        if len(stale):
+            index = self.index(stale)
+            self.positions.index_fill_(0, index, -1)
+            self.experts.index_fill_(0, index, -1)
+            for tensor in self.token_tensors():
+                if tensor.is_floating_point():
+                    tensor.index_fill_(1, index, 0)
+
+    def hold(self, ids: PageIds) -> None:
+        """Add a reference to each page (a page number may repeat)."""
+        np.add.at(self.refcount, ids, 1)
+
+    def release(self, ids: PageIds) -> None:
+        """Drop a reference to each page; pages without one are free and hold no tokens."""
+        np.subtract.at(self.refcount, ids, 1)
+        assert (self.refcount[ids] >= 0).all(), "a page was released more often than held"
+        self.count[ids[self.refcount[ids] == 0]] = 0
+
+    def copy_page(self, page: int) -> int:
+        """Copy a page; the copy has a reference count of 1."""
+        new = int(self.allocate(1, shard=int(self.shard[page]))[0])
+        for tensor in self.token_tensors():
+            tensor[:, new].copy_(tensor[:, page])
+        self.positions[new], self.experts[new] = self.positions[page], self.experts[page]
+        self.count[new] = self.count[page]
+        return new
+
+    def own(self, page: int, holders: int) -> int:
+        """Return a page with this one's content that only `holders` sequences hold; they swap it for theirs."""
+        if self.refcount[page] == holders:
+            return page
+        copy = self.copy_page(page)
+        self.refcount[copy] = holders
+        self.refcount[page] -= holders
+        return copy
+
+    def truncate(self, page: int, count: int) -> None:
+        """Forget the tokens of a page beyond the first `count`."""
+        self.count[page] = count
+        self.positions[page, count:] = -1
+        self.experts[page, count:] = -1
+
+    def index(self, ids: npt.NDArray[np.integer]) -> torch.Tensor:
+        """Return host integers as an int64 tensor on the pool's device."""
+        return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of counts and references if the block raises.
+
+        Token data needs no undo: a block only writes to slots that no count covered at its start.
+        """
+        before = self.refcount.copy(), self.count.copy(), self.shard.copy()
+        self._spared = before[0] > 0
+        try:
+            yield
+        except BaseException:
+            self.refcount[: len(before[0])], self.count[: len(before[1])], self.shard[: len(before[2])] = before
+            self.refcount[len(before[0]) :] = 0
+            raise
+        finally:
+            self._spared = np.zeros(0, dtype=np.bool_)
+
+
+def _extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
+    shape = list(tensor.shape)
+    shape[dim] += extra
+    # Zeros, not empty memory: a slot without a token is masked, and 0 * NaN would still be NaN.
+    grown = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return grown
+
+
+def _first_run(free: PageIds, pages: int) -> PageIds:
+    """Return the first `pages` neighbouring numbers in sorted `free`, or its first ones if there is no such run."""
+    if pages > 1 and len(free) > pages:
+        starts = np.flatnonzero(free[pages - 1 :] - free[: len(free) - pages + 1] == pages - 1)
+        if len(starts):
+            return free[starts[0] : starts[0] + pages]
+    return free[:pages]

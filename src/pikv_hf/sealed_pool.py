@@ -1,0 +1,93 @@
+"""The pool of pages that a codec packed."""
+
+import numpy as np
+import torch
+
+from .codecs import Codec
+from .page_book import PageBook, PageIds
+from .pages import PagePool
+
+# These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
+GROWTH = 1 / 64
+
+
+class SealedPool(PageBook):
+    """Full pages of one layer on one device, encoded once and immutable; cropping only lowers their counts.
+
+    Parameters
+    ----------
+    plain : PagePool
+        The layer's pool of pages as they came, for shapes, dtype and device.
+    key_codec, value_codec : Codec
+        What the pages are encoded with.
+
+    Attributes
+    ----------
+    keys, values : PageCodes
+        N pages.
+    errors : numpy.ndarray
+        `(N, 5)` float32: energy and lost energy of keys, of values, and the mean square error of logits.
+    """
+
+    def __init__(self, plain: PagePool, key_codec: Codec, value_codec: Codec) -> None:
+        super().__init__(plain.page_size, plain.device, GROWTH)
+        heads, dtype = plain.keys.shape[0], plain.keys.dtype
+        self.dtype = dtype
+        self.key_codec, self.value_codec = key_codec, value_codec
+        size, device = plain.page_size, plain.device
+        self.keys = key_codec.empty(heads, size, plain.keys.shape[-1], dtype, device)
+        self.values = value_codec.empty(heads, size, plain.values.shape[-1], dtype, device)
+        self.errors = np.zeros((0, 5), dtype=np.float32)
+
+    @property
+    def name(self) -> str:
+        """`"int4"`, or `"int4/int2"` where keys and values differ."""
+        names = self.key_codec.name, self.value_codec.name
+        return names[0] if names[0] == names[1] else "/".join(names)
+
+    def token_tensors(self) -> list[torch.Tensor]:
+        """Return all parts of the codes of keys, then of values."""
+        return [*self.keys.tensors(), *self.values.tensors()]
+
+    def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
+        parts = iter(tensors)
+        self.keys = self.keys.map(lambda _: next(parts))
+        self.values = self.values.map(lambda _: next(parts))
+
+    def _grow(self, extra: int) -> None:
+        super()._grow(extra)
+        self.errors = np.append(self.errors, np.zeros((extra, 5), dtype=np.float32), axis=0)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return super().host_bytes + self.errors.nbytes
+
+    def put(self, ids: PageIds, keys: list[torch.Tensor], values: list[torch.Tensor], errors: np.ndarray) -> None:
+        """Store encoded pages.
+
+        Parameters
+        ----------
+        ids : numpy.ndarray
+            `(n,)` allocated pages.
+        keys, values : list of torch.Tensor
+            The parts of the codes of n pages, `(H, n, ...)` each.
+        errors : numpy.ndarray
+            `(n, 5)`.
+        """
+        index = self.index(ids)
+        for held, new in zip(self.token_tensors(), [*keys, *values], strict=True):
+            held.index_copy_(1, index, new)
+        self.errors[ids] = errors
+
+    def copy_page(self, page: int) -> int:
+        """Copy a page; the copy has a reference count of 1."""
+        new = super().copy_page(page)
+        self.errors[new] = self.errors[page]
+        return new
+
+    def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages at `index` `(n,)` as `(H, n * P, D)` keys and `(H, n * P, Dv)` values."""
+        keys = self.key_codec.decode(self.keys.pick(index), self.dtype)
+        values = self.value_codec.decode(self.values.pick(index), self.dtype)
+        return keys.flatten(1, 2), values.flatten(1, 2)

@@ -1,0 +1,195 @@
+"""All pages of one layer on one device: those that keep tokens as they came, and those that codecs packed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .codecs import Codec
+from .config import PiKVConfig
+from .page_book import PageBook, PageIds
+from .pages import FullPages, PagePool
+from .sealed_pool import SealedPool
+from .sealing import Encoded, Sealer
+
+if TYPE_CHECKING:
+    from .sequence import SequencePages
+
+# Tokens of a prompt that pass straight to their shards are packed at most this many pages at a time.
+CHUNK_PAGES = 128
+
+
+class PageStore:
+    """The pools of a layer.
+
+    Parameters
+    ----------
+    plain : PagePool
+        Window, open pages, and full pages that no codec took.
+    config : PiKVConfig
+        Codecs and error budget.
+
+    Attributes
+    ----------
+    sealed : dict
+        Pools of packed pages by their name; each is made when the first page comes.
+    queries : torch.Tensor or None
+        `(H, m, D)`, the last queries that attended, by which errors are judged.
+    query_scale : float
+        Factor on their logits.
+    """
+
+    def __init__(self, plain: PagePool, config: PiKVConfig) -> None:
+        self.plain = plain
+        self.sealed: dict[str, SealedPool] = {}
+        self.queries: torch.Tensor | None = None
+        self.query_scale = 1.0
+        self._sealers: tuple[Sealer, Sealer] | None = None
+        if config.key_codec != "none" or config.value_codec != "none":
+            self._sealers = (Sealer(config.key_codec, True, config), Sealer(config.value_codec, False, config))
+
+    @property
+    def seals(self) -> bool:
+        """Whether full pages are packed."""
+        return self._sealers is not None
+
+    def pools(self) -> dict[str, PageBook]:
+        """Return all pools; the plain one is `""`."""
+        return {"": self.plain, **self.sealed}
+
+    def bases(self) -> list[torch.Tensor]:
+        """Return what codecs keep beside the pages."""
+        sealers = () if self._sealers is None else self._sealers
+        bases = [codec.basis for sealer in sealers for codec in sealer.codecs.values()]
+        return [basis for basis in bases if basis is not None]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor that holds this layer's stored tokens or serves them."""
+        held = [tensor for pool in self.pools().values() for tensor in pool.tensors()]
+        return held + self.bases() + ([] if self.queries is None else [self.queries])
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return sum(pool.host_bytes for pool in self.pools().values())
+
+    # References
+
+    def hold(self, sequence: "SequencePages") -> None:
+        """Add a reference to every page of a sequence."""
+        for name, pool in self.pools().items():
+            pool.hold(sequence.pages(name))
+
+    def release(self, sequence: "SequencePages") -> None:
+        """Drop a reference to every page of a sequence."""
+        for name, pool in self.pools().items():
+            pool.release(sequence.pages(name))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of counts and references, in all pools, if the block raises."""
+        before = dict(self.sealed)
+        with ExitStack() as stack:
+            for pool in self.pools().values():
+                stack.enter_context(pool.transaction())
+            try:
+                yield
+            except BaseException:
+                self.sealed = before
+                raise
+
+    # Packing
+
+    def observe(self, queries: torch.Tensor, scale: float) -> None:
+        """Remember queries `(H, m, D)` to judge errors by."""
+        self.queries, self.query_scale = queries, scale
+
+    def is_ready(self, pages: int) -> bool:
+        """Return whether so many full pages could be packed now."""
+        tokens, dims = pages * self.plain.page_size, (self.plain.keys.shape[-1], self.plain.values.shape[-1])
+        return self._sealers is not None and all(
+            sealer.is_ready(tokens, dim) for sealer, dim in zip(self._sealers, dims, strict=True)
+        )
+
+    def seal(self, sequences: Sequence["SequencePages"]) -> None:
+        """Pack the full pages of sequences, once for all of those that share them.
+
+        Everything that may fail happens before anything changes.
+        """
+        full = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.sealed for s in sequences)]))
+        full = full[~self.plain.kept[full]]
+        if not len(full) or not self.is_ready(len(full)):
+            return
+        packed = self.pack(self.plain.full_pages(full))
+        self.plain.kept[full] = True
+        for name, (which, ids) in packed.items():
+            leaving = full[which]
+            self.plain.kept[leaving] = False
+            for sequence in sequences:
+                moving = np.isin(sequence.sealed, leaving)
+                old = sequence.sealed[moving]
+                sequence.sealed = sequence.sealed[~moving]
+                # In the order in which the sequence had them.
+                self.give(sequence, name, ids[np.searchsorted(leaving, old)])
+                self.plain.release(old)
+
+    def give(self, sequence: "SequencePages", name: str, ids: PageIds) -> None:
+        """Add packed pages to a sequence."""
+        sequence.packed = {**sequence.packed, name: np.append(sequence.pages(name), ids)}
+        self.sealed[name].hold(ids)
+
+    def pack(self, pages: FullPages) -> dict[str, tuple[np.ndarray, PageIds]]:
+        """Encode full pages.
+
+        Returns
+        -------
+        dict
+            By name of the pool: which of the pages it took, ascending, and their numbers there, yet without a holder.
+            Pages that no codec could hold well enough are in none.
+        """
+        assert self._sealers is not None
+        keys = self._sealers[0].encode(pages.keys, self.queries, self.query_scale)
+        values = self._sealers[1].encode(pages.values, None, 1.0)
+        pairs = [_Batch(k, v) for k in keys for v in values if not k.codec.name == v.codec.name == "none"]
+        batches = [batch for batch in pairs if len(batch.which)]
+        for batch in batches:
+            self._pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
+        packed = {}
+        for batch in batches:
+            pool = self._pool(batch.keys.codec, batch.values.codec)
+            ids = pool.allocate(len(batch.which))
+            pool.put(ids, *batch.codes(pool))
+            index, source = pool.index(ids), pool.index(batch.which)
+            pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
+            pool.experts.index_copy_(0, index, pages.experts.index_select(0, source))
+            pool.count[ids], pool.shard[ids], pool.refcount[ids] = pool.page_size, pages.shards[batch.which], 0
+            packed[pool.name] = batch.which, ids
+        return packed
+
+    def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
+        pool = SealedPool(self.plain, key_codec, value_codec)
+        return self.sealed.setdefault(pool.name, pool)
+
+    def reserve_sealed(self, pages: int) -> None:
+        """Make room for packed pages of a prompt, where it is known which codec will take them."""
+        if self._sealers is not None and all(sealer.name != "auto" for sealer in self._sealers):
+            dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
+            codecs = [s.codec(s.rungs[0], dim) for s, dim in zip(self._sealers, dims, strict=True)]
+            self._pool(*codecs).reserve(pages)
+
+
+class _Batch:
+    """Pages whose keys went to one codec and whose values went to one codec."""
+
+    def __init__(self, keys: Encoded, values: Encoded) -> None:
+        self.keys, self.values = keys, values
+        self.which, self._in_keys, self._in_values = np.intersect1d(keys.which, values.which, return_indices=True)
+
+    def codes(self, pool: SealedPool) -> tuple[list[torch.Tensor], list[torch.Tensor], np.ndarray]:
+        keys, values = self.keys.errors, self.values.errors
+        k, v = self._in_keys, self._in_values
+        errors = np.stack([keys.energy[k], keys.lost[k], values.energy[v], values.lost[v], keys.logits[k]], axis=1)
+        picked = self.keys.codes.pick(pool.index(k)), self.values.codes.pick(pool.index(v))
+        return picked[0].tensors(), picked[1].tensors(), errors
