@@ -163,10 +163,11 @@ def _numbers(pages: PageCodes) -> torch.Tensor:
             rows.copy_(plane)
     if pages.fine is not None:
         fine = numbers[..., dim : dim + few]
-        # The rows beyond a page's last token are as meaningless as their codes; P' is at most a byte's tokens more.
+        # The rows beyond a page's last token stay as they are: nobody looks at their logits.
         half = pages.fine.shape[2]
-        for rows, plane in zip((fine[:, :, :half], fine[:, :, half:]), _unpacked(pages.fine, 2), strict=True):
-            rows.copy_(plane[:, :, : rows.shape[2]])
+        for start, plane in zip((0, half), _unpacked(pages.fine, 2), strict=True):
+            stop = min(start + half, pages.page_size)
+            fine[:, :, start:stop].copy_(plane[:, :, : stop - start])
         fine.add_(0.5).mul_(1 / 16).sub_(0.5)
     if pages.latent is not None:
         numbers[..., dim + few :].zero_()

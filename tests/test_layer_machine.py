@@ -21,6 +21,19 @@ SCALE = 0.7
 ATTENTION = torch.nn.Module()
 ATTENTION.num_key_value_groups = GROUPS
 
+# The most that packing may change a number by, for standard normal tokens; a basis of half the rank may lose anything.
+CHANGE = {
+    "none": 0.0,
+    "int8": 0.06,
+    "int4": 0.8,
+    "int2": 4.0,
+    "fp8": 0.3,
+    "lowrank": 9.0,
+    "lowrank+int4": 1.0,
+    "auto": 4.0,
+}
+CODECS = [("none", "none"), *((name, name) for name in CHANGE), ("int4", "none"), ("none", "int8"), ("auto", "lowrank")]
+
 
 class FakeAttachment:
     """An attached model of one routed layer; the test plays the router."""
@@ -46,6 +59,10 @@ class Row:
     values: torch.Tensor
     positions: list[int]
     experts: list[int]
+    packed: set[int] = dataclasses.field(default_factory=set)
+
+    def copy(self) -> "Row":
+        return Row(self.keys, self.values, list(self.positions), list(self.experts), set(self.packed))
 
     def attend(self, query: torch.Tensor, until: int | None = None) -> torch.Tensor:
         """Return attention of `(Hq, D)` over the tokens before position `until`, `(Hq, Dv)`."""
@@ -59,7 +76,8 @@ class Row:
 
     def crop(self, length: int) -> "Row":
         n = sum(p < length for p in self.positions)
-        return Row(self.keys[:, :n], self.values[:, :n], self.positions[:n], self.experts[:n])
+        kept = self.positions[:n]
+        return Row(self.keys[:, :n], self.values[:, :n], kept, self.experts[:n], self.packed & set(kept))
 
 
 @dataclasses.dataclass
@@ -78,11 +96,13 @@ class LayerMachine(RuleBasedStateMachine):
         sink_tokens=st.sampled_from([0, 1, 4, 9]),
         num_shards=st.sampled_from([1, 3, 8]),
         batch=st.integers(1, 3),
+        codecs=st.sampled_from(CODECS),
         seed=st.integers(0, 2**16),
     )
-    def start(self, batch: int, seed: int, **options: int) -> None:
+    def start(self, batch: int, seed: int, codecs: tuple[str, str], **options: int) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        config = PiKVConfig(**options)
+        self.codecs = codecs
+        config = PiKVConfig(key_codec=codecs[0], value_codec=codecs[1], rank=4, **options)
         self.num_shards = min(config.num_shards, EXPERTS)
         layer = PiKVLayer(0, config, FakeAttachment())
         self.twins = [Twin(layer, [self.empty_row() for _ in range(batch)])]
@@ -108,6 +128,9 @@ class LayerMachine(RuleBasedStateMachine):
         valid = torch.ones(batch, new, dtype=torch.bool)
         if padding and new > 1:
             valid[:, : new - 1] = torch.rand((batch, new - 1), generator=self.generator) < 0.6
+        # What the router has just placed may be packed when the next tokens come.
+        twin.layer.settle()
+        self.contents_agree()
         got_keys, got_values = twin.layer.update(keys, values)
         mask = self.mask(twin, valid)
         out, _ = pikv_attention_forward(ATTENTION, query, got_keys, got_values, mask, scaling=SCALE)
@@ -147,9 +170,7 @@ class LayerMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9))
     def fork(self, which: int) -> None:
         twin = self.pick(which)
-        self.twins.append(Twin(twin.layer.fork(), [dataclasses.replace(r) for r in twin.rows], twin.seen))
-        for row in self.twins[-1].rows:
-            row.positions, row.experts = list(row.positions), list(row.experts)
+        self.twins.append(Twin(twin.layer.fork(), [r.copy() for r in twin.rows], twin.seen))
 
     @precondition(lambda self: len(self.twins) > 1)
     @rule(which=st.integers(0, 9))
@@ -164,12 +185,7 @@ class LayerMachine(RuleBasedStateMachine):
             return
         indices = [i % len(twin.rows) for i in order]
         twin.layer.batch_select_indices(torch.tensor(indices))
-        twin.rows = [
-            dataclasses.replace(
-                twin.rows[i], positions=list(twin.rows[i].positions), experts=list(twin.rows[i].experts)
-            )
-            for i in indices
-        ]
+        twin.rows = [twin.rows[i].copy() for i in indices]
 
     @rule(which=st.integers(0, 9), seed=st.integers(0, 99))
     def reorder(self, which: int, seed: int) -> None:
@@ -181,11 +197,7 @@ class LayerMachine(RuleBasedStateMachine):
         twin = self.pick(which)
         if len(twin.rows) <= 2 and twin.layer.table is not None:
             twin.layer.batch_repeat_interleave(2)
-            twin.rows = [
-                dataclasses.replace(row, positions=list(row.positions), experts=list(row.experts))
-                for row in twin.rows
-                for _ in range(2)
-            ]
+            twin.rows = [row.copy() for row in twin.rows for _ in range(2)]
 
     @rule(which=st.integers(0, 9))
     def reset(self, which: int) -> None:
@@ -202,14 +214,26 @@ class LayerMachine(RuleBasedStateMachine):
                 continue
             assert layer.table.tokens() == [len(row.positions) for row in twin.rows]
             query = self.random(len(twin.rows), HEADS * GROUPS, 1, KEY_DIM)
-            out, _ = attend(layer, query, scale=SCALE)
             keys, values = layer.dense()
+            out, _ = attend(layer, query, scale=SCALE)
             for row, reference in enumerate(twin.rows):
-                torch.testing.assert_close(keys[row][:, reference.positions], reference.keys, atol=0, rtol=0)
-                torch.testing.assert_close(values[row][:, reference.positions], reference.values, atol=0, rtol=0)
+                held = keys[row][:, reference.positions], values[row][:, reference.positions]
+                self.changed_once_at_most(reference, *held)
                 torch.testing.assert_close(
                     out[row, :, 0].double(), reference.attend(query[row, :, 0]), atol=1e-5, rtol=1e-5
                 )
+
+    def changed_once_at_most(self, reference: Row, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compare what is held with what was last held; packing may change a token, once and a little."""
+        changed: set[int] = set()
+        for old, new, codec in ((reference.keys, keys, self.codecs[0]), (reference.values, values, self.codecs[1])):
+            assert float((old - new).abs().amax()) <= CHANGE[codec] if old.numel() else True
+            # Decoding the same codes twice may round differently, by the place of a number in a vector register.
+            moved = (old - new).abs() > (0 if codec == "none" else 1e-5)
+            changed |= {reference.positions[i] for i in moved.any(dim=2).any(dim=0).nonzero()[:, 0].tolist()}
+        assert not changed & reference.packed, "a packed token changed"
+        reference.keys, reference.values = keys, values
+        reference.packed |= changed
 
     @invariant()
     def pages_add_up(self) -> None:
@@ -219,9 +243,11 @@ class LayerMachine(RuleBasedStateMachine):
             table = twin.layer.table
             if table is None:
                 continue
-            pools[id(table.pool)] = table.pool
+            for name, pool in table.pages.pools().items():
+                pools[id(pool)] = pool
+                for sequence in {id(s): s for s in table.rows}.values():
+                    held.setdefault(id(pool), []).append(sequence.pages(name))
             for sequence in {id(s): s for s in table.rows}.values():
-                held.setdefault(id(table.pool), []).append(sequence.pages())
                 size = table.pool.page_size
                 assert all(table.pool.count[p] == size for p in [*sequence.sealed, *sequence.window[:-1]])
                 assert all(0 < table.pool.count[p] < size for p in sequence.open[sequence.open >= 0])
@@ -235,14 +261,14 @@ class LayerMachine(RuleBasedStateMachine):
             assert live_bytes(pool.tensors()) == sum(t.numel() * t.element_size() for t in pool.tensors())
 
     def shards_follow_experts(self, twin: Twin) -> None:
-        pool = twin.layer.table.pool
         for sequence, reference in zip(twin.layer.table.rows, twin.rows, strict=True):
             by_position = dict(zip(reference.positions, reference.experts, strict=True))
-            for page in sequence.pages():
-                shard = pool.shard[page]
-                for position in pool.positions[page][: pool.count[page]].tolist():
-                    assert shard < 0 or shard == by_position[position] * self.num_shards // EXPERTS
+            for name, pool in twin.layer.table.pages.pools().items():
+                for page in sequence.pages(name):
+                    shard = pool.shard[page]
+                    for position in pool.positions[page][: pool.count[page]].tolist():
+                        assert shard < 0 or shard == by_position[position] * self.num_shards // EXPERTS
 
 
-LayerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25)
+LayerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25)
 TestLayerMachine = LayerMachine.TestCase

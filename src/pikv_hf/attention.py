@@ -148,7 +148,8 @@ def attend_pages(
     result: Partial | None = None
     for name, pool in table.pages.pools().items():
         part = _attend_pool(table, name, reader_of(pool), folded, bias, scale, softcap)
-        result = part if result is None or part is None else merge_pair(*result, *part)
+        if part is not None:
+            result = part if result is None else merge_pair(*result, *part)
     value_dim = table.pool.values.shape[-1]
     out, lse = _nothing(folded, value_dim) if result is None else result
     return (

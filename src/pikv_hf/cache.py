@@ -10,7 +10,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from .attachment import Attachment, check_supported, ensure_attached
 from .config import PiKVConfig
 from .layer import PiKVLayer, check_fits, cropped_length
-from .report import LayerMemory, MemoryReport, live_bytes
+from .memory import layer_memory
+from .report import MemoryReport
 
 
 class PiKVCache(Cache):
@@ -188,7 +189,7 @@ class PiKVCache(Cache):
 
     def memory_report(self) -> MemoryReport:
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
-        layers = tuple(_layer_memory(index, layer) for index, layer in enumerate(self.layers))
+        layers = tuple(layer_memory(index, layer) for index, layer in enumerate(self.layers))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 
     def __repr__(self) -> str:
@@ -227,41 +228,3 @@ def _copied(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
     twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
     twin.__dict__.update(layer.__dict__)
     return twin
-
-
-def _layer_memory(index: int, layer: Any) -> LayerMemory:
-    if not isinstance(layer, PiKVLayer):
-        tensors = [layer.keys, layer.values] if layer.is_initialized else []
-        keys, values = (live_bytes([tensor]) for tensor in tensors) if tensors else (0, 0)
-        device = str(tensors[0].device) if tensors else "-"
-        stored = tensors[0].shape[0] * tensors[0].shape[-2] if tensors and tensors[0].numel() else 0
-        total = live_bytes(tensors)
-        return LayerMemory(
-            index, "sliding", device, keys, values, 0, total, total, 0, 0, (), (), layer.get_seq_length(), stored
-        )
-    if layer.table is None:
-        return LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)
-    table, pool = layer.table, layer.table.pool
-    pending = live_bytes(t for t in layer.storages() if all(t is not p for p in pool.tensors()))
-    keys, values = live_bytes([pool.keys]), live_bytes([pool.values])
-    page = pool.page_bytes
-    held = table.distinct_pages()
-    shard = pool.shard[held]
-    counts = [int(np.count_nonzero(shard == s)) for s in range(table.num_shards)]
-    metadata = live_bytes([pool.positions, pool.experts]) + pool.host_bytes + table.host_bytes
-    return LayerMemory(
-        layer=index,
-        kind="paged",
-        device=str(layer.device),
-        keys=keys,
-        values=values,
-        metadata=metadata,
-        total=keys + values + metadata + pending,
-        window=page * int(np.count_nonzero(shard < 0)),
-        free=page * pool.free_pages,
-        pending=pending,
-        shards=tuple(page * count for count in counts),
-        shard_tokens=tuple(int(pool.count[held[shard == s]].sum()) for s in range(table.num_shards)),
-        tokens_seen=layer.seen,
-        tokens_stored=int(pool.count[held].sum()),
-    )

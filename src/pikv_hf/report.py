@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 
 
@@ -29,6 +29,68 @@ def format_bytes(count: float) -> str:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class CodecMemory:
+    """What one codec holds, and what it did to it.
+
+    Attributes
+    ----------
+    codec : str
+        `"int4"`, or `"int4/int2"` where keys and values differ; `"none"` is window, open pages and what no codec took.
+    pages, tokens : int
+        Pages in use, shared ones once, and the tokens in them.
+    keys, values : int
+        Bytes of the K/V of these pages, scales included.
+    squares : tuple of float
+        Sums over all tokens and heads of the squares of keys, of their errors, of values, of their errors.
+    logit_squares, judged : float, int
+        Mean square errors of the attention logits of recent queries, summed over the pages where such queries were
+        known, and the number of these pages.
+    """
+
+    codec: str
+    pages: int
+    tokens: int
+    keys: int
+    values: int
+    squares: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
+    logit_squares: float = 0.0
+    judged: int = 0
+
+    @property
+    def key_error(self) -> float:
+        """Relative root mean square error of the keys."""
+        return (self.squares[1] / self.squares[0]) ** 0.5 if self.squares[0] else 0.0
+
+    @property
+    def value_error(self) -> float:
+        """Relative root mean square error of the values."""
+        return (self.squares[3] / self.squares[2]) ** 0.5 if self.squares[2] else 0.0
+
+    @property
+    def logit_error(self) -> float | None:
+        """Root mean square error of the attention logits of recent queries; None if none were known."""
+        return (self.logit_squares / self.judged) ** 0.5 if self.judged else None
+
+    def __add__(self, other: "CodecMemory") -> "CodecMemory":
+        return CodecMemory(
+            self.codec,
+            self.pages + other.pages,
+            self.tokens + other.tokens,
+            self.keys + other.keys,
+            self.values + other.values,
+            tuple(a + b for a, b in zip(self.squares, other.squares, strict=True)),
+            self.logit_squares + other.logit_squares,
+            self.judged + other.judged,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        figures = {name: getattr(self, name) for name in ("codec", "pages", "tokens", "keys", "values")}
+        errors = {name: getattr(self, name) for name in ("key_error", "value_error", "logit_error")}
+        return {**figures, **errors}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class LayerMemory:
     """Bytes and tokens of one layer.
 
@@ -41,7 +103,7 @@ class LayerMemory:
     device : str
         Where its tensors are.
     keys, values, metadata, total : int
-        Live bytes. Metadata is positions, expert ids, page tables and reference counts.
+        Live bytes. Metadata is positions, expert ids, page tables, reference counts, errors and observed queries.
     window, free, pending : int
         Bytes of K/V in the sink and recent pages, in unused pages, and waiting for the layer's router.
     shards : tuple of int
@@ -50,6 +112,8 @@ class LayerMemory:
         Tokens in each shard, shared pages counted once.
     tokens_seen, tokens_stored : int
         Positions per row, padding included, and tokens held, shared ones counted once.
+    codecs : tuple of CodecMemory
+        What each codec holds.
     """
 
     layer: int
@@ -66,6 +130,7 @@ class LayerMemory:
     shard_tokens: tuple[int, ...]
     tokens_seen: int
     tokens_stored: int
+    codecs: tuple[CodecMemory, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,6 +180,14 @@ class MemoryReport:
         return tuple(sum(layer.shards[s] for layer in self.layers if s < len(layer.shards)) for s in range(width))
 
     @property
+    def per_codec(self) -> dict[str, CodecMemory]:
+        """What each codec holds, summed over layers."""
+        codecs: dict[str, CodecMemory] = {}
+        for each in (codec for layer in self.layers for codec in layer.codecs):
+            codecs[each.codec] = codecs[each.codec] + each if each.codec in codecs else each
+        return codecs
+
+    @property
     def per_device(self) -> dict[str, int]:
         """Bytes by device."""
         devices: dict[str, int] = {}
@@ -144,7 +217,11 @@ class MemoryReport:
             "per_device": self.per_device,
             "tokens_seen": self.tokens_seen,
             "tokens_stored": self.tokens_stored,
-            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "per_codec": [codec.to_dict() for codec in self.per_codec.values()],
+            "layers": [
+                {**dataclasses.asdict(layer), "codecs": [codec.to_dict() for codec in layer.codecs]}
+                for layer in self.layers
+            ],
         }
 
     def __str__(self) -> str:
@@ -152,7 +229,11 @@ class MemoryReport:
         console.print(self.__rich__())
         return console.export_text().rstrip()
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        packed = len(self.per_codec) > 1
+        return Group(self._layer_table(), *([self._codec_table()] if packed else []))
+
+    def _layer_table(self) -> Table:
         table = Table(title=f"PiKVCache: {format_bytes(self.total)}, {self.tokens_seen} tokens seen")
         for name in ("layer", "kind", "device", "K", "V", "metadata", "window", "shards", "free", "total", "tokens"):
             table.add_column(name, justify="left" if name in ("kind", "device") else "right")
@@ -160,4 +241,17 @@ class MemoryReport:
             amounts = (row.keys, row.values, row.metadata, row.window, sum(row.shards), row.free, row.total)
             cells = [format_bytes(amount) for amount in amounts]
             table.add_row(str(row.layer), row.kind, row.device, *cells, str(row.tokens_stored))
+        return table
+
+    def _codec_table(self) -> Table:
+        table = Table(
+            title="By codec: bytes in use, relative errors, error of recent queries' logits"
+        )
+        for name in ("codec", "pages", "tokens", "K", "V", "K error", "V error", "logits"):
+            table.add_column(name, justify="left" if name == "codec" else "right")
+        for each in self.per_codec.values():
+            errors = [f"{error:.2%}" for error in (each.key_error, each.value_error)]
+            logits = "-" if each.logit_error is None else f"{each.logit_error:.3f}"
+            cells = [f"{each.pages:,}", f"{each.tokens:,}", format_bytes(each.keys), format_bytes(each.values)]
+            table.add_row(each.codec, *cells, *errors, logits)
         return table

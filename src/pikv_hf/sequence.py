@@ -195,7 +195,7 @@ class SequenceWriter:
     def _divide_by_pages(
         self, sequence: SequencePages, shards: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Divide tokens, by their numbers: whole pages `(n, P)`, those that fill open pages before, those left after."""
+        """Divide tokens, as their numbers: whole pages `(n, P)`, what fills open pages before, what is left after."""
         size = self.pool.page_size
         whole, before, after = [np.zeros((0, size), dtype=np.int64)], [], []
         for shard in np.unique(shards):

@@ -59,16 +59,17 @@ class PageStore:
         """Return all pools; the plain one is `""`."""
         return {"": self.plain, **self.sealed}
 
-    def bases(self) -> list[torch.Tensor]:
-        """Return what codecs keep beside the pages."""
-        sealers = () if self._sealers is None else self._sealers
-        bases = [codec.basis for sealer in sealers for codec in sealer.codecs.values()]
-        return [basis for basis in bases if basis is not None]
+    def bases(self, keys: bool) -> list[torch.Tensor]:
+        """Return what the codecs of keys, or of values, keep beside the pages."""
+        if self._sealers is None:
+            return []
+        codecs = self._sealers[0 if keys else 1].codecs.values()
+        return [codec.basis for codec in codecs if codec.basis is not None]
 
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor that holds this layer's stored tokens or serves them."""
         held = [tensor for pool in self.pools().values() for tensor in pool.tensors()]
-        return held + self.bases() + ([] if self.queries is None else [self.queries])
+        return [*held, *self.bases(True), *self.bases(False), *([] if self.queries is None else [self.queries])]
 
     @property
     def host_bytes(self) -> int:

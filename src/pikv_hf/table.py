@@ -247,7 +247,9 @@ class PageTable:
         values = plain.values.new_zeros((*keys.shape[:3], plain.values.shape[-1]))
         for name, pool in self.pages.pools().items():
             for row, sequence in enumerate(self.rows):
-                ids = pool.index(sequence.pages(name))
+                if not len(pages := sequence.pages(name)):
+                    continue
+                ids = pool.index(pages)
                 positions = pool.positions[ids].view(-1)
                 held = (positions >= 0).nonzero().squeeze(1)
                 places = positions[held].long()

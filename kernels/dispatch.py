@@ -1,0 +1,110 @@
+"""Which implementation of an operation runs: plain torch, Triton on a GPU, or Triton's interpreter on a CPU."""
+
+import difflib
+import functools
+import importlib
+import importlib.util
+import os
+import threading
+from types import ModuleType
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["torch", "triton", "interpret"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+#: The environment variable that forces a backend where no argument does.
+VARIABLE = "PIKV_KERNELS"
+
+# Triton decides when a kernel is decorated whether it will be compiled or interpreted, so that the first Triton backend
+# that a process uses is the only one it can use.
+_taken: Backend | None = None
+_lock = threading.Lock()
+
+
+def choose(device: torch.device, forced: str | None = None) -> Backend:
+    """Return the backend for tensors on a device.
+
+    Parameters
+    ----------
+    device : torch.device
+        Of the operands.
+    forced : str, optional
+        One of :data:`BACKENDS`. It beats the environment variable :data:`VARIABLE`, which beats the default: Triton on
+        a GPU if it can be imported, torch elsewhere.
+
+    Raises
+    ------
+    ValueError
+        For an unknown name, or a backend that does not work on tensors of this device.
+    RuntimeError
+        For a Triton backend without Triton, or after the process has used the other one.
+    """
+    asked, source = (forced, "backend") if forced is not None else (os.environ.get(VARIABLE) or None, VARIABLE)
+    if asked is None:
+        return "triton" if device.type == "cuda" and _has_triton() and _taken_or_set() != "interpret" else "torch"
+    if asked not in BACKENDS:
+        close = difflib.get_close_matches(asked, BACKENDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown {source} {asked!r}; there are {', '.join(BACKENDS)}{hint}")
+    how: Backend = BACKENDS[BACKENDS.index(asked)]
+    if how != "torch":
+        _check(how, device, source)
+    return how
+
+
+def load(operation: str, how: Backend) -> ModuleType:
+    """Import the Triton version of an operation, compiled or interpreted as chosen."""
+    global _taken
+    with _lock:
+        if _taken is None:
+            _taken = how
+        assert _taken == how, f"{how} after {_taken}"
+        name = f"{__package__}.triton_{operation}"
+        with _interpreter(how == "interpret"):
+            return importlib.import_module(name)
+
+
+class _interpreter:
+    """Set or unset TRITON_INTERPRET while our kernels are decorated; other users of Triton keep their own choice."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("TRITON_INTERPRET")
+        if self.on:
+            os.environ["TRITON_INTERPRET"] = "1"
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is None:
+            os.environ.pop("TRITON_INTERPRET", None)
+        else:
+            os.environ["TRITON_INTERPRET"] = self.before
+
+
+def _check(how: Backend, device: torch.device, source: str) -> None:
+    """Raise unless Triton can run this way on tensors of this device."""
+    wanted = "cuda" if how == "triton" else "cpu"
+    if device.type != wanted:
+        raise ValueError(f"{source} {how!r} needs tensors on {wanted}, not on {device}")
+    if not _has_triton():
+        raise RuntimeError(f"{source} {how!r} needs the package triton, which is not installed; use 'torch'")
+    before = _taken_or_set()
+    if before is not None and before != how:
+        raise RuntimeError(
+            f"{source} {how!r} after {before!r}: Triton's kernels are either compiled or interpreted in a process"
+        )
+
+
+def _taken_or_set() -> Backend | None:
+    """Return the Triton backend that this process is bound to, by an earlier call or by TRITON_INTERPRET."""
+    if _taken is None and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        return "interpret"
+    return _taken
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,71 @@
+"""Small device functions that the Triton kernels share. Imported through :func:`.dispatch.load` only."""
+
+import triton
+import triton.language as tl
+
+# The reductions of triton.language are kernels themselves, compiled or interpreted as Triton was imported; these two
+# follow the choice made for ours. The interpreter has fast paths for just these combining functions.
+
+
+@triton.jit
+def row_max(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def row_sum(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._sum_combine)
+
+
+@triton.jit
+def exp2(x, ASM: tl.constexpr):
+    # tl.exp2 spends three more instructions on results below 2**-126, which are as good as zero here.
+    if ASM:
+        y = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        y = tl.exp2(x)
+    return y
+
+
+@triton.jit
+def stack(first, second):
+    """Put two `(n, m)` tensors on top of one another, `(2 * n, m)`."""
+    both = tl.permute(tl.join(first, second), (2, 0, 1))
+    return tl.reshape(both, (2 * first.shape[0], first.shape[1]))
+
+
+@triton.jit
+def unstack(x):
+    """Undo :func:`stack`."""
+    halves = tl.reshape(x, (2, x.shape[0] // 2, x.shape[1]))
+    return tl.split(tl.permute(halves, (1, 2, 0)))
+
+
+@triton.jit
+def low_byte(words):
+    return words.to(tl.int32) & 0xFF
+
+
+@triton.jit
+def high_byte(words):
+    return (words.to(tl.int32) >> 8) & 0xFF
+
+
+@triton.jit
+def signed(byte):
+    """Read bytes 0..255, held as int32, as int8."""
+    return (byte ^ 0x80) - 0x80
+
+
+@triton.jit
+def spread_value(code, ASM: tl.constexpr):
+    """Return the range that a spread code (int32) stands for; see page_codes.spread_values."""
+    return exp2((code.to(tl.float32) - 120.0) * (1.0 / 12.0), ASM)
+
+
+@triton.jit
+def e4m3(byte):
+    """Read bytes 0..255, held as int32, as float8 e4m3, float32. NaN becomes 480: slots without a token may hold it."""
+    # Shifted to the fields of a float16 the number is 2**8 times too small: the exponents' biases are 7 and 15.
+    bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
