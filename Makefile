@@ -1,4 +1,4 @@
-# `make` lists the targets. Each of them makes the virtual environment first, if it is missing or out of date.
+# `make` lists the targets. Each but gpu-check makes the virtual environment first, if it is missing or out of date.
 
 # Tried rather than looked up: a version manager's shim answers to the name of a Python that is not installed.
 PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python3)
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench baseline test-browser clean
+.PHONY: help demo test check format bench gpu-check baseline test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +33,11 @@ bench: $(INSTALLED) ## Measure decoding, beam reordering and prefill
 	$(BIN)/pikv bench decode
 	$(BIN)/pikv bench reorder
 	$(BIN)/pikv bench prefill
+
+# torch and Triton are enough for this one, and a machine with a GPU has its own: no environment is made for it.
+gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --quick
+	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -P -m pikv_hf.eval.gpu \
+	  --output eval/results/gpu/ $(FLAGS)
 
 # A complete run is read, an interrupted one goes on; `make baseline FLAGS=--overwrite` measures everything anew.
 # One process per core: they measure alike, whoever has the sample. Without a GPU, --multi_gpu means gloo.

@@ -8,7 +8,7 @@ from .merge_partials import merge_pair
 MAX_LOGITS = 8 * 1024 * 1024
 
 
-def softmax_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _softmax_stats(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn float32 logits `(..., T)` into unnormalised probabilities in place; return their sum and the LSE."""
     # A row without any visible key has peak -inf; anchored at a finite one its probabilities are all exp(-inf) = 0.
     peak = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
@@ -81,7 +81,7 @@ def _attend_block(
         logits.add_(bias)
     if holes is not None and holes.numel():
         logits.index_fill_(2, holes, -torch.inf)
-    total, lse = softmax_stats(logits)
+    total, lse = _softmax_stats(logits)
     out = torch.bmm(logits.to(values.dtype), values).float()
     return out.div_(total.clamp_min_(torch.finfo(torch.float32).tiny)), lse
 

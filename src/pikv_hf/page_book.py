@@ -204,7 +204,7 @@ class PageBook:
     def transaction(self) -> Iterator[None]:
         """Undo every change of counts and references if the block raises.
 
-        Token data needs no undo: a block only writes to slots that no count covered at its start.
+        K/V need no undo: a block only writes to slots that no count covered at its start.
         """
         before = self.refcount.copy(), self.count.copy(), self.shard.copy()
         self._spared = before[0] > 0
@@ -213,6 +213,10 @@ class PageBook:
         except BaseException:
             self.refcount[: len(before[0])], self.count[: len(before[1])], self.shard[: len(before[2])] = before
             self.refcount[len(before[0]) :] = 0
+            self.count[len(before[0]) :] = 0
+            beyond = torch.arange(self.page_size, device=self.device) >= self.index(self.count)[:, None]
+            self.positions.masked_fill_(beyond, -1)
+            self.experts.masked_fill_(beyond, -1)
             raise
         finally:
             self._spared = np.zeros(0, dtype=np.bool_)
