@@ -53,6 +53,13 @@ class Comparison:
         The same for the means, which include the steps that move pages.
     max_difference : float
         Largest absolute difference of the two outputs.
+    codec : str
+        How PiKV keeps full pages.
+    to_none : float or None
+        Median of PiKV with this codec over its median with `"none"`, in the same run: below 1, the codec is faster.
+        None if `"none"` was not timed.
+    kv_bytes : int or None
+        Live bytes of PiKV's cache at the end.
     """
 
     name: str
@@ -63,6 +70,9 @@ class Comparison:
     ratio: float
     mean_ratio: float
     max_difference: float
+    codec: str = "none"
+    to_none: float | None = None
+    kv_bytes: int | None = None
 
 
 def _compare(
@@ -113,7 +123,9 @@ def _random_experts(count: int) -> torch.Tensor:
     return torch.randint(0, 32, (count,))
 
 
-def run_decode(contexts: Sequence[int], batches: Sequence[int], seconds: float = 6.0) -> Iterator[Comparison]:
+def run_decode(
+    contexts: Sequence[int], batches: Sequence[int], seconds: float = 6.0, codecs: Sequence[str] = ("none",)
+) -> Iterator[Comparison]:
     """Time one decoding step of one layer: appending a token and attending to everything.
 
     Parameters
@@ -123,38 +135,50 @@ def run_decode(contexts: Sequence[int], batches: Sequence[int], seconds: float =
     batches : sequence of int
         Rows.
     seconds : float
-        Time to spend on the slower side of each case; at least 5 steps are taken. PiKV always takes 64 more, so that
+        Time to spend on each case; at least 5 steps of each cache are taken in turn. PiKV always takes 64 more, so that
         its mean includes moving pages to shards.
+    codecs : sequence of str
+        Codecs of keys and values; a case for each.
     """
     model = geometry_model()
     attention = model.model.layers[0].self_attn
     for tokens in contexts:
         for batch in batches:
-            yield _decode_case(model, attention, batch, tokens, seconds)
+            yield from _decode_case(model, attention, batch, tokens, seconds, codecs)
 
 
 @torch.no_grad()
-def _decode_case(model: Any, attention: Any, batch: int, tokens: int, seconds: float) -> Comparison:
+def _decode_case(
+    model: Any, attention: Any, batch: int, tokens: int, seconds: float, codecs: Sequence[str]
+) -> Iterator[Comparison]:
     keys, values = _random_kv(batch, tokens)
-    pikv = filled_pikv(model, keys, values)
+    caches = {name: filled_pikv(model, keys, values, key_codec=name, value_codec=name) for name in codecs}
     dynamic = DynamicCache(config=model.config)
     dynamic.update(keys, values, 0)
     del keys, values
-    ours: list[float] = []
+    ours: dict[str, list[float]] = {name: [] for name in codecs}
     theirs: list[float] = []
-    difference = 0.0
+    difference = dict.fromkeys(codecs, 0.0)
     started = time.perf_counter()
     while len(theirs) < 6 or time.perf_counter() - started < seconds:
         step = _decode_inputs(batch)
-        spent, our_out = _timed(_our_step, pikv, attention, *step)
-        ours.append(spent)
         spent, their_out = _timed(_their_step, dynamic, attention, *step)
         theirs.append(spent)
-        difference = max(difference, float((our_out - their_out).abs().max()))
+        for name, cache in caches.items():
+            spent, our_out = _timed(_our_step, cache, attention, *step)
+            ours[name].append(spent)
+            difference[name] = max(difference[name], float((our_out - their_out).abs().max()))
     del dynamic
-    ours += [_timed(_our_step, pikv, attention, *_decode_inputs(batch))[0] for _ in range(64)]
-    # The first step pays for allocations on either side.
-    return _compare("decode", batch, tokens, ours[1:], theirs[1:], difference)
+    for _ in range(64):
+        step = _decode_inputs(batch)
+        for name, cache in caches.items():
+            ours[name].append(_timed(_our_step, cache, attention, *step)[0])
+    plain = Timing.of(ours["none"][1:]).p50 if "none" in ours else None
+    for name, cache in caches.items():
+        # The first step pays for allocations on either side.
+        compared = _compare("decode", batch, tokens, ours[name][1:], theirs[1:], difference[name])
+        to_none = None if plain is None else compared.pikv.p50 / plain
+        yield dataclasses.replace(compared, codec=name, to_none=to_none, kv_bytes=cache.nbytes)
 
 
 def _decode_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -10,10 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pikv_hf.report import format_bytes
+
 from .bench import Comparison
 from .provenance import provenance
 
-WIDTH = 100
+WIDTH = 120
 
 
 def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
@@ -46,7 +48,8 @@ def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path |
 
 
 def _line(each: Comparison) -> str:
-    return f"{each.name}, batch {each.batch}, {each.tokens:,} tokens: {_times(each.ratio)}"
+    codec = "" if each.codec == "none" else f", {each.codec}"
+    return f"{each.name}{codec}, batch {each.batch}, {each.tokens:,} tokens: {_times(each.ratio)}"
 
 
 def _times(ratio: float) -> str:
@@ -59,17 +62,24 @@ def _table(done: list[Comparison]) -> Table:
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for name in ("case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"):
-        table.add_column(name, justify="left" if name == "case" else "right", no_wrap=True)
+    with_codecs = any(each.codec != "none" for each in done)
+    names = ["case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"]
+    if with_codecs:
+        names[1:1], names[-1:] = ["codec"], ["bytes", "time / none", "difference"]
+    for name in names:
+        table.add_column(name, justify="left" if name in ("case", "codec") else "right", no_wrap=True)
     for each in done:
+        size, slower = each.kv_bytes or 0, each.to_none
         table.add_row(
             each.name,
+            *([each.codec] if with_codecs else []),
             str(each.batch),
             f"{each.tokens:,}",
             f"{each.pikv.p50 * 1e3:,.2f}",
             f"{each.dynamic.p50 * 1e3:,.1f}",
             _times(each.ratio),
             _times(each.mean_ratio),
+            *([format_bytes(size), "-" if slower is None else f"{slower:.2f}"] if with_codecs else []),
             f"{each.max_difference:.0e}",
         )
     return table

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pikv_hf.config import PiKVConfig
+from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.cli_eval import app as evaluation
 from pikv_hf.eval.cli_report import app as report
 from pikv_hf.eval.demo_options import DemoOptions
@@ -94,16 +94,27 @@ def decode(
     device: Annotated[str, typer.Option(help="Where to measure; cpu is the only choice in this release.")] = "cpu",
     contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
     batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
+    codecs: Annotated[
+        list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated, or be all.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """One decoding step of one layer: 32 query and 4 KV heads, head dim 128, fp32, expert placement."""
     if device != "cpu":
-        raise _failure(2, f"--device must be cpu in this release, got {device!r}")
+        raise _failure(2, f"--device must be cpu in this release, got {device!r}; `make gpu-check` measures on a GPU")
+    names = list(CODECS) if codecs == ["all"] else codecs or ["none"]
+    try:
+        with user_input("invalid --codec"):
+            for name in names:
+                PiKVConfig(key_codec=name)
+    except InputError as error:
+        raise _failure(2, str(error)) from None
     from pikv_hf.eval.bench import run_decode
     from pikv_hf.eval.bench_view import run_and_show
 
-    run_and_show(run_decode(contexts or (4096, 32768, 131072), batches or (1, 4)), threads, output)
+    cases = run_decode(contexts or (4096, 32768, 131072), batches or (1, 4), codecs=names)
+    run_and_show(cases, threads, output)
 
 
 @bench.command()

@@ -19,6 +19,15 @@ def test_decode_steps_agree() -> None:
         assert case.ratio == pytest.approx(case.dynamic.p50 / case.pikv.p50)
 
 
+def test_codecs_are_timed_against_none_in_the_same_run() -> None:
+    cases = list(run_decode([700], [1], seconds=0.0, codecs=("none", "int8", "int2")))
+    assert [case.codec for case in cases] == ["none", "int8", "int2"]
+    assert cases[0].to_none == 1.0
+    assert cases[1].to_none == pytest.approx(cases[1].pikv.p50 / cases[0].pikv.p50)
+    assert cases[0].max_difference < 1e-5 < cases[1].max_difference < cases[2].max_difference
+    assert cases[0].kv_bytes > cases[1].kv_bytes > cases[2].kv_bytes
+
+
 def test_reorder_and_prefill_agree() -> None:
     for case in [*run_reorder(beams=4, tokens=200, repeats=2), *run_prefill(tokens=100, repeats=1)]:
         assert case.max_difference < 1e-5
@@ -39,6 +48,12 @@ def test_command_writes_provenance(tmp_path: Path) -> None:
     assert written["results"][0]["tokens"] == 50
     assert written["machine"]["threads"] == 1
     assert written["versions"]["torch"].startswith("2.")
+
+
+def test_unknown_codec_is_refused() -> None:
+    result = CliRunner().invoke(app, ["bench", "decode", "--codec", "int5"])
+    assert result.exit_code == 2
+    assert "int5" in result.output
 
 
 def test_unknown_device_is_refused() -> None:

@@ -10,8 +10,8 @@ from families import FAMILIES
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.attention import attend
-from pikv_hf.codecs import CODECS, fit_basis
-from pikv_hf.config import PiKVConfig
+from pikv_hf.codecs import fit_basis
+from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench import filled_pikv, geometry_model
 from pikv_hf.report import live_bytes
 from pikv_hf.sealed_pool import SealedPool

@@ -1,16 +1,12 @@
 """Codecs: the forms in which full pages of keys or values are kept."""
 
 import dataclasses
-from typing import Literal, get_args
 
 import torch
 
 from .kernels.open_pages import open_pages
 from .kernels.page_codes import Kind, PageCodes, empty_codes
 from .kernels.seal_pages import seal_pages
-
-CodecName = Literal["none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto"]
-CODECS: tuple[str, ...] = get_args(CodecName)
 
 #: A low-rank basis is fitted once this many tokens per head dim are there.
 FIT_TOKENS_PER_DIM = 4
@@ -26,7 +22,7 @@ class Codec:
     Parameters
     ----------
     name : str
-        Any of :data:`CODECS` but `"auto"`, which is a choice among others.
+        Any of `CODECS` but `"auto"`, which is a choice among others.
     keys : bool
         Keys or values.
     rank : int

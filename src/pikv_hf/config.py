@@ -5,11 +5,12 @@ import json
 import math
 from typing import Any, Literal, get_args
 
-from pikv_hf.codecs import CODECS
 from pikv_hf.suggest import did_you_mean
 
 Placement = Literal["expert", "hash"]
 SlidingLayers = Literal["bounded", "paged"]
+CodecName = Literal["none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto"]
+CODECS: tuple[str, ...] = get_args(CodecName)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

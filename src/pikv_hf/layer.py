@@ -12,9 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 from .config import PiKVConfig
 from .pages import PagePool
 from .placement import expert_placement, hash_placement
-from .sequence import SequenceWriter, ShardOf
 from .store import PageStore
 from .table import PageTable
+from .writer import SequenceWriter, ShardOf
 
 if TYPE_CHECKING:
     from .attachment import Attachment

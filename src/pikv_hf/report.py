@@ -244,9 +244,7 @@ class MemoryReport:
         return table
 
     def _codec_table(self) -> Table:
-        table = Table(
-            title="By codec: bytes in use, relative errors, error of recent queries' logits"
-        )
+        table = Table(title="By codec: bytes in use, relative errors, error of recent queries' logits")
         for name in ("codec", "pages", "tokens", "K", "V", "K error", "V error", "logits"):
             table.add_column(name, justify="left" if name == "codec" else "right")
         for each in self.per_codec.values():

@@ -16,7 +16,7 @@ LADDER = ("int2", "int4", "int8", "none")
 #: absolute value, of keys after their channels' means, which shift all logits alike, are taken off. About twice what
 #: ordinary pages have, and far below what one huge token does to the ranges of its page
 #: (`eval/results/codec-schemes.json`).
-GUARD = {"int8": 0.014, "int4": 0.2, "int2": 1.0}
+GUARD = {"int8": 0.02, "int4": 0.25, "int2": 1.2}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,9 +17,6 @@ from .sealing import Encoded, Sealer
 if TYPE_CHECKING:
     from .sequence import SequencePages
 
-# Tokens of a prompt that pass straight to their shards are packed at most this many pages at a time.
-CHUNK_PAGES = 128
-
 
 class PageStore:
     """The pools of a layer.

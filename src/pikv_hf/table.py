@@ -10,8 +10,9 @@ import torch
 from .page_book import PageIds
 from .pages import PagePool
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
-from .sequence import SequencePages, SequenceWriter
+from .sequence import SequencePages
 from .store import PageStore
+from .writer import SequenceWriter
 
 
 class PageTable:
