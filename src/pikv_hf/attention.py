@@ -7,7 +7,9 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from .kernels import causal_attention, merge_pair
+from .kernels.dispatch import choose
 from .kernels.merge_partials import merge_sinks
+from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
 from .masks import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid
@@ -145,9 +147,15 @@ def attend_pages(
     bias = None if mask is None else PageBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
+    # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
+    looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
     result: Partial | None = None
     for name, pool in table.pages.pools().items():
-        part = _attend_pool(table, name, reader_of(pool), folded, bias, scale, softcap)
+        reader = reader_of(pool)
+        if looks_up:
+            part = _attend_entries(table, name, reader, folded, scale, softcap)
+        else:
+            part = _attend_pool(table, name, reader, folded, bias, scale, softcap)
         if part is not None:
             result = part if result is None else merge_pair(*result, *part)
     value_dim = table.pool.values.shape[-1]
@@ -182,6 +190,27 @@ def _attend_pool(
         part = _attend_scattered(reader, plan, slice(first, first + step), query, bias, scale, softcap)
         result = part if result is None else merge_pair(*result, *part)
     return None if result is None else (reader.output(result[0]), result[1])
+
+
+def _attend_entries(
+    table: PageTable,
+    name: str,
+    reader: "PlainReader | SealedReader",
+    folded: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+) -> Partial | None:
+    """Attend to the pages of one pool in one launch: `(H, B, G, Dv)` and its LSE, None if there are none."""
+    entries, lengths = table.entries(name)
+    if not entries.shape[1]:
+        return None
+    heads, batch, groups, _ = folded.shape
+    query = reader.query(folded).transpose(0, 1).reshape(batch, heads * groups, -1)
+    # Counts on the device are always up to date in the positions, which a decoded token's slot has just been given.
+    counts = (reader.pool.positions >= 0).sum(dim=1, dtype=torch.int32)
+    out, lse = paged_decode_attention(query, *reader.codes(), entries, lengths, counts, scale, softcap)
+    out = out.view(batch, heads, groups, -1).transpose(0, 1)
+    return reader.output(out), lse.view(batch, heads, groups).transpose(0, 1)
 
 
 def _attend_run(

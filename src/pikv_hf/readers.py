@@ -6,6 +6,7 @@ import torch
 
 from .kernels import partial_attention
 from .kernels.coded_attention import coded_attention
+from .kernels.page_codes import PageCodes
 from .page_book import PageBook
 from .pages import PagePool
 from .sealed_pool import SealedPool
@@ -25,6 +26,11 @@ class PlainReader:
     """
 
     pool: PagePool
+
+    def codes(self) -> tuple[PageCodes, PageCodes]:
+        """Return keys and values in the format that kernels read."""
+        size = self.pool.page_size
+        return PageCodes("none", size, self.pool.keys), PageCodes("none", size, self.pool.values)
 
     def query(self, queries: torch.Tensor) -> torch.Tensor:
         """Return queries `(H, ..., D)` as the stored keys expect them."""
@@ -68,6 +74,10 @@ class SealedReader:
     """Reads packed pages without unpacking more than a block at a time. See :class:`PlainReader`."""
 
     pool: SealedPool
+
+    def codes(self) -> tuple[PageCodes, PageCodes]:
+        """Return keys and values in the format that kernels read."""
+        return self.pool.keys, self.pool.values
 
     def query(self, queries: torch.Tensor) -> torch.Tensor:
         """Return queries `(H, ..., D)` in the keys' code space."""

@@ -57,6 +57,7 @@ class PageTable:
 
     def _changed(self) -> None:
         self._plans: dict[str, tuple[ReadPlan, int]] = {}
+        self._entries: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cursor: tuple[PageIds, PageIds, int] | None = None
 
     def _sequences(self) -> list[SequencePages]:
@@ -240,6 +241,24 @@ class PageTable:
             pool.wipe(plan.bridged)
             self._plans[name] = plan, pool.allocations
         return plan
+
+    def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages of a pool by row, for kernels that look pages up.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(B, n)` int32 page numbers and `(B,)` int32, how many of them count.
+        """
+        if name not in self._entries:
+            rows = [row.pages(name) for row in self.rows]
+            lengths = np.array([len(row) for row in rows], dtype=np.int32)
+            numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
+            for line, row in zip(numbers, rows, strict=True):
+                line[: len(row)] = row
+            device = self.pool.device
+            self._entries[name] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
+        return self._entries[name]
 
     def dense(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored."""
