@@ -45,7 +45,7 @@ class PiKVConfig:
         Of `"auto"`, per page and for its worst head: root mean square error of the attention logits of recent queries
         (keys), relative root mean square error (values). Both are about the relative error of the attention output.
     rank : int, optional
-        Of the low-rank codecs, a quarter of the head dim by default.
+        Of the low-rank codecs, at most the head dim; by default a quarter of it.
 
     Raises
     ------

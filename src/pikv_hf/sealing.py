@@ -44,7 +44,7 @@ class Encoded:
     Attributes
     ----------
     codec : Codec
-        It.
+        What took them.
     which : numpy.ndarray
         `(n,)` int64, the pages, as numbers within what was to be encoded.
     codes : PageCodes

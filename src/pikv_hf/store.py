@@ -158,12 +158,16 @@ class PageStore:
         for batch in batches:
             pool = self._pool(batch.keys.codec, batch.values.codec)
             ids = pool.allocate(len(batch.which))
+            # Free again at once: should the rest fail, nothing is lost, and nobody else allocates in between.
+            pool.refcount[ids] = 0
             pool.put(ids, *batch.codes(pool))
             index, source = pool.index(ids), pool.index(batch.which)
             pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
             pool.experts.index_copy_(0, index, pages.experts.index_select(0, source))
-            pool.count[ids], pool.shard[ids], pool.refcount[ids] = pool.page_size, pages.shards[batch.which], 0
             packed[pool.name] = batch.which, ids
+        for name, (which, ids) in packed.items():
+            pool = self.sealed[name]
+            pool.count[ids], pool.shard[ids] = pool.page_size, pages.shards[which]
         return packed
 
     def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
