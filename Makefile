@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu-check baseline test-browser clean
+.PHONY: help demo test check format bench gpu-check baseline codecs test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,11 +41,23 @@ gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --q
 
 # A complete run is read, an interrupted one goes on; `make baseline FLAGS=--overwrite` measures everything anew.
 # One process per core: they measure alike, whoever has the sample. Without a GPU, --multi_gpu means gloo.
+EVAL := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
+  --mixed_precision no --dynamo_backend no --main_process_port 0 -m pikv_hf.eval
 BASELINE := eval/results/baseline
 baseline: $(INSTALLED) ## Measure the accuracy table of the README, and draw its figure
-	OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no \
-	  --dynamo_backend no --main_process_port 0 -m pikv_hf.eval run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
+	$(EVAL) run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
 	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
+
+# The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
+EXPERIMENT := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.experiments
+codecs: $(INSTALLED) ## Measure the codec table of the README, and print it
+	$(EXPERIMENT).codec_schemes --output eval/results
+	$(EXPERIMENT).low_rank --output eval/results
+	$(EXPERIMENT).codec_costs --output eval/results
+	$(EVAL) run eval/codecs.yaml --output eval/results/codecs $(FLAGS)
+	$(BIN)/pikv bench decode --codec all --batch 1 --tokens 32768 --tokens 131072 \
+	  --output eval/results/bench-codecs-cpu.json
+	@$(EXPERIMENT).codec_report eval/results
 
 test-browser: $(INSTALLED) ## Install Debian's Chromium, if there is none, and look at a report page with it
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)

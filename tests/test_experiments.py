@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pikv_hf.eval.experiments import codec_schemes, low_rank
 from pikv_hf.eval.experiments.attention_error import PAGE, WINDOW, Subject
 from pikv_hf.eval.experiments.data import DIFFICULT, QUERIES, AttentionInput, difficult, random_inputs, reference_inputs
-from pikv_hf.eval.experiments.guard import LIMITS, guard_pages, page_errors
+from pikv_hf.eval.experiments.guard import guard_by_rule, guard_pages, page_errors
 from pikv_hf.eval.experiments.low_rank import FITS, Fit, byte_share, decode, fit_basis, project, rank_of_equal_bytes
 from pikv_hf.eval.experiments.schemes import (
     KEY_SCHEMES,
@@ -23,11 +24,13 @@ from pikv_hf.eval.experiments.schemes import (
     hadamard,
 )
 from pikv_hf.kernels.open_pages import open_pages
-from pikv_hf.kernels.page_codes import CARRIED_ERROR
+from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind
 from pikv_hf.kernels.seal_pages import seal_pages
+from pikv_hf.sealing import GUARD
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results"
 EXACT = 1e-6
+WIDENING: list[Kind] = ["int2", "int4", "int8", "none"]
 
 
 @pytest.fixture(scope="module")
@@ -191,35 +194,43 @@ def test_int4_with_the_guard_survives_difficult_keys(layers: list[AttentionInput
         assert codec_schemes.measure_scheme(changed, KEY_SCHEMES["shipped"], None, 4) > 2 * ordinary["error"]
 
 
-def test_the_guard_takes_the_narrowest_kind_that_holds_a_page() -> None:
+@pytest.mark.parametrize("kind", list(GUARD))
+@pytest.mark.parametrize("keys", [True, False])
+def test_the_guard_takes_the_narrowest_kind_that_holds_a_page(kind: Kind, keys: bool) -> None:
+    """The cache's own choice of codecs is that of the rule written out here."""
     torch.manual_seed(0)
-    keys, values = torch.randn(2, 5, 32, 64), torch.randn(2, 5, 32, 64)
-    keys[0, 1, 3] *= 5000  # Too far for any kind.
-    values[1, 3, 7] *= 100
-    for kind in LIMITS:
-        found = guard_pages(keys, values, kind)
-        assert found.keys is not None
-        assert found.values is not None
-        assert (found.kinds[0], found.kinds[1], found.kinds[4]) == (kind, "none", kind)
-        assert found.largest > LIMITS[kind]
-        for page, chosen in enumerate(found.kinds):
-            for is_keys, exact, decoded in ((True, keys, found.keys), (False, values, found.values)):
-                alone = exact[:, page : page + 1]
-                expected = open_pages(seal_pages(alone, chosen, keys=is_keys), torch.float32)
-                assert torch.equal(decoded[:, page : page + 1], expected)
-                assert chosen == "none" or (page_errors(alone, expected) <= LIMITS[chosen]).all()
-    assert guard_pages(keys, values, "int4").kinds[3] == "none"
-    assert guard_pages(None, values, "int4", values_by_size=True).kinds == ("int4", "int4", "int4", "none", "int4")
-    with pytest.raises(ValueError, match="not for 'fp8'"):
-        guard_pages(keys, None, "fp8")
+    pages = torch.randn(2, 5, 32, 64)
+    pages[0, 1, 3] *= 5000  # Too far for any kind.
+    pages[1, 3, 7] *= 100  # Too far for int4.
+    pages[1, 4, 7] *= 10  # Too far for int8, whose limit is the nearest to its ordinary error.
+    found = guard_pages(pages, kind, keys=keys)
+    ruled = guard_by_rule(pages, kind, keys=keys, centred=keys)
+    assert found.kinds == ruled.kinds
+    assert torch.equal(found.pages, ruled.pages)
+    assert found.largest == ruled.largest > GUARD[kind]
+    assert (found.kinds[0], found.kinds[1], found.kinds[2]) == (kind, "none", kind)
+    for page, chosen in enumerate(found.kinds):
+        alone = pages[:, page : page + 1]
+        for tried in WIDENING[WIDENING.index(kind) : WIDENING.index(chosen) + 1]:
+            decoded = open_pages(seal_pages(alone, tried, keys=keys), torch.float32)
+            assert tried == "none" or (page_errors(alone, decoded, centred=keys) <= GUARD[tried]).all() == (
+                tried == chosen
+            )
+        assert torch.equal(found.pages[:, page : page + 1], decoded)
+
+
+def test_the_guard_has_limits_for_integer_kinds_only() -> None:
+    for guard in (guard_pages, partial(guard_by_rule, centred=True)):
+        with pytest.raises(ValueError, match="not for 'fp8'"):
+            guard(torch.randn(1, 1, 8, 8), "fp8", keys=True)
 
 
 def test_equal_values_are_no_error_by_their_size() -> None:
     """Pages of one expert hold runs of one word, whose values are equal in a layer that sees no position."""
     torch.manual_seed(0)
     values = torch.randn(2, 1, 1, 32).expand(2, 1, 32, 32)
-    assert guard_pages(None, values, "int4").kinds == ("none",)
-    assert guard_pages(None, values, "int4", values_by_size=True).kinds == ("int4",)
+    assert guard_by_rule(values, "int4", keys=False, centred=True).kinds == ("none",)
+    assert guard_pages(values, "int4", keys=False).kinds == ("int4",)
 
 
 def test_bases() -> None:
@@ -293,7 +304,9 @@ def test_commands_write_rows(
 
 
 def test_committed_results_are_of_these_schemes() -> None:
-    rows = json.loads((RESULTS / "codec-schemes.json").read_text())["results"]
+    written = json.loads((RESULTS / "codec-schemes.json").read_text())
+    assert written["guard_limits"] == GUARD
+    rows = written["results"]
     keys, values = (
         {row["scheme"] for row in rows if row["part"] == part and row["case"] == "ordinary"}
         for part in ("keys", "values")
@@ -303,8 +316,12 @@ def test_committed_results_are_of_these_schemes() -> None:
     hard = [row for row in rows if row["scheme"] == "shipped + guard" and row["case"] != "ordinary"]
     assert {row["case"] for row in hard} == set(DIFFICULT)
     assert all(row["relative"] <= 2 for row in hard)
-    sizes = json.loads((RESULTS / "codec-schemes.json").read_text())["sizes"]
-    for now, then in zip(codec_schemes.page_sizes(), sizes, strict=True):
+    judged = {(row["scheme"], row["part"]) for row in rows if "moved" in row and row["case"] == "ordinary"}
+    parts = ("keys", "values", "both")
+    assert judged == {(name, part) for name in codec_schemes.GUARDS for part in parts} - {
+        (codec_schemes.BY_DEVIATION, "keys")
+    }
+    for now, then in zip(codec_schemes.page_sizes(), written["sizes"], strict=True):
         assert now == {**then, **{name: pytest.approx(then[name], rel=1e-3) for name in ("bytes", "share")}}
     bases = json.loads((RESULTS / "low-rank-bases.json").read_text())["results"]
     assert {row["fit"] for row in bases} == set(FITS)

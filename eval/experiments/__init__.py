@@ -1,1 +1,1 @@
-"""The measurements behind the packed format of sealed pages, as scripts; their results are in `eval/results`."""
+"""The measurements behind the packed format and the table of the codecs, as scripts; results are in `eval/results`."""

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind
+from pikv_hf.kernels.page_codes import CARRIED_ERROR
+from pikv_hf.sealing import GUARD
 
 from .attention_error import METRIC, PAGE, Subject, root_mean_square
 from .codec_tables import show
 from .data import DIFFICULT, GEOMETRIES, AttentionInput, difficult, random_inputs, reference_inputs
-from .guard import LIMITS, guard_pages
+from .guard import Guarded, guard_by_rule, guard_pages
 from .results import write_rows
 from .schemes import FLOATS, KEY_SCHEMES, KIND_OF_BITS, VALUE_SCHEMES, Scheme, Shipped
 
@@ -27,9 +28,9 @@ BITS = (8, 4, 2)
 #: The bundled model, in pages of consecutive tokens and in pages of one expert's tokens, as the cache has them.
 REFERENCE, BY_EXPERT = "reference", "reference, pages by expert"
 ORDINARY = "ordinary"
-#: The shipped format with the page guard, and whether that compares the error of values with their size.
-GUARDED, BY_SIZE = "shipped + guard", "shipped + guard, values by size"
-GUARDS = {GUARDED: False, BY_SIZE: True}
+#: The shipped format with the page guard, and with the rule tried first: whether that judges values by deviation.
+GUARDED, BY_DEVIATION = "shipped + guard", "shipped + guard, values by deviation"
+GUARDS = {GUARDED: False, BY_DEVIATION: True}
 
 #: Keys and values together.
 PAIRS: dict[str, tuple[Scheme, Scheme]] = {
@@ -64,7 +65,8 @@ class Measured:
     relative : float, optional
         Of a difficult case: the error over that of the same scheme and bits on ordinary keys.
     moved, unpacked : float, optional
-        With the guard: share of pages stored in a wider kind, and share of those that no integer kind held.
+        With the guard: share of pages, of keys and of values, stored in a wider kind, and share of those that no
+        integer kind held.
     largest : float, optional
         With the guard: the largest ratio of a page and head.
     """
@@ -94,24 +96,28 @@ def measure_scheme(subjects: Sequence[Subject], keys: Scheme | None, values: Sch
     )
 
 
-def measure_guard(subjects: Sequence[Subject], part: str, bits: int, *, by_size: bool = False) -> dict[str, float]:
+def measure_guard(subjects: Sequence[Subject], part: str, bits: int, *, by_deviation: bool = False) -> dict[str, float]:
     """Return `error`, `moved`, `unpacked` and `largest` of the shipped format with the guard; see :class:`Measured`."""
     kind = KIND_OF_BITS[bits]
     errors: list[float] = []
-    kinds: list[Kind] = []
-    largest = 0.0
+    found: list[Guarded] = []
     for subject in subjects:
-        keys = None if part == "values" else subject.key_pages
-        values = None if part == "keys" else subject.value_pages
-        found = guard_pages(keys, values, kind, values_by_size=by_size)
-        errors.append(subject.error(found.keys, found.values))
-        kinds += found.kinds
-        largest = max(largest, found.largest)
+        keys: Guarded | None = None
+        values: Guarded | None = None
+        if part != "values":
+            keys = guard_pages(subject.key_pages, kind, keys=True)
+        if part != "keys" and by_deviation:
+            values = guard_by_rule(subject.value_pages, kind, keys=False, centred=True)
+        elif part != "keys":
+            values = guard_pages(subject.value_pages, kind, keys=False)
+        errors.append(subject.error(None if keys is None else keys.pages, None if values is None else values.pages))
+        found += [guarded for guarded in (keys, values) if guarded is not None]
+    kinds = [chosen for guarded in found for chosen in guarded.kinds]
     return {
         "error": root_mean_square(errors),
-        "moved": sum(found != kind for found in kinds) / len(kinds),
+        "moved": sum(chosen != kind for chosen in kinds) / len(kinds),
         "unpacked": kinds.count("none") / len(kinds),
-        "largest": largest,
+        "largest": max(guarded.largest for guarded in found),
     }
 
 
@@ -124,9 +130,9 @@ def measure_ordinary(data: str, subjects: Sequence[Subject]) -> Iterator[Measure
             yield Measured(data, ORDINARY, "values", name, bits, measure_scheme(subjects, None, scheme, bits))
         for name, pair in PAIRS.items():
             yield Measured(data, ORDINARY, "both", name, bits, measure_scheme(subjects, *pair, bits))
-        for part, (name, by_size) in itertools.product(("keys", "values", "both"), GUARDS.items()):
-            if part != "keys" or not by_size:
-                found = measure_guard(subjects, part, bits, by_size=by_size)
+        for part, (name, by_deviation) in itertools.product(("keys", "values", "both"), GUARDS.items()):
+            if part != "keys" or not by_deviation:
+                found = measure_guard(subjects, part, bits, by_deviation=by_deviation)
                 yield Measured(data, ORDINARY, part, name, bits, **found)
     for name, (of_keys, of_values, bits) in FLOATS.items():
         yield Measured(data, ORDINARY, "keys", name, bits, measure_scheme(subjects, of_keys, None, bits))
@@ -216,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     show(console, rows, sizes)
     if arguments.output is not None:
         file = arguments.output / "codec-schemes.json"
-        about = {"metric": METRIC, "guard_limits": LIMITS, "samples_per_task": arguments.samples}
+        about = {"metric": METRIC, "guard_limits": GUARD, "samples_per_task": arguments.samples}
         write_rows(file, about, {"sizes": sizes, "results": [dataclasses.asdict(row) for row in rows]})
         console.print(f"written to {file}", soft_wrap=True)
 

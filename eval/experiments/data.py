@@ -14,9 +14,11 @@ from transformers.masking_utils import sdpa_mask
 from pikv_hf.eval.reference import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.experts import experts_from_output
+from pikv_hf.layer import OBSERVED_POSITIONS
 
-#: Queries at the end of a prompt whose attention is measured.
-QUERIES = 48
+#: Queries at the end of a prompt whose attention is measured, and those just before them, which a cache has seen when
+#: it packs what came before.
+QUERIES, OBSERVED = 48, OBSERVED_POSITIONS
 
 #: Experts per layer of all models here.
 EXPERTS = 8
@@ -37,12 +39,15 @@ class AttentionInput:
         `(H, T, D)` and `(H, T, Dv)` float32; keys with rotary embedding applied.
     experts : torch.Tensor
         `(T,)` int64, the first choice of the layer's router.
+    observed : torch.Tensor
+        `(Hq, OBSERVED, D)` float32, queries of the tokens before the last Q.
     """
 
     query: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
     experts: torch.Tensor
+    observed: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -163,18 +168,21 @@ def _set_biases(model: Any, scale: float) -> None:
 def _attention_inputs(model: Any, ids: torch.Tensor) -> list[AttentionInput]:
     with _captured(model) as layers, _captured_experts(model) as experts:
         model.model(ids, use_cache=False)
-    return [AttentionInput(*layer, chosen) for layer, chosen in zip(layers, experts, strict=True)]
+    return [
+        AttentionInput(query[:, OBSERVED:], keys, values, chosen, query[:, :OBSERVED])
+        for (query, keys, values), chosen in zip(layers, experts, strict=True)
+    ]
 
 
 @contextmanager
 def _captured(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Collect the last queries, the keys and the values of every layer's attention."""
+    """Collect the last and the observed queries, the keys and the values of every layer's attention."""
     seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def capture(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any
     ) -> Any:
-        seen.append((query[0, :, -QUERIES:].clone(), key[0].clone(), value[0].clone()))
+        seen.append((query[0, :, -QUERIES - OBSERVED :].clone(), key[0].clone(), value[0].clone()))
         return sdpa_attention_forward(module, query, key, value, *rest, **more)
 
     AttentionInterface.register(_CAPTURE, capture)
