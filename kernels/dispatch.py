@@ -61,27 +61,10 @@ def load(operation: str, how: Backend) -> ModuleType:
         if _taken is None:
             _taken = how
         assert _taken == how, f"{how} after {_taken}"
-        name = f"{__package__}.triton_{operation}"
-        with _interpreter(how == "interpret"):
-            return importlib.import_module(name)
-
-
-class _interpreter:
-    """Set or unset TRITON_INTERPRET while our kernels are decorated; other users of Triton keep their own choice."""
-
-    def __init__(self, on: bool) -> None:
-        self.on = on
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("TRITON_INTERPRET")
-        if self.on:
+        if how == "interpret":
+            # It stays set: parts of Triton that are imported later expect to find what the earlier ones found.
             os.environ["TRITON_INTERPRET"] = "1"
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is None:
-            os.environ.pop("TRITON_INTERPRET", None)
-        else:
-            os.environ["TRITON_INTERPRET"] = self.before
+        return importlib.import_module(f"{__package__}.triton_{operation}")
 
 
 def _check(how: Backend, device: torch.device, source: str) -> None:

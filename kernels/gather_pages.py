@@ -2,9 +2,69 @@
 
 import torch
 
+from .dispatch import choose, load
+from .open_pages import open_pages
+from .page_codes import PageCodes
+
+
+def gather_pages(
+    pages: PageCodes,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    counts: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Decode the pages of each row of a page table next to one another.
+
+    Parameters
+    ----------
+    pages : PageCodes
+        The pool: N pages of P tokens of H heads.
+    table : torch.Tensor
+        `(B, n)` int32 page numbers.
+    lengths : torch.Tensor
+        `(B,)` int32, entries of the table in use per row. Those beyond are never read, whatever they hold.
+    counts : torch.Tensor
+        `(N,)` int32, tokens in each page, 0..P.
+    dtype : torch.dtype
+        Of the result; the arithmetic is in float32.
+    backend : str, optional
+        See :func:`pikv_hf.kernels.dispatch.choose`.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, H, n * P, D + L)`, 0 in slots that hold no token.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not match.
+    """
+    batch, columns = table.shape
+    if lengths.shape != (batch,) or counts.shape != (pages.pages,):
+        raise ValueError(
+            f"lengths {tuple(lengths.shape)} and counts {tuple(counts.shape)} for {batch} rows and {pages.pages} pages"
+        )
+    how = choose(pages.codes.device, backend)
+    if how != "torch":
+        gathered: torch.Tensor = load("gather_pages", how).gather_pages(pages, table, lengths, counts, dtype)
+        return gathered
+    size = pages.page_size
+    out = torch.zeros((batch, pages.heads, columns * size, pages.width), dtype=dtype, device=pages.codes.device)
+    slots = torch.arange(size, device=out.device)
+    for row, length in enumerate(lengths.tolist()):
+        used = table[row, :length].long()
+        empty = slots >= counts[used].unsqueeze(1)
+        tokens = open_pages(pages.pick(used), dtype).masked_fill(empty[..., None], 0)
+        out[row, :, : length * size] = tokens.flatten(1, 2)
+    return out
+
 
 def gather_dense(pages: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Copy the pages of each row of a page table next to one another.
+    """Copy the pages of each row of a page table next to one another, as they are.
 
     Parameters
     ----------

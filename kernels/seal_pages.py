@@ -2,6 +2,7 @@
 
 import torch
 
+from .dispatch import choose, load
 from .page_codes import (
     BITS,
     CARRIED_ERROR,
@@ -17,7 +18,7 @@ from .page_codes import (
 )
 
 
-def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool) -> PageCodes:
+def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str | None = None) -> PageCodes:
     """Quantise and pack pages; their floor and spread bound every channel.
 
     Parameters
@@ -28,6 +29,8 @@ def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool) -> PageCodes:
         One of :data:`~pikv_hf.kernels.page_codes.KINDS`; `"none"` returns the tokens as they are.
     keys : bool
         Whether these are keys, whose widest channels get four more bits, or values.
+    backend : str, optional
+        See :func:`pikv_hf.kernels.dispatch.choose`.
 
     Returns
     -------
@@ -37,6 +40,10 @@ def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool) -> PageCodes:
     """
     if kind == "none":
         return PageCodes(kind, tokens.shape[2], tokens)
+    how = choose(tokens.device, backend)
+    if how != "torch":
+        sealed: PageCodes = load("seal_pages", how).seal_pages(tokens, kind, keys=keys)
+        return sealed
     exact = tokens.float()
     if kind == "fp8":
         return _seal_fp8(exact)

@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 """Small device functions that the Triton kernels share. Imported through :func:`.dispatch.load` only."""
 
 import triton
@@ -25,6 +26,12 @@ def exp2(x, ASM: tl.constexpr):
     else:
         y = tl.exp2(x)
     return y
+
+
+@triton.jit
+def natural_log(base, total):
+    """Return the logarithm of `total * 2**base`, `-inf` where the total is 0."""
+    return tl.where(total > 0.0, (base + tl.log2(tl.maximum(total, 1.0e-37))) * 0.6931471805599453, float("-inf"))
 
 
 @triton.jit
@@ -58,14 +65,25 @@ def signed(byte):
 
 
 @triton.jit
-def spread_value(code, ASM: tl.constexpr):
-    """Return the range that a spread code (int32) stands for; see page_codes.spread_values."""
-    return exp2((code.to(tl.float32) - 120.0) * (1.0 / 12.0), ASM)
+def spread_share(code, LOG_LEVELS: tl.constexpr, ASM: tl.constexpr):
+    """Return the ranges that spread codes (int32) stand for, divided by 2**LOG_LEVELS; see page_codes.spread_values."""
+    if ASM:
+        # Accurate to 2**-18, enough for operands of 11 bits.
+        share = exp2(code.to(tl.float32) * (1.0 / 12.0) - (10.0 + LOG_LEVELS), ASM)
+    else:
+        SHARE: tl.constexpr = 2.0 ** (0.0 - LOG_LEVELS)
+        share = exp2((code.to(tl.float32) - 120.0) * (1.0 / 12.0), ASM) * SHARE
+    return share
+
+
+@triton.jit
+def float16_bits(bits):
+    """Read 0..65535, held as int32, as float16; float32."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
 def e4m3(byte):
     """Read bytes 0..255, held as int32, as float8 e4m3, float32. NaN becomes 480: slots without a token may hold it."""
     # Shifted to the fields of a float16 the number is 2**8 times too small: the exponents' biases are 7 and 15.
-    bits = ((byte & 0x80) << 8) | ((byte & 0x7F) << 7)
-    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return float16_bits(((byte & 0x80) << 8) | ((byte & 0x7F) << 7)) * 256.0

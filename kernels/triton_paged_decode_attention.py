@@ -1,97 +1,119 @@
-"""Triton version of :func:`.paged_decode_attention.paged_decode_attention`."""
+"""Triton version of :func:`.paged_decode_attention.paged_decode_attention`: launch parameters and the launch."""
 
-import triton
-import triton.language as tl
+import functools
+from typing import Any
 
-from .triton_basics import exp2, high_byte, low_byte, row_max, row_sum, signed, spread_value, stack, unstack
-from .triton_unpack import unpack
+import torch
 
+from .page_codes import PageCodes
+from .triton_decode_kernel import decode_kernel
+from .triton_merge_partials import merge_partials
+from .triton_pool import CENTRES, block_channels, block_tokens, layout, pool_operands, power_of_2
 
-@triton.jit
-def _load_dense(codes, page, first, count, t, c, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):
-    """Load channels `first..first + C - 1` of a page of kind "none", 0 in slots that hold no token."""
-    d = first + c
-    return tl.load(
-        codes + page * (P * D) + t[:, None] * D + d[None, :],
-        mask=(t[:, None] < count) & (c[None, :] < C) & (d[None, :] < D),
-        other=0.0,
-    ).to(dtype)
+#: What `tuning` may hold.
+TUNABLE = ("num_warps", "num_stages", "programs_per_processor", "splits")
 
-
-@triton.jit
-def _load_words(codes, page, t, c, ROWS: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
-    """Load the words of codes of tokens t and t + len(t), t + 2 * len(t), ..., lowest bits first."""
-    words = tl.load(
-        codes + page * (ROWS * C) + (t % ROWS)[:, None] * C + c[None, :], mask=c[None, :] < C, other=0
-    )
-    if t.shape[0] > ROWS:
-        # Rows too few for an operand are repeated, shifted so that repetitions hold the next tokens.
-        words = words >> ((t // ROWS) % (8 // BITS) * BITS).to(tl.int16)[:, None]
-    return words
+# Fewer pages than this are not worth a program of their own and its share of the merge.
+MIN_PAGES = 4
+MAX_SPLITS = 256
+# Query heads that one program takes; more are taken by further programs, which find the page in the L2 cache.
+MAX_HEADS = 16
 
 
-@triton.jit
-def _key_plane(words, q0, q1, start, SHIFT: tl.constexpr, KIND: tl.constexpr, CENTRE: tl.constexpr, ASM: tl.constexpr):
-    even, odd = unpack(words, SHIFT, KIND, CENTRE, q0.dtype, ASM)
-    logits = tl.dot(even, q0, start, input_precision="ieee")
-    return tl.dot(odd, q1, logits, input_precision="ieee")
+def paged_decode_attention(
+    query: torch.Tensor,
+    keys: PageCodes,
+    values: PageCodes,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    counts: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    *,
+    page_lse: bool,
+    tuning: dict[str, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Launch the kernel; see the public function. The third result is None unless asked for."""
+    batch, query_heads, _ = query.shape
+    groups = query_heads // keys.heads
+    columns = table.shape[1]
+    block_g = min(MAX_HEADS, max(8, power_of_2(groups)))
+    warps, stages, programs, splits = launch_parameters(keys, values, block_g, query.dtype, tuning)
+    blocks = batch * keys.heads * -(-groups // block_g)
+    splits = splits or split_count(blocks, columns, programs * _processors(query.device))
+    out = query.new_empty((splits, batch, query_heads, values.width), dtype=torch.float32)
+    lse = out.new_empty((splits, batch, query_heads))
+    masses = out.new_full((batch, query_heads, columns), -torch.inf) if page_lse else None
+    k, v = pool_operands(keys, torch.float16), pool_operands(values, torch.int8)
+    if blocks:
+        decode_kernel[(blocks * splits,)](
+            query.contiguous(), *k.tensors, *v.tensors[:3], v.tensors[-1],
+            table.contiguous(), lengths.contiguous(), counts.contiguous(), out, lse, masses,
+            float(scale), 1.0 if softcap is None else float(softcap), k.pages, v.pages, columns, splits,
+            HEADS=keys.heads, G=groups, BLOCK_G=block_g, P=keys.page_size, BLOCK_P=block_tokens(keys.page_size),
+            **key_constants(keys), **value_constants(values),
+            SOFTCAP=softcap is not None, PAGE_LSE=page_lse, ASM=_takes_ptx(query), STAGES=stages,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    if splits == 1:
+        return out[0], lse[0], masses
+    return *merge_partials(out, lse, None), masses
 
 
-@triton.jit
-def _key_planes(
-    words, q0, q1, PLANES: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, CENTRE: tl.constexpr,
-    EXCESS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Return the products of a page's codes with the query, `(tokens, BLOCK_G)`."""
-    start = tl.full((words.shape[0], q0.shape[1]), 0.0, tl.float32)
-    if EXCESS != 0:
-        # Tensor cores sum in float32, so that subtracting the excess leaves no trace.
-        most = tl.full((words.shape[0], words.shape[1]), -EXCESS, q0.dtype)
-        start = tl.dot(most, q1, tl.dot(most, q0, start))
-    logits = _key_plane(words, q0, q1, start, 0, KIND, CENTRE, ASM)
-    if PLANES > 1:
-        logits = stack(logits, _key_plane(words, q0, q1, start, SHIFT, KIND, CENTRE, ASM))
-    if PLANES > 2:
-        third = _key_plane(words, q0, q1, start, 2 * SHIFT, KIND, CENTRE, ASM)
-        logits = stack(logits, stack(third, _key_plane(words, q0, q1, start, 3 * SHIFT, KIND, CENTRE, ASM)))
-    return logits
+def launch_parameters(
+    keys: PageCodes, values: PageCodes, block_g: int, dtype: torch.dtype, tuning: dict[str, int]
+) -> tuple[int, int, int, int]:
+    """Return warps per program, pipeline stages, programs per multiprocessor and splits (0: by the number of programs).
+
+    One warp holds the sums of 8 heads of 128 channels, so that its programs never wait for one another; larger ones
+    would spill registers.
+    """
+    if unknown := set(tuning) - set(TUNABLE):
+        raise ValueError(f"unknown tuning {sorted(unknown)}; there are {', '.join(TUNABLE)}")
+    held = block_g * max(keys.width, values.width)
+    warps = 4 if dtype == torch.float32 else 1 if held <= 1024 else 2 if held <= 2048 else 4
+    warps = tuning.get("num_warps", warps)
+    # Two of the stages look up the page; one page is then on its way while the one before is multiplied.
+    stages = tuning.get("num_stages", 3)
+    return warps, stages, tuning.get("programs_per_processor", max(1, 8 // warps)), tuning.get("splits", 0)
 
 
-@triton.jit
-def _value_plane(
-    words, p, even_sum, odd_sum, SHIFT: tl.constexpr, KIND: tl.constexpr, CENTRE: tl.constexpr, EXCESS: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    even, odd = unpack(words, SHIFT, KIND, CENTRE, p.dtype, ASM)
-    if EXCESS != 0:
-        most = tl.full((words.shape[1], words.shape[0]), -EXCESS, p.dtype)
-        even_sum = tl.dot(most, p, even_sum)
-        odd_sum = tl.dot(most, p, odd_sum)
-    even_sum = tl.dot(tl.trans(even), p, even_sum, input_precision="ieee")
-    odd_sum = tl.dot(tl.trans(odd), p, odd_sum, input_precision="ieee")
-    return even_sum, odd_sum
+def split_count(blocks: int, columns: int, programs: int) -> int:
+    """Return into how many parts to cut the rows of a table of some columns to give `programs` programs work."""
+    return max(1, min(-(-programs // max(1, blocks)), columns // MIN_PAGES, MAX_SPLITS))
 
 
-@triton.jit
-def _value_planes(
-    words, p, PLANES: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, CENTRE: tl.constexpr,
-    EXCESS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Return the sums of a page's codes with weights `(tokens, BLOCK_G)`, `(channels / 2, BLOCK_G)` each."""
-    even = tl.full((words.shape[1], p.shape[1]), 0.0, tl.float32)
-    odd = even
-    if PLANES == 1:
-        even, odd = _value_plane(words, p, even, odd, 0, KIND, CENTRE, EXCESS, ASM)
-    elif PLANES == 2:
-        p0, p1 = unstack(p)
-        even, odd = _value_plane(words, p0, even, odd, 0, KIND, CENTRE, EXCESS, ASM)
-        even, odd = _value_plane(words, p1, even, odd, SHIFT, KIND, CENTRE, EXCESS, ASM)
-    else:
-        low, high = unstack(p)
-        p0, p1 = unstack(low)
-        p2, p3 = unstack(high)
-        even, odd = _value_plane(words, p0, even, odd, 0, KIND, CENTRE, EXCESS, ASM)
-        even, odd = _value_plane(words, p1, even, odd, SHIFT, KIND, CENTRE, EXCESS, ASM)
-        even, odd = _value_plane(words, p2, even, odd, 2 * SHIFT, KIND, CENTRE, EXCESS, ASM)
-        even, odd = _value_plane(words, p3, even, odd, 3 * SHIFT, KIND, CENTRE, EXCESS, ASM)
-    return even, odd
+def key_constants(keys: PageCodes) -> dict[str, Any]:
+    """Return what the kernel is compiled for, of the keys."""
+    bits, rows, tile, log_levels = layout(keys)
+    return {
+        "KEY_KIND": keys.kind, "D": keys.dim, "L": keys.width - keys.dim, "KEY_BITS": bits, "KEY_ROWS": rows,
+        "KEY_TILE": tile, "KEY_LOG_LEVELS": log_levels, "KEY_CENTRE": CENTRES[keys.kind],
+        "BLOCK_C": block_channels(keys.dim), "BLOCK_L": max(16, power_of_2(keys.width - keys.dim)),
+        "OUTLIERS": keys.outliers is not None,
+    }  # fmt: skip
+
+
+def value_constants(values: PageCodes) -> dict[str, Any]:
+    """Return what the kernel is compiled for, of the values."""
+    bits, rows, tile, log_levels = layout(values)
+    return {
+        "VALUE_KIND": values.kind, "DV": values.dim, "LV": values.width - values.dim, "VALUE_BITS": bits,
+        "VALUE_ROWS": rows, "VALUE_TILE": tile, "VALUE_LOG_LEVELS": log_levels, "VALUE_CENTRE": CENTRES[values.kind],
+        "BLOCK_CV": block_channels(values.dim), "BLOCK_LV": max(16, power_of_2(values.width - values.dim)),
+    }  # fmt: skip
+
+
+def _takes_ptx(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_bfloat16_ptx(query.device)
+
+
+@functools.cache
+def _has_bfloat16_ptx(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; the interpreter runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_hf.kernels import append_tokens, causal_attention, gather_pages, merge_partials, partial_attention
+from pikv_hf.kernels import append_tokens, causal_attention, gather_dense, merge_pair, partial_attention
 from pikv_hf.kernels import partial_attention as module_function
 from pikv_hf.kernels.merge_partials import merge_sinks
 
@@ -106,12 +106,12 @@ def test_merging_parts_equals_the_whole(cut: int, seed: int) -> None:
     parts = [
         partial_attention(query, keys, values, 1.0, holes=everything[h]) for h in (slice(cut, None), slice(0, cut))
     ]
-    for merged, expected in zip(merge_partials(*parts[0], *parts[1]), whole, strict=True):
+    for merged, expected in zip(merge_pair(*parts[0], *parts[1]), whole, strict=True):
         torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_merging_nothing_gives_nothing() -> None:
-    out, lse = merge_partials(*(torch.zeros(2, 3), torch.full((2,), -math.inf)) * 2)
+    out, lse = merge_pair(*(torch.zeros(2, 3), torch.full((2,), -math.inf)) * 2)
     assert (out == 0).all()
     assert (lse == -math.inf).all()
 
@@ -143,7 +143,7 @@ def test_gather_and_append_are_inverse() -> None:
     tokens = torch.randn(2, 8, 3)
     slots = torch.tensor([12, 13, 14, 15, 4, 5, 6, 7])
     append_tokens(pool, slots, tokens)
-    gathered = gather_pages(pool, torch.tensor([[3, 1], [1, 3]]))
+    gathered = gather_dense(pool, torch.tensor([[3, 1], [1, 3]]))
     assert gathered.shape == (2, 2, 8, 3)
     assert torch.equal(gathered[:, 0], tokens)
     assert torch.equal(gathered[:, 1], tokens.roll(4, dims=1))

@@ -1,0 +1,118 @@
+"""Other launch parameters of `paged_decode_attention`, beside those it chooses by itself."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+
+from pikv_hf.eval.gpu.attention_speed import OPERATION, Problem, lane_error, random_problem
+from pikv_hf.eval.gpu.bench import Bench, obstacle
+from pikv_hf.eval.gpu.budget import NO_TIME, Budget
+from pikv_hf.eval.gpu.checks import reason, why_red
+from pikv_hf.eval.gpu.geometry import GEOMETRIES, Shape
+from pikv_hf.kernels.page_codes import Kind
+
+#: Values tried for launch parameters: all combinations of the first step's, then the next's with the best so far.
+Step = dict[str, tuple[int, ...]]
+STEPS: tuple[Step, ...] = (
+    {"num_warps": (1, 2, 4), "num_stages": (2, 3, 4)},
+    {"programs_per_processor": (2, 4, 8, 16, 32)},
+)
+
+#: Timed calls of a trial.
+CALLS = 20
+
+#: What they are tried on.
+TOKENS, BATCH = 32768, 8
+QWEN, _, GPT_OSS, _ = GEOMETRIES
+CASES: tuple[tuple[Shape, Kind], ...] = (
+    (Shape(QWEN, TOKENS, BATCH), "int4"),
+    (Shape(QWEN, TOKENS, BATCH), "none"),
+    (Shape(QWEN, TOKENS, BATCH), "int8"),
+    (Shape(GPT_OSS, TOKENS, BATCH), "int4"),
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Trial:
+    """Median milliseconds with some launch parameters, or why there are none."""
+
+    tuning: dict[str, int]
+    p50_ms: float | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SweepRow:
+    """The best launch parameters found for a case, beside the kernel's own choice.
+
+    Attributes
+    ----------
+    geometry, kind, tokens, batch : str or int
+        The case.
+    default_ms : float or None
+        Median milliseconds with the kernel's own choice.
+    best : dict or None
+        The launch parameters of the fastest trial with the right result, those not named being the kernel's own
+        choice; empty if nothing was faster than that.
+    best_ms, gain : float or None
+        Its median milliseconds, and how many times as fast as the default it is.
+    trials : tuple of Trial
+        What was tried beside the default.
+    note : str
+        Why something is missing.
+    """
+
+    geometry: str
+    kind: Kind
+    tokens: int
+    batch: int
+    default_ms: float | None = None
+    best: dict[str, int] | None = None
+    best_ms: float | None = None
+    gain: float | None = None
+    trials: tuple[Trial, ...] = ()
+    note: str = ""
+
+
+def sweep_rows(
+    bench: Bench,
+    red: set[tuple[str, str]],
+    budget: Budget,
+    cases: Sequence[tuple[Shape, Kind]] = CASES,
+    steps: Sequence[Step] = STEPS,
+) -> Iterator[SweepRow]:
+    """Try launch parameters on each case; kinds with a failed check are left out."""
+    for shape, kind in cases:
+        row = SweepRow(shape.geometry.name, kind, shape.tokens, shape.batch)
+        note = why_red(red, OPERATION, kind) or obstacle(bench, shape.packed_bytes(kind), budget)
+        if note:
+            yield dataclasses.replace(row, note=note)
+            continue
+        try:
+            yield _swept(bench, row, random_problem(bench, shape, kind), steps, budget)
+        except RuntimeError as error:  # Launch parameters tried before may have left the device unusable.
+            yield dataclasses.replace(row, note=reason(error))
+
+
+def _swept(bench: Bench, row: SweepRow, problem: Problem, steps: Sequence[Step], budget: Budget) -> SweepRow:
+    default = _trial(bench, problem, {})
+    best, trials = default, []
+    for step in steps:
+        for values in itertools.product(*step.values()):
+            tuning = best.tuning | dict(zip(step, values, strict=True))
+            trials.append(Trial(tuning, None, NO_TIME) if budget.is_spent() else _trial(bench, problem, tuning))
+        best = min(best, *trials, key=lambda trial: float("inf") if trial.p50_ms is None else trial.p50_ms)
+    row = dataclasses.replace(row, default_ms=default.p50_ms, trials=tuple(trials), note=default.note)
+    if best.p50_ms is None or default.p50_ms is None:
+        return row
+    return dataclasses.replace(row, best=best.tuning, best_ms=best.p50_ms, gain=default.p50_ms / best.p50_ms)
+
+
+def _trial(bench: Bench, problem: Problem, tuning: dict[str, int]) -> Trial:
+    try:
+        error, bound = lane_error(problem, *problem.run(bench.backend, tuning or None)[:2])
+        if not error <= bound:
+            return Trial(tuning, None, f"wrong: error {error:.3g}, bound {bound:.3g}")
+        return Trial(tuning, bench.stopwatch(lambda: problem.run(bench.backend, tuning or None), CALLS).p50_ms)
+    except Exception as failure:  # Parameters that the compiler or the GPU refuses are a result too.
+        return Trial(tuning, None, reason(failure))

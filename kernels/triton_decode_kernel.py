@@ -1,0 +1,238 @@
+# mypy: disallow-untyped-defs=False, check-untyped-defs=False
+"""The kernel of the decode step: one query per row over packed pages, decoded in registers.
+
+A program takes the query heads of one KV head over a part of a row's pages, one page at a time. The page's tokens are
+the rows of both products (keys times queries, and values transposed times weights), the query heads their columns, so
+that eight columns are enough for up to eight heads. A page's steps multiply the query and the sums, which are smaller
+than the page, and never its codes.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_basics import exp2, float16_bits, high_byte, low_byte, natural_log, row_max, row_sum, signed, spread_share
+from .triton_unpack import key_products, load_words, value_sums
+
+
+@triton.jit
+def _load_dense(
+    codes, page, first, count, t, c, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr
+):
+    """Load channels `first..first + C - 1` of a page of kind "none", 0 in slots that hold no token."""
+    d = first + c
+    return tl.load(
+        codes + page * (P * D) + t[:, None] * D + d[None, :],
+        mask=(t[:, None] < count) & (c[None, :] < C) & (d[None, :] < D),
+        other=0.0,
+    ).to(dtype)
+
+
+@triton.jit
+def _vector(pointer, page, lane, SIZE: tl.constexpr, USED: tl.constexpr):
+    """Load one number per lane of a page's row of SIZE, or nothing where the kind has no such row."""
+    return tl.load(pointer + page * SIZE + lane, mask=lane < SIZE, other=0) if USED else 0
+
+
+@triton.jit
+def _outlier_logits(
+    logits, pointer, fine, spread, query, page, t, g_mask, C: tl.constexpr, D: tl.constexpr,
+    FINE_ROWS: tl.constexpr, LOG_LEVELS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """Add what the four finer channels of a page of keys contribute to its logits."""
+    outliers = tl.load(pointer + page)
+    half = 4 * (t // FINE_ROWS % 2)
+    for j in tl.static_range(4):
+        # A page without tokens may hold any index.
+        channel = tl.minimum((outliers >> (16 * j)).to(tl.int32) & 0xFFFF, D - 1)
+        word = tl.load(spread + page * C + channel // 2).to(tl.int32)
+        step = spread_share((word >> (8 * (channel % 2))) & 0xFF, LOG_LEVELS, ASM)
+        weight = tl.load(query + channel, mask=g_mask, other=0.0).to(tl.float32) * step
+        part = (((fine >> (half + 8 * j)) & 15).to(tl.float32) + 0.5) * (1.0 / 16.0) - 0.5
+        logits += part[:, None] * weight[None, :]
+    return logits
+
+
+@triton.jit
+def _cap(logits, scale, softcap, SOFTCAP: tl.constexpr, ASM: tl.constexpr):
+    """Scale logits, cap them if asked to, and turn them into logarithms of base 2."""
+    if SOFTCAP:
+        x = logits * (scale / softcap)
+        grown = exp2(tl.minimum(x * 2.8853900817779268, 126.0), ASM)
+        # Near 0 the digits of 1 - 2 / (1 + e**2x) cancel; a series has them.
+        square = x * x
+        series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+        tanh = tl.where(square < 0.0625, series, 1.0 - 2.0 / (grown + 1.0))
+        logits = tanh * (softcap * 1.4426950408889634)
+    else:
+        logits = logits * (scale * 1.4426950408889634)
+    return logits
+
+
+@triton.jit(do_not_specialize=["scale", "softcap", "key_pages", "value_pages", "columns", "splits"])
+def decode_kernel(
+    query, key_codes, key_spread, key_floor, key_outliers, key_fine, key_latent,
+    value_codes, value_spread, value_floor, value_latent,
+    table, lengths, counts, out, lse, page_lse,
+    scale, softcap, key_pages, value_pages, columns, splits,
+    HEADS: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
+    KEY_KIND: tl.constexpr, D: tl.constexpr, L: tl.constexpr, KEY_BITS: tl.constexpr, KEY_ROWS: tl.constexpr,
+    KEY_TILE: tl.constexpr, KEY_LOG_LEVELS: tl.constexpr, KEY_CENTRE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr, OUTLIERS: tl.constexpr,
+    VALUE_KIND: tl.constexpr, DV: tl.constexpr, LV: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_ROWS: tl.constexpr,
+    VALUE_TILE: tl.constexpr, VALUE_LOG_LEVELS: tl.constexpr, VALUE_CENTRE: tl.constexpr, BLOCK_CV: tl.constexpr,
+    BLOCK_LV: tl.constexpr,
+    SOFTCAP: tl.constexpr, PAGE_LSE: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attend with up to BLOCK_G query heads of one KV head to one of `splits` parts of a row's pages."""
+    HEAD_BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
+    C: tl.constexpr = (D + 1) // 2
+    CV: tl.constexpr = (DV + 1) // 2
+    split = tl.program_id(0) % splits
+    block = tl.program_id(0) // splits
+    lane = block // HEAD_BLOCKS
+    g = block % HEAD_BLOCKS * BLOCK_G + tl.arange(0, BLOCK_G)
+    g_mask = g < G
+    query_head = lane.to(tl.int64) * G + g
+    row = lane // HEADS
+    key_base = (lane % HEADS).to(tl.int64) * key_pages
+    value_base = (lane % HEADS).to(tl.int64) * value_pages
+    pages = tl.load(lengths + row)
+    share = (pages + splits - 1) // splits
+    first = split * share
+    last = tl.minimum(first + share, pages)
+    table += row.to(tl.int64) * columns
+
+    t = tl.arange(0, BLOCK_P)
+    c = tl.arange(0, BLOCK_C)
+    cv = tl.arange(0, BLOCK_CV)
+    # Codes of neighbouring channels share a word; what is stored as it is is read in two halves.
+    KEY_STRIDE: tl.constexpr = 1 if KEY_KIND == "none" else 2
+    KEY_OTHER: tl.constexpr = C if KEY_KIND == "none" else 1
+    query_mask = g_mask[:, None] & (c[None, :] < C)
+    heads = query + query_head * (D + L)
+    q0 = tl.load(heads[:, None] + c[None, :] * KEY_STRIDE, mask=query_mask, other=0.0)
+    q1_mask = query_mask & (c[None, :] * KEY_STRIDE + KEY_OTHER < D)
+    q1 = tl.load(heads[:, None] + c[None, :] * KEY_STRIDE + KEY_OTHER, mask=q1_mask, other=0.0)
+    dtype = q0.dtype
+    if L > 0:
+        l_index = tl.arange(0, BLOCK_L)
+        latent_mask = g_mask[:, None] & (l_index[None, :] < L)
+        latent_query = tl.load(heads[:, None] + D + l_index[None, :], mask=latent_mask, other=0.0)
+    if LV > 0:
+        lv_index = tl.arange(0, BLOCK_LV)
+        latent_sum = tl.full((BLOCK_LV, BLOCK_G), 0.0, tl.float32)
+
+    # Finite, so that a page without visible tokens leaves exp2(-inf - peak) = 0 and not NaN.
+    peak = tl.full((BLOCK_G,), -1.0e38, tl.float32)
+    total = tl.full((BLOCK_G,), 0.0, tl.float32)
+    sum0 = tl.full((BLOCK_CV, BLOCK_G), 0.0, tl.float32)
+    sum1 = tl.full((BLOCK_CV, BLOCK_G), 0.0, tl.float32)
+
+    KEY_CODED: tl.constexpr = KEY_KIND != "none"
+    VALUE_CODED: tl.constexpr = VALUE_KIND != "none"
+    KEY_FLOOR: tl.constexpr = KEY_CODED and KEY_KIND != "fp8"
+    VALUE_FLOOR: tl.constexpr = VALUE_CODED and VALUE_KIND != "fp8"
+    FINE_ROWS: tl.constexpr = (P + 1) // 2
+
+    for i in tl.range(first, last, num_stages=STAGES):
+        page = tl.load(table + i).to(tl.int64)
+        key_page = key_base + page
+        value_page = value_base + page
+        count = tl.load(counts + page)
+        key_spreads = _vector(key_spread, key_page, c, C, KEY_CODED)
+        key_floors = _vector(key_floor, key_page, c, C, KEY_FLOOR)
+        value_spreads = _vector(value_spread, value_page, cv, CV, VALUE_CODED)
+        value_floors = _vector(value_floor, value_page, cv, CV, VALUE_FLOOR)
+        fine = _vector(key_fine, key_page, t % FINE_ROWS, FINE_ROWS, OUTLIERS)
+        if KEY_KIND == "none":
+            k0 = _load_dense(key_codes, key_page, 0, count, t, c, P, D, C, dtype)
+            k1 = _load_dense(key_codes, key_page, C, count, t, c, P, D, C, dtype)
+        else:
+            key_words = load_words(key_codes, key_page, tl.arange(0, KEY_TILE), c, KEY_ROWS, C, KEY_BITS)
+        if VALUE_KIND == "none":
+            v0 = _load_dense(value_codes, value_page, 0, count, t, cv, P, DV, CV, dtype)
+            v1 = _load_dense(value_codes, value_page, CV, count, t, cv, P, DV, CV, dtype)
+        else:
+            value_words = load_words(value_codes, value_page, tl.arange(0, VALUE_TILE), cv, VALUE_ROWS, CV, VALUE_BITS)
+        if L > 0:
+            key_rest = _load_dense(key_latent, key_page, 0, P, t, l_index, P, L, L, dtype)
+        if LV > 0:
+            value_rest = _load_dense(value_latent, value_page, 0, count, t, lv_index, P, LV, LV, dtype)
+
+        if KEY_CODED:
+            step0 = spread_share(low_byte(key_spreads), KEY_LOG_LEVELS, ASM)
+            step1 = spread_share(high_byte(key_spreads), KEY_LOG_LEVELS, ASM)
+            scaled0 = tl.trans((q0.to(tl.float32) * step0[None, :]).to(dtype))
+            scaled1 = tl.trans((q1.to(tl.float32) * step1[None, :]).to(dtype))
+            logits = key_products(
+                key_words, scaled0, scaled1, BLOCK_P // KEY_TILE, KEY_BITS * (KEY_TILE // KEY_ROWS), KEY_KIND,
+                KEY_CENTRE, ASM,
+            )  # fmt: skip
+            if KEY_FLOOR:
+                floor0 = float16_bits(key_floors & 0xFFFF)
+                floor1 = float16_bits((key_floors >> 16) & 0xFFFF)
+                level = q0.to(tl.float32) * (floor0 + KEY_CENTRE * step0)[None, :]
+                level += q1.to(tl.float32) * (floor1 + KEY_CENTRE * step1)[None, :]
+                logits += row_sum(level, 1)[None, :]
+            if OUTLIERS:
+                logits = _outlier_logits(
+                    logits, key_outliers, fine, key_spread, heads, key_page, t, g_mask, C, D, FINE_ROWS,
+                    KEY_LOG_LEVELS, ASM,
+                )  # fmt: skip
+        else:
+            logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
+            logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
+        if L > 0:
+            logits = tl.dot(key_rest, tl.trans(latent_query), logits, input_precision="ieee")
+        logits = _cap(logits, scale, softcap, SOFTCAP, ASM)
+        logits = tl.where((t < count)[:, None], logits, float("-inf"))
+
+        page_peak = row_max(logits, 0)
+        if PAGE_LSE:
+            base = tl.maximum(page_peak, -1.0e38)
+            mass = row_sum(exp2(logits - base[None, :], ASM), 0)
+            tl.store(page_lse + query_head * columns + i, natural_log(base, mass), mask=g_mask)
+        new_peak = tl.maximum(peak, page_peak)
+        weights = exp2(logits - new_peak[None, :], ASM)
+        decay = exp2(peak - new_peak, ASM)
+        page_total = row_sum(weights, 0)
+        total = total * decay + page_total
+        peak = new_peak
+        weights = weights.to(dtype)
+
+        if VALUE_CODED:
+            part0, part1 = value_sums(
+                tl.trans(value_words), weights, BLOCK_P // VALUE_TILE, VALUE_BITS * (VALUE_TILE // VALUE_ROWS),
+                VALUE_KIND, VALUE_CENTRE, ASM,
+            )  # fmt: skip
+            step0 = spread_share(low_byte(value_spreads), VALUE_LOG_LEVELS, ASM)
+            step1 = spread_share(high_byte(value_spreads), VALUE_LOG_LEVELS, ASM)
+            sum0 = sum0 * decay[None, :] + part0 * step0[:, None]
+            sum1 = sum1 * decay[None, :] + part1 * step1[:, None]
+            if VALUE_FLOOR:
+                # Floors count in units of spread / 32.
+                UNIT: tl.constexpr = (2**VALUE_BITS - 1) / 32.0
+                level0 = (signed(low_byte(value_floors)).to(tl.float32) * UNIT + VALUE_CENTRE) * step0
+                level1 = (signed(high_byte(value_floors)).to(tl.float32) * UNIT + VALUE_CENTRE) * step1
+                sum0 += level0[:, None] * page_total[None, :]
+                sum1 += level1[:, None] * page_total[None, :]
+        else:
+            sum0 = tl.dot(tl.trans(v0), weights, sum0 * decay[None, :], input_precision="ieee")
+            sum1 = tl.dot(tl.trans(v1), weights, sum1 * decay[None, :], input_precision="ieee")
+        if LV > 0:
+            latent_sum = tl.dot(tl.trans(value_rest), weights, latent_sum * decay[None, :], input_precision="ieee")
+
+    VALUE_STRIDE: tl.constexpr = 1 if VALUE_KIND == "none" else 2
+    VALUE_OTHER: tl.constexpr = CV if VALUE_KIND == "none" else 1
+    share_of = (1.0 / tl.maximum(total, 1.0e-37))[None, :]
+    index = split.to(tl.int64) * (tl.num_programs(0) // splits // HEAD_BLOCKS) * G + query_head
+    target = (out + index * (DV + LV))[None, :]
+    channel = (cv * VALUE_STRIDE)[:, None]
+    mask = g_mask[None, :] & (cv < CV)[:, None]
+    tl.store(target + channel, sum0 * share_of, mask=mask)
+    tl.store(target + channel + VALUE_OTHER, sum1 * share_of, mask=mask & (channel + VALUE_OTHER < DV))
+    if LV > 0:
+        tl.store(
+            target + DV + lv_index[:, None], latent_sum * share_of, mask=g_mask[None, :] & (lv_index < LV)[:, None]
+        )
+    tl.store(lse + index, natural_log(peak, total), mask=g_mask)
