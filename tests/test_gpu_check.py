@@ -587,7 +587,9 @@ def test_a_run_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     ]
     assert all(row["gb_per_s"] > 0 and row["sdpa_ratio"] > 0 for row in found["attention"])
     assert [row["operation"] for row in found["other_kernels"]] == ["seal_pages"] * 8 + ["gather_pages"] * 5 + [
-        "page_scores"
+        "page_scores",
+        "append_tokens",
+        "merge_partials",
     ]
     assert all(row["note"] == "" and row["bytes_moved"] > 0 for row in found["other_kernels"])
     assert found["copy_bandwidth"]["gb_per_s"] > 0
@@ -615,7 +617,7 @@ def test_a_run_without_time_names_everything(tmp_path: Path) -> None:
     # Checks that were not made are no green ones.
     assert wrong
     assert found["correctness"]["not_run"] == ["gather_pages, case, bfloat16, int8"]
-    assert len(found["not_run"]) == 4 + 14
+    assert len(found["not_run"]) == 4 + 16
     assert all(target["met"] is None for target in found["targets"])
 
 

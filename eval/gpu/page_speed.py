@@ -1,4 +1,4 @@
-"""Bandwidth of `seal_pages`, `gather_pages` and `page_scores`, with the geometry of Qwen3-30B-A3B."""
+"""Bandwidth of the kernels beside attention, with the geometry of Qwen3-30B-A3B."""
 
 import dataclasses
 import functools
@@ -13,11 +13,14 @@ from pikv_hf.eval.gpu.budget import Budget
 from pikv_hf.eval.gpu.checks import reason, why_red
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, layout_bytes, scattered_layout
 from pikv_hf.eval.gpu.timing import Timing
-from pikv_hf.kernels import gather_pages, page_scores
+from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, page_scores
 from pikv_hf.kernels.page_codes import KINDS, SPREAD_ONE, Kind
 from pikv_hf.kernels.seal_pages import seal_pages
 
 HEADS, DIM = GEOMETRIES[0].kv_heads, GEOMETRIES[0].dim
+
+#: Parts that are merged.
+PARTS = 8
 
 #: The bytes a call moves, and the call.
 Prepared = tuple[int, Callable[[], Any]]
@@ -82,6 +85,10 @@ def page_speeds(
         yield _speed(bench, case, red, budget, functools.partial(_gather, bench, sizes, kind))
     case = PageSpeed("page_scores", "-", f"spread codes, {sizes.scored_batch} x {sizes.scored_tokens} tokens")
     yield _speed(bench, case, red, budget, functools.partial(_score, bench, sizes))
+    case = PageSpeed("append_tokens", "-", f"keys, {sizes.batch} x {sizes.tokens} tokens")
+    yield _speed(bench, case, red, budget, functools.partial(_append, bench, sizes))
+    case = PageSpeed("merge_partials", "-", f"{PARTS} parts of {sizes.tokens} queries")
+    yield _speed(bench, case, red, budget, functools.partial(_merge, bench, sizes))
 
 
 def _speed(
@@ -128,3 +135,19 @@ def _score(bench: Bench, sizes: Sizes) -> Prepared:
     scores = 4 * HEADS * layout.table.numel()
     size = low.nbytes + high.nbytes + layout.table.nbytes + layout.lengths.nbytes + scores
     return size, lambda: page_scores(query, low, high, layout.table, layout.lengths, backend=bench.backend)
+
+
+def _append(bench: Bench, sizes: Sizes) -> Prepared:
+    pages = sizes.batch * sizes.tokens // PAGE_SIZE
+    pool = bench.arena.take(HEADS, pages, PAGE_SIZE, DIM, dtype=torch.bfloat16)
+    tokens = fill_random(bench.arena.take(HEADS, pages * PAGE_SIZE, DIM, dtype=torch.bfloat16))
+    slots = torch.randperm(pages * PAGE_SIZE, device=bench.device)
+    return 2 * tokens.nbytes + slots.nbytes, lambda: append_tokens(pool, slots, tokens, backend=bench.backend)
+
+
+def _merge(bench: Bench, sizes: Sizes) -> Prepared:
+    query_heads = GEOMETRIES[0].query_heads
+    outs = fill_random(bench.arena.take(PARTS, sizes.tokens, query_heads, DIM, dtype=torch.float32))
+    lses = torch.randn(PARTS, sizes.tokens, query_heads, device=bench.device)
+    moved = (outs.nbytes + lses.nbytes) * (PARTS + 1) // PARTS
+    return moved, lambda: merge_partials(outs, lses, backend=bench.backend)
