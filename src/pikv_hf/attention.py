@@ -206,8 +206,7 @@ def _attend_entries(
         return None
     heads, batch, groups, _ = folded.shape
     query = reader.query(folded).transpose(0, 1).reshape(batch, heads * groups, -1)
-    # Counts on the device are always up to date in the positions, which a decoded token's slot has just been given.
-    counts = (reader.pool.positions >= 0).sum(dim=1, dtype=torch.int32)
+    counts = reader.pool.counts()
     out, lse = paged_decode_attention(query, *reader.codes(), entries, lengths, counts, scale, softcap)
     out = out.view(batch, heads, groups, -1).transpose(0, 1)
     return reader.output(out), lse.view(batch, heads, groups).transpose(0, 1)

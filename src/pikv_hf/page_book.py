@@ -181,6 +181,11 @@ class PageBook:
         self.count[new] = self.count[page]
         return new
 
+    def counts(self) -> torch.Tensor:
+        """Return the tokens in each page, `(N,)` int32 on the device; stale in free pages."""
+        # Always up to date in the positions, which a decoded token's slot is given when it is written.
+        return (self.positions >= 0).sum(dim=1, dtype=torch.int32)
+
     def own(self, page: int, holders: int) -> int:
         """Return a page with this one's content that only `holders` sequences hold; they swap it for theirs."""
         if self.refcount[page] == holders:

@@ -4,6 +4,8 @@ import numpy as np
 import torch
 
 from .codecs import Codec
+from .kernels import gather_pages
+from .kernels.page_codes import PageCodes
 from .page_book import PageBook, PageIds
 from .pages import PagePool
 
@@ -88,6 +90,13 @@ class SealedPool(PageBook):
 
     def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the pages at `index` `(n,)` as `(H, n * P, D)` keys and `(H, n * P, Dv)` values."""
-        keys = self.key_codec.decode(self.keys.pick(index), self.dtype)
-        values = self.value_codec.decode(self.values.pick(index), self.dtype)
-        return keys.flatten(1, 2), values.flatten(1, 2)
+        keys, values = (
+            self._gathered(self.keys, self.key_codec, index),
+            self._gathered(self.values, self.value_codec, index),
+        )
+        return keys, values
+
+    def _gathered(self, codes: PageCodes, codec: Codec, index: torch.Tensor) -> torch.Tensor:
+        table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)
+        dtype = self.dtype if codec.basis is None else torch.float32
+        return codec.from_code_space(gather_pages(codes, table, lengths, self.counts(), dtype)[0]).to(self.dtype)
