@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import choose, load
+from .dispatch import choose, run
 
 
 def append_tokens(
@@ -35,6 +35,6 @@ def append_tokens(
         raise TypeError(f"tokens of {tokens.dtype} for a pool of {pages.dtype}")
     how = choose(pages.device, backend)
     if how != "torch":
-        load("append_tokens", how).append_tokens(pages, slots, tokens)
+        run("append_tokens", how, pages.device, pages, slots, tokens)
     else:
         pages.view(heads, count * size, dim).index_copy_(1, slots, tokens)

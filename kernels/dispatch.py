@@ -1,13 +1,13 @@
 """Which implementation of an operation runs: plain torch, Triton on a GPU, or Triton's interpreter on a CPU."""
 
+import contextlib
 import difflib
 import functools
 import importlib
-import importlib.util
 import os
 import threading
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -16,6 +16,8 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 #: The environment variable that forces a backend where no argument does.
 VARIABLE = "PIKV_KERNELS"
+
+LEAST_TRITON = (3, 3)
 
 # Triton decides when a kernel is decorated whether it will be compiled or interpreted, so that the first Triton backend
 # that a process uses is the only one it can use.
@@ -43,7 +45,9 @@ def choose(device: torch.device, forced: str | None = None) -> Backend:
     """
     asked, source = (forced, "backend") if forced is not None else (os.environ.get(VARIABLE) or None, VARIABLE)
     if asked is None:
-        return "triton" if device.type == "cuda" and _has_triton() and _taken_or_set() != "interpret" else "torch"
+        if device.type != "cuda" or _taken_or_set() == "interpret" or _triton_is_missing():
+            return "torch"
+        return "triton"
     if asked not in BACKENDS:
         close = difflib.get_close_matches(asked, BACKENDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -54,8 +58,16 @@ def choose(device: torch.device, forced: str | None = None) -> Backend:
     return how
 
 
+def run(operation: str, how: Backend, device: torch.device, *arguments: Any, **named: Any) -> Any:
+    """Call the Triton version of an operation for tensors on a device, compiled or interpreted as chosen."""
+    function = getattr(load(operation, how), operation)
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return function(*arguments, **named)
+
+
 def load(operation: str, how: Backend) -> ModuleType:
-    """Import the Triton version of an operation, compiled or interpreted as chosen."""
+    """Import the module of the Triton version of an operation, compiled or interpreted as chosen."""
     global _taken
     with _lock:
         if _taken is None:
@@ -72,8 +84,8 @@ def _check(how: Backend, device: torch.device, source: str) -> None:
     wanted = "cuda" if how == "triton" else "cpu"
     if device.type != wanted:
         raise ValueError(f"{source} {how!r} needs tensors on {wanted}, not on {device}")
-    if not _has_triton():
-        raise RuntimeError(f"{source} {how!r} needs the package triton, which is not installed; use 'torch'")
+    if missing := _triton_is_missing():
+        raise RuntimeError(f"{source} {how!r} needs the package triton, {missing}; use 'torch'")
     before = _taken_or_set()
     if before is not None and before != how:
         raise RuntimeError(
@@ -89,5 +101,13 @@ def _taken_or_set() -> Backend | None:
 
 
 @functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _triton_is_missing() -> str | None:
+    """Return what keeps Triton from being used, if anything does."""
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError:
+        return "which is not installed"
+    if tuple(int(part) for part in version.split(".")[:2]) < LEAST_TRITON:
+        # Its compiler ends the process on the decode kernel.
+        return f"{'.'.join(map(str, LEAST_TRITON))} or newer, not {version}"
+    return None

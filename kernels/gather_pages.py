@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import choose, load
+from .dispatch import choose, run
 from .open_pages import open_pages
 from .page_codes import PageCodes
 
@@ -48,12 +48,13 @@ def gather_pages(
         raise ValueError(
             f"lengths {tuple(lengths.shape)} and counts {tuple(counts.shape)} for {batch} rows and {pages.pages} pages"
         )
-    how = choose(pages.codes.device, backend)
+    device = pages.codes.device
+    how = choose(device, backend)
     if how != "torch":
-        gathered: torch.Tensor = load("gather_pages", how).gather_pages(pages, table, lengths, counts, dtype)
+        gathered: torch.Tensor = run("gather_pages", how, device, pages, table, lengths, counts, dtype)
         return gathered
     size = pages.page_size
-    out = torch.zeros((batch, pages.heads, columns * size, pages.width), dtype=dtype, device=pages.codes.device)
+    out = torch.zeros((batch, pages.heads, columns * size, pages.width), dtype=dtype, device=device)
     slots = torch.arange(size, device=out.device)
     for row, length in enumerate(lengths.tolist()):
         used = table[row, :length].long()

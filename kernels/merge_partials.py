@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import choose, load
+from .dispatch import choose, run
 
 
 def merge_partials(
@@ -36,8 +36,8 @@ def merge_partials(
         raise ValueError(f"outs {tuple(outs.shape)} with lses {tuple(lses.shape)}{of_sinks}")
     how = choose(outs.device, backend)
     if how != "torch":
-        out, lse = load("merge_partials", how).merge_partials(outs, lses, sinks)
-        return out, lse
+        merged: tuple[torch.Tensor, torch.Tensor] = run("merge_partials", how, outs.device, outs, lses, sinks)
+        return merged
     lse = torch.logsumexp(lses, dim=0)
     weights = (lses - _anchor(lse)).exp_()
     out = torch.einsum("sbhd,sbh->bhd", outs, weights)

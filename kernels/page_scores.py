@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import choose, load
+from .dispatch import choose, run
 from .page_codes import spread_values
 
 
@@ -54,7 +54,7 @@ def page_scores(
         raise ValueError(f"table {tuple(table.shape)} and lengths {tuple(lengths.shape)} for {batch} rows")
     how = choose(query.device, backend)
     if how != "torch":
-        scored: torch.Tensor = load("page_scores", how).page_scores(query, low, high, table, lengths)
+        scored: torch.Tensor = run("page_scores", how, query.device, query, low, high, table, lengths)
         return scored
     scores = query.new_full((batch, heads, table.shape[1]), -torch.inf, dtype=torch.float32)
     for row, length in enumerate(lengths.tolist()):

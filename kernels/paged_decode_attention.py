@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import choose, load
+from .dispatch import choose, run
 from .merge_partials import merge_pair
 from .open_pages import open_pages
 from .page_codes import PageCodes
@@ -70,10 +70,8 @@ def paged_decode_attention(
     _check(query, keys, values, table, lengths, counts)
     how = choose(query.device, backend)
     if how != "torch":
-        kernel = load("paged_decode_attention", how)
-        out, lse, masses = kernel.paged_decode_attention(
-            query, keys, values, table, lengths, counts, scale, softcap, page_lse=page_lse, tuning=tuning or {}
-        )
+        arguments = (query, keys, values, table, lengths, counts, scale, softcap, page_lse, tuning or {})
+        out, lse, masses = run("paged_decode_attention", how, query.device, *arguments)
         return (out, lse, masses) if page_lse else (out, lse)
     return _attend(query, keys, values, table, lengths, counts, scale, softcap, page_lse)
 

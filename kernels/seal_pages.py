@@ -2,7 +2,7 @@
 
 import torch
 
-from .dispatch import choose, load
+from .dispatch import choose, run
 from .page_codes import (
     BITS,
     CARRIED_ERROR,
@@ -42,7 +42,7 @@ def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str | N
         return PageCodes(kind, tokens.shape[2], tokens)
     how = choose(tokens.device, backend)
     if how != "torch":
-        sealed: PageCodes = load("seal_pages", how).seal_pages(tokens, kind, keys=keys)
+        sealed: PageCodes = run("seal_pages", how, tokens.device, tokens, kind, keys=keys)
         return sealed
     exact = tokens.float()
     if kind == "fp8":

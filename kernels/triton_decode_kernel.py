@@ -15,16 +15,13 @@ from .triton_unpack import key_products, load_words, value_sums
 
 
 @triton.jit
-def _load_dense(
-    codes, page, first, count, t, c, P: tl.constexpr, D: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr
-):
-    """Load channels `first..first + C - 1` of a page of kind "none", 0 in slots that hold no token."""
+def _load_dense(page, first, count, t, c, D: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):
+    """Load channels `first + c` of a page that is stored as it is, 0 in slots that hold no token.
+
+    Tokens and channels are given as a column and a row, or as a row and a column.
+    """
     d = first + c
-    return tl.load(
-        codes + page * (P * D) + t[:, None] * D + d[None, :],
-        mask=(t[:, None] < count) & (c[None, :] < C) & (d[None, :] < D),
-        other=0.0,
-    ).to(dtype)
+    return tl.load(page + t * D + d, mask=(t < count) & (c < C) & (d < D), other=0.0).to(dtype)
 
 
 @triton.jit
@@ -34,22 +31,26 @@ def _vector(pointer, page, lane, SIZE: tl.constexpr, USED: tl.constexpr):
 
 
 @triton.jit
-def _outlier_logits(
-    logits, pointer, fine, spread, query, page, t, g_mask, C: tl.constexpr, D: tl.constexpr,
-    FINE_ROWS: tl.constexpr, LOG_LEVELS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
-    """Add what the four finer channels of a page of keys contribute to its logits."""
-    outliers = tl.load(pointer + page)
-    half = 4 * (t // FINE_ROWS % 2)
-    for j in tl.static_range(4):
-        # A page without tokens may hold any index.
-        channel = tl.minimum((outliers >> (16 * j)).to(tl.int32) & 0xFFFF, D - 1)
-        word = tl.load(spread + page * C + channel // 2).to(tl.int32)
-        step = spread_share((word >> (8 * (channel % 2))) & 0xFF, LOG_LEVELS, ASM)
-        weight = tl.load(query + channel, mask=g_mask, other=0.0).to(tl.float32) * step
-        part = (((fine >> (half + 8 * j)) & 15).to(tl.float32) + 0.5) * (1.0 / 16.0) - 0.5
-        logits += part[:, None] * weight[None, :]
-    return logits
+def _outlier_weights(outliers, spread, query, g_mask, C: tl.constexpr, D: tl.constexpr, ASM: tl.constexpr):
+    """Return the query times a sixteenth of the spreads of a page's finer channels, `(16, BLOCK_G)`.
+
+    Sixteen rows, because tensor cores sum over no fewer; all but four are 0.
+    """
+    j = tl.arange(0, 16)
+    used = j < 4
+    # A page without tokens may hold any index.
+    channel = tl.minimum((outliers >> (j % 4 * 16)).to(tl.int32) & 0xFFFF, D - 1)
+    words = tl.load(spread + channel // 2, mask=used, other=0).to(tl.int32)
+    step = spread_share((words >> (channel % 2 * 8)) & 0xFF, 4.0, ASM)
+    few = tl.load(query[None, :] + channel[:, None], mask=used[:, None] & g_mask[None, :], other=0.0)
+    return (few.to(tl.float32) * step[:, None]).to(few.dtype)
+
+
+@triton.jit
+def _outlier_parts(fine, t, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """Return the finer channels' shares of a step, `(tokens, 16)`; all but four columns mean nothing."""
+    shift = (t // ROWS % 2 * 4)[:, None] + (tl.arange(0, 16) % 4 * 8)[None, :]
+    return (((fine[:, None] >> shift) & 15).to(tl.float32) * 0.0625 - 0.46875).to(dtype)
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def decode_kernel(
     scale, softcap, key_pages, value_pages, columns, splits,
     HEADS: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr, BLOCK_P: tl.constexpr,
     KEY_KIND: tl.constexpr, D: tl.constexpr, L: tl.constexpr, KEY_BITS: tl.constexpr, KEY_ROWS: tl.constexpr,
-    KEY_TILE: tl.constexpr, KEY_LOG_LEVELS: tl.constexpr, KEY_CENTRE: tl.constexpr, BLOCK_C: tl.constexpr,
+    KEY_TILE: tl.constexpr, KEY_SCALE: tl.constexpr, KEY_CENTRE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_L: tl.constexpr, OUTLIERS: tl.constexpr,
     VALUE_KIND: tl.constexpr, DV: tl.constexpr, LV: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_ROWS: tl.constexpr,
     VALUE_TILE: tl.constexpr, VALUE_LOG_LEVELS: tl.constexpr, VALUE_CENTRE: tl.constexpr, BLOCK_CV: tl.constexpr,
@@ -144,41 +145,51 @@ def decode_kernel(
         value_spreads = _vector(value_spread, value_page, cv, CV, VALUE_CODED)
         value_floors = _vector(value_floor, value_page, cv, CV, VALUE_FLOOR)
         fine = _vector(key_fine, key_page, t % FINE_ROWS, FINE_ROWS, OUTLIERS)
+        outliers = tl.load(key_outliers + key_page) if OUTLIERS else 0
         if KEY_KIND == "none":
-            k0 = _load_dense(key_codes, key_page, 0, count, t, c, P, D, C, dtype)
-            k1 = _load_dense(key_codes, key_page, C, count, t, c, P, D, C, dtype)
+            keys = key_codes + key_page * (P * D)
+            k0 = _load_dense(keys, 0, count, t[:, None], c[None, :], D, C, dtype)
+            k1 = _load_dense(keys, C, count, t[:, None], c[None, :], D, C, dtype)
         else:
-            key_words = load_words(key_codes, key_page, tl.arange(0, KEY_TILE), c, KEY_ROWS, C, KEY_BITS)
+            keys = key_codes + key_page * (KEY_ROWS * C)
+            key_words = load_words(keys, tl.arange(0, KEY_TILE)[:, None], c[None, :], KEY_ROWS, C, KEY_BITS)
         if VALUE_KIND == "none":
-            v0 = _load_dense(value_codes, value_page, 0, count, t, cv, P, DV, CV, dtype)
-            v1 = _load_dense(value_codes, value_page, CV, count, t, cv, P, DV, CV, dtype)
+            values = value_codes + value_page * (P * DV)
+            v0 = _load_dense(values, 0, count, t[None, :], cv[:, None], DV, CV, dtype)
+            v1 = _load_dense(values, CV, count, t[None, :], cv[:, None], DV, CV, dtype)
         else:
-            value_words = load_words(value_codes, value_page, tl.arange(0, VALUE_TILE), cv, VALUE_ROWS, CV, VALUE_BITS)
+            values = value_codes + value_page * (VALUE_ROWS * CV)
+            value_t = tl.arange(0, VALUE_TILE)[None, :]
+            value_words = load_words(values, value_t, cv[:, None], VALUE_ROWS, CV, VALUE_BITS)
         if L > 0:
-            key_rest = _load_dense(key_latent, key_page, 0, P, t, l_index, P, L, L, dtype)
+            key_rest = _load_dense(key_latent + key_page * (P * L), 0, P, t[:, None], l_index[None, :], L, L, dtype)
         if LV > 0:
-            value_rest = _load_dense(value_latent, value_page, 0, count, t, lv_index, P, LV, LV, dtype)
+            latents = value_latent + value_page * (P * LV)
+            value_rest = _load_dense(latents, 0, count, t[None, :], lv_index[:, None], LV, LV, dtype)
 
+        if OUTLIERS:
+            outlier_weights = _outlier_weights(outliers, key_spread + key_page * C, heads, g_mask, C, D, ASM)
         if KEY_CODED:
-            step0 = spread_share(low_byte(key_spreads), KEY_LOG_LEVELS, ASM)
-            step1 = spread_share(high_byte(key_spreads), KEY_LOG_LEVELS, ASM)
+            # Sixteenths, whose products with a query a float16 holds where it held those with the keys; the rest of
+            # the step multiplies the logits.
+            step0 = spread_share(low_byte(key_spreads), 4.0, ASM)
+            step1 = spread_share(high_byte(key_spreads), 4.0, ASM)
             scaled0 = tl.trans((q0.to(tl.float32) * step0[None, :]).to(dtype))
             scaled1 = tl.trans((q1.to(tl.float32) * step1[None, :]).to(dtype))
             logits = key_products(
                 key_words, scaled0, scaled1, BLOCK_P // KEY_TILE, KEY_BITS * (KEY_TILE // KEY_ROWS), KEY_KIND,
                 KEY_CENTRE, ASM,
             )  # fmt: skip
+            if OUTLIERS:
+                parts = _outlier_parts(fine, t, FINE_ROWS, dtype)
+                logits = tl.dot(parts, outlier_weights, logits, input_precision="ieee")
+            logits *= KEY_SCALE
             if KEY_FLOOR:
                 floor0 = float16_bits(key_floors & 0xFFFF)
                 floor1 = float16_bits((key_floors >> 16) & 0xFFFF)
-                level = q0.to(tl.float32) * (floor0 + KEY_CENTRE * step0)[None, :]
-                level += q1.to(tl.float32) * (floor1 + KEY_CENTRE * step1)[None, :]
+                level = q0.to(tl.float32) * (floor0 + KEY_CENTRE * KEY_SCALE * step0)[None, :]
+                level += q1.to(tl.float32) * (floor1 + KEY_CENTRE * KEY_SCALE * step1)[None, :]
                 logits += row_sum(level, 1)[None, :]
-            if OUTLIERS:
-                logits = _outlier_logits(
-                    logits, key_outliers, fine, key_spread, heads, key_page, t, g_mask, C, D, FINE_ROWS,
-                    KEY_LOG_LEVELS, ASM,
-                )  # fmt: skip
         else:
             logits = tl.dot(k0, tl.trans(q0), input_precision="ieee")
             logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
@@ -202,7 +213,7 @@ def decode_kernel(
 
         if VALUE_CODED:
             part0, part1 = value_sums(
-                tl.trans(value_words), weights, BLOCK_P // VALUE_TILE, VALUE_BITS * (VALUE_TILE // VALUE_ROWS),
+                value_words, weights, BLOCK_P // VALUE_TILE, VALUE_BITS * (VALUE_TILE // VALUE_ROWS),
                 VALUE_KIND, VALUE_CENTRE, ASM,
             )  # fmt: skip
             step0 = spread_share(low_byte(value_spreads), VALUE_LOG_LEVELS, ASM)
@@ -217,10 +228,10 @@ def decode_kernel(
                 sum0 += level0[:, None] * page_total[None, :]
                 sum1 += level1[:, None] * page_total[None, :]
         else:
-            sum0 = tl.dot(tl.trans(v0), weights, sum0 * decay[None, :], input_precision="ieee")
-            sum1 = tl.dot(tl.trans(v1), weights, sum1 * decay[None, :], input_precision="ieee")
+            sum0 = tl.dot(v0, weights, sum0 * decay[None, :], input_precision="ieee")
+            sum1 = tl.dot(v1, weights, sum1 * decay[None, :], input_precision="ieee")
         if LV > 0:
-            latent_sum = tl.dot(tl.trans(value_rest), weights, latent_sum * decay[None, :], input_precision="ieee")
+            latent_sum = tl.dot(value_rest, weights, latent_sum * decay[None, :], input_precision="ieee")
 
     VALUE_STRIDE: tl.constexpr = 1 if VALUE_KIND == "none" else 2
     VALUE_OTHER: tl.constexpr = CV if VALUE_KIND == "none" else 1

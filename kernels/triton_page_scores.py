@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_basics import row_max, spread_share
+from .triton_pool import MIN_HEADS
 
 # Pages that a program takes at once.
 BLOCK_N = 32
@@ -60,7 +61,7 @@ def page_scores(
         _scores_kernel[(triton.cdiv(columns, BLOCK_N) * batch * heads,)](
             query.contiguous(), low, high, table.contiguous(), lengths.contiguous(), scores,
             columns, low_pages, high_pages,
-            HEADS=heads, G=query_heads // heads, BLOCK_G=max(8, triton.next_power_of_2(query_heads // heads)),
+            HEADS=heads, G=query_heads // heads, BLOCK_G=max(MIN_HEADS, triton.next_power_of_2(query_heads // heads)),
             D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_N=BLOCK_N, CENTROID=high is None,
             # Three products of tensor cores are as exact as one of float32, where operands had 16 bits to begin with.
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32x3",

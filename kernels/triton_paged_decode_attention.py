@@ -1,5 +1,6 @@
 """Triton version of :func:`.paged_decode_attention.paged_decode_attention`: launch parameters and the launch."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from .page_codes import PageCodes
 from .triton_decode_kernel import decode_kernel
 from .triton_merge_partials import merge_partials
-from .triton_pool import CENTRES, block_channels, block_tokens, layout, pool_operands, power_of_2
+from .triton_pool import CENTRES, MIN_HEADS, block_channels, block_tokens, layout, pool_operands, power_of_2
 
 #: What `tuning` may hold.
 TUNABLE = ("num_warps", "num_stages", "programs_per_processor", "splits")
@@ -16,8 +17,6 @@ TUNABLE = ("num_warps", "num_stages", "programs_per_processor", "splits")
 # Fewer pages than this are not worth a program of their own and its share of the merge.
 MIN_PAGES = 4
 MAX_SPLITS = 256
-# Query heads that one program takes; more are taken by further programs, which find the page in the L2 cache.
-MAX_HEADS = 16
 
 
 def paged_decode_attention(
@@ -29,7 +28,6 @@ def paged_decode_attention(
     counts: torch.Tensor,
     scale: float,
     softcap: float | None,
-    *,
     page_lse: bool,
     tuning: dict[str, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -37,10 +35,9 @@ def paged_decode_attention(
     batch, query_heads, _ = query.shape
     groups = query_heads // keys.heads
     columns = table.shape[1]
-    block_g = min(MAX_HEADS, max(8, power_of_2(groups)))
-    warps, stages, programs, splits = launch_parameters(keys, values, block_g, query.dtype, tuning)
-    blocks = batch * keys.heads * -(-groups // block_g)
-    splits = splits or split_count(blocks, columns, programs * _processors(query.device))
+    launch = launch_parameters(keys, values, groups, query.dtype, tuning)
+    blocks = batch * keys.heads * -(-groups // launch.heads)
+    splits = launch.splits or split_count(blocks, columns, launch.programs * _processors(query.device))
     out = query.new_empty((splits, batch, query_heads, values.width), dtype=torch.float32)
     lse = out.new_empty((splits, batch, query_heads))
     masses = out.new_full((batch, query_heads, columns), -torch.inf) if page_lse else None
@@ -50,32 +47,67 @@ def paged_decode_attention(
             query.contiguous(), *k.tensors, *v.tensors[:3], v.tensors[-1],
             table.contiguous(), lengths.contiguous(), counts.contiguous(), out, lse, masses,
             float(scale), 1.0 if softcap is None else float(softcap), k.pages, v.pages, columns, splits,
-            HEADS=keys.heads, G=groups, BLOCK_G=block_g, P=keys.page_size, BLOCK_P=block_tokens(keys.page_size),
-            **key_constants(keys), **value_constants(values),
-            SOFTCAP=softcap is not None, PAGE_LSE=page_lse, ASM=_takes_ptx(query), STAGES=stages,
-            num_warps=warps, num_stages=stages,
+            HEADS=keys.heads, G=groups, BLOCK_G=launch.heads,
+            P=keys.page_size, BLOCK_P=block_tokens(keys.page_size), **key_constants(keys), **value_constants(values),
+            SOFTCAP=softcap is not None, PAGE_LSE=page_lse, ASM=_takes_ptx(query), STAGES=launch.stages,
+            num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     if splits == 1:
         return out[0], lse[0], masses
     return *merge_partials(out, lse, None), masses
 
 
-def launch_parameters(
-    keys: PageCodes, values: PageCodes, block_g: int, dtype: torch.dtype, tuning: dict[str, int]
-) -> tuple[int, int, int, int]:
-    """Return warps per program, pipeline stages, programs per multiprocessor and splits (0: by the number of programs).
+@dataclasses.dataclass(frozen=True, slots=True)
+class Launch:
+    """Launch parameters.
 
-    One warp holds the sums of 8 heads of 128 channels, so that its programs never wait for one another; larger ones
-    would spill registers.
+    Attributes
+    ----------
+    heads : int
+        Query heads per program; further heads of the same KV head are taken by further programs, which find the page
+        in the L2 cache.
+    warps, stages : int
+        Warps per program and stages of its pipeline.
+    programs : int
+        Programs wanted per multiprocessor.
+    splits : int
+        Parts of a row, 0 for as many as give that many programs.
+    """
+
+    heads: int
+    warps: int
+    stages: int
+    programs: int
+    splits: int
+
+
+def launch_parameters(
+    keys: PageCodes, values: PageCodes, groups: int, dtype: torch.dtype, tuning: dict[str, int]
+) -> Launch:
+    """Choose launch parameters.
+
+    A program is one warp if its registers hold a page's operands and the sums, so that it never waits for others. The
+    assembler's figures for compute capability 9.0 are behind the limits: beyond them registers spill.
+
+    Raises
+    ------
+    ValueError
+        If `tuning` holds anything but :data:`TUNABLE`.
     """
     if unknown := set(tuning) - set(TUNABLE):
         raise ValueError(f"unknown tuning {sorted(unknown)}; there are {', '.join(TUNABLE)}")
-    held = block_g * max(keys.width, values.width)
-    warps = 4 if dtype == torch.float32 else 1 if held <= 1024 else 2 if held <= 2048 else 4
+    plain = keys.kind == values.kind == "none"
+    # With 16 heads, packed pages would spend more on their steps than a second visit costs.
+    heads = min(16 if plain else MIN_HEADS, max(MIN_HEADS, power_of_2(groups)))
+    held = heads * max(keys.width, values.width) * max(1, keys.page_size // 64)
+    warps = 4 if dtype == torch.float32 or held > 2048 else 2 if held > 1024 else 1
     warps = tuning.get("num_warps", warps)
-    # Two of the stages look up the page; one page is then on its way while the one before is multiplied.
-    stages = tuning.get("num_stages", 3)
-    return warps, stages, tuning.get("programs_per_processor", max(1, 8 // warps)), tuning.get("splits", 0)
+    # Triton spends half of the stages on looking up the page: with 3 one page is on its way while another is
+    # multiplied, with 5 two are. A page that is stored as it is, is large enough to be one.
+    stages = tuning.get("num_stages", 3 if plain else 5)
+    return Launch(
+        heads, warps, stages, tuning.get("programs_per_processor", max(1, 8 // warps)), tuning.get("splits", 0)
+    )
 
 
 def split_count(blocks: int, columns: int, programs: int) -> int:
@@ -88,7 +120,7 @@ def key_constants(keys: PageCodes) -> dict[str, Any]:
     bits, rows, tile, log_levels = layout(keys)
     return {
         "KEY_KIND": keys.kind, "D": keys.dim, "L": keys.width - keys.dim, "KEY_BITS": bits, "KEY_ROWS": rows,
-        "KEY_TILE": tile, "KEY_LOG_LEVELS": log_levels, "KEY_CENTRE": CENTRES[keys.kind],
+        "KEY_TILE": tile, "KEY_SCALE": 2.0 ** (4.0 - log_levels), "KEY_CENTRE": CENTRES[keys.kind],
         "BLOCK_C": block_channels(keys.dim), "BLOCK_L": max(16, power_of_2(keys.width - keys.dim)),
         "OUTLIERS": keys.outliers is not None,
     }  # fmt: skip

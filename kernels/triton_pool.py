@@ -4,11 +4,15 @@ import dataclasses
 import math
 
 import torch
+import triton
 
 from .page_codes import BITS, FP8_MAX, PageCodes
 
 #: Subtracted from codes, so that the rounding of what multiplies them is that of the decoded tokens.
 CENTRES = {"none": 0, "fp8": 0, "int8": 128, "int4": 8, "int2": 2}
+
+#: Query heads that a program takes at least: columns of a dot, which Triton padded to 16 before version 3.5.
+MIN_HEADS = 8 if tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5) else 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -19,14 +19,11 @@ from .triton_basics import e4m3, high_byte, low_byte, stack, unstack
 # to seven bits is 128 + code in bfloat16, with 0x64 above it a code of up to ten is 1024 + code in float16.
 INTEGERS_BFLOAT16 = """
 {
-.reg .b32 a, b, one;
-mov.b32 one, 0x3F803F80;
+.reg .b32 a;
 shr.u32 a, $2, $3;
 and.b32 a, a, $5;
-prmt.b32 b, a, 0x43, 0x4240;
-fma.rn.bf16x2 $0, b, one, $7;
-prmt.b32 b, a, 0x43, 0x4341;
-fma.rn.bf16x2 $1, b, one, $7;
+prmt.b32 $0, a, 0x43, 0x4240;
+prmt.b32 $1, a, 0x43, 0x4341;
 }
 """
 INTEGERS_FLOAT16 = """
@@ -106,7 +103,8 @@ def unpack(
 ):
     """Return the codes at bit SHIFT of either byte of int16 words, less CENTRE (an integer).
 
-    Two tensors of the words' shape and of `dtype`, for even and odd channels; numbers of kind "fp8" come as they are.
+    Two tensors of the words' shape and of `dtype`, for even and odd channels. Numbers of kind "fp8" come as they are;
+    codes of up to four bits in bfloat16 plus 128, which :func:`key_products` and :func:`value_sums` know.
     """
     if not ASM:
         low, high = low_byte(words), high_byte(words)
@@ -124,8 +122,8 @@ def unpack(
         else:
             INTEGERS: tl.constexpr = _INTEGERS_BFLOAT16 if BFLOAT16 else _INTEGERS_FLOAT16
             MASK: tl.constexpr = 0xFFFFFFFF if KIND == "int8" else (0x0F0F0F0F if KIND == "int4" else 0x03030303)
-            # 128 or 1024, and the centre, negative: twice the same 16 bits.
-            LESS: tl.constexpr = 0x10001 * ((0xC300 if BFLOAT16 else 0xE400) + CENTRE)
+            # Twice -(1024 + CENTRE) as float16.
+            LESS: tl.constexpr = 0x10001 * (0xE400 + CENTRE)
             even, odd = tl.inline_asm_elementwise(
                 INTEGERS, "=r,=r,r,r,r,r,r,r,r", [words, SHIFT, MASK, LESS], (tl.int16, tl.int16), True, 2
             )
@@ -134,12 +132,15 @@ def unpack(
 
 
 @triton.jit
-def load_words(codes, page, t, c, ROWS: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
-    """Load the words of codes of tokens t and t + len(t), t + 2 * len(t), ..., lowest bits first."""
-    words = tl.load(codes + page * (ROWS * C) + (t % ROWS)[:, None] * C + c[None, :], mask=c[None, :] < C, other=0)
-    if t.shape[0] > ROWS:
+def load_words(codes, t, c, ROWS: tl.constexpr, C: tl.constexpr, BITS: tl.constexpr):
+    """Load words of channels c from a page's codes: of tokens t, t + len(t), t + 2 * len(t), ..., lowest bits first.
+
+    Tokens and channels are given as a column and a row, or as a row and a column.
+    """
+    words = tl.load(codes + t % ROWS * C + c, mask=(c < C) & (t >= 0), other=0)
+    if t.shape[0] * t.shape[1] > ROWS:
         # Rows too few for an operand are repeated, shifted so that repetitions hold the next tokens.
-        words = words >> ((t // ROWS) % (8 // BITS) * BITS).to(tl.int16)[:, None]
+        words = words >> (t // ROWS % (8 // BITS) * BITS).to(tl.int16)
     return words
 
 
@@ -157,6 +158,12 @@ def key_products(
 ):  # fmt: skip
     """Return the products of a page's codes with the query, `(tokens, BLOCK_G)`."""
     start = tl.full((words.shape[0], q0.shape[1]), 0.0, tl.float32)
+    NARROW: tl.constexpr = (KIND == "int4" or KIND == "int2") and q0.dtype == tl.bfloat16
+    if ASM and NARROW:
+        # What 128 + code, instead of code - CENTRE, is too much. Tensor cores sum in float32: no digit is lost that
+        # rounding the query has left.
+        most = tl.full((words.shape[0], words.shape[1]), -128.0 - CENTRE, q0.dtype)
+        start = tl.dot(most, q1, tl.dot(most, q0, start))
     logits = _key_plane(words, q0, q1, start, 0, KIND, CENTRE, ASM)
     if PLANES > 1:
         logits = stack(logits, _key_plane(words, q0, q1, start, SHIFT, KIND, CENTRE, ASM))
@@ -183,6 +190,9 @@ def value_sums(
 ):  # fmt: skip
     """Return the sums of a page's codes with weights `(tokens, BLOCK_G)`, `(channels / 2, BLOCK_G)` each."""
     even = tl.full((words.shape[0], p.shape[1]), 0.0, tl.float32)
+    NARROW: tl.constexpr = (KIND == "int4" or KIND == "int2") and p.dtype == tl.bfloat16
+    if ASM and NARROW:
+        even = tl.dot(tl.full((words.shape[0], p.shape[0]), -128.0 - CENTRE, p.dtype), p, even)
     odd = even
     if PLANES == 1:
         even, odd = _value_plane(words, p, even, odd, 0, KIND, CENTRE, ASM)

@@ -53,10 +53,7 @@ def decode(
         pools.append(PageCodes(pool.kind, size, *parts, rest))
     query = torch.zeros(2, HEADS * GROUPS, dims[0] + latents[0], dtype=dtype)
     table, lengths, counts = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 64), (2,), (PAGES,)))
-    tuning = {"splits": 4}
-    launcher.paged_decode_attention(
-        query, *pools, table, lengths, counts, 0.1, softcap, page_lse=page_lse, tuning=tuning
-    )
+    launcher.paged_decode_attention(query, *pools, table, lengths, counts, 0.1, softcap, page_lse, {"splits": 4})
 
 
 def others() -> None:

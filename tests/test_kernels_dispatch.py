@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -89,12 +90,19 @@ def test_compiled_and_interpreted_kernels_exclude_one_another(monkeypatch: pytes
 
 @pytest.mark.usefixtures("fresh")
 def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "_triton_is_missing", lambda: "which is not installed")
     assert dispatch.choose(CUDA) == "torch"
     with pytest.raises(RuntimeError, match="'triton' needs the package triton"):
         dispatch.choose(CUDA, "triton")
     with pytest.raises(RuntimeError, match="'interpret' needs the package triton"):
         dispatch.choose(CPU, "interpret")
+
+
+def test_a_triton_that_is_too_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.2.1"))
+    assert dispatch._triton_is_missing.__wrapped__() == "3.3 or newer, not 3.2.1"
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.10.0+git1"))
+    assert dispatch._triton_is_missing.__wrapped__() is None
 
 
 def test_kernels_import_and_run_without_triton_and_transformers() -> None:
@@ -111,6 +119,7 @@ def test_importing_kernels_neither_imports_triton_nor_touches_cuda() -> None:
     assert python(code) == "False False"
 
 
+@pytest.mark.skipif(GPU, reason="beside a GPU kernels are compiled; the interpreter of Triton 3.6 fails with NumPy 2.4")
 def test_the_interpreter_works_in_either_order_of_imports() -> None:
     merge = "print(k.merge_partials(torch.ones(2, 1, 1, 4), torch.zeros(2, 1, 1), backend='interpret')[0].tolist())"
     for first in ("", "import triton, triton.language\n"):

@@ -1,10 +1,12 @@
 """The PTX that unpacks codes, followed instruction by instruction: no GPU is needed to know what it computes."""
 
+import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from triton_cases import BACKEND
+from triton_cases import BACKEND, GPU, check, random_case
 
 from pikv_hf.kernels import dispatch
 from pikv_hf.kernels.page_codes import BITS, Kind
@@ -81,7 +83,7 @@ def words() -> torch.Tensor:
     return n | (255 - n) << 8 | (n * 7 + 3 & 255) << 16 | (n ^ 0x5A) << 24
 
 
-def check(registers: Registers, dtype: torch.dtype, expected: torch.Tensor) -> None:
+def check_halves(registers: Registers, dtype: torch.dtype, expected: torch.Tensor) -> None:
     """Compare with what the four bytes stand for, `(256, 4)`: bytes 0 and 2 are even channels, 1 and 3 odd ones."""
     assert torch.equal(halves(registers["$0"], dtype), expected[:, 0::2])
     assert torch.equal(halves(registers["$1"], dtype), expected[:, 1::2])
@@ -94,22 +96,23 @@ def byte_values() -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["int4", "int2"])
 def test_integers(kind: Kind, dtype: torch.dtype) -> None:
-    ptx, magic = (
-        (unpacking.INTEGERS_BFLOAT16, 0xC300) if dtype == torch.bfloat16 else (unpacking.INTEGERS_FLOAT16, 0xE400)
-    )
+    """In bfloat16 128 is added to codes, in float16 the centre subtracted."""
+    narrow = dtype == torch.bfloat16
+    ptx = unpacking.INTEGERS_BFLOAT16 if narrow else unpacking.INTEGERS_FLOAT16
+    added = 128 if narrow else -CENTRES[kind]
     for shift in range(0, 8, BITS[kind]):
-        operands = {"$3": shift, "$5": 0x01010101 * (2 ** BITS[kind] - 1), "$7": 0x10001 * (magic + CENTRES[kind])}
+        operands = {"$3": shift, "$5": 0x01010101 * (2 ** BITS[kind] - 1), "$7": 0x10001 * (0xE400 + CENTRES[kind])}
         registers = follow(ptx, {name: torch.full((256,), n) for name, n in operands.items()} | {"$2": words()})
         codes = byte_values() >> shift & 2 ** BITS[kind] - 1
-        check(registers, dtype, (codes - CENTRES[kind]).double())
+        check_halves(registers, dtype, (codes + added).double())
 
 
 def test_bytes() -> None:
     expected = (byte_values() - CENTRES["int8"]).double()
-    check(follow(unpacking.BYTES_BFLOAT16, {"$2": words()}), torch.bfloat16, expected)
+    check_halves(follow(unpacking.BYTES_BFLOAT16, {"$2": words()}), torch.bfloat16, expected)
     operands = {"$3": 0, "$5": 0xFFFFFFFF, "$7": 0x10001 * (0xE400 + CENTRES["int8"])}
     registers = {name: torch.full((256,), n) for name, n in operands.items()} | {"$2": words()}
-    check(follow(unpacking.INTEGERS_FLOAT16, registers), torch.float16, expected)
+    check_halves(follow(unpacking.INTEGERS_FLOAT16, registers), torch.float16, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -118,4 +121,74 @@ def test_fp8(dtype: torch.dtype) -> None:
     numbers = byte_values().to(torch.uint8).view(torch.float8_e4m3fn).double()
     # What is NaN in e4m3 may lie in slots without a token, and must stay finite to weigh nothing.
     numbers = numbers.where(numbers.isfinite(), torch.where(byte_values() < 128, 480.0, -480.0).double())
-    check(follow(ptx, {"$2": words()}), dtype, numbers)
+    check_halves(follow(ptx, {"$2": words()}), dtype, numbers)
+
+
+def interpret_ptx(asm: str, handles: list[Any], result_types: list[Any]) -> Any:
+    """Stand in for the interpreter's missing inline assembly. Elements are packed in pairs; here each has its own."""
+    from triton.runtime.interpreter import TensorHandle
+
+    shape = handles[0].data.shape
+    if asm.startswith("ex2.approx"):
+        results = [np.exp2(handles[0].data)]
+    else:
+        # One register of words, and two of each number that is the same for all.
+        names = ("$2", "$3", "$5", "$7")
+        operands = {n: torch.from_numpy(h.data.astype(np.int64).ravel()) for n, h in zip(names, handles, strict=False)}
+        operands["$2"] &= 0xFFFF
+        registers = follow(asm, operands)
+        results = [(registers[name] & 0xFFFF).numpy().astype(np.uint16).view(np.int16) for name in ("$0", "$1")]
+    outputs = [TensorHandle(data.reshape(shape), kind.scalar) for data, kind in zip(results, result_types, strict=True)]
+    return types.SimpleNamespace(get_result=outputs.__getitem__)
+
+
+@pytest.mark.skipif(GPU, reason="a GPU runs the PTX itself, in test_kernels_triton.py")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kinds", "size"),
+    [
+        (("int8", "int8"), 16),
+        (("int4", "int4"), 32),
+        (("int4", "int2"), 5),
+        (("int2", "int4"), 32),
+        (("int2", "int2"), 64),
+        (("fp8", "fp8"), 16),
+        (("none", "int4"), 32),
+    ],
+)
+def test_decode_as_a_gpu_would(
+    kinds: tuple[Kind, Kind], size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def asm(_: Any, text: str, constraints: str, handles: list[Any], results: list[Any], pure: bool, pack: int) -> Any:
+        calls.append(text)
+        return interpret_ptx(text, handles, results)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain_dot(self, widened(a), widened(b), *rest)
+
+    def widened(handle: Any) -> Any:
+        # The interpreter keeps bfloat16 as its bits, and multiplies these.
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def cast(self: Any, source: Any, target: Any) -> Any:
+        # It also cuts off what bfloat16 cannot hold, where GPUs round.
+        if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32:
+            rounded = torch.from_numpy(source.data).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return TensorHandle(rounded, tl.bfloat16)
+        return plain_cast(self, source, target)
+
+    calls: list[str] = []
+    plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", asm)
+    launcher = dispatch.load("paged_decode_attention", BACKEND)
+    monkeypatch.setattr(launcher, "_takes_ptx", lambda query: True)
+    check(random_case(kinds, dtype, heads=1, groups=8, size=size, lengths=(2, 3)))
+    assert any("prmt" in text for text in calls)
+    assert any("ex2" in text for text in calls)

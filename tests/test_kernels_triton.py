@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_cases import BACKEND, DEVICE, GPU, Case, assert_as_exact, naive_attention, random_case
+from triton_cases import BACKEND, DEVICE, GPU, Case, assert_as_exact, check, naive_attention, random_case
 
 from pikv_hf.kernels import paged_decode_attention
 from pikv_hf.kernels.page_codes import KINDS, Kind, PageCodes
@@ -22,23 +22,6 @@ def _uninitialised_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def check(case: Case, softcap: float | None = None, tuning: dict[str, int] | None = None) -> None:
-    """Compare all three results."""
-    arguments = (*case.arguments(), softcap)
-    actual = paged_decode_attention(*arguments, page_lse=True, backend=BACKEND, tuning=tuning)
-    yardstick = paged_decode_attention(*arguments, page_lse=True, backend="torch")
-    exact = naive_attention(case, softcap)
-    assert all(result.dtype == torch.float32 and result.device == case.query.device for result in actual)
-    assert_as_exact(actual, yardstick, exact)
-    # The torch version, too, is only a computation in that dtype: with half the digits, half the digits right.
-    for theirs, truth in zip(yardstick, exact, strict=True):
-        finite = truth.isfinite()
-        assert torch.equal(theirs.cpu().isfinite(), finite)
-        scale = 1 + truth[finite].abs().max() if finite.any() else 1.0
-        close = (theirs.double().cpu() - truth)[finite].abs() <= 64 * torch.finfo(case.query.dtype).eps * scale
-        assert close.all()
 
 
 ALIKE: list[tuple[Kind, Kind]] = [(kind, kind) for kind in KINDS]
@@ -106,6 +89,13 @@ def test_no_rows_and_no_pages() -> None:
 def test_latent_channels(kinds: tuple[Kind, Kind]) -> None:
     check(random_case(kinds, torch.float16, groups=4, latents=(5, 3), lengths=(2, 3)))
     check(random_case(kinds, latents=(0, 20), lengths=(2,)))
+
+
+@pytest.mark.parametrize("factor", [100.0, 0.01])
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_float16_holds_queries_times_steps(kind: Kind, factor: float) -> None:
+    """Neither large keys nor small ones leave the range that float16 has for queries and keys themselves."""
+    check(random_case((kind, "none"), torch.float16, factor=factor))
 
 
 @pytest.mark.parametrize("softcap", [0.5, 30.0])

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pikv_hf.kernels import paged_decode_attention
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import BITS, Kind, PageCodes, pack, unpack
 from pikv_hf.kernels.seal_pages import seal_pages
@@ -45,12 +46,13 @@ def poisoned(
     *,
     keys: bool,
     latent: int = 0,
+    factor: float = 1.0,
 ) -> PageCodes:
     """Return pages of random tokens, NaN or the largest code in all slots that hold none."""
     pages = len(counts)
     spread = torch.exp(torch.randn(heads, pages, 1, dim))
     tokens = torch.randn(heads, pages, size, dim) * spread + torch.randn(heads, pages, 1, dim)
-    sealed = seal_pages(tokens.to(dtype), kind, keys=keys, backend="torch")
+    sealed = seal_pages((tokens * factor).to(dtype), kind, keys=keys, backend="torch")
     empty = torch.arange(size) >= counts[:, None]
     unused = counts == 0
 
@@ -82,21 +84,25 @@ def random_case(
     lengths: Sequence[int] = (3, 0, 2),
     counts: Sequence[int] | None = None,
     seed: int = 0,
+    factor: float = 1.0,
 ) -> Case:
-    """Return a decode step over a pool of poisoned pages, some of them partly filled and one empty."""
+    """Return a decode step over a pool of poisoned pages, some of them partly filled and one empty.
+
+    Keys are multiplied by `factor`, and queries divided by it.
+    """
     torch.manual_seed(seed)
     if counts is None:
         counts = [size, max(1, size - 1), 0, size, 1, size]
     held = torch.tensor(counts, dtype=torch.int32)
     pools = [
-        poisoned(heads, size, dim, kind, held, dtype, keys=keys, latent=latent)
+        poisoned(heads, size, dim, kind, held, dtype, keys=keys, latent=latent, factor=factor if keys else 1.0)
         for keys, kind, dim, latent in zip((True, False), kinds, dims, latents, strict=True)
     ]
     columns = max([*lengths, 1]) + 1
     table = torch.tensor(NOWHERE, dtype=torch.int32).repeat(len(lengths), columns)[:, :columns].contiguous()
     for row, length in enumerate(lengths):
         table[row, :length] = torch.randperm(len(counts))[:length].int()
-    query = torch.randn(len(lengths), heads * groups, dims[0] + latents[0]).to(dtype)
+    query = (torch.randn(len(lengths), heads * groups, dims[0] + latents[0]) / factor).to(dtype)
     return Case(
         query.to(DEVICE),
         pools[0],
@@ -161,3 +167,20 @@ def assert_as_exact(
                 4: (error.max() for error in errors),
             }.items():
                 assert error <= limit * allowed + floor, f"error {error:.3g}, torch's {allowed:.3g}"
+
+
+def check(case: Case, softcap: float | None = None, tuning: dict[str, int] | None = None) -> None:
+    """Compare the three results of the Triton version, and those of the torch version, with a float64 reference."""
+    arguments = (*case.arguments(), softcap)
+    actual = paged_decode_attention(*arguments, page_lse=True, backend=BACKEND, tuning=tuning)
+    yardstick = paged_decode_attention(*arguments, page_lse=True, backend="torch")
+    exact = naive_attention(case, softcap)
+    assert all(result.dtype == torch.float32 and result.device == case.query.device for result in actual)
+    assert_as_exact(actual, yardstick, exact)
+    # The torch version, too, is only a computation in that dtype: with half the digits, half the digits right.
+    for theirs, truth in zip(yardstick, exact, strict=True):
+        finite = truth.isfinite()
+        assert torch.equal(theirs.cpu().isfinite(), finite)
+        scale = 1 + truth[finite].abs().max() if finite.any() else 1.0
+        close = (theirs.double().cpu() - truth)[finite].abs() <= 64 * torch.finfo(case.query.dtype).eps * scale
+        assert close.all()
