@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import threading
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ _taken: Backend | None = None
 _lock = threading.Lock()
 
 
-def choose(device: torch.device, forced: str | None = None) -> Backend:
+def choose(device: torch.device, forced: str | None = None, coded: Iterable[int] = ()) -> Backend:
     """Return the backend for tensors on a device.
 
     Parameters
@@ -35,6 +36,9 @@ def choose(device: torch.device, forced: str | None = None) -> Backend:
     forced : str, optional
         One of :data:`BACKENDS`. It beats the environment variable :data:`VARIABLE`, which beats the default: Triton on
         a GPU if it can be imported, torch elsewhere.
+    coded : iterable of int
+        Channels of the packed pages involved. Triton's kernels take an even number of at least 16; others are left to
+        torch unless Triton is forced.
 
     Raises
     ------
@@ -47,6 +51,8 @@ def choose(device: torch.device, forced: str | None = None) -> Backend:
     if asked is None:
         if device.type != "cuda" or _taken_or_set() == "interpret" or _triton_is_missing():
             return "torch"
+        if not all(takes(dim) for dim in coded):
+            return "torch"
         return "triton"
     if asked not in BACKENDS:
         close = difflib.get_close_matches(asked, BACKENDS, n=1)
@@ -56,6 +62,11 @@ def choose(device: torch.device, forced: str | None = None) -> Backend:
     if how != "torch":
         _check(how, device, source)
     return how
+
+
+def takes(dim: int) -> bool:
+    """Return whether Triton's kernels read packed pages of so many channels."""
+    return dim % 2 == 0 and dim >= 16
 
 
 def run(operation: str, how: Backend, device: torch.device, *arguments: Any, **named: Any) -> Any:

@@ -4,7 +4,7 @@ import torch
 
 from .dispatch import choose, run
 from .open_pages import open_pages
-from .page_codes import PageCodes
+from .page_codes import PageCodes, coded_dims
 
 
 def gather_pages(
@@ -49,7 +49,7 @@ def gather_pages(
             f"lengths {tuple(lengths.shape)} and counts {tuple(counts.shape)} for {batch} rows and {pages.pages} pages"
         )
     device = pages.codes.device
-    how = choose(device, backend)
+    how = choose(device, backend, coded_dims(pages))
     if how != "torch":
         gathered: torch.Tensor = run("gather_pages", how, device, pages, table, lengths, counts, dtype)
         return gathered

@@ -130,6 +130,11 @@ class PageCodes:
         return self.map(lambda tensor: tensor.index_select(1, index))
 
 
+def coded_dims(*pages: PageCodes) -> list[int]:
+    """Return the channels of those that are packed."""
+    return [each.dim for each in pages if each.kind != "none"]
+
+
 def packed_rows(kind: Kind, page_size: int) -> int:
     """Return R, the rows of codes of a page."""
     if kind not in BITS:

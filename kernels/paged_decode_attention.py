@@ -5,7 +5,7 @@ import torch
 from .dispatch import choose, run
 from .merge_partials import merge_pair
 from .open_pages import open_pages
-from .page_codes import PageCodes
+from .page_codes import PageCodes, coded_dims
 from .partial_attention import partial_attention
 
 # The decoded tokens and the logits of one block of pages stay below this.
@@ -68,7 +68,7 @@ def paged_decode_attention(
         If shapes do not match.
     """
     _check(query, keys, values, table, lengths, counts)
-    how = choose(query.device, backend)
+    how = choose(query.device, backend, coded_dims(keys, values))
     if how != "torch":
         arguments = (query, keys, values, table, lengths, counts, scale, softcap, page_lse, tuning or {})
         out, lse, masses = run("paged_decode_attention", how, query.device, *arguments)

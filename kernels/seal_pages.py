@@ -40,7 +40,7 @@ def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str | N
     """
     if kind == "none":
         return PageCodes(kind, tokens.shape[2], tokens)
-    how = choose(tokens.device, backend)
+    how = choose(tokens.device, backend, tokens.shape[-1:])
     if how != "torch":
         sealed: PageCodes = run("seal_pages", how, tokens.device, tokens, kind, keys=keys)
         return sealed

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import torch
@@ -111,8 +112,19 @@ def launch_parameters(
 
 
 def split_count(blocks: int, columns: int, programs: int) -> int:
-    """Return into how many parts to cut the rows of a table of some columns to give `programs` programs work."""
-    return max(1, min(-(-programs // max(1, blocks)), columns // MIN_PAGES, MAX_SPLITS))
+    """Return into how many parts to cut rows of some table columns, for a GPU that runs `programs` programs at once.
+
+    The fewest whose rounds of programs leave hardly more of the GPU idle than the best number would: each further part
+    costs a part of the merge.
+    """
+    return _fewest_splits(blocks, min(columns // MIN_PAGES, MAX_SPLITS, -(-4 * programs // max(1, blocks))), programs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _fewest_splits(blocks: int, most: int, programs: int) -> int:
+    rounds = [blocks * splits / programs for splits in range(1, max(1, most) + 1)]
+    busy = [count / max(1, math.ceil(count)) for count in rounds]
+    return next(splits for splits, share in enumerate(busy, 1) if share >= 0.85 * max(busy))
 
 
 def key_constants(keys: PageCodes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 import torch
 import triton
 
+from .dispatch import takes
 from .page_codes import BITS, FP8_MAX, PageCodes
 
 #: Subtracted from codes, so that the rounding of what multiplies them is that of the decoded tokens.
@@ -43,7 +44,7 @@ def pool_operands(pages: PageCodes, floor_dtype: torch.dtype) -> PoolOperands:
         If the floors are not of keys, or of values, as `floor_dtype` says.
     """
     coded = pages.kind != "none"
-    if coded and (pages.dim % 2 or pages.dim < 16):
+    if coded and not takes(pages.dim):
         raise ValueError(f"Triton's kernels take an even number of at least 16 coded channels, not {pages.dim}")
     if pages.floor is not None and pages.floor.dtype != floor_dtype:
         raise TypeError(f"floors of dtype {pages.floor.dtype} where {floor_dtype} was expected: keys for values?")
@@ -67,15 +68,11 @@ _WORDS = {torch.float16: torch.int32, torch.int8: torch.int16}
 
 
 def _pages_per_head(tensor: torch.Tensor) -> int:
-    page = math.prod(tensor.shape[2:])
-    inner = tensor.stride()[2:] == _contiguous_strides(tensor.shape[2:]) and tensor.stride(0) % page == 0
-    if not inner or (tensor.shape[1] > 1 and tensor.stride(1) != page):
+    head = tensor.select(0, 0)
+    page = head.numel() // tensor.shape[1]
+    if not head.is_contiguous() or tensor.stride(0) % page:
         raise ValueError(f"a pool of shape {tuple(tensor.shape)} has strides {tensor.stride()}: pages not contiguous")
     return tensor.stride(0) // page if tensor.shape[0] > 1 else 0
-
-
-def _contiguous_strides(shape: torch.Size) -> tuple[int, ...]:
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def layout(pages: PageCodes) -> tuple[int, int, int, float]:

@@ -167,3 +167,15 @@ def test_a_pool_on_the_wrong_device_is_not_interpreted() -> None:
     case = random_case(lengths=(1,))
     with pytest.raises(ValueError, match="needs tensors on"):
         kernels.paged_decode_attention(*case.arguments(), backend="interpret" if GPU else "triton")
+
+
+@pytest.mark.parametrize(
+    ("dims", "expected"), [((128, 64), "triton"), ((), "triton"), ((128, 8), "torch"), ((17,), "torch")]
+)
+def test_channels_that_do_not_pair_up_are_left_to_torch(
+    dims: tuple[int, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "_taken", None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("PIKV_KERNELS", raising=False)
+    assert dispatch.choose(torch.device("cuda", 0), None, dims) == expected

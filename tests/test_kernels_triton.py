@@ -1,5 +1,6 @@
 """The Triton kernel of the decode step against float64: compiled on a GPU, else interpreted on the CPU."""
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import BACKEND, DEVICE, GPU, Case, assert_as_exact, check, naive_attention, random_case
 
-from pikv_hf.kernels import paged_decode_attention
+from pikv_hf.kernels import dispatch, paged_decode_attention
 from pikv_hf.kernels.page_codes import KINDS, Kind, PageCodes
 
 BFLOAT16 = pytest.param(
@@ -138,6 +139,18 @@ def test_tables_and_queries_need_not_be_contiguous() -> None:
 @pytest.mark.parametrize("tuning", [{"num_warps": 2, "num_stages": 1}, {"programs_per_processor": 3}, {"splits": 5}])
 def test_launch_parameters_do_not_change_the_result(tuning: dict[str, int]) -> None:
     check(random_case(lengths=(4, 2)), tuning=tuning)
+
+
+def test_rows_are_cut_into_enough_parts_to_fill_a_gpu_and_no_more() -> None:
+    count = dispatch.load("paged_decode_attention", BACKEND).split_count
+    assert 0.85 * 1056 <= 8 * count(8, 4096, 1056) <= 1056
+    assert count(8, 40, 1056) in (9, 10)
+    assert count(8, 3, 1056) == count(8, 0, 1056) == count(0, 100, 1056) == 1
+    assert count(1056, 4096, 1056) == count(5000, 4096, 1056) == 1
+    # One round of 600 programs would leave 43% of the GPU idle, and so would two of them.
+    rounds = 600 * count(600, 4096, 1056) / 1056
+    assert rounds / math.ceil(rounds) > 0.8
+    assert 200 < count(1, 10**6, 10**6) <= 256
 
 
 def test_what_a_caller_can_get_wrong() -> None:
