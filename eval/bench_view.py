@@ -15,7 +15,7 @@ from pikv_hf.report import format_bytes
 from .bench import Comparison
 from .provenance import provenance
 
-WIDTH = 120
+WIDTH = 100
 
 
 def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
@@ -65,14 +65,13 @@ def _table(done: list[Comparison]) -> Table:
     with_codecs = any(each.codec != "none" for each in done)
     names = ["case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"]
     if with_codecs:
-        names[1:1], names[-1:] = ["codec"], ["bytes", "time / none", "difference"]
+        names[:1], names[-1:] = ["codec"], ["bytes", "time/none", "difference"]
     for name in names:
         table.add_column(name, justify="left" if name in ("case", "codec") else "right", no_wrap=True)
     for each in done:
         size, slower = each.kv_bytes or 0, each.to_none
         table.add_row(
-            each.name,
-            *([each.codec] if with_codecs else []),
+            each.codec if with_codecs else each.name,
             str(each.batch),
             f"{each.tokens:,}",
             f"{each.pikv.p50 * 1e3:,.2f}",

@@ -15,13 +15,13 @@ from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values, u
 from .partial_attention import MAX_LOGITS, partial_attention
 
 # Numbers of one block as float32: small enough for a processor's cache, large enough to hide the calls.
-BLOCK_BYTES = 2 * 1024 * 1024
+BLOCK_BYTES = 4 * 1024 * 1024
 
 # What float8 e4m3's exponent counts from, against float16's.
 FP8_AS_HALF = 256
 
 # What is made once for many blocks, the queries with a page's steps folded in, is made for so many bytes of them.
-SPAN_BYTES = 16 * 1024 * 1024
+SPAN_BYTES = 4 * 1024 * 1024
 
 _scratch = threading.local()
 
@@ -136,7 +136,10 @@ def _block_pages(*pages: PageCodes) -> int:
 
 
 def page_logits(query: torch.Tensor, keys: PageCodes) -> torch.Tensor:
-    """Return the products of queries `(H, M, D + L)` float32 with the keys of n pages, `(H, n, M, P)` float32."""
+    """Return the products of queries `(H, M, D + L)` float32 with the keys of n pages, `(H, n, M, P)` float32.
+
+    They are in memory that the next call may overwrite.
+    """
     shape = keys.pages, keys.page_size
     if keys.spread is None:
         # As they are: one product per head for all pages.
@@ -153,8 +156,9 @@ def page_logits(query: torch.Tensor, keys: PageCodes) -> torch.Tensor:
 def _coded_logits(query: torch.Tensor, keys: PageCodes) -> torch.Tensor:
     """Return the products of queries `(H, 1, M, D)` with coded channels."""
     step = _steps(keys)
-    folded = query * step.unsqueeze(2)
-    logits = folded.new_empty((*folded.shape[:3], keys.page_size))
+    shape = (*step.shape[:2], query.shape[2])
+    folded = torch.mul(query, step.unsqueeze(2), out=_buffer("queries", (*shape, keys.dim), query.device))
+    logits = _buffer("logits", (*shape, keys.page_size), query.device)
     for start in range(0, keys.pages, size := _block_pages(keys)):
         block = slice(start, min(start + size, keys.pages))
         products = torch.matmul(folded[:, block], _numbers(keys.narrow(block.start, block.stop)).transpose(2, 3))
@@ -212,7 +216,9 @@ def _numbers(pages: PageCodes) -> torch.Tensor:
     There are `P' >= P` rows; those beyond a page's last token are zero.
     """
     per_byte = 8 // BITS.get(pages.kind, 8)
-    numbers = _buffer((*pages.codes.shape[:2], pages.codes.shape[2] * per_byte, pages.dim), pages.codes.device)
+    numbers = _buffer(
+        "numbers", (*pages.codes.shape[:2], pages.codes.shape[2] * per_byte, pages.dim), pages.codes.device
+    )
     if pages.kind == "fp8":
         return numbers.copy_(_half_of_fp8(pages.codes))
     if per_byte == 1:
@@ -235,10 +241,13 @@ def _half_of_fp8(codes: torch.Tensor) -> torch.Tensor:
     return bits.view(torch.float16)
 
 
-def _buffer(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return uninitialised float32 memory that the next call on this thread may overwrite."""
+def _buffer(purpose: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return uninitialised float32 memory that the next call for this purpose on this thread may overwrite.
+
+    Memory fresh from the system is cleared page by page when it is first touched, which takes longer than using it.
+    """
     count = math.prod(shape)
     held = _scratch.__dict__.setdefault("buffers", {})
-    if device not in held or held[device].numel() < count:
-        held[device] = torch.empty(count, dtype=torch.float32, device=device)
-    return held[device][:count].view(shape)
+    if (purpose, device) not in held or held[purpose, device].numel() < count:
+        held[purpose, device] = torch.empty(count, dtype=torch.float32, device=device)
+    return held[purpose, device][:count].view(shape)
