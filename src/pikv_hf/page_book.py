@@ -1,5 +1,6 @@
 """What is known of the pages of a pool: who holds them, how many tokens they have, where these are in the sequence."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ PageIds = npt.NDArray[np.int64]
 MIN_GROWTH = 4
 
 
-class PageBook:
+class PageBook(ABC):
     """Allocation and reference counts of the pages of one layer on one device; a subclass keeps their K/V.
 
     A page holds up to `page_size` tokens of one sequence, of all KV heads, in order of position. Page numbers stay
@@ -58,17 +59,17 @@ class PageBook:
 
     # What a subclass keeps of a page: tensors with the pages along dimension 1
 
+    @abstractmethod
     def token_tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold K/V, `(H, N, ...)` each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
         """Take grown copies of :meth:`token_tensors`, in that order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)` keys and `(H, n * P, Dv)` values."""
-        raise NotImplementedError
 
     @property
     def capacity(self) -> int:
