@@ -43,9 +43,8 @@ class SealedPool(PageBook):
 
     @property
     def name(self) -> str:
-        """`"int4"`, or `"int4/int2"` where keys and values differ."""
-        names = self.key_codec.name, self.value_codec.name
-        return names[0] if names[0] == names[1] else "/".join(names)
+        """See :func:`pool_name`."""
+        return pool_name(self.key_codec, self.value_codec)
 
     def token_tensors(self) -> list[torch.Tensor]:
         """Return all parts of the codes of keys, then of values."""
@@ -100,3 +99,9 @@ class SealedPool(PageBook):
         table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)
         dtype = self.dtype if codec.basis is None else torch.float32
         return codec.from_code_space(gather_pages(codes, table, lengths, self.counts(), dtype)[0]).to(self.dtype)
+
+
+def pool_name(key_codec: Codec, value_codec: Codec) -> str:
+    """Return `"int4"`, or `"int4/int2"` where keys and values differ."""
+    names = key_codec.name, value_codec.name
+    return names[0] if names[0] == names[1] else "/".join(names)

@@ -11,7 +11,7 @@ from .codecs import Codec
 from .config import PiKVConfig
 from .page_book import PageBook, PageIds
 from .pages import FullPages, PagePool
-from .sealed_pool import SealedPool
+from .sealed_pool import SealedPool, pool_name
 from .sealing import Encoded, Sealer
 
 if TYPE_CHECKING:
@@ -171,8 +171,10 @@ class PageStore:
         return packed
 
     def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
-        pool = SealedPool(self.plain, key_codec, value_codec)
-        return self.sealed.setdefault(pool.name, pool)
+        name = pool_name(key_codec, value_codec)
+        if name not in self.sealed:
+            self.sealed[name] = SealedPool(self.plain, key_codec, value_codec)
+        return self.sealed[name]
 
     def reserve_sealed(self, pages: int) -> None:
         """Make room for packed pages of a prompt, where it is known which codec will take them."""
