@@ -204,3 +204,29 @@ def floor_values(codes: PageCodes) -> torch.Tensor:
     if codes.floor.dtype == torch.int8:
         return codes.floor.float() * (spread_values(codes.spread) / FLOOR_UNITS)
     return codes.floor.float()
+
+
+def reordered(codes: PageCodes, order: torch.Tensor) -> PageCodes:
+    """Return pages with their tokens in another order; what each is decoded to stays as it is.
+
+    Parameters
+    ----------
+    codes : PageCodes
+        N pages.
+    order : torch.Tensor
+        `(N, P)` int64, the place in the old page of each token of the new one.
+    """
+
+    def moved(tokens: torch.Tensor) -> torch.Tensor:
+        index = order[None, :, :, None].expand(tokens.shape[0], -1, -1, tokens.shape[-1])
+        return tokens.gather(2, index)
+
+    def moved_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return pack(moved(unpack(packed, bits, codes.page_size)), bits)
+
+    return dataclasses.replace(
+        codes,
+        codes=moved_codes(codes.codes, BITS[codes.kind]) if codes.kind in BITS else moved(codes.codes),
+        fine=None if codes.fine is None else moved_codes(codes.fine, 4),
+        latent=None if codes.latent is None else moved(codes.latent),
+    )

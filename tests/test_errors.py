@@ -8,7 +8,6 @@ import transformers
 from families import COMMON, FAMILIES, prompts
 
 from pikv_hf import PiKVCache, PiKVConfig, attach, detach
-from pikv_hf.layer import PiKVLayer
 
 SMALL = {"page_size": 8, "recent_window": 8}
 
@@ -211,14 +210,6 @@ def test_router_of_another_batch(filled: PiKVCache) -> None:
     filled.update(kv(tokens=4), kv(tokens=4), 0)
     with pytest.raises(RuntimeError, match="layer 0: the router chose experts for 5 tokens, the cache got 12"):
         filled.layers[0].record_experts(torch.zeros(5, dtype=torch.long))
-
-
-def test_keys_and_values_are_read_only(filled: PiKVCache) -> None:
-    layer = filled.layers[0]
-    assert isinstance(layer, PiKVLayer)
-    assert layer.keys.shape == (3, 2, 75, 16)
-    with pytest.raises(AttributeError):
-        layer.keys = torch.zeros(1)
 
 
 def test_offloading_is_refused(filled: PiKVCache) -> None:

@@ -50,6 +50,12 @@ class FakeAttachment:
     def expect(self, layer: PiKVLayer) -> None:
         pass
 
+    def forget(self, layer: PiKVLayer) -> None:
+        pass
+
+    def take_marks(self, layer: PiKVLayer) -> None:
+        return None
+
 
 @dataclasses.dataclass
 class Row:

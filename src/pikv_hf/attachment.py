@@ -11,10 +11,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from .attention import pikv_attention_forward
 from .experts import LayerRouter, find_router
+from .marks import note_reader, take_marks
 from .masks import pikv_mask
 
 if TYPE_CHECKING:
     from .layer import PiKVLayer
+    from .layer_tokens import LayerTokens
 
 ATTENTION_NAME = "pikv"
 _MODEL_ATTRIBUTE = "_pikv_attachment"
@@ -33,8 +35,11 @@ class Attachment:
         self._model = weakref.ref(model)
         self._configs = _attention_configs(model)
         self.routers = _find_routers(model)
-        self._modules = {id(module) for _, module in _attention_modules(model).values()}
+        modules = _attention_modules(model)
+        self._modules = {id(module) for _, module in modules.values()}
+        self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
         self._waiting: dict[int, weakref.ref[PiKVLayer]] = {}
+        self._lingering: weakref.ref[PiKVLayer] | None = None
         self._handles: list[Any] = []
         self._previous: dict[int, Any] = {}
         self._entered = 0
@@ -53,6 +58,24 @@ class Attachment:
     def expect(self, layer: "PiKVLayer") -> None:
         """Deliver the next experts that the layer's router chooses to this layer of a cache."""
         self._waiting[layer.layer_idx] = weakref.ref(layer)
+
+    def forget(self, layer: "LayerTokens") -> None:
+        """Deliver nothing to a layer whose newest tokens have changed since they were expected."""
+        reference = self._waiting.get(layer.layer_idx)
+        if reference is not None and reference() is layer:
+            del self._waiting[layer.layer_idx]
+
+    def linger(self, layer: "PiKVLayer") -> None:
+        """Let a layer store its new tokens when the next one comes, and the one before it now."""
+        before = None if self._lingering is None else self._lingering()
+        self._lingering = weakref.ref(layer)
+        if before is not None and before is not layer:
+            before.settle_unless_held()
+
+    def take_marks(self, layer: "LayerTokens") -> Any:
+        """Return, once, what kvpress marked for this layer; see :func:`~pikv_hf.marks.take_marks`."""
+        reference = self._attention.get(layer.layer_idx)
+        return take_marks(None if reference is None else reference(), layer)
 
     def _receiver(self, layer_idx: int) -> Any:
         def deliver(experts: torch.Tensor) -> None:
@@ -81,6 +104,8 @@ class Attachment:
                 config._attn_implementation = ATTENTION_NAME
         if not self._handles:
             self._handles = [router.listen(self._receiver(index)) for index, router in self.routers.items()]
+            modules = filter(None, (reference() for reference in self._attention.values()))
+            self._handles += [m.register_forward_pre_hook(_fit_mask, with_kwargs=True) for m in modules]
 
     def undo(self) -> None:
         """Restore the attention implementations and remove the hooks."""
@@ -115,6 +140,20 @@ class Attachment:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         # A copied model is not attached: the hooks of this one report to this one's caches.
         return None
+
+
+def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Cut the mask, one for all layers, to a layer of fewer columns, where another implementation attends."""
+    if getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION_NAME) == ATTENTION_NAME:
+        return None
+    note_reader(module, None, prompt=False)
+    index, mask = getattr(module, "layer_idx", -1), kwargs.get("attention_mask")
+    layers = getattr(kwargs.get("past_key_values"), "layers", ())
+    if not isinstance(mask, torch.Tensor) or not 0 <= index < len(layers):
+        return None
+    dropped = getattr(layers[index], "dropped", 0)
+    # What was assigned is all visible, and so is what was seen before: the mask's last columns are the layer's own.
+    return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
 
 
 def attach(model: Any, placement: str = "expert") -> Attachment:

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .kernels import causal_attention, merge_pair
 from .kernels.dispatch import choose
@@ -12,7 +13,8 @@ from .kernels.merge_partials import merge_sinks
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
-from .masks import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid
+from .marks import note_reader
+from .masks import PLAIN_ATTRIBUTE, PageBias, by_lane, new_tokens_valid, trailing_columns
 from .page_book import PageBook
 from .read_plan import ReadPlan, Run
 from .readers import Partial, PlainReader, SealedReader, reader_of
@@ -20,6 +22,9 @@ from .table import PageTable
 
 # Scattered pages are gathered at most this many bytes of K/V at a time.
 MAX_GATHER_BYTES = 64 * 1024 * 1024
+
+# Where a press puts what it wants called with the queries of each call: `(query, scale, sinks, softcap)`.
+OBSERVER_ATTRIBUTE = "_pikv_observer"
 
 
 def pikv_attention_forward(
@@ -57,11 +62,16 @@ def pikv_attention_forward(
     layer = getattr(key, LAYER_ATTRIBUTE, None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    if (observer := getattr(module, OBSERVER_ATTRIBUTE, None)) is not None:
+        observer(query, scale, sinks, softcap)
     if not isinstance(layer, PiKVLayer):
+        note_reader(module, None, prompt=False)
         if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
             attention_mask = _trailing_causal_mask(query, key)
         if sinks is None and softcap is None:
-            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
+            # As registered: kvpress has wrapped it, to hide what its head-wise presses have marked.
+            sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+            return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs)
         return _to_output(*_attend_new(query, key, value, attention_mask, scale, softcap), sinks, query.dtype), None
 
     if layer.attachment is not None and not layer.attachment.owns(module):
@@ -70,11 +80,14 @@ def pikv_attention_forward(
             f"layer {layer.layer_idx}: the cache was made for another model than the one that {type(module).__name__} "
             "belongs to; make one with PiKVCache.for_model(model)"
         )
-    if attention_mask is not None and attention_mask.shape[-1] != (seen := layer.seen):
+    if attention_mask is not None and attention_mask.shape[-1] != (seen := layer.positions_seen):
         layer.rollback(query.shape[2])
         raise ValueError(
             f"layer {layer.layer_idx}: the attention mask spans {attention_mask.shape[-1]} positions, the cache {seen}"
         )
+    if attention_mask is not None and layer.dropped:
+        attention_mask = trailing_columns(attention_mask, layer.seen)
+    note_reader(module, layer, prompt=layer.seen == query.shape[2])
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
     layer.observe(query, scale)
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
@@ -143,6 +156,11 @@ def attend_pages(
     """
     batch, query_heads, queries, dim = query.shape
     heads = table.pool.keys.shape[0]
+    if (lanes := len(table.rows) // batch) > 1:
+        # Heads keep different tokens: each is a row of its own.
+        rows = query.reshape(batch * lanes, query_heads // lanes, queries, dim)
+        out, lse = attend_pages(table, rows, None if mask is None else by_lane(mask, batch, lanes), scale, softcap)
+        return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
     groups = query_heads // heads
     bias = None if mask is None else PageBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.

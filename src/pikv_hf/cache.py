@@ -8,8 +8,9 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .attachment import Attachment, check_supported, ensure_attached
+from .checks import check_fits, cropped_length
 from .config import PiKVConfig
-from .layer import PiKVLayer, check_fits, cropped_length
+from .layer import PiKVLayer
 from .memory import layer_memory
 from .report import MemoryReport
 
@@ -99,6 +100,19 @@ class PiKVCache(Cache):
             check_fits(layer_idx, key_states, value_states, _held(layer))
         return layer.update(key_states, value_states, *args, **kwargs)
 
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Return the number of positions that the model has seen, padding and evicted tokens included.
+
+        For a layer given by its index, what the layer itself counts. That differs where K/V were assigned from outside,
+        as kvpress does: the layer then has as many positions as tokens were assigned, and the model goes on where it
+        was.
+        """
+        if layer_idx is not None:
+            if layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], PiKVLayer):
+                layer.may_return()
+            return super().get_seq_length(layer_idx)
+        return next((x.positions_seen for x in self.layers if isinstance(x, PiKVLayer)), super().get_seq_length())
+
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
         return -1
@@ -117,6 +131,9 @@ class PiKVCache(Cache):
         length = cropped_length(seen, max_length)
         if length >= seen:
             return
+        for layer in self.layers:
+            if isinstance(layer, PiKVLayer):
+                layer.column_of(length)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window:
                 raise ValueError(
@@ -125,7 +142,7 @@ class PiKVCache(Cache):
                 )
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.truncate(length)
+                layer.truncate(layer.column_of(length))
             else:
                 layer.crop(length - layer.get_seq_length())
 
@@ -150,7 +167,7 @@ class PiKVCache(Cache):
     def _batch_size(self) -> int | None:
         for layer in self.layers:
             if isinstance(layer, PiKVLayer) and layer.table is not None:
-                return len(layer.table.rows)
+                return layer.batch
             if not isinstance(layer, PiKVLayer) and layer.is_initialized:
                 return int(layer.keys.shape[0])
         return None
@@ -189,6 +206,9 @@ class PiKVCache(Cache):
 
     def memory_report(self) -> MemoryReport:
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
+        for layer in self.layers:
+            if isinstance(layer, PiKVLayer):
+                layer.settle_unless_held()
         layers = tuple(layer_memory(index, layer) for index, layer in enumerate(self.layers))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 

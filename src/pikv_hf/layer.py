@@ -1,23 +1,12 @@
-"""One layer of the cache: the protocol that transformers speaks to it."""
+"""One layer of the cache: the protocol that transformers, attention and routers speak to it."""
 
-import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
-from transformers.cache_utils import CacheLayerMixin
 
-from .config import PiKVConfig
-from .pages import PagePool
-from .placement import expert_placement, hash_placement
-from .store import PageStore
-from .table import PageTable
-from .writer import SequenceWriter, ShardOf
-
-if TYPE_CHECKING:
-    from .attachment import Attachment
+from .checks import check_fits
+from .layer_tokens import LayerTokens
+from .pending import Pending
 
 # The attribute of a returned key tensor by which the attention function finds the layer.
 LAYER_ATTRIBUTE = "_pikv_layer"
@@ -27,82 +16,7 @@ LAYER_ATTRIBUTE = "_pikv_layer"
 OBSERVED_POSITIONS, MAX_OBSERVED = 8, 64
 
 
-@dataclasses.dataclass(slots=True)
-class Pending:
-    """The new K/V of a call with several tokens, until the layer's router has chosen their experts.
-
-    Attributes
-    ----------
-    keys, values : torch.Tensor
-        `(B, H, Q, D)` and `(B, H, Q, Dv)`, the model's own tensors.
-    valid : torch.Tensor or None
-        `(B, Q)` bool, False for padding; None if every token counts.
-    vetted : bool
-        Whether the attention function has said which tokens are padding.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    valid: torch.Tensor | None = None
-    vetted: bool = False
-
-
-Held = tuple[tuple[int, int, int, int], torch.dtype, torch.device]
-
-
-def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: Held | None) -> None:
-    """Raise unless new K/V are well-formed and fit what a layer holds.
-
-    Parameters
-    ----------
-    layer_idx : int
-        For the message.
-    keys, values : torch.Tensor
-        `(B, H, Q, D)` and `(B, H, Q, Dv)`.
-    held : tuple, optional
-        `(B, H, D, Dv)`, dtype and device of what is stored.
-    """
-    where = f"layer {layer_idx}"
-    if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
-        raise ValueError(
-            f"{where}: keys and values must be (batch, heads, tokens, head_dim) with equal first three sizes, got "
-            f"{tuple(keys.shape)} and {tuple(values.shape)}"
-        )
-    if keys.dtype != values.dtype or keys.device != values.device:
-        raise ValueError(f"{where}: keys are {keys.dtype} on {keys.device}, values {values.dtype} on {values.device}")
-    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-        raise RuntimeError(
-            f"{where}: K/V require gradients, which this cache does not keep; "
-            "call the model under torch.no_grad() or train without past_key_values"
-        )
-    if held is None:
-        return
-    shape, dtype, device = held
-    if (new := (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])) != shape:
-        raise ValueError(
-            f"{where}: got K/V with (batch, heads, key dim, value dim) = {new}, but the cache holds {shape}; "
-            "a cache serves one model and one batch until reset()"
-        )
-    if (keys.dtype, keys.device) != (dtype, device):
-        raise ValueError(f"{where}: got {keys.dtype} on {keys.device}, but the cache holds {dtype} on {device}")
-
-
-# Up to 5.17 `crop(0)` keeps nothing, from 5.18 on it removes nothing.
-_ZERO_REMOVES_NOTHING = Version(transformers.__version__) >= Version("5.18.0.dev0")
-
-
-def cropped_length(seen: int, argument: int) -> int:
-    """Return how many of `seen` positions `crop(argument)` keeps.
-
-    A negative argument is a number of tokens to remove, which all releases of transformers agree on. A positive one is
-    the length to keep, as up to 5.17; zero means what the installed release means by it.
-    """
-    if argument < 0 or (argument == 0 and _ZERO_REMOVES_NOTHING):
-        return max(0, seen + argument)
-    return min(seen, argument)
-
-
-class PiKVLayer(CacheLayerMixin):
+class PiKVLayer(LayerTokens):
     """The paged K/V of one attention layer.
 
     Parameters
@@ -115,48 +29,14 @@ class PiKVLayer(CacheLayerMixin):
         The attached model. Without one, `update` returns dense K/V for any attention implementation.
     """
 
-    is_sliding = False
-    is_compileable = False
-
-    def __init__(self, layer_idx: int, config: PiKVConfig, attachment: "Attachment | None" = None) -> None:
-        self.layer_idx = layer_idx
-        self.config = config
-        self.attachment = attachment
-        self.routed = attachment is not None and config.placement != "hash" and layer_idx in attachment.routers
-        self._clear()
-
     def _clear(self) -> None:
-        self.table: PageTable | None = None
-        self.pending: Pending | None = None
-        self.seen = 0
-        self.is_initialized = False
-        # Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
-        self.vetted = True
-        self._slots: torch.Tensor | None = None
+        super()._clear()
         # Whether the key tensor last returned carries a reference that no attention call has picked up yet, and
         # whether one of a prompt got lost on the way (JetMoE repeats the keys), where the new K/V alone are right:
         # from then on the layer returns dense K/V.
         self._reference_out = False
         self._reference_lost = False
         self._history_out = False
-
-    def _shard_of(self) -> ShardOf:
-        if self.routed and self.attachment is not None:
-            num_experts = self.attachment.routers[self.layer_idx].num_experts
-            return expert_placement(num_experts, self.config.num_shards, self.layer_idx)
-        return hash_placement(self.config.page_size, self.config.num_shards)
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Create the empty pool and page table for K/V of these shapes."""
-        batch, heads, _, dim = key_states.shape
-        self.dtype, self.device = key_states.dtype, key_states.device
-        size = self.config.page_size
-        pool = PagePool(heads, dim, value_states.shape[-1], size, self.dtype, self.device)
-        shards, window, sinks = self.config.num_shards, self.config.recent_window, self.config.sink_tokens
-        self.table = PageTable(
-            SequenceWriter(PageStore(pool, self.config), shards, window, sinks, self._shard_of()), batch
-        )
-        self.is_initialized = True
 
     # Updating
 
@@ -181,11 +61,13 @@ class PiKVLayer(CacheLayerMixin):
         ValueError, RuntimeError
             If the tensors do not fit what is stored; nothing has changed then.
         """
-        self._check(key_states, value_states)
+        check_fits(self.layer_idx, key_states, value_states, self._held())
         in_place = self._reads_in_place()
+        holds = self.holds
         self.settle()
         if self.table is None:
             self.lazy_initialization(key_states, value_states)
+        self._remember()
         history = self.seen > 0
         if history and not in_place:
             past = self.dense()
@@ -193,12 +75,13 @@ class PiKVLayer(CacheLayerMixin):
             self._append(key_states, value_states)
         else:
             self.pending = Pending(key_states, value_states)
+            self.holds = holds
         self.seen += key_states.shape[2]
         self.vetted &= in_place
         if self.routed and self.attachment is not None:
             self.attachment.expect(self)
         elif not in_place:
-            self.settle()
+            self._settle_soon()
         if not in_place:
             if not history:
                 return key_states, value_states
@@ -238,28 +121,33 @@ class PiKVLayer(CacheLayerMixin):
 
     def observe(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
-        if self.table is None or not self.table.pages.seals:
+        if self.table is None or not self.table.pages.seals or self.lanes > 1:
+            # A page of a lane is of any head: no queries are those of all pages.
             return
         batch, _, new, dim = query.shape
-        heads = self.table.pool.keys.shape[0]
         if new == 1 and self.table.pages.queries is not None and self.seen % self.config.page_size:
             # Pages fill now and then: looking at every decoded token would only cost time.
             return
-        recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, heads, -1, dim).transpose(0, 1)
-        self.table.pages.observe(recent.reshape(heads, -1, dim)[:, :MAX_OBSERVED].clone(), scale)
+        recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
+        self.table.pages.observe(recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone(), scale)
 
     def attend_ends(self) -> None:
-        """Store the new tokens if no router is to be awaited."""
+        """Store the new tokens soon if no router is to be awaited."""
         if not self.routed:
-            self.settle()
+            self._settle_soon()
 
-    def _check(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        held = None
-        if self.table is not None:
-            pool = self.table.pool
-            shape = (len(self.table.rows), pool.keys.shape[0], pool.keys.shape[3], pool.values.shape[3])
-            held = shape, self.dtype, self.device
-        check_fits(self.layer_idx, keys, values, held)
+    def _settle_soon(self) -> None:
+        """Store the new tokens before the next layer's: until then a press may take them as they came."""
+        if self.pending is None or self.attachment is None:
+            self.settle()
+        else:
+            self.attachment.linger(self)
+
+    def settle_unless_held(self) -> None:
+        """Store what is pending, unless a router or a press has yet to say where."""
+        awaited = self.routed and self.pending is not None and self.pending.experts is None
+        if self._staged is None and not self.holds and not awaited:
+            self.settle()
 
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""
@@ -270,68 +158,38 @@ class PiKVLayer(CacheLayerMixin):
         """Write one decoded token per row into the window; its expert follows from the router."""
         assert self.table is not None
         self._slots = self.table.pool.index(self.table.next_slots())
-        self.table.pool.write_newest(
-            self._slots, keys.squeeze(2).transpose(0, 1), values.squeeze(2).transpose(0, 1), self.seen
-        )
+        keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
+        self.table.pool.write_newest(self._slots, keys.transpose(0, 1), values.transpose(0, 1), self.seen)
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
         assert self.table is not None
-        batch = len(self.table.rows)
-        expected = batch if self.pending is None else batch * self.pending.keys.shape[2]
+        batch = self.batch
+        expected = batch if self.pending is None else batch * self.pending.tokens
         if experts.numel() != expected:
             raise RuntimeError(
                 f"layer {self.layer_idx}: the router chose experts for {experts.numel()} tokens, "
                 f"the cache got {expected}"
             )
         if self.pending is not None:
-            self._place(experts.view(batch, -1))
+            self.pending.experts = experts.view(batch, -1)
+            self._take_marks()
+            if self.pending is not None and not self.holds:
+                self._place(self.pending.experts)
         elif self._slots is not None:
-            self.table.pool.experts.view(-1).index_copy_(0, self._slots, experts.to(torch.int16))
+            chosen = self._row_by_lane(experts.view(-1)).to(torch.int16)
+            self.table.pool.experts.view(-1).index_copy_(0, self._slots, chosen)
 
-    def settle(self) -> None:
-        """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
-        if self.pending is not None:
-            keys = self.pending.keys
-            self._place(torch.full((keys.shape[0], keys.shape[2]), -1, device=keys.device))
-        if self.table is not None:
-            self.table.flush()
-
-    def _place(self, experts: torch.Tensor) -> None:
-        assert self.table is not None
-        assert self.pending is not None
-        new, start = self.pending, self.seen - self.pending.keys.shape[2]
-        positions = torch.arange(start, self.seen, dtype=torch.int32, device=self.device)
-        self.table.store(new.keys, new.values, positions, experts.to(torch.int16), new.valid)
-        self.vetted &= new.vetted
-        self.pending = None
-
-    # Reading
-
-    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all stored K/V in time order, `(B, H, T, D)` and `(B, H, T, Dv)`; padding reads as zeros."""
-        self.settle()
-        assert self.table is not None
-        return self.table.dense(self.seen)
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """The stored keys, dense; None before the first update. A copy: writing to it changes nothing."""
-        return None if self.table is None else self.dense()[0]
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """The stored values, dense; None before the first update. A copy: writing to it changes nothing."""
-        return None if self.table is None else self.dense()[1]
+    # Lengths
 
     def get_seq_length(self) -> int:
-        """Return the number of positions seen, padding included."""
+        """Return the number of columns: positions seen, padding and evicted tokens included, or what was assigned."""
         return self.seen
 
     def get_mask_sizes(self, cache_position: torch.Tensor | int) -> tuple[int, int]:
-        """Return `(kv_length, kv_offset)` of the mask for the coming call, in logical positions."""
+        """Return `(kv_length, kv_offset)` of the mask for the coming call, in the model's positions."""
         new = cache_position if isinstance(cache_position, int) else cache_position.shape[0]
-        return self.seen + new, 0
+        return self.positions_seen + new, 0
 
     def get_max_cache_shape(self) -> int:
         """Return -1: the layer has no maximum length."""
@@ -341,25 +199,7 @@ class PiKVLayer(CacheLayerMixin):
         """Return -1: the layer has no maximum length (transformers' name from 5.14 on)."""
         return -1
 
-    def storages(self) -> list[torch.Tensor]:
-        """Return the tensors that hold this layer's memory."""
-        held = [] if self.table is None else self.table.pages.tensors()
-        return held if self.pending is None else [*held, self.pending.keys, self.pending.values]
-
     # Changing rows and length
-
-    def select(self, indices: Sequence[int]) -> None:
-        """Replace the rows of the batch by those at `indices`. No token is copied."""
-        if self.table is None:
-            return
-        self.table.select(indices)
-        self._slots = None
-        if self.pending is not None:
-            index = torch.as_tensor(list(indices), device=self.device)
-            valid = None if self.pending.valid is None else self.pending.valid[index]
-            self.pending = dataclasses.replace(
-                self.pending, keys=self.pending.keys[index], values=self.pending.values[index], valid=valid
-            )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search."""
@@ -367,45 +207,27 @@ class PiKVLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
-        if self.table is not None:
-            self.select([row for row in range(len(self.table.rows)) for _ in range(repeats)])
+        self.select([row for row in range(self.batch) for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows at `indices`."""
         if self.table is not None:
-            self.select(torch.arange(len(self.table.rows))[indices.cpu()].tolist())
-
-    def crop(self, max_length: int) -> None:
-        """Keep the first `max_length` positions, or remove the last `-max_length`; see :func:`cropped_length`."""
-        self.truncate(cropped_length(self.seen, max_length))
+            self.select(torch.arange(self.batch)[indices.cpu()].tolist())
 
     def truncate(self, length: int) -> None:
-        """Keep the first `length` positions."""
+        """Keep the first `length` columns."""
         if length >= self.seen or self.table is None:
             return
-        if self.pending is not None and length <= self.seen - self.pending.keys.shape[2]:
-            self.pending = None
-        self.settle()
-        self.table.crop(length)
-        self.seen = length
-        self._slots = None
+        super().truncate(length)
         self._reference_lost |= self._reference_out and not self._history_out
         self._reference_out = False
 
-    def reset(self) -> None:
-        """Forget everything and return the memory."""
-        self._clear()
-
     def fork(self) -> "PiKVLayer":
         """Return a copy that shares all pages until either side writes to them."""
-        self.settle()
         twin = PiKVLayer(self.layer_idx, self.config, self.attachment)
-        if self.table is not None:
-            twin.table = self.table.fork()
-            twin.dtype, twin.device = self.dtype, self.device
-        twin.seen, twin.is_initialized, twin.vetted = self.seen, self.is_initialized, self.vetted
-        twin._reference_out, twin._history_out = self._reference_out, self._history_out
-        twin._reference_lost = self._reference_lost
+        self._copy_to(twin)
+        for name in ("_reference_out", "_history_out", "_reference_lost"):
+            setattr(twin, name, getattr(self, name))
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVLayer":

@@ -63,6 +63,22 @@ def new_tokens_valid(mask: torch.Tensor | None, new: int) -> torch.Tensor | None
     return getattr(mask, _VALID_ATTRIBUTE)
 
 
+def trailing_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return the last columns of a mask, for a layer whose older positions were replaced by fewer tokens."""
+    cut = mask[..., -columns:]
+    if hasattr(mask, PLAIN_ATTRIBUTE):
+        setattr(cut, PLAIN_ATTRIBUTE, True)
+    return cut
+
+
+def by_lane(mask: torch.Tensor, batch: int, lanes: int) -> torch.Tensor:
+    """Return a mask `(B or 1, 1 or Hq, Q, T)` for rows of one KV head, `(B * H, 1 or G, Q, T)`."""
+    expanded = mask.expand(batch, -1, -1, -1)
+    if expanded.shape[1] == 1:
+        return expanded.expand(-1, lanes, -1, -1).reshape(batch * lanes, 1, *mask.shape[2:])
+    return expanded.reshape(batch * lanes, -1, *mask.shape[2:])
+
+
 class PageBias:
     """The mask's columns for stored tokens.
 

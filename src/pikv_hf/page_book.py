@@ -29,13 +29,15 @@ class PageBook(ABC):
     growth : float
         The share of its size by which the pool grows. Small steps waste little memory, and copying the pool once every
         few hundred tokens costs less than reading it at each.
+    keeps_experts : bool
+        Whether tokens may still move to the shards of their experts.
 
     Attributes
     ----------
     positions : torch.Tensor
         `(N, P)` int32, -1 in empty slots.
     experts : torch.Tensor
-        `(N, P)` int16, the token's primary expert, -1 where unknown.
+        `(N, P)` int16, the token's primary expert, -1 where unknown; `(N, 0)` where it is not kept.
     refcount, count, shard, used : numpy.ndarray
         `(N,)` int32 / int16 / int16 / bool: sequences that hold the page (0: free), tokens in it, its shard
         (-1: window), whether it ever held tokens.
@@ -43,12 +45,12 @@ class PageBook(ABC):
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
     """
 
-    def __init__(self, page_size: int, device: torch.device, growth: float) -> None:
+    def __init__(self, page_size: int, device: torch.device, growth: float, keeps_experts: bool = True) -> None:
         self.page_size = page_size
         self.device = device
         self.growth = growth
         self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
-        self.experts = torch.full((0, page_size), -1, dtype=torch.int16, device=device)
+        self.experts = torch.full((0, page_size if keeps_experts else 0), -1, dtype=torch.int16, device=device)
         self.refcount = np.zeros(0, dtype=np.int32)
         self.count = np.zeros(0, dtype=np.int16)
         self.shard = np.zeros(0, dtype=np.int16)
@@ -68,8 +70,8 @@ class PageBook(ABC):
         """Take grown copies of :meth:`token_tensors`, in that order."""
 
     @abstractmethod
-    def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)` keys and `(H, n * P, Dv)` values."""
+    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+        """Return the keys, or the values, of the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)`."""
 
     @property
     def capacity(self) -> int:
@@ -222,7 +224,7 @@ class PageBook(ABC):
             self.count[len(before[0]) :] = 0
             beyond = torch.arange(self.page_size, device=self.device) >= self.index(self.count)[:, None]
             self.positions.masked_fill_(beyond, -1)
-            self.experts.masked_fill_(beyond, -1)
+            self.experts.masked_fill_(beyond[:, : self.experts.shape[1]], -1)
             raise
         finally:
             self._spared = np.zeros(0, dtype=np.bool_)

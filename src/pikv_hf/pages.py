@@ -31,6 +31,12 @@ class FullPages:
     experts: torch.Tensor
     shards: np.ndarray
 
+    def pick(self, which: np.ndarray) -> "FullPages":
+        """Return copies of the pages at `which` `(m,)`."""
+        index = torch.from_numpy(which).to(self.positions.device)
+        keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        return FullPages(keys, values, self.positions[index], self.experts[index], self.shards[which])
+
 
 class PagePool(PageBook):
     """Pages of one layer on one device, in the model's dtype.
@@ -141,9 +147,9 @@ class PagePool(PageBook):
         keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
         return FullPages(keys, values, self.positions[index], self.experts[index], self.shard[ids])
 
-    def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return copies of the pages at `index` `(n,)`, `(H, n * P, D)` and `(H, n * P, Dv)`."""
-        return self.keys.index_select(1, index).flatten(1, 2), self.values.index_select(1, index).flatten(1, 2)
+    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+        """Return a copy of the keys, or the values, of the pages at `index` `(n,)`, `(H, n * P, D)`."""
+        return (self.keys if keys else self.values).index_select(1, index).flatten(1, 2)
 
     def gather(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the pages of a `(B, n)` table into `(H, B, n * P, D)` keys and values."""

@@ -32,7 +32,7 @@ class SealedPool(PageBook):
     """
 
     def __init__(self, plain: PagePool, key_codec: Codec, value_codec: Codec) -> None:
-        super().__init__(plain.page_size, plain.device, GROWTH)
+        super().__init__(plain.page_size, plain.device, GROWTH, keeps_experts=False)
         heads, dtype = plain.keys.shape[0], plain.keys.dtype
         self.dtype = dtype
         self.key_codec, self.value_codec = key_codec, value_codec
@@ -87,13 +87,10 @@ class SealedPool(PageBook):
         self.errors[new] = self.errors[page]
         return new
 
-    def decoded(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pages at `index` `(n,)` as `(H, n * P, D)` keys and `(H, n * P, Dv)` values."""
-        keys, values = (
-            self._gathered(self.keys, self.key_codec, index),
-            self._gathered(self.values, self.value_codec, index),
-        )
-        return keys, values
+    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+        """Return the keys, or the values, of the pages at `index` `(n,)`, decoded into `(H, n * P, D)`."""
+        codes, codec = (self.keys, self.key_codec) if keys else (self.values, self.value_codec)
+        return self._gathered(codes, codec, index)
 
     def _gathered(self, codes: PageCodes, codec: Codec, index: torch.Tensor) -> torch.Tensor:
         table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)

@@ -95,7 +95,9 @@ class Sealer:
         """Return whether pages of so many tokens can be encoded now."""
         return self.codec(self.rungs[0], dim).is_ready(tokens, dim)
 
-    def encode(self, tokens: torch.Tensor, queries: torch.Tensor | None, scale: float) -> list[Encoded]:
+    def encode(
+        self, tokens: torch.Tensor, queries: torch.Tensor | None, scale: float, guarded: bool = True
+    ) -> list[Encoded]:
         """Encode pages, each in the first codec that does it well enough.
 
         Parameters
@@ -106,6 +108,8 @@ class Sealer:
             `(H, m, D)` recent queries of each KV head.
         scale : float
             Factor on their logits.
+        guarded : bool
+            Whether a page may go to a wider codec; else all that is finite takes the first.
 
         Returns
         -------
@@ -123,6 +127,7 @@ class Sealer:
             codec = self.codec(name, tokens.shape[-1])
             codes = codec.encode(pages)
             errors, good = self._judge(name, pages, codec.decode(codes, torch.float32), queries, scale)
+            good |= not guarded
             taken = np.flatnonzero(good)
             if len(taken):
                 fields = (getattr(errors, field.name)[taken] for field in dataclasses.fields(PageErrors))

@@ -9,6 +9,7 @@ import torch
 
 from .codecs import Codec
 from .config import PiKVConfig
+from .kernels.page_codes import PageCodes
 from .page_book import PageBook, PageIds
 from .pages import FullPages, PagePool
 from .sealed_pool import SealedPool, pool_name
@@ -43,6 +44,7 @@ class PageStore:
         self.sealed: dict[str, SealedPool] = {}
         self.queries: torch.Tensor | None = None
         self.query_scale = 1.0
+        self.config = config
         self._sealers: tuple[Sealer, Sealer] | None = None
         if config.key_codec != "none" or config.value_codec != "none":
             self._sealers = (Sealer(config.key_codec, True, config), Sealer(config.value_codec, False, config))
@@ -138,8 +140,15 @@ class PageStore:
         sequence.packed = {**sequence.packed, name: np.append(sequence.pages(name), ids)}
         self.sealed[name].hold(ids)
 
-    def pack(self, pages: FullPages) -> dict[str, tuple[np.ndarray, PageIds]]:
+    def pack(self, pages: FullPages, codec: str | None = None) -> dict[str, tuple[np.ndarray, PageIds]]:
         """Encode full pages.
+
+        Parameters
+        ----------
+        pages : FullPages
+            What to encode.
+        codec : str, optional
+            One of `LADDER`, to put all pages into it, whatever its error; by default the configured codecs.
 
         Returns
         -------
@@ -147,10 +156,12 @@ class PageStore:
             By name of the pool: which of the pages it took, ascending, and their numbers there, yet without a holder.
             Pages that no codec could hold well enough are in none.
         """
-        assert self._sealers is not None
-        keys = self._sealers[0].encode(pages.keys, self.queries, self.query_scale)
-        values = self._sealers[1].encode(pages.values, None, 1.0)
-        pairs = [_Batch(k, v) for k in keys for v in values if not k.codec.name == v.codec.name == "none"]
+        guarded = codec is None
+        sealers = self._sealers if codec is None else (self._sealer(codec, True), self._sealer(codec, False))
+        assert sealers is not None
+        keys = sealers[0].encode(pages.keys, self.queries, self.query_scale, guarded)
+        values = sealers[1].encode(pages.values, None, 1.0, guarded)
+        pairs = [_Batch(k, v) for k in keys for v in values if codec or not k.codec.name == v.codec.name == "none"]
         batches = [batch for batch in pairs if len(batch.which)]
         for batch in batches:
             self._pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
@@ -163,18 +174,54 @@ class PageStore:
             pool.put(ids, *batch.codes(pool))
             index, source = pool.index(ids), pool.index(batch.which)
             pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
-            pool.experts.index_copy_(0, index, pages.experts.index_select(0, source))
             packed[pool.name] = batch.which, ids
         for name, (which, ids) in packed.items():
             pool = self.sealed[name]
             pool.count[ids], pool.shard[ids] = pool.page_size, pages.shards[which]
         return packed
 
+    def _sealer(self, codec: str, keys: bool) -> Sealer:
+        return Sealer(codec, keys, self.config)
+
+    def adopt(self, source: SealedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes) -> tuple[str, PageIds]:
+        """Take over encoded pages of another store.
+
+        Parameters
+        ----------
+        source : SealedPool
+            Where they come from; its codecs go on to decode them.
+        pages : numpy.ndarray
+            `(n,)`, their numbers there, for what is known of their errors.
+        keys, values : PageCodes
+            n pages in this store's heads.
+
+        Returns
+        -------
+        tuple
+            Name of the pool, and the pages' numbers `(n,)` there, yet without a holder or tokens.
+        """
+        pool = self._pool(source.key_codec, source.value_codec)
+        ids = pool.allocate(len(pages))
+        pool.refcount[ids] = 0
+        # Errors are sums over heads.
+        share = np.array([*[self.plain.keys.shape[0] / source.keys.heads] * 4, 1.0], dtype=np.float32)
+        pool.put(ids, keys.tensors(), values.tensors(), source.errors[pages] * share)
+        return pool.name, ids
+
     def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
         name = pool_name(key_codec, value_codec)
         if name not in self.sealed:
             self.sealed[name] = SealedPool(self.plain, key_codec, value_codec)
         return self.sealed[name]
+
+    def forget_pools(self, known: set[str]) -> None:
+        """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
+        for name in set(self.sealed) - known:
+            if not self.sealed[name].refcount.any():
+                pool = self.sealed.pop(name)
+                for sealer, codec in zip(self._sealers or (), (pool.key_codec, pool.value_codec), strict=False):
+                    if sealer.codecs.get(codec.name) is codec:
+                        del sealer.codecs[codec.name]
 
     def reserve_sealed(self, pages: int) -> None:
         """Make room for packed pages of a prompt, where it is known which codec will take them."""

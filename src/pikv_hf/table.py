@@ -2,12 +2,12 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 
-from .page_book import PageIds
+from .page_book import PageBook, PageIds
 from .pages import PagePool
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
 from .sequence import SequencePages
@@ -34,6 +34,13 @@ class PageTable:
         self._changed()
         # Dropping a fork must give its pages back to the pools it shares.
         weakref.finalize(self, _release_rows, self.pages, self.rows).atexit = False
+
+    @classmethod
+    def of(cls, writer: SequenceWriter, rows: list[SequencePages]) -> "PageTable":
+        """Return a table of these rows, whose pages count them as holders already."""
+        table = cls(writer, len(rows))
+        table.rows[:] = rows
+        return table
 
     @property
     def pages(self) -> PageStore:
@@ -260,23 +267,39 @@ class PageTable:
             self._entries[name] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
         return self._entries[name]
 
-    def dense(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return all K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored."""
-        plain = self.pool
-        keys = plain.keys.new_zeros((len(self.rows), plain.keys.shape[0], length, plain.keys.shape[-1]))
-        values = plain.values.new_zeros((*keys.shape[:3], plain.values.shape[-1]))
-        for name, pool in self.pages.pools().items():
-            for row, sequence in enumerate(self.rows):
-                if not len(pages := sequence.pages(name)):
-                    continue
-                ids = pool.index(pages)
-                positions = pool.positions[ids].view(-1)
-                held = (positions >= 0).nonzero().squeeze(1)
-                places = positions[held].long()
-                page_keys, page_values = pool.decoded(ids)
-                keys[row].index_copy_(1, places, page_keys.index_select(1, held))
-                values[row].index_copy_(1, places, page_values.index_select(1, held))
-        return keys, values
+    def dense(self, length: int, names: Iterable[str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored.
+
+        `names` are the pools to read, by default all.
+        """
+        return self.dense_part(length, True, names), self.dense_part(length, False, names)
+
+    def dense_part(self, length: int, keys: bool, names: Iterable[str] | None = None) -> torch.Tensor:
+        """Return only the keys, or only the values, of :meth:`dense`."""
+        plain = self.pool.keys if keys else self.pool.values
+        part = plain.new_zeros((len(self.rows), plain.shape[0], length, plain.shape[-1]))
+        for row, pool, ids in self._read(names):
+            positions = pool.positions[ids].view(-1)
+            held = (positions >= 0).nonzero().squeeze(1)
+            part[row].index_copy_(1, positions[held].long(), pool.decoded(ids, keys).index_select(1, held))
+        return part
+
+    def held(self, length: int, names: Iterable[str] | None = None) -> torch.Tensor:
+        """Return `(B, length)` bool, at which positions the rows hold a token in these pools, by default in any."""
+        held = torch.zeros((len(self.rows), length), dtype=torch.bool, device=self.pool.device)
+        for row, pool, ids in self._read(names):
+            positions = pool.positions[ids]
+            held[row, positions[positions >= 0].long()] = True
+        return held
+
+    def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PageBook, torch.Tensor]]:
+        """Yield each row's pages `(n,)` in each of the pools."""
+        pools = self.pages.pools()
+        for name in pools if names is None else names:
+            if (pool := pools.get(name)) is not None:
+                for row, sequence in enumerate(self.rows):
+                    if len(pages := sequence.pages(name)):
+                        yield row, pool, pool.index(pages)
 
 
 def _release_rows(pages: PageStore, rows: list[SequencePages]) -> None:

@@ -1,0 +1,389 @@
+"""The tokens of one attention layer: stored, waiting, kept and assigned."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from .assignment import HandedOut, is_selection
+from .checks import Held, check_fits, cropped_length
+from .config import PiKVConfig
+from .pages import PagePool
+from .pending import Pending
+from .placement import expert_placement, hash_placement
+from .retention import assigned_table, checked_widths, equal_rows, kept_table, with_exact_ends
+from .store import PageStore
+from .table import PageTable
+from .writer import SequenceWriter, ShardOf
+
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
+
+class LayerTokens(CacheLayerMixin):
+    """What a layer holds, by *column*: the position of a token within the layer.
+
+    Columns are the model's own positions until K/V are assigned from outside, as kvpress does: an assignment numbers
+    its tokens anew, and the layer remembers how many positions the model has seen beyond them.
+
+    Parameters
+    ----------
+    layer_idx : int
+        The model layer.
+    config : PiKVConfig
+        Page size, window, shards, codecs.
+    attachment : Attachment, optional
+        The attached model.
+
+    Attributes
+    ----------
+    table : PageTable or None
+        What is stored. Its rows are sequences, or lanes of one KV head once heads keep different tokens.
+    pending : Pending or None
+        New tokens that wait for the layer's router, or for a press.
+    seen, dropped : int
+        Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
+    holds : bool
+        Whether a press will decide at the end of the call what is kept; until then nothing is packed.
+    """
+
+    is_sliding = False
+    is_compileable = False
+
+    def __init__(self, layer_idx: int, config: PiKVConfig, attachment: "Attachment | None" = None) -> None:
+        self.layer_idx = layer_idx
+        self.config = config
+        self.attachment = attachment
+        self.routed = attachment is not None and config.placement != "hash" and layer_idx in attachment.routers
+        self._clear()
+
+    def _clear(self) -> None:
+        self.table: PageTable | None = None
+        self.pending: Pending | None = None
+        self.seen = self.dropped = 0
+        self.holds = False
+        self.is_initialized = False
+        # Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
+        self.vetted = True
+        self._padded = False
+        self._slots: torch.Tensor | None = None
+        # Columns of the last assignment: the model's positions of tokens among them are not known.
+        self._assigned = 0
+        self._handed: dict[str, HandedOut] = {}
+        self._staged: torch.Tensor | None = None
+        self._returns = False
+        self._checkpoint: tuple[int, PageTable, set[str]] | None = None
+
+    def _shard_of(self) -> ShardOf:
+        if self.routed and self.attachment is not None:
+            num_experts = self.attachment.routers[self.layer_idx].num_experts
+            return expert_placement(num_experts, self.config.num_shards, self.layer_idx)
+        return hash_placement(self.config.page_size, self.config.num_shards)
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Create the empty pool and page table for K/V of these shapes."""
+        batch, self.heads, _, dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        size = self.config.page_size
+        pool = PagePool(self.heads, dim, value_states.shape[-1], size, self.dtype, self.device)
+        shards, window, sinks = self.config.num_shards, self.config.recent_window, self.config.sink_tokens
+        self.table = PageTable(
+            SequenceWriter(PageStore(pool, self.config), shards, window, sinks, self._shard_of()), batch
+        )
+        self.is_initialized = True
+
+    @property
+    def lanes(self) -> int:
+        """Rows of the table per sequence: 1, or one per KV head once heads keep different tokens."""
+        return 1 if self.table is None else self.heads // self.table.pool.keys.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """Sequences, 0 before the first update."""
+        return 0 if self.table is None else len(self.table.rows) // self.lanes
+
+    @property
+    def positions_seen(self) -> int:
+        """Positions that the model has seen, padding included."""
+        return self.seen + self.dropped
+
+    def _held(self) -> Held | None:
+        if self.table is None:
+            return None
+        pool = self.table.pool
+        return (self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3]), self.dtype, self.device
+
+    def _by_lane(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return `(B, H, Q, D)` as the table's rows have it, `(B * H, 1, Q, D)` if these are lanes."""
+        return tokens if self.lanes == 1 else tokens.reshape(-1, 1, *tokens.shape[2:])
+
+    def _row_by_lane(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.repeat_interleave(self.lanes, dim=0)
+
+    # Storing
+
+    def settle(self) -> None:
+        """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
+        if self._staged is not None:
+            staged, self._staged = self._staged, None
+            raise RuntimeError(
+                f"layer {self.layer_idx}: keys {tuple(staged.shape)} were assigned without values; assign both"
+            )
+        self._take_marks()
+        self.holds = False
+        if self.pending is not None:
+            experts = self.pending.experts
+            if experts is None:
+                experts = torch.full((self.batch, self.pending.tokens), -1, device=self.device)
+            self._place(experts)
+        if self.table is not None:
+            self.table.flush()
+
+    def _place(self, experts: torch.Tensor) -> None:
+        assert self.table is not None
+        assert self.pending is not None
+        new, start = self.pending, self.seen - self.pending.tokens
+        positions = torch.arange(start, self.seen, dtype=torch.int32, device=self.device)
+        valid = None if new.valid is None else self._row_by_lane(new.valid)
+        keys, values = self._by_lane(new.keys), self._by_lane(new.values)
+        self.table.store(keys, values, positions, self._row_by_lane(experts).to(torch.int16), valid)
+        self._drop_pending()
+
+    def _drop_pending(self) -> None:
+        """Forget what was pending, once it is stored."""
+        if self.pending is not None:
+            self.vetted &= self.pending.vetted
+            self._padded |= self.pending.valid is not None
+            self.pending = None
+
+    def _interrupt(self) -> None:
+        """The tokens of the last call are no longer what the router will speak of."""
+        self._slots = self._checkpoint = None
+        self._handed = {}
+        if self.attachment is not None:
+            self.attachment.forget(self)
+
+    # Reading
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all K/V by column, `(B, H, T, D)` and `(B, H, T, Dv)`; zeros for padding and what was evicted."""
+        return self._dense(True), self._dense(False)
+
+    def _dense(self, keys: bool) -> torch.Tensor:
+        assert self.table is not None
+        new = None
+        if self.pending is not None:
+            new = self.pending.keys if keys else self.pending.values
+            if self.pending.tokens == self.seen:
+                return new
+        stored = self.seen - (0 if self.pending is None else self.pending.tokens)
+        past = self.table.dense_part(stored, keys)
+        past = past.reshape(self.batch, self.heads, stored, past.shape[-1])
+        return past if new is None else torch.cat([past, new], dim=2)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """The keys by column, dense; None before the first update. To change them assign keys, then values."""
+        return self._staged if self._staged is not None else self._hand_out("keys")
+
+    @keys.setter
+    def keys(self, keys: torch.Tensor) -> None:
+        self._staged = keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """The values by column, dense; None before the first update. Assigning them completes an assignment."""
+        return self._hand_out("values")
+
+    @values.setter
+    def values(self, values: torch.Tensor) -> None:
+        keys, self._staged = self._staged, None
+        if keys is None:
+            keys = self._hand_out("keys")
+        if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+            raise TypeError(f"layer {self.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
+        check_fits(self.layer_idx, keys, values, self._held())
+        handed = self._handed
+        if {"keys", "values"} <= set(handed) and handed["keys"].is_prefix(keys) and handed["values"].is_prefix(values):
+            self.truncate(values.shape[2])
+        else:
+            self._assign(keys, values)
+
+    def _hand_out(self, name: str) -> torch.Tensor | None:
+        if self.table is None:
+            return None
+        self._take_marks()
+        dense = self._dense(name == "keys")
+        self._handed[name] = HandedOut(dense)
+        return dense
+
+    def storages(self) -> list[torch.Tensor]:
+        """Return the tensors that hold this layer's memory."""
+        held = [] if self.table is None else self.table.pages.tensors()
+        return held if self.pending is None else [*held, self.pending.keys, self.pending.values]
+
+    # Assigning K/V from outside
+
+    def _assign(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Replace all tokens: the layer counts them 0..T-1."""
+        if self.table is None:
+            self.lazy_initialization(keys, values)
+        if self._padded or (self.pending is not None and self.pending.valid is not None):
+            raise ValueError(
+                f"layer {self.layer_idx}: K/V of {keys.shape[2]} tokens per row were assigned, but rows of this batch "
+                "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
+            )
+        seen = self.positions_seen
+        picked = self.attachment is not None and keys.shape[2] < self.seen and is_selection(keys, self._dense(True))
+        leaders = equal_rows(keys, values, batch=self.batch)
+        # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
+        table = assigned_table(keys, values, self.config, self._shard_of(), leaders)
+        self._interrupt()
+        self._drop_pending()
+        self.table = table
+        self.seen = self._assigned = keys.shape[2]
+        # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
+        self.dropped = seen - self.seen if picked else 0
+
+    # Evicting
+
+    def hold(self) -> None:
+        """Wait with the next call's tokens for :meth:`keep`, at the latest until the call after it."""
+        self.settle()
+        self.holds = True
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Evict tokens, each KV head its own, and keep the others in the widths given; frees their memory.
+
+        Columns stay what they are: lengths do not change, an evicted token never takes part again. Tokens that a codec
+        has packed stay as they are where they are kept.
+
+        Parameters
+        ----------
+        kept : torch.Tensor
+            `(B, H, T)` over all columns. Bool: True keeps a token, as the codecs of the configuration have it outside
+            of sinks and recent window. Integers: 0 evicts, 2, 4, 8 and 16 are the bits per number, 16 as the model
+            made it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For a wrong shape, dtype or width; nothing has changed then.
+        """
+        if self.table is None:
+            raise ValueError(f"layer {self.layer_idx} holds no tokens, of which some could be kept")
+        widths = checked_widths(kept, (self.batch, self.heads, self.seen), f"layer {self.layer_idx}")
+        widths = with_exact_ends(widths.to(self.device), self.config)
+        table = kept_table(self.table, self.pending, widths, self.config, self._shard_of())
+        self._interrupt()
+        self._drop_pending()
+        self.table = table
+        self.holds = False
+
+    def held(self) -> torch.Tensor:
+        """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
+        if self.table is None:
+            return torch.zeros((0, 0, 0), dtype=torch.bool)
+        new = 0 if self.pending is None else self.pending.tokens
+        stored = self.table.held(self.seen - new).view(self.batch, self.lanes, -1).expand(-1, self.heads, -1)
+        if self.pending is None:
+            return stored.clone()
+        fresh = torch.ones((self.batch, self.heads, new), dtype=torch.bool, device=self.device)
+        if self.pending.valid is not None:
+            fresh &= self.pending.valid[:, None]
+        return torch.cat([stored, fresh], dim=2)
+
+    def _take_marks(self) -> None:
+        """Evict what kvpress's head-wise presses have only marked on the attention module."""
+        marks = None if self.attachment is None else self.attachment.take_marks(self)
+        if marks is None or self.table is None:
+            return
+        kept = torch.ones((self.batch, self.heads, self.seen), dtype=torch.bool, device=self.device)
+        rows, heads, columns = (torch.as_tensor(part, device=self.device) for part in marks)
+        if columns.numel() and int(columns.max()) >= self.seen:
+            raise ValueError(
+                f"layer {self.layer_idx}: a press marked token {int(columns.max())}, but the layer has {self.seen}"
+            )
+        kept[rows, heads, columns] = False
+        self.keep(kept)
+
+    # Shortening
+
+    def may_return(self) -> None:
+        """Be ready to be cut back to the present length exactly, whatever gets packed after it.
+
+        kvpress's pipeline asks each layer's length before a question and cuts the answer off afterwards.
+        """
+        self._returns = True
+
+    def _remember(self) -> None:
+        if self._returns and self.table is not None:
+            pages = self.table.pages
+            used = {name for name, pool in pages.sealed.items() if pool.refcount.any()}
+            self._checkpoint = (self.seen, self.table.fork(), used) if pages.seals else None
+        self._returns = False
+
+    def crop(self, max_length: int) -> None:
+        """Keep the first `max_length` positions, or remove the last `-max_length`; see :func:`cropped_length`.
+
+        Raises
+        ------
+        ValueError
+            Where K/V were assigned from outside and the length reaches into them: their positions are not known.
+        """
+        self.truncate(self.column_of(cropped_length(self.positions_seen, max_length)))
+
+    def column_of(self, length: int) -> int:
+        """Return the columns that remain of the model's first `length` positions."""
+        if length >= self.positions_seen or not self.dropped or length >= self._assigned + self.dropped:
+            return max(0, length - self.dropped)
+        raise ValueError(
+            f"layer {self.layer_idx}: cannot crop to {length} positions: of the first {self._assigned + self.dropped}, "
+            f"{self._assigned} tokens were assigned from outside, and which ones is not known"
+        )
+
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` columns."""
+        if length >= self.seen or self.table is None:
+            return
+        if self.pending is not None and length <= self.seen - self.pending.tokens:
+            self.pending = None
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None and checkpoint[0] == length:
+            _, self.table, pools = checkpoint
+            self.pending = None
+            self.table.pages.forget_pools(pools)
+        else:
+            self.settle()
+            self.table.crop(length)
+        self.seen = length
+        self._assigned = min(self._assigned, length)
+        self._interrupt()
+
+    # Changing rows
+
+    def select(self, indices: Sequence[int]) -> None:
+        """Replace the rows of the batch by those at `indices`. No token is copied."""
+        if self.table is None:
+            return
+        self._take_marks()
+        lanes = range(self.lanes)
+        self.table.select([row * self.lanes + lane for row in indices for lane in lanes])
+        self._slots = self._checkpoint = None
+        self._handed = {}
+        if self.pending is not None:
+            self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
+
+    def reset(self) -> None:
+        """Forget everything and return the memory."""
+        self._clear()
+
+    def _copy_to(self, twin: Any) -> None:
+        """Give another layer this one's tokens; both share all pages until either writes to them."""
+        self.settle()
+        if self.table is not None:
+            twin.table, twin.heads = self.table.fork(), self.heads
+            twin.dtype, twin.device = self.dtype, self.device
+        for name in ("seen", "dropped", "_assigned", "_padded", "is_initialized", "vetted"):
+            setattr(twin, name, getattr(self, name))

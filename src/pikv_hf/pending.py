@@ -1,0 +1,39 @@
+"""Tokens of a call that are not stored yet."""
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(slots=True)
+class Pending:
+    """The new K/V of a call with several tokens, until the layer's router has chosen their experts.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        `(B, H, Q, D)` and `(B, H, Q, Dv)`, the model's own tensors.
+    valid : torch.Tensor or None
+        `(B, Q)` bool, False for padding; None if every token counts.
+    vetted : bool
+        Whether the attention function has said which tokens are padding.
+    experts : torch.Tensor or None
+        `(B, Q)` integers, once the router has chosen them while the layer waits for a press.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    valid: torch.Tensor | None = None
+    vetted: bool = False
+    experts: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Q, the new tokens per row."""
+        return self.keys.shape[2]
+
+    def select(self, rows: torch.Tensor) -> "Pending":
+        """Return the rows at these indices."""
+        valid = None if self.valid is None else self.valid[rows]
+        experts = None if self.experts is None else self.experts[rows]
+        return Pending(self.keys[rows], self.values[rows], valid, self.vetted, experts)
