@@ -54,13 +54,13 @@ def is_selection(keys: torch.Tensor, old_keys: torch.Tensor) -> bool:
     empty = (keys == 0).all(dim=2, keepdim=True)
     if bool(empty.all(dim=-1).any()):
         return False
-    new, old = (_hashes(part.masked_fill(empty, 0)).contiguous() for part in (keys, old_keys))
+    new, old = (token_hashes(part.masked_fill(empty, 0)).contiguous() for part in (keys, old_keys))
     known = old.sort(dim=-1).values
     place = torch.searchsorted(known, new).clamp_max_(known.shape[-1] - 1)
     return bool((known.gather(-1, place) == new).all())
 
 
-def _hashes(tokens: torch.Tensor) -> torch.Tensor:
+def token_hashes(tokens: torch.Tensor) -> torch.Tensor:
     """Return a 64-bit number per token, `(B, H, T)`, equal for equal bits."""
     words = tokens.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tokens.element_size()])
     generator = torch.Generator().manual_seed(0x5EED)

@@ -95,6 +95,11 @@ class Attachment:
         """Return whether an attention module belongs to the attached model."""
         return id(module) in self._modules
 
+    def attention_modules(self) -> dict[int, nn.Module]:
+        """Return the decoder's attention modules by layer index."""
+        modules = {index: reference() for index, reference in self._attention.items()}
+        return {index: module for index, module in modules.items() if module is not None}
+
     def activate(self) -> None:
         """Set the attention implementation and place the hooks, unless they are in place."""
         _register()

@@ -23,7 +23,8 @@ from .table import PageTable
 # Scattered pages are gathered at most this many bytes of K/V at a time.
 MAX_GATHER_BYTES = 64 * 1024 * 1024
 
-# Where a press puts what it wants called with the queries of each call: `(query, scale, sinks, softcap)`.
+# Where a press puts what it wants called with the queries of each call:
+# `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.
 OBSERVER_ATTRIBUTE = "_pikv_observer"
 
 
@@ -63,7 +64,9 @@ def pikv_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     if (observer := getattr(module, OBSERVER_ATTRIBUTE, None)) is not None:
-        observer(query, scale, sinks, softcap)
+        tokens = layer.seen if isinstance(layer, PiKVLayer) else key.shape[2]
+        valid = new_tokens_valid(attention_mask, query.shape[2])
+        observer(query, tokens - query.shape[2], valid, scale, sinks, softcap)
     if not isinstance(layer, PiKVLayer):
         note_reader(module, None, prompt=False)
         if attention_mask is None and 1 < query.shape[2] < key.shape[2]:

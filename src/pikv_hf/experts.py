@@ -15,6 +15,8 @@ _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "mo
 
 # Receives the `(T,)` int64 primary experts of the tokens of one call.
 Deliver = Callable[[torch.Tensor], None]
+# Computes something of a routing when asked.
+Lazy = Callable[[], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,20 +39,48 @@ class LayerRouter:
 
     def listen(self, deliver: Deliver) -> torch.utils.hooks.RemovableHandle:
         """Call `deliver` with the primary experts of every forward pass; the handle ends it."""
+        return self.watch(lambda experts, _: deliver(experts()))
+
+    def watch(self, deliver: Callable[[Lazy, Lazy], None]) -> torch.utils.hooks.RemovableHandle:
+        """Call `deliver` with two functions after every routing, for primary experts and for their confidence.
+
+        They return `(T,)` int64 experts, and `(T,)` float32 shares of the routing weight, over all experts where the
+        module tells, else among the chosen. The handle ends it.
+        """
         if self.reads_inputs:
             names = list(inspect.signature(self.module.forward).parameters)
             ids, weights = _named(names, _ID_ARGUMENTS), _named(names, _WEIGHT_ARGUMENTS)
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 given = {**dict(zip(names, args, strict=False)), **kwargs}
-                deliver(primary_experts(given[ids], given.get(weights)))
+                chosen, strength = given[ids], given.get(weights)
+                deliver(lambda: primary_experts(chosen, strength), lambda: confidence_of_weights(chosen, strength))
 
             return self.module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            deliver(experts_from_output(output, self.num_experts))
+            scores = router_scores(output, self.num_experts)
+            deliver(lambda: scores.argmax(dim=-1), lambda: confidence_of_scores(scores))
 
         return self.module.register_forward_hook(after)
+
+
+def confidence_of_weights(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """Return the largest share of each token's routing weights, `(T,)` float32; 1 without weights.
+
+    `ids` are `(T, k)`, `weights` `(T, k)` or over all experts.
+    """
+    if weights is None:
+        return torch.ones(ids.reshape(-1, ids.shape[-1]).shape[0], device=ids.device)
+    rows = weights.reshape(ids.reshape(-1, ids.shape[-1]).shape[0], -1).float().abs()
+    return rows.amax(dim=1) / rows.sum(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def confidence_of_scores(scores: torch.Tensor) -> torch.Tensor:
+    """Return the largest probability over all experts, `(T,)` float32, of logits or probabilities `(T, E)`."""
+    scores = scores.float()
+    are_shares = bool((scores >= 0).all()) and bool((scores.sum(dim=1) - 1).abs().max() < 1e-3)
+    return (scores if are_shares else scores.softmax(dim=1)).amax(dim=1)
 
 
 def primary_experts(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -77,20 +107,20 @@ def primary_experts(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
     return ids.gather(1, weights.argmax(dim=1, keepdim=True)).squeeze(1)
 
 
-def experts_from_output(output: Any, num_experts: int) -> torch.Tensor:
-    """Return the primary experts from what a router returned: the arg max of the logits over all experts.
+def router_scores(output: Any, num_experts: int) -> torch.Tensor:
+    """Return what a router returned for all experts, `(T, E)` logits or probabilities.
 
     Parameters
     ----------
     output : tensor or tuple
-        Holds a float tensor whose last size is `num_experts`: logits or probabilities.
+        Holds a float tensor whose last size is `num_experts`.
     num_experts : int
         E.
 
-    Returns
-    -------
-    torch.Tensor
-        `(T,)` int64.
+    Raises
+    ------
+    RuntimeError
+        If there is none.
     """
     parts = output if isinstance(output, (tuple, list)) else (output,)
     scores = [p for p in parts if torch.is_tensor(p) and p.is_floating_point() and p.shape[-1:] == (num_experts,)]
@@ -98,7 +128,12 @@ def experts_from_output(output: Any, num_experts: int) -> torch.Tensor:
         shapes = [tuple(part.shape) if torch.is_tensor(part) else type(part).__name__ for part in parts]
         raise RuntimeError(f"no router output has a last size of {num_experts} experts, got {shapes}")
     # Logits come last where a router returns both (Llama-4's scores are zero outside of the top k).
-    return scores[-1].reshape(-1, num_experts).argmax(dim=-1)
+    return scores[-1].reshape(-1, num_experts)
+
+
+def experts_from_output(output: Any, num_experts: int) -> torch.Tensor:
+    """Return the primary experts, `(T,)` int64, from what a router returned; see :func:`router_scores`."""
+    return router_scores(output, num_experts).argmax(dim=-1)
 
 
 def find_router(layer: nn.Module, attention: nn.Module, config: Any) -> LayerRouter | None:

@@ -1,5 +1,6 @@
 """The tokens of one attention layer: stored, waiting, kept and assigned."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,8 @@ class LayerTokens(CacheLayerMixin):
         self.is_initialized = False
         # Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
         self.vetted = True
-        self._padded = False
+        # `(B,)` columns of padding in each row, None if there are none.
+        self._padding: torch.Tensor | None = None
         self._slots: torch.Tensor | None = None
         # Columns of the last assignment: the model's positions of tokens among them are not known.
         self._assigned = 0
@@ -154,7 +156,7 @@ class LayerTokens(CacheLayerMixin):
         """Forget what was pending, once it is stored."""
         if self.pending is not None:
             self.vetted &= self.pending.vetted
-            self._padded |= self.pending.valid is not None
+            self._padding = self._padding_with_pending()
             self.pending = None
 
     def _interrupt(self) -> None:
@@ -229,7 +231,7 @@ class LayerTokens(CacheLayerMixin):
         """Replace all tokens: the layer counts them 0..T-1."""
         if self.table is None:
             self.lazy_initialization(keys, values)
-        if self._padded or (self.pending is not None and self.pending.valid is not None):
+        if self._padding_with_pending() is not None:
             raise ValueError(
                 f"layer {self.layer_idx}: K/V of {keys.shape[2]} tokens per row were assigned, but rows of this batch "
                 "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
@@ -246,12 +248,40 @@ class LayerTokens(CacheLayerMixin):
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
         self.dropped = seen - self.seen if picked else 0
 
+    def recode(self, **options: Any) -> None:
+        """Choose the codecs of this layer anew, before it has stored a token.
+
+        Parameters
+        ----------
+        **options
+            `key_codec`, `value_codec`, `error_budget`, `rank`: see :class:`PiKVConfig`.
+
+        Raises
+        ------
+        ValueError
+            If the layer has stored tokens; what is pending does not count.
+        """
+        if self.table is not None and any(self.table.tokens()):
+            raise ValueError(
+                f"layer {self.layer_idx} has stored {max(self.table.tokens())} tokens; its codecs can be chosen only "
+                "before, and a stored token is never packed again"
+            )
+        self.config = dataclasses.replace(self.config, **options)
+        if self.pending is not None:
+            self.lazy_initialization(self.pending.keys, self.pending.values)
+
     # Evicting
 
     def hold(self) -> None:
         """Wait with the next call's tokens for :meth:`keep`, at the latest until the call after it."""
         self.settle()
         self.holds = True
+
+    def release(self) -> None:
+        """End :meth:`hold`: the tokens are stored as they would have been."""
+        self.holds = False
+        if self.pending is not None and self.pending.experts is not None:
+            self._place(self.pending.experts)
 
     def keep(self, kept: torch.Tensor) -> None:
         """Evict tokens, each KV head its own, and keep the others in the widths given; frees their memory.
@@ -293,6 +323,17 @@ class LayerTokens(CacheLayerMixin):
         if self.pending.valid is not None:
             fresh &= self.pending.valid[:, None]
         return torch.cat([stored, fresh], dim=2)
+
+    def padding(self) -> list[int]:
+        """Return how many columns of each row are padding."""
+        padding = self._padding_with_pending()
+        return [0] * self.batch if padding is None else padding.tolist()
+
+    def _padding_with_pending(self) -> torch.Tensor | None:
+        if self.pending is None or self.pending.valid is None:
+            return self._padding
+        new = (~self.pending.valid).sum(dim=1)
+        return new if self._padding is None else self._padding + new
 
     def _take_marks(self) -> None:
         """Evict what kvpress's head-wise presses have only marked on the attention module."""
@@ -374,6 +415,8 @@ class LayerTokens(CacheLayerMixin):
         self._handed = {}
         if self.pending is not None:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
+        if self._padding is not None:
+            self._padding = self._padding[list(indices)]
 
     def reset(self) -> None:
         """Forget everything and return the memory."""
@@ -385,5 +428,5 @@ class LayerTokens(CacheLayerMixin):
         if self.table is not None:
             twin.table, twin.heads = self.table.fork(), self.heads
             twin.dtype, twin.device = self.dtype, self.device
-        for name in ("seen", "dropped", "_assigned", "_padded", "is_initialized", "vetted"):
+        for name in ("seen", "dropped", "_assigned", "_padding", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))

@@ -1,0 +1,263 @@
+"""What this project's presses share: budgets, observed queries, and handing decisions to any cache."""
+
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from kvpress import ScorerPress
+from torch import nn
+
+from pikv_hf import PiKVCache
+from pikv_hf.attachment import attach
+from pikv_hf.layer import PiKVLayer
+from pikv_hf.masks import new_tokens_valid
+from pikv_hf.presses.budget import Budget, Given
+from pikv_hf.presses.observation import is_watched, unwatch, watch
+from pikv_hf.presses.routing import unwatch_routers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class LayerView:
+    """One layer of a cache at the end of a call, as presses see it.
+
+    Attributes
+    ----------
+    module : nn.Module
+        Its attention.
+    layer : Any
+        A layer of a `PiKVCache` or of another cache of transformers.
+    keys, values : torch.Tensor
+        `(B, H, T, D)` and `(B, H, T, Dv)` by column; zeros where nothing is held.
+    held : torch.Tensor
+        `(B, H, T)` bool: neither padding nor evicted.
+    """
+
+    module: nn.Module
+    layer: Any
+    keys: torch.Tensor
+    values: torch.Tensor
+    held: torch.Tensor
+
+    @property
+    def index(self) -> int:
+        """The model layer."""
+        return int(self.module.layer_idx)  # type: ignore[arg-type]
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the layer can evict each head's own tokens and free them."""
+        return isinstance(self.layer, PiKVLayer) and self.layer.attachment is not None
+
+    @property
+    def valid(self) -> torch.Tensor | None:
+        """`(B, T)` bool, which columns hold a token of any head; None if all do."""
+        any_head = self.held.any(dim=1)
+        return None if bool(any_head.all()) else any_head
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token of one KV head as the model makes it."""
+        return (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
+
+
+@dataclass
+class ObservingPress(ScorerPress):
+    """Base of the presses: scores tokens by observed queries, and keeps the best within a budget.
+
+    Usable on any cache, alone or within kvpress's wrappers. On an attached :class:`~pikv_hf.PiKVCache` each head keeps
+    its own tokens and the others are freed; their positions stay what they are.
+
+    Parameters
+    ----------
+    compression_ratio : float
+        Share of the tokens to remove, in [0, 1), as kvpress has it.
+    budget : float, int or str, optional
+        Instead of it, what to keep: `0.25` or `"25%"`, `512` tokens per KV head, `"64 MiB"` of the whole cache.
+    sink_tokens : int
+        First tokens of each sequence that always survive.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments out of range, or both a ratio and a budget.
+    """
+
+    compression_ratio: float = 0.0
+    budget: Given | None = None
+    sink_tokens: int = 4
+    _budget: Budget | None = field(init=False, repr=False, default=None)
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if not 0 <= self.compression_ratio < 1:
+            raise ValueError(f"{name}: compression_ratio must be at least 0 and below 1, got {self.compression_ratio}")
+        if self.budget is not None and self.compression_ratio:
+            raise ValueError(
+                f"{name}: give compression_ratio or budget, got {self.compression_ratio} and {self.budget!r}"
+            )
+        if self.sink_tokens < 0:
+            raise ValueError(f"{name}: sink_tokens must be at least 0, got {self.sink_tokens}")
+        self._budget = None if self.budget is None else Budget.parse(self.budget)
+
+    # What subclasses decide
+
+    def press_layer(self, view: LayerView, kwargs: dict[str, Any]) -> None:
+        """Compress one layer after its attention has read a prompt or a part of it."""
+        self.evict(view, self.chosen(view, self.token_scores(view)))
+
+    def token_scores(self, view: LayerView) -> torch.Tensor:
+        """Return what each token is worth, `(B, H, T)`."""
+        return self.score(view.module, None, view.keys, view.values, None, {"pikv_held": view.held})
+
+    # Budgets
+
+    @property
+    def removes(self) -> bool:
+        """Whether the press removes anything."""
+        return self._budget is not None or self.compression_ratio > 0
+
+    def kept_share(self, view: LayerView) -> float:
+        """Return the share of a layer's tokens that the budget leaves."""
+        if self._budget is None:
+            return 1 - self.compression_ratio
+        batch, heads, tokens = view.held.shape
+        config: Any = view.module.config
+        layers = int(config.get_text_config().num_hidden_layers)
+        return self._budget.share(tokens, layers * batch * heads * tokens * view.token_bytes)
+
+    def kept_tokens(self, tokens: int, share: float) -> int:
+        """Return how many of a lane's `tokens` to keep: at least one, and the sinks."""
+        return min(tokens, max(1, self.sink_tokens, int(tokens * share)))
+
+    def chosen(self, view: LayerView, scores: torch.Tensor, share: float | None = None) -> torch.Tensor:
+        """Return the best tokens of each lane, `(B, H, T)` bool.
+
+        Of a row with padding the share is of its own tokens. What was evicted before counts as seen: in a prompt that
+        comes in chunks the share is of all tokens so far.
+        """
+        share = self.kept_share(view) if share is None else share
+        scores = self.guarded(scores, view.held)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+        )
+        counts = torch.tensor([self.kept_tokens(n, share) for n in self.tokens_seen(view)], device=scores.device)
+        return (rank < counts.view(-1, 1, 1)) & view.held
+
+    def tokens_seen(self, view: LayerView) -> list[int]:
+        """Return how many real tokens each row has had, evicted ones included."""
+        layer = view.layer
+        if isinstance(layer, PiKVLayer):
+            return [view.held.shape[-1] - padding for padding in layer.padding()]
+        return view.held.any(dim=1).sum(dim=-1).tolist()
+
+    def guarded(self, scores: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+        """Return scores by which sinks come first and what is not held last."""
+        rank = held.any(dim=1, keepdim=True).cumsum(dim=-1)
+        scores = scores.float().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+        return scores.masked_fill(rank <= self.sink_tokens, torch.inf).masked_fill(~held, -torch.inf)
+
+    # Handing decisions to a cache
+
+    def evict(self, view: LayerView, kept: torch.Tensor) -> None:
+        """Keep `(B, H, T)` of a layer.
+
+        Another cache than PiKV's can only drop tokens that all its lanes drop in equal number; where lanes differ the
+        tokens are marked as kvpress's head-wise presses do, which hides them and frees nothing.
+        """
+        if bool((kept == view.held).all()):
+            return
+        if view.is_paged:
+            view.layer.keep(kept)
+            return
+        if not bool(view.held.all()):
+            raise ValueError(
+                f"layer {view.index}: rows of this batch are padded, and {type(view.layer).__name__} cannot hold rows "
+                "of different lengths; use PiKVCache.for_model(model)"
+            )
+        counts = kept.sum(dim=-1)
+        if bool((counts == counts[0, 0]).all()):
+            index = kept.nonzero()[:, 2].view(*kept.shape[:2], -1, 1)
+            keys = view.keys.gather(2, index.expand(-1, -1, -1, view.keys.shape[-1]))
+            view.layer.keys, view.layer.values = (
+                keys.contiguous(),
+                view.values.gather(2, index.expand(-1, -1, -1, view.values.shape[-1])).contiguous(),
+            )
+            return
+        marks = (~kept).nonzero(as_tuple=True)
+        logger.warning_once(  # type: ignore[attr-defined]
+            f"{type(self).__name__}: heads keep different numbers of tokens, which {type(view.layer).__name__} cannot "
+            "free; PiKVCache.for_model(model) does"
+        )
+        view.module.masked_key_indices = marks  # type: ignore[assignment]
+
+    # The protocol of kvpress
+
+    def post_init_from_model(self, model: Any) -> None:
+        """Attach the model and observe its queries; called by kvpress for presses within others as well."""
+        watch(model)
+
+    def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        """Compress the layer of the cache that this attention has just filled; single tokens are decoding."""
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else input[0]
+        cache = kwargs.get("past_key_values")
+        if cache is None or hidden.shape[1] == 1 or not self.removes:
+            return output
+        layer = cache.layers[module.layer_idx]
+        if getattr(layer, "is_sliding", False) or getattr(module, "sliding_window", None):
+            return output
+        view = view_of(module, layer, kwargs, hidden.shape[1])
+        self.press_layer(view, kwargs)
+        self.done(view)
+        return output
+
+    def done(self, view: LayerView) -> None:
+        """Let a layer that has waited for the press go on."""
+        if view.is_paged:
+            view.layer.release()
+
+    @contextmanager
+    def __call__(self, model: Any) -> Generator[None, None, None]:
+        """Compress what the model reads within the block: prompts, whole or in chunks."""
+        with ExitStack() as stack:
+            modules = stack.enter_context(attach(model, "hash")).attention_modules()
+            if not is_watched(modules):
+                stack.callback(unwatch_routers, modules)
+                stack.callback(unwatch, modules)
+            self.post_init_from_model(model)
+            for module in modules.values():
+                for handle in self.hooks(module):
+                    stack.callback(handle.remove)
+            yield
+
+    def hooks(self, module: nn.Module) -> Iterator[Any]:
+        """Place the press's hooks on an attention module."""
+        yield module.register_forward_pre_hook(hold, with_kwargs=True)
+        yield module.register_forward_hook(self.forward_hook, with_kwargs=True)
+
+
+def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Let a layer wait with packing its new tokens until the press has decided."""
+    cache = kwargs.get("past_key_values")
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    if isinstance(cache, PiKVCache) and hidden.shape[1] > 1:
+        layer = cache.layers[module.layer_idx]
+        if isinstance(layer, PiKVLayer):
+            layer.hold()
+
+
+def view_of(module: nn.Module, layer: Any, kwargs: dict[str, Any], new: int) -> LayerView:
+    """Return a layer as presses see it, after a call of `new` tokens per row."""
+    keys, values = layer.keys, layer.values
+    if isinstance(layer, PiKVLayer):
+        return LayerView(module, layer, keys, values, layer.held())
+    held = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    valid = new_tokens_valid(kwargs.get("attention_mask"), new)
+    if valid is not None:
+        held[:, :, -new:] &= valid[:, None]
+    return LayerView(module, layer, keys, values, held)

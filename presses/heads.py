@@ -1,0 +1,119 @@
+"""Which KV heads look things up: found on text with a passkey, from the model itself."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pikv_hf.attachment import attach
+from pikv_hf.presses.observation import attention_mass, is_watched, observed, unwatch, watch
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Attention that each KV head pays to a passkey far back, by layer index.
+
+    Attributes
+    ----------
+    layers : dict
+        From layer index to the scores of its KV heads, a share of attention between 0 and 1.
+    model_type : str
+        For messages.
+    """
+
+    layers: dict[int, tuple[float, ...]]
+    model_type: str
+
+    def flat(self) -> list[tuple[float, int, int]]:
+        """Return `(score, layer, head)` of all heads, lowest first."""
+        return sorted((score, layer, head) for layer, row in self.layers.items() for head, score in enumerate(row))
+
+    def lowest(self, number: int, layer: int) -> torch.Tensor:
+        """Return which heads of a layer are among the `number` lowest of the model, `(H,)` bool."""
+        chosen = {head for _, index, head in self.flat()[:number] if index == layer}
+        return torch.tensor([head in chosen for head in range(len(self.layers[layer]))])
+
+    def shape(self) -> str:
+        """Return layers and KV heads, `4 x 8`."""
+        return f"{len(self.layers)} x {max(map(len, self.layers.values()), default=0)}"
+
+    def fits(self, model: Any) -> bool:
+        """Return whether the scores are of a model of these layers and heads."""
+        text = model.config.get_text_config(decoder=True)
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        return (
+            self.model_type == text.model_type
+            and set(self.layers) <= set(range(text.num_hidden_layers))
+            and all(len(row) == heads for row in self.layers.values())
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the scores as plain values."""
+        return {"model_type": self.model_type, "layers": {str(index): list(row) for index, row in self.layers.items()}}
+
+    @classmethod
+    def from_dict(cls, held: dict[str, Any]) -> "HeadScores":
+        """Build scores from :meth:`to_dict`'s result."""
+        return cls(
+            {int(index): tuple(map(float, row)) for index, row in held["layers"].items()}, str(held["model_type"])
+        )
+
+
+@torch.no_grad()
+def find_head_scores(
+    model: Any, *, samples: int = 8, tokens: int = 512, passkey: int = 16, seed: int = 0
+) -> HeadScores:
+    """Score the KV heads of a model by what they look at where a passkey is repeated.
+
+    A text of random tokens holds a passkey of random tokens early on, and ends with the passkey once more. While the
+    model reads it again, a head that looks things up attends to the first occurrence, or to what followed the current
+    token there; the score is that share of its attention, the highest over its query heads' mean. DuoAttention finds
+    the same by optimising gates on synthetic passkeys; this needs a few forward passes.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In any state; it is left as it was.
+    samples, tokens, passkey : int
+        Texts, tokens of each, and tokens of the passkey.
+    seed : int
+        Of the texts.
+    """
+    text = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(seed)
+    special = {x for x in (text.bos_token_id, text.eos_token_id, text.pad_token_id) if isinstance(x, int)}
+    tokens = min(tokens, getattr(text, "max_position_embeddings", tokens))
+    ids = torch.randint(0, text.vocab_size, (samples, tokens), generator=generator)
+    for token in special:
+        ids = ids.masked_fill(ids == token, (max(special) + 1) % text.vocab_size)
+    start = tokens // 8
+    ids[:, -passkey:] = ids[:, start : start + passkey]
+    with attach(model, "hash") as attachment:
+        modules = attachment.attention_modules()
+        watched = is_watched(modules)
+        watch(model)
+        try:
+            cache = _read(model, ids.to(model.device))
+            layers = {}
+            for index, module in modules.items():
+                if getattr(module, "sliding_window", None) or getattr(cache.layers[index], "is_sliding", False):
+                    continue
+                observer = observed(module)
+                assert observer.recent is not None
+                count = len(observer.recent.positions)
+                last = observer.recent.pick(torch.arange(count - passkey // 2, count, device=model.device))
+                mass = attention_mass(observer, last, cache.layers[index].keys)
+                found = mass[:, :, start : start + passkey].sum(dim=-1).mean(dim=0)
+                layers[index] = tuple(round(float(score), 5) for score in found)
+        finally:
+            if not watched:
+                unwatch(modules)
+    return HeadScores(layers, text.model_type)
+
+
+def _read(model: Any, ids: torch.Tensor) -> Any:
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    getattr(model, "model", model)(input_ids=ids, past_key_values=cache)
+    return cache

@@ -1,0 +1,204 @@
+"""Queries as attention used them, noted while the model reads: after rotary embedding, norms and everything else.
+
+kvpress projects hidden states to queries a second time and forgets norms on models it does not know, such as Qwen3-MoE.
+Here PiKV's attention function hands over what it was given, at no cost, on any architecture that it can be attached to.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pikv_hf.attachment import ensure_attached
+from pikv_hf.attention import OBSERVER_ATTRIBUTE
+
+#: Queries kept per layer: so many spread over all that was read, and so many of the latest.
+SPREAD, RECENT = 96, 64
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """Some queries of one attention layer.
+
+    Attributes
+    ----------
+    queries : torch.Tensor
+        `(B, Hq, m, D)`.
+    positions : torch.Tensor
+        `(m,)` int64, ascending: the column of each query's own token.
+    valid : torch.Tensor or None
+        `(B, m)` bool, False for queries of padding; None if there is none.
+    """
+
+    queries: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor | None
+
+    def pick(self, index: torch.Tensor) -> "Observed":
+        """Return the queries at `index` `(n,)`, copied."""
+        valid = None if self.valid is None else self.valid[:, index]
+        return Observed(self.queries[:, :, index], self.positions[index], valid)
+
+    def __add__(self, later: "Observed") -> "Observed":
+        valid = None
+        if self.valid is not None or later.valid is not None:
+            valid = torch.cat([self._known_valid(), later._known_valid()], dim=1)
+        return Observed(
+            torch.cat([self.queries, later.queries], dim=2), torch.cat([self.positions, later.positions]), valid
+        )
+
+    def _known_valid(self) -> torch.Tensor:
+        if self.valid is not None:
+            return self.valid
+        shape = self.queries.shape[0], self.queries.shape[2]
+        return torch.ones(shape, dtype=torch.bool, device=self.queries.device)
+
+
+class Observer:
+    """Keeps a sample of the queries of one attention module.
+
+    Attributes
+    ----------
+    spread, recent : Observed or None
+        Queries from all over what was read, and the latest ones.
+    scale : float
+        What attention multiplies logits by.
+    sinks : torch.Tensor or None
+        `(Hq,)` logits of attention sinks, as gpt-oss has them.
+    softcap : float or None
+        Where logits are capped by `softcap * tanh(logits / softcap)`.
+    batch, new, seen : int
+        Rows and new tokens of the last call, and tokens read so far.
+    """
+
+    def __init__(self) -> None:
+        self.spread: Observed | None = None
+        self.recent: Observed | None = None
+        self.scale, self.batch, self.new, self.seen = 1.0, 0, 0, 0
+        self.sinks: torch.Tensor | None = None
+        self.softcap: float | None = None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "Observer":
+        """Return the observer of an attention module, a new one if it has none."""
+        observer = getattr(module, OBSERVER_ATTRIBUTE, None)
+        if not isinstance(observer, cls):
+            observer = cls()
+            setattr(module, OBSERVER_ATTRIBUTE, observer)
+        return observer
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        past: int,
+        valid: torch.Tensor | None,
+        scale: float,
+        sinks: torch.Tensor | None,
+        softcap: float | None,
+    ) -> None:
+        """Note the queries `(B, Hq, Q, D)` of a call after `past` tokens; `valid` `(B, Q)` is False for padding."""
+        new = query.shape[2]
+        self.batch, self.new = query.shape[0], new
+        if past == 0:
+            self.spread = self.recent = None
+        self.scale, self.sinks, self.softcap, self.seen = scale, sinks, softcap, past + new
+        call = Observed(query.detach(), torch.arange(past, past + new, device=query.device), valid)
+        latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
+        joined = latest if self.recent is None else self.recent + latest
+        self.recent = joined.pick(torch.arange(len(joined.positions), device=query.device)[-RECENT:])
+        if new == 1:
+            return
+        even = torch.linspace(0, new - 1, min(new, SPREAD), device=query.device).round().long()
+        picked = call.pick(even)
+        together = picked if self.spread is None else self.spread + picked
+        while len(together.positions) > 2 * SPREAD:
+            together = together.pick(torch.arange(0, len(together.positions), 2, device=query.device))
+        self.spread = together
+
+
+def observed(module: nn.Module) -> Observer:
+    """Return what was observed at an attention module.
+
+    Raises
+    ------
+    RuntimeError
+        If nothing was: the model is not attached, or its attention has not run.
+    """
+    observer = getattr(module, OBSERVER_ATTRIBUTE, None)
+    if not isinstance(observer, Observer) or observer.recent is None:
+        raise RuntimeError(
+            f"no queries of {type(module).__name__} {getattr(module, 'layer_idx', '')} were observed; a press has to "
+            "be entered with `with press(model):`, and the model must keep attn_implementation='pikv' meanwhile"
+        )
+    return observer
+
+
+def watch(model: Any) -> None:
+    """Attach a model and observe its queries from now on.
+
+    Presses within kvpress's wrappers are told of the model but not when they end; what is kept is small.
+    """
+    attachment = ensure_attached(model, "hash")
+    for module in attachment.attention_modules().values():
+        Observer.of(module)
+
+
+def is_watched(modules: dict[int, nn.Module]) -> bool:
+    """Return whether any of these attention modules is observed."""
+    return any(isinstance(getattr(module, OBSERVER_ATTRIBUTE, None), Observer) for module in modules.values())
+
+
+def unwatch(modules: dict[int, nn.Module]) -> None:
+    """Undo :func:`watch`, but for the attachment."""
+    for module in modules.values():
+        if hasattr(module, OBSERVER_ATTRIBUTE):
+            delattr(module, OBSERVER_ATTRIBUTE)
+
+
+def attention_mass(
+    observer: Observer, queries: Observed, keys: torch.Tensor, held: torch.Tensor | None = None, causal: bool = True
+) -> torch.Tensor:
+    """Return the attention that observed queries pay to each key, averaged over the queries that see it.
+
+    Parameters
+    ----------
+    observer : Observer
+        Scale, sinks and soft cap.
+    queries : Observed
+        Which queries.
+    keys : torch.Tensor
+        `(B, H, T, D)`.
+    held : torch.Tensor, optional
+        `(B, H, T)` bool, False for padding and what was evicted.
+    causal : bool
+        Whether key t is the token at position t, which earlier queries do not see; else all queries see all keys.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, H, T)` float32, averaged over the query heads of a KV head; 0 where nothing is held or seen.
+    """
+    batch, heads, tokens, _ = keys.shape
+    groups = queries.queries.shape[1] // heads
+    column = torch.arange(tokens, device=keys.device)
+    seen = column <= queries.positions[:, None] if causal else torch.ones_like(column <= queries.positions[:, None])
+    seen = seen.expand(batch, -1, -1)
+    if queries.valid is not None:
+        seen = seen & queries.valid[..., None]
+    mass = keys.new_empty((batch, heads, tokens), dtype=torch.float32)
+    for head in range(heads):
+        visible = seen if held is None else seen & held[:, head, None]
+        own = slice(head * groups, (head + 1) * groups)
+        logits = torch.matmul(queries.queries[:, own].float(), keys[:, head, None].float().transpose(-1, -2))
+        logits.mul_(observer.scale)
+        if observer.softcap is not None:
+            logits.div_(observer.softcap).tanh_().mul_(observer.softcap)
+        logits.masked_fill_(~visible[:, None], -torch.inf)
+        total = logits.logsumexp(dim=-1, keepdim=True)
+        if observer.sinks is not None:
+            total = torch.logaddexp(total, observer.sinks[own].float().view(1, -1, 1, 1).expand_as(total))
+        # A query that sees nothing, as one of padding, has no total.
+        weights = logits.sub_(total.masked_fill(total == -torch.inf, 0)).exp_()
+        mass[:, head] = weights.sum(dim=2).mean(dim=1) / visible.sum(dim=1).clamp_min(1)
+    return mass

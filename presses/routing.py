@@ -1,0 +1,97 @@
+"""What the model's routers said about the tokens that a press is to judge."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pikv_hf.attachment import ensure_attached
+from pikv_hf.experts import Lazy
+from pikv_hf.presses.observation import Observer
+
+_ATTRIBUTE = "_pikv_routing"
+
+
+@dataclass(slots=True)
+class Routing:
+    """Choices of one layer's router, for the tokens of a prompt.
+
+    Attributes
+    ----------
+    num_experts : int
+        E.
+    observer : Observer
+        Of the same layer's attention, which runs before the router: it knows the shape of the call.
+    experts : torch.Tensor or None
+        `(B, T)` int64 primary experts of the tokens read so far.
+    confidence : torch.Tensor or None
+        `(B, T)` float32, the share of the routing weight that the primary expert got.
+    handle : Any
+        Of the hook.
+    """
+
+    num_experts: int
+    observer: Observer
+    experts: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
+    handle: Any = None
+
+    def note(self, experts: Lazy, confidence: Lazy) -> None:
+        """Take the choices of a call; single tokens, which are decoding, are of no interest to a press."""
+        batch, new = self.observer.batch, self.observer.new
+        if new == 1:
+            return
+        chosen, sure = experts(), confidence()
+        if chosen.numel() != batch * new:
+            self.experts = self.confidence = None
+            return
+        chosen, sure = chosen.view(batch, new), sure.view(batch, new)
+        if self.observer.seen == new or self.experts is None or self.confidence is None:
+            self.experts, self.confidence = chosen, sure
+        else:
+            self.experts = torch.cat([self.experts, chosen], dim=1)
+            self.confidence = torch.cat([self.confidence, sure], dim=1)
+
+    def rows(self, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return experts and confidence `(B, T)`, None if they are not known of just these tokens."""
+        if self.experts is None or self.confidence is None or self.experts.shape != (batch, tokens):
+            return None
+        return self.experts, self.confidence
+
+
+def watch_routers(model: Any) -> dict[int, nn.Module]:
+    """Note what the model's routers choose from now on; a second call changes nothing.
+
+    Returns
+    -------
+    dict
+        The attention modules by layer index.
+
+    Raises
+    ------
+    ValueError
+        If the model has no router that can be read.
+    """
+    attachment = ensure_attached(model, "hash")
+    attachment.require_routers(model)
+    modules = attachment.attention_modules()
+    for index, router in attachment.routers.items():
+        if not hasattr(modules[index], _ATTRIBUTE):
+            routing = Routing(router.num_experts, Observer.of(modules[index]))
+            routing.handle = router.watch(routing.note)
+            setattr(modules[index], _ATTRIBUTE, routing)
+    return modules
+
+
+def unwatch_routers(modules: dict[int, nn.Module]) -> None:
+    """Undo :func:`watch_routers`."""
+    for module in modules.values():
+        if (routing := routing_of(module)) is not None:
+            routing.handle.remove()
+            delattr(module, _ATTRIBUTE)
+
+
+def routing_of(module: nn.Module) -> Routing | None:
+    """Return the routing of an attention module's layer, None if the layer has no router."""
+    return getattr(module, _ATTRIBUTE, None)
