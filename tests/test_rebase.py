@@ -257,6 +257,32 @@ def test_wrong_assignments_change_nothing(model: Any) -> None:
         assert torch.equal(then, now)
 
 
+def test_evicted_tokens_that_are_assigned_back_stay_evicted(model: Any) -> None:
+    cache = filled(model)
+    keep = random_keep(cache)
+    more = prompt(1, 5, seed=3)
+    for layer, kept in zip(cache.layers, keep, strict=True):
+        layer.keep(kept)
+        keys, values = layer.keys, layer.values
+        layer.keys, layer.values = keys.clone(), values.clone()
+        assert torch.equal(layer.held(), kept)
+    with torch.no_grad():
+        logits = model(more, past_key_values=cache).logits
+    torch.testing.assert_close(logits, masked_reference(model, prompt(), more, keep), atol=1e-4, rtol=0)
+
+
+def test_evicted_tokens_need_an_attention_that_passes_over_them(model: Any) -> None:
+    unattached = PiKVCache(model.config)
+    unattached.update(torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16), 0)
+    with pytest.raises(ValueError, match="for_model"):
+        unattached.layers[0].keep(torch.ones(1, 2, 9, dtype=torch.bool))
+    cache = filled(model)
+    cache.layers[0].keep(random_keep(cache)[0])
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="evicted"), torch.no_grad():
+        model(prompt(1, 2), past_key_values=cache)
+
+
 def test_padded_rows_are_not_taken_for_tokens(model: Any) -> None:
     cache = PiKVCache.for_model(model, **OPTIONS)
     mask = torch.ones(2, 61, dtype=torch.long)

@@ -70,6 +70,11 @@ class PiKVLayer(LayerTokens):
         self._remember()
         history = self.seen > 0
         if history and not in_place:
+            if self.evicted:
+                raise RuntimeError(
+                    f"layer {self.layer_idx}: tokens were evicted, which only attn_implementation='pikv' can pass "
+                    "over, but this layer's attention is another one or does not see the cache"
+                )
             past = self.dense()
         if key_states.shape[2] == 1 and history:
             self._append(key_states, value_states)

@@ -69,6 +69,8 @@ class LayerTokens(CacheLayerMixin):
         self.vetted = True
         # `(B,)` columns of padding in each row, None if there are none.
         self._padding: torch.Tensor | None = None
+        # Whether some columns hold no token although they are not padding.
+        self.evicted = False
         self._slots: torch.Tensor | None = None
         # Columns of the last assignment: the model's positions of tokens among them are not known.
         self._assigned = 0
@@ -238,9 +240,11 @@ class LayerTokens(CacheLayerMixin):
             )
         seen = self.positions_seen
         picked = self.attachment is not None and keys.shape[2] < self.seen and is_selection(keys, self._dense(True))
+        # What was evicted was handed out as zeros, and comes back as such: it is no token now either.
+        held = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1) if self.evicted else None
         leaders = equal_rows(keys, values, batch=self.batch)
         # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
-        table = assigned_table(keys, values, self.config, self._shard_of(), leaders)
+        table = assigned_table(keys, values, held, self.config, self._shard_of(), leaders)
         self._interrupt()
         self._drop_pending()
         self.table = table
@@ -303,12 +307,18 @@ class LayerTokens(CacheLayerMixin):
         """
         if self.table is None:
             raise ValueError(f"layer {self.layer_idx} holds no tokens, of which some could be kept")
+        if self.attachment is None:
+            raise ValueError(
+                f"layer {self.layer_idx}: only PiKV's attention can pass over evicted tokens; make the cache with "
+                "PiKVCache.for_model(model)"
+            )
         widths = checked_widths(kept, (self.batch, self.heads, self.seen), f"layer {self.layer_idx}")
         widths = with_exact_ends(widths.to(self.device), self.config)
         table = kept_table(self.table, self.pending, widths, self.config, self._shard_of())
         self._interrupt()
         self._drop_pending()
         self.table = table
+        self.evicted |= bool((widths == 0).any())
         self.holds = False
 
     def held(self) -> torch.Tensor:
@@ -428,5 +438,5 @@ class LayerTokens(CacheLayerMixin):
         if self.table is not None:
             twin.table, twin.heads = self.table.fork(), self.heads
             twin.dtype, twin.device = self.dtype, self.device
-        for name in ("seen", "dropped", "_assigned", "_padding", "is_initialized", "vetted"):
+        for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))

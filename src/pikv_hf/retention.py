@@ -80,12 +80,23 @@ def kept_table(
 
 
 def assigned_table(
-    keys: torch.Tensor, values: torch.Tensor, config: PiKVConfig, shard_of: ShardOf, leaders: list[int]
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    held: torch.Tensor | None,
+    config: PiKVConfig,
+    shard_of: ShardOf,
+    leaders: list[int],
 ) -> PageTable:
-    """Return a table of K/V from outside, `(B, H, T, D)` and `(B, H, T, Dv)`, at positions 0..T-1."""
-    widths = torch.full(keys.shape[:3], AS_CONFIGURED, dtype=torch.uint8, device=keys.device)
-    exact = ExactTokens(keys, values, widths > 0)
-    kept = KeptTokens(with_exact_ends(widths, config), leaders, exact, config, split=False)
+    """Return a table of K/V from outside at positions 0..T-1.
+
+    `keys` and `values` are `(B, H, T, D)` and `(B, H, T, Dv)`; `held` `(B, H, T)` is False where there is no token,
+    None if there is one everywhere.
+    """
+    every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    held = every if held is None else held
+    split = not torch.equal(held, held[:, :1].expand_as(held))
+    widths = with_exact_ends(held.to(torch.uint8) * AS_CONFIGURED, config)
+    kept = KeptTokens(widths, leaders, ExactTokens(keys, values, held), config, split)
     kept.add_exact()
     return _table_of(kept, config, shard_of)
 
