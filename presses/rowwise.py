@@ -1,6 +1,9 @@
 """Any press on a padded batch: row by row, each without its padding."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,15 +25,21 @@ class RowwisePress(BasePress):
     Parameters
     ----------
     press : BasePress
-        A press that picks tokens, or marks them by head. Presses of this project need no wrapper.
+        A press that picks tokens of a prompt, or marks them by head. Presses of this project need no wrapper.
 
     Raises
     ------
+    TypeError
+        For what is no press.
     ValueError
-        For presses that change tokens instead of picking some, and other caches with padded rows.
+        While reading, for presses that change tokens instead of picking some, and other caches with padded rows.
     """
 
     press: BasePress
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.press, BasePress):
+            raise TypeError(f"RowwisePress is around a press of kvpress, got {type(self.press).__name__}")
 
     def post_init_from_model(self, model: Any) -> None:
         """Tell the press of the model."""
@@ -50,8 +59,7 @@ class RowwisePress(BasePress):
         cache = kwargs["past_key_values"]
         layer, new = cache.layers[module.layer_idx], kwargs["hidden_states"].shape[1]
         view = view_of(module, layer, kwargs, new)
-        padded = view.valid is not None
-        if not padded or view.keys.shape[2] != new:
+        if not view.padded or view.keys.shape[2] != new:
             return self.press.forward_hook(module, input, kwargs, output)
         if not view.is_paged:
             raise ValueError(
@@ -71,38 +79,30 @@ class RowwisePress(BasePress):
     ) -> torch.Tensor:
         """Return which of a row's tokens the press keeps, `(H, n)` bool."""
         keys, values = (part[row : row + 1, :, columns].contiguous() for part in (view.keys, view.values))
-        alone = of_row(kwargs, row, columns)
         attentions = None if output[1] is None else output[1][row : row + 1][..., columns, :][..., columns]
+        # Some presses write into what they are given: they get copies, in a cache of this row and layer alone.
+        layer = SimpleNamespace(keys=keys.clone(), values=values.clone())
+        alone = {**of_row(kwargs, row, columns), "past_key_values": SimpleNamespace(layers={view.index: layer})}
         view.module.masked_key_indices = None  # type: ignore[assignment]
-        new_keys, _ = self.press.compress(view.module, alone["hidden_states"], keys, values, attentions, alone)
+        self.press.forward_hook(view.module, [], alone, (output[0][row : row + 1, columns], attentions))
         marks: Any = view.module.masked_key_indices
         view.module.masked_key_indices = None  # type: ignore[assignment]
-        kept = picked(keys, new_keys, type(self.press).__name__)[0]
+        kept = picked((keys, values), (layer.keys, layer.values), type(self.press).__name__)[0]
         if marks is not None:
             kept[marks[1], marks[2]] = False
         return kept
 
-    def __call__(self, model: Any) -> Any:
-        """Compress what is read within the block."""
-        return _Holding(super().__call__(model), model)
-
-
-class _Holding:
-    """kvpress's context with layers that wait for the press."""
-
-    def __init__(self, context: Any, model: Any) -> None:
-        self._context, self._model = context, model
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        self._context.__enter__()
-        base = getattr(self._model.model, "language_model", self._model.model)
-        self._handles = [x.self_attn.register_forward_pre_hook(hold, with_kwargs=True) for x in base.layers]
-
-    def __exit__(self, *error: Any) -> Any:
-        for handle in self._handles:
-            handle.remove()
-        return self._context.__exit__(*error)
+    @contextmanager
+    def __call__(self, model: Any) -> Generator[None, None, None]:
+        """Compress what is read within the block; layers wait with packing until the press has seen their tokens."""
+        base = getattr(model.model, "language_model", model.model)
+        handles = [layer.self_attn.register_forward_pre_hook(hold, with_kwargs=True) for layer in base.layers]
+        try:
+            with super().__call__(model):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def of_row(kwargs: dict[str, Any], row: int, columns: torch.Tensor) -> dict[str, Any]:
@@ -121,19 +121,27 @@ def of_row(kwargs: dict[str, Any], row: int, columns: torch.Tensor) -> dict[str,
     return alone
 
 
-def picked(keys: torch.Tensor, chosen: torch.Tensor, press: str) -> torch.Tensor:
-    """Return which of the keys `(B, H, T, D)` are among the chosen `(B, H, n, D)`, `(B, H, T)` bool.
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def picked(tokens: Pair, chosen: Pair, press: str) -> torch.Tensor:
+    """Return which tokens are among the chosen ones, `(B, H, T)` bool.
+
+    Parameters
+    ----------
+    tokens, chosen : tuple of torch.Tensor
+        Keys `(B, H, T, D)` and values `(B, H, T, Dv)`, and n of them.
+    press : str
+        For the message.
 
     Raises
     ------
     ValueError
-        If a chosen key is none of them.
+        If a chosen token is none of them.
     """
-    ordered, order = token_hashes(keys).sort(dim=-1)
-    new = token_hashes(chosen).contiguous()
-    place = torch.searchsorted(ordered, new).clamp_max_(keys.shape[2] - 1)
-    if not bool((ordered.gather(-1, place) == new).all()):
-        raise ValueError(
-            f"{press} changes keys instead of picking some, which cannot be done by rows of a padded batch"
-        )
-    return torch.zeros(keys.shape[:3], dtype=torch.bool, device=keys.device).scatter_(-1, order.gather(-1, place), True)
+    known, wanted = (token_hashes(keys) + 3 * token_hashes(values) for keys, values in (tokens, chosen))
+    ordered, order = known.sort(dim=-1)
+    place = torch.searchsorted(ordered, wanted.contiguous()).clamp_max_(known.shape[-1] - 1)
+    if not bool((ordered.gather(-1, place) == wanted).all()):
+        raise ValueError(f"{press} changes tokens instead of picking some, which no row of a padded batch can be given")
+    return torch.zeros_like(known, dtype=torch.bool).scatter_(-1, order.gather(-1, place), True)

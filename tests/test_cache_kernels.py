@@ -53,3 +53,22 @@ def test_a_mask_takes_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
             model(ids, past_key_values=cache)
             logits[backend] = model(ids[:, :1], past_key_values=cache).logits
     assert torch.equal(logits[BACKEND], logits["torch"])
+
+
+@needs_triton
+def test_heads_of_different_lengths_and_widths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an eviction by head each KV head is a row of its own, with pages of several widths."""
+    model = FAMILIES["qwen3_moe"].build(num_hidden_layers=2).to(DEVICE)
+    ids = torch.randint(3, 190, (2, 90), device=DEVICE)
+    widths = torch.tensor([0, 2, 4, 8, 16], device=DEVICE)[torch.randint(0, 5, (2, 2, 2, 90), device=DEVICE)]
+    logits = {}
+    for backend in ("torch", BACKEND):
+        monkeypatch.setenv("PIKV_KERNELS", "torch")
+        cache = PiKVCache.for_model(model, page_size=16, recent_window=16, num_shards=2)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            for layer, chosen in zip(cache.layers, widths, strict=True):
+                layer.keep(chosen)
+            monkeypatch.setenv("PIKV_KERNELS", backend)
+            logits[backend] = torch.stack([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(3)])
+    torch.testing.assert_close(logits[BACKEND], logits["torch"], atol=1e-4, rtol=1e-4)

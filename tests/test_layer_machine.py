@@ -53,6 +53,9 @@ class FakeAttachment:
     def forget(self, layer: PiKVLayer) -> None:
         pass
 
+    def reads(self, layer: PiKVLayer, prompt: bool) -> None:
+        pass
+
     def take_marks(self, layer: PiKVLayer) -> None:
         return None
 

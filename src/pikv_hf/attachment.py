@@ -72,6 +72,12 @@ class Attachment:
         if before is not None and before is not layer:
             before.settle_unless_held()
 
+    def reads(self, layer: "LayerTokens", prompt: bool) -> None:
+        """Note that a layer is about to be read; see :func:`~pikv_hf.marks.note_reader`."""
+        reference = self._attention.get(layer.layer_idx)
+        if reference is not None and (module := reference()) is not None:
+            note_reader(module, layer, prompt)
+
     def take_marks(self, layer: "LayerTokens") -> Any:
         """Return, once, what kvpress marked for this layer; see :func:`~pikv_hf.marks.take_marks`."""
         reference = self._attention.get(layer.layer_idx)
@@ -151,7 +157,6 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Cut the mask, one for all layers, to a layer of fewer columns, where another implementation attends."""
     if getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION_NAME) == ATTENTION_NAME:
         return None
-    note_reader(module, None, prompt=False)
     index, mask = getattr(module, "layer_idx", -1), kwargs.get("attention_mask")
     layers = getattr(kwargs.get("past_key_values"), "layers", ())
     if not isinstance(mask, torch.Tensor) or not 0 <= index < len(layers):

@@ -13,7 +13,7 @@ from .kernels.merge_partials import merge_sinks
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
-from .marks import note_reader
+from .marks import forget_reader
 from .masks import PLAIN_ATTRIBUTE, PageBias, by_lane, new_tokens_valid, trailing_columns
 from .page_book import PageBook
 from .read_plan import ReadPlan, Run
@@ -68,7 +68,8 @@ def pikv_attention_forward(
         valid = new_tokens_valid(attention_mask, query.shape[2])
         observer(query, tokens - query.shape[2], valid, scale, sinks, softcap)
     if not isinstance(layer, PiKVLayer):
-        note_reader(module, None, prompt=False)
+        if key.shape[2] == query.shape[2]:
+            forget_reader(module)
         if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
             attention_mask = _trailing_causal_mask(query, key)
         if sinks is None and softcap is None:
@@ -90,7 +91,6 @@ def pikv_attention_forward(
         )
     if attention_mask is not None and layer.dropped:
         attention_mask = trailing_columns(attention_mask, layer.seen)
-    note_reader(module, layer, prompt=layer.seen == query.shape[2])
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
     layer.observe(query, scale)
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:

@@ -96,7 +96,7 @@ class PiKVCache(Cache):
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
             )
         layer = self.layers[layer_idx]
-        if not isinstance(layer, PiKVLayer):
+        if isinstance(layer, DynamicSlidingWindowLayer):
             check_fits(layer_idx, key_states, value_states, _held(layer))
         return layer.update(key_states, value_states, *args, **kwargs)
 

@@ -63,6 +63,8 @@ class PiKVLayer(LayerTokens):
         """
         check_fits(self.layer_idx, key_states, value_states, self._held())
         in_place = self._reads_in_place()
+        if self.attachment is not None and not self._reference_lost:
+            self.attachment.reads(self, prompt=not self.seen)
         holds = self.holds
         self.settle()
         if self.table is None:
@@ -178,7 +180,7 @@ class PiKVLayer(LayerTokens):
             )
         if self.pending is not None:
             self.pending.experts = experts.view(batch, -1)
-            self._take_marks()
+            self.settle_marks()
             if self.pending is not None and not self.holds:
                 self._place(self.pending.experts)
         elif self._slots is not None:

@@ -134,7 +134,7 @@ class LayerTokens(CacheLayerMixin):
             raise RuntimeError(
                 f"layer {self.layer_idx}: keys {tuple(staged.shape)} were assigned without values; assign both"
             )
-        self._take_marks()
+        self.settle_marks()
         self.holds = False
         if self.pending is not None:
             experts = self.pending.experts
@@ -217,7 +217,7 @@ class LayerTokens(CacheLayerMixin):
     def _hand_out(self, name: str) -> torch.Tensor | None:
         if self.table is None:
             return None
-        self._take_marks()
+        self.settle_marks()
         dense = self._dense(name == "keys")
         self._handed[name] = HandedOut(dense)
         return dense
@@ -334,6 +334,35 @@ class LayerTokens(CacheLayerMixin):
             fresh &= self.pending.valid[:, None]
         return torch.cat([stored, fresh], dim=2)
 
+    def packed_pages(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the pages of what is kept or packed: they stay as they are, or go as a whole.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(n,)` int64 sequences, `(n, H, P)` int64 columns of the page's tokens in each KV head, -1 where it has
+            none, and `(n,)` int64 bytes. Pages that several sequences share come once for each.
+        """
+        rows, columns, sizes = [], [], []
+        size = self.config.page_size
+        for name, pool in [] if self.table is None else self.table.pages.sealed.items():
+            assert self.table is not None
+            for row, sequence in enumerate(self.table.rows):
+                pages = sequence.pages(name)
+                positions = pool.positions[pool.index(pages)].long()
+                by_head = positions.new_full((len(pages), self.heads, size), -1)
+                head = slice(None) if self.lanes == 1 else slice(row % self.lanes, row % self.lanes + 1)
+                by_head[:, head] = positions[:, None]
+                rows.append(torch.full((len(pages),), row // self.lanes, device=positions.device))
+                columns.append(by_head)
+                # With its positions, its entry in the table, and what the host knows of it.
+                each = pool.page_bytes + 4 * size + 8 + pool.host_bytes // max(1, pool.capacity)
+                sizes.append(torch.full((len(pages),), each, device=positions.device))
+        if not rows:
+            empty = torch.zeros(0, dtype=torch.int64, device=getattr(self, "device", None))
+            return empty, empty.new_zeros((0, 1, size)), empty
+        return torch.cat(rows), torch.cat(columns), torch.cat(sizes)
+
     def padding(self) -> list[int]:
         """Return how many columns of each row are padding."""
         padding = self._padding_with_pending()
@@ -345,11 +374,16 @@ class LayerTokens(CacheLayerMixin):
         new = (~self.pending.valid).sum(dim=1)
         return new if self._padding is None else self._padding + new
 
-    def _take_marks(self) -> None:
+    def settle_marks(self) -> None:
         """Evict what kvpress's head-wise presses have only marked on the attention module."""
         marks = None if self.attachment is None else self.attachment.take_marks(self)
         if marks is None or self.table is None:
             return
+        if self._padding_with_pending() is not None:
+            raise ValueError(
+                f"layer {self.layer_idx}: a press has marked tokens of rows that are padded, and has taken padding for "
+                "tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
+            )
         kept = torch.ones((self.batch, self.heads, self.seen), dtype=torch.bool, device=self.device)
         rows, heads, columns = (torch.as_tensor(part, device=self.device) for part in marks)
         if columns.numel() and int(columns.max()) >= self.seen:
@@ -418,7 +452,7 @@ class LayerTokens(CacheLayerMixin):
         """Replace the rows of the batch by those at `indices`. No token is copied."""
         if self.table is None:
             return
-        self._take_marks()
+        self.settle_marks()
         lanes = range(self.lanes)
         self.table.select([row * self.lanes + lane for row in indices for lane in lanes])
         self._slots = self._checkpoint = None

@@ -15,23 +15,39 @@ _readers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakK
 
 
 def note_reader(module: nn.Module, layer: Any, prompt: bool) -> None:
-    """Note that an attention module reads a layer of a cache, None for a cache that is not PiKV's.
+    """Note that an attention module is about to read a layer of a `PiKVCache`.
 
-    A prompt ends what was marked during an earlier one, as in kvpress's own wrapper of attention functions; some of its
-    presses expect the attribute to be there.
+    What is marked for the layer that was read before is evicted there first; what is marked for another cache ends, as
+    do the marks of an earlier prompt in kvpress's own wrapper of attention functions. Some presses expect the
+    attribute.
     """
-    if layer is None:
-        _readers.pop(module, None)
+    before = reader_of(module)
+    if before is layer and not prompt:
         return
+    if before is not None and before is not layer:
+        before.settle_marks()
     _readers[module] = weakref.ref(layer)
-    if prompt and "kvpress" in sys.modules:
+    if "kvpress" in sys.modules:
         setattr(module, _ATTRIBUTE, None)
+
+
+def forget_reader(module: nn.Module) -> None:
+    """Note that another cache begins to be read: marks are no longer for the layer of before."""
+    before = reader_of(module)
+    if before is not None:
+        before.settle_marks()
+    _readers.pop(module, None)
+
+
+def reader_of(module: nn.Module) -> Any:
+    """Return the layer that a module has read last, None if that was another cache's or is gone."""
+    reference = _readers.get(module)
+    return None if reference is None else reference()
 
 
 def take_marks(module: nn.Module | None, layer: Any) -> Any:
     """Return, once, `(rows, heads, columns)` of what is marked on the module that read this layer last, or None."""
-    reader = None if module is None else _readers.get(module)
-    if reader is None or reader() is not layer:
+    if module is None or reader_of(module) is not layer:
         return None
     marks = getattr(module, _ATTRIBUTE, None)
     if marks is not None:

@@ -123,6 +123,20 @@ class PageBook(ABC):
         self.shard = np.append(self.shard, np.full(extra, -1, dtype=np.int16))
         self.used = np.append(self.used, np.zeros(extra, dtype=np.bool_))
 
+    def trim(self) -> None:
+        """Give back the free pages at the end."""
+        held = np.flatnonzero(~self._free())
+        end = int(held[-1]) + 1 if len(held) else 0
+        if end < self.capacity:
+            self._replace_tokens([tensor[:, :end].clone() for tensor in self.token_tensors()])
+            self.positions, self.experts = self.positions[:end].clone(), self.experts[:end].clone()
+            for name in self._notes():
+                setattr(self, name, getattr(self, name)[:end].copy())
+
+    def _notes(self) -> list[str]:
+        """Return the names of the arrays with an entry per page."""
+        return ["refcount", "count", "shard", "used"]
+
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages, side by side where possible.
 

@@ -82,6 +82,9 @@ class PagePool(PageBook):
         super()._grow(extra)
         self.kept = np.append(self.kept, np.zeros(extra, dtype=np.bool_))
 
+    def _notes(self) -> list[str]:
+        return [*super()._notes(), "kept"]
+
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages; see :meth:`PageBook.allocate`."""
         ids = super().allocate(pages, after, shard)

@@ -102,6 +102,8 @@ def assigned_table(
 
 
 def _table_of(kept: KeptTokens, config: PiKVConfig, shard_of: ShardOf) -> PageTable:
+    for pool in kept.store.pools().values():
+        pool.trim()
     # The sinks are among what is kept: later tokens have none of their own.
     writer = SequenceWriter(kept.store, config.num_shards, config.recent_window, 0, shard_of)
     return PageTable.of(writer, kept.rows)

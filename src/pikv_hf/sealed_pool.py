@@ -59,6 +59,9 @@ class SealedPool(PageBook):
         super()._grow(extra)
         self.errors = np.append(self.errors, np.zeros((extra, 5), dtype=np.float32), axis=0)
 
+    def _notes(self) -> list[str]:
+        return [*super()._notes(), "errors"]
+
     @property
     def host_bytes(self) -> int:
         """Bytes of the bookkeeping kept outside of tensors."""
