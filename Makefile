@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu-check baseline codecs test-browser clean
+.PHONY: help demo test check format bench gpu-check baseline codecs presses test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,10 +29,11 @@ format: $(INSTALLED) ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Measure decoding, beam reordering and prefill
+bench: $(INSTALLED) ## Measure decoding, beam reordering, prefill and what presses add to it
 	$(BIN)/pikv bench decode
 	$(BIN)/pikv bench reorder
 	$(BIN)/pikv bench prefill
+	$(BIN)/pikv bench press
 
 # torch and Triton are enough for this one, and a machine with a GPU has its own: no environment is made for it.
 gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --quick
@@ -47,6 +48,13 @@ BASELINE := eval/results/baseline
 baseline: $(INSTALLED) ## Measure the accuracy table of the README, and draw its figure
 	$(EVAL) run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
 	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
+
+# A press that fails at a budget is named, and its cell stays empty: the others are reported all the same.
+PRESSES := eval/results/presses
+presses: $(INSTALLED) ## Measure the table of presses at equal bytes of the README, print it, and draw its figure
+	-$(EVAL) run eval/presses.yaml --output $(PRESSES) $(FLAGS)
+	$(BIN)/pikv report $(PRESSES) --output $(PRESSES) --title "Presses at equal bytes on the bundled model"
+	$(BIN)/pikv report budgets $(PRESSES) --output $(PRESSES)
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
 EXPERIMENT := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.experiments

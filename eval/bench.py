@@ -83,7 +83,7 @@ def _compare(
     return Comparison(name, batch, tokens, ours, theirs, theirs.p50 / ours.p50, theirs.mean / ours.mean, difference)
 
 
-def _timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
+def timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[float, Any]:
     start = time.perf_counter()
     result = call(*args, **kwargs)
     return time.perf_counter() - start, result
@@ -166,17 +166,17 @@ def _decode_case(
     started = time.perf_counter()
     while len(theirs) < 6 or time.perf_counter() - started < seconds:
         step = _decode_inputs(batch)
-        spent, their_out = _timed(_their_step, dynamic, attention, *step)
+        spent, their_out = timed(_their_step, dynamic, attention, *step)
         theirs.append(spent)
         for name, cache in caches.items():
-            spent, our_out = _timed(_our_step, cache, attention, *step)
+            spent, our_out = timed(_our_step, cache, attention, *step)
             ours[name].append(spent)
             difference[name] = max(difference[name], float((our_out - their_out).abs().max()))
     del dynamic
     for _ in range(64):
         step = _decode_inputs(batch)
         for name, cache in caches.items():
-            ours[name].append(_timed(_our_step, cache, attention, *step)[0])
+            ours[name].append(timed(_our_step, cache, attention, *step)[0])
     plain = Timing.of(ours["none"][1:]).p50 if "none" in ours else None
     for name, cache in caches.items():
         # The first step pays for allocations on either side.
@@ -222,8 +222,8 @@ def run_reorder(beams: int = 8, tokens: int = 32768, repeats: int = 5) -> Iterat
         for repeat in range(repeats):
             # Every row stays alive: a permutation, as in the steps of a beam search that keep all beams.
             order = torch.randperm(beams, generator=torch.Generator().manual_seed(repeat))
-            ours.append(_timed(pikv.reorder_cache, order)[0])
-            theirs.append(_timed(dynamic.reorder_cache, order)[0])
+            ours.append(timed(pikv.reorder_cache, order)[0])
+            theirs.append(timed(dynamic.reorder_cache, order)[0])
         difference = float((pikv.layers[0].keys[:, :, :64] - dynamic.layers[0].keys[:, :, :64]).abs().max())
         yield _compare(name, beams, tokens, ours, theirs, difference)
 
@@ -237,11 +237,11 @@ def run_prefill(tokens: int = 8192, repeats: int = 3) -> Iterator[Comparison]:
     for _ in range(repeats + 1):
         # Attaching is set-up, not prefill; without it the model runs transformers' own SDPA.
         pikv = PiKVCache.for_model(model)
-        spent, our_out = _timed(model, ids, past_key_values=pikv, logits_to_keep=1)
+        spent, our_out = timed(model, ids, past_key_values=pikv, logits_to_keep=1)
         ours.append(spent)
         detach(model)
         dynamic = DynamicCache(config=model.config)
-        spent, their_out = _timed(model, ids, past_key_values=dynamic, logits_to_keep=1)
+        spent, their_out = timed(model, ids, past_key_values=dynamic, logits_to_keep=1)
         theirs.append(spent)
         difference = max(difference, float((our_out.logits - their_out.logits).abs().max()))
     yield _compare("prefill", 1, tokens, ours[1:], theirs[1:], difference)

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich import box
@@ -14,6 +15,9 @@ from pikv_hf.report import format_bytes
 
 from .bench import Comparison
 from .provenance import provenance
+
+if TYPE_CHECKING:
+    from .bench_press import PressTiming
 
 WIDTH = 100
 
@@ -30,16 +34,31 @@ def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path |
     output : Path, optional
         A JSON file to write, with machine, versions and command.
     """
+    _show(comparisons, threads, output, _line, _table)
+
+
+def run_and_show_presses(timings: "Iterable[PressTiming]", threads: int, output: Path | None) -> None:
+    """The same for presses."""
+    _show(timings, threads, output, _press_line, _press_table)
+
+
+def _show(
+    cases: Iterable[Any],
+    threads: int,
+    output: Path | None,
+    line: Callable[[Any], str],
+    table: Callable[[list[Any]], Table],
+) -> None:
     torch.set_num_threads(threads)
     console = Console(log_path=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
-    done: list[Comparison] = []
+    done = []
     with console.status("measuring"):
-        for comparison in comparisons:
-            done.append(comparison)
-            console.log(_line(comparison))
-    console.print(_table(done))
+        for case in cases:
+            done.append(case)
+            console.log(line(case))
+    console.print(table(done))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         result = {**provenance(), "results": [dataclasses.asdict(each) for each in done]}
@@ -80,5 +99,30 @@ def _table(done: list[Comparison]) -> Table:
             _times(each.mean_ratio),
             *([format_bytes(size), "-" if slower is None else f"{slower:.2f}"] if with_codecs else []),
             f"{each.max_difference:.0e}",
+        )
+    return table
+
+
+def _press_line(each: "PressTiming") -> str:
+    return f"{each.press}, {each.tokens:,} tokens: {each.to_none:.2f} of the time without a press"
+
+
+def _press_table(done: "list[PressTiming]") -> Table:
+    table = Table(
+        title="Prefill on PiKVCache: median milliseconds, and times that of PiKVCache or DynamicCache without a press",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+    )
+    for name in ("press", "removed", "tokens", "ms", "to none", "to DynamicCache", "bytes"):
+        table.add_column(name, justify="left" if name == "press" else "right", no_wrap=True)
+    for each in done:
+        table.add_row(
+            each.press,
+            f"{100 * each.ratio:.4g}%",
+            f"{each.tokens:,}",
+            f"{each.pikv.p50 * 1e3:,.1f}",
+            f"{each.to_none:.2f}",
+            f"{each.to_dynamic:.2f}",
+            format_bytes(each.kv_bytes),
         )
     return table

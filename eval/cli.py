@@ -144,6 +144,28 @@ def prefill(
     run_and_show(run_prefill(tokens), threads, output)
 
 
+@bench.command()
+def press(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8192,
+    ratio: Annotated[float, typer.Option(help="Share of the cache that presses remove.")] = 0.75,
+    presses: Annotated[
+        list[str] | None, typer.Option("--press", help="Only this one, any that pikv eval takes; may be repeated.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds in which every press reads the prompt once.")] = 5,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """What each press of this project adds to the prefill of a model of two layers on PiKVCache."""
+    from pikv_hf.eval.bench_press import PRESSES, run_presses
+    from pikv_hf.eval.bench_view import run_and_show_presses
+
+    try:
+        timings = run_presses(tokens, ratio, repeats, presses or PRESSES)
+    except InputError as error:
+        raise _failure(2, str(error)) from None
+    run_and_show_presses(timings, threads, output)
+
+
 def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> "DemoResult":
     """Run the demo and print its result."""
     with user_input("invalid option"):

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 app = typer.Typer(
-    help="Measure accuracy, live bytes and speed of a cache, with or without a press of kvpress.", no_args_is_help=True
+    help="Measure accuracy, live bytes and speed of a cache, with or without a press.", no_args_is_help=True
 )
 _DEFAULT = EvalOptions(suite="ruler")
 
 Model = Annotated[str, typer.Option(help="reference (bundled), a folder or a Hub name.")]
 Cache = Annotated[str, typer.Option(help="dynamic, quantized:quanto:4, pikv or pikv:OPTION=VALUE,...")]
-Press = Annotated[str | None, typer.Option(help="Of kvpress: SnapKVPress, AdaKVPress(SnapKVPress), ...")]
+Press = Annotated[str | None, typer.Option(help="PiKVPress, SnapKVPress, AdaKVPress(SnapKVPress), ...")]
 Ratio = Annotated[float | None, typer.Option(help="Share of the cache that the press removes.")]
 QueryAware = Annotated[bool, typer.Option("--query-aware", help="Read the question with the context, by generate.")]
 Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this one; may be repeated.")]
@@ -162,7 +162,10 @@ def run_file(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """All runs that a YAML file describes."""
+    """All runs that a YAML file describes.
+
+    A run that fails is named, and the others go on; the exit status is then 1.
+    """
     try:
         runs = read_options(file)
     except InputError as error:
@@ -181,14 +184,22 @@ def _run(suite: str, given: dict[str, Any]) -> None:
 
 
 def _evaluate(runs: "Sequence[EvalOptions]", output: Path, overwrite: bool, quiet: bool) -> None:
-    from pikv_hf.eval.runner.api import run_all
-    from pikv_hf.eval.runner.view import show
+    from pikv_hf.eval.runner.api import FailedRun, run_all
+    from pikv_hf.eval.runner.view import show, show_failures
 
+    failures = []
     try:
         for result in run_all(runs, output, overwrite=overwrite, progress=not quiet):
-            show(result)
+            if isinstance(result, FailedRun):
+                failures.append(result)
+                show_failures([result])
+            else:
+                show(result)
     except InputError as error:
         raise _failure(error) from None
+    if failures:
+        show_failures(failures, of=len(runs))
+        raise typer.Exit(1)
 
 
 def _failure(error: InputError) -> typer.Exit:

@@ -49,6 +49,26 @@ def page(
 
 
 @app.command()
+def budgets(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders of one data set, length and model.")],
+    output: Annotated[Path, typer.Option(help="Folder to write budgets.md and budgets.png to.")] = Path("report"),
+) -> None:
+    """Presses at equal bytes: a table of scores by method and budget, and a figure of it."""
+    from pikv_hf.eval.report import budget_figure, budget_table, load_runs
+
+    try:
+        with user_input("cannot make the table"), _plain_warnings():
+            runs = load_runs(folders)
+            table = budget_table(runs)
+            output.mkdir(parents=True, exist_ok=True)
+            (output / "budgets.md").write_text(table, encoding="utf-8")
+            budget_figure(runs, output / "budgets.png")
+    except InputError as error:
+        raise _failure(error) from None
+    typer.echo(table, nl=False)
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="Result folder of the run to compare with.")],
     b: Annotated[Path, typer.Argument(help="Result folder of the other run.")],

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from kvpress import ScorerPress
 from torch import nn
+from transformers import QuantizedCache, StaticCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.attachment import attach
@@ -16,7 +17,7 @@ from pikv_hf.layer import PiKVLayer
 from pikv_hf.masks import new_tokens_valid
 from pikv_hf.presses.budget import Budget, Given
 from pikv_hf.presses.observation import is_watched, unwatch, watch
-from pikv_hf.presses.routing import unwatch_routers
+from pikv_hf.presses.routing import is_routed, unwatch_routers
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class LayerView:
         `(B, H, T, D)` and `(B, H, T, Dv)` by column; zeros where nothing is held.
     held : torch.Tensor
         `(B, H, T)` bool: neither padding nor evicted.
+    padded : bool
+        Whether rows have padding.
     """
 
     module: nn.Module
@@ -42,6 +45,7 @@ class LayerView:
     keys: torch.Tensor
     values: torch.Tensor
     held: torch.Tensor
+    padded: bool = False
 
     @property
     def index(self) -> int:
@@ -69,15 +73,16 @@ class LayerView:
 class ObservingPress(ScorerPress):
     """Base of the presses: scores tokens by observed queries, and keeps the best within a budget.
 
-    Usable on any cache, alone or within kvpress's wrappers. On an attached :class:`~pikv_hf.PiKVCache` each head keeps
-    its own tokens and the others are freed; their positions stay what they are.
+    Usable on a `DynamicCache` or a :class:`~pikv_hf.PiKVCache`, alone or within kvpress's wrappers. On an attached
+    `PiKVCache` each head keeps its own tokens and the others are freed; their positions stay what they are.
 
     Parameters
     ----------
     compression_ratio : float
         Share of the tokens to remove, in [0, 1), as kvpress has it.
     budget : float, int or str, optional
-        Instead of it, what to keep: `0.25` or `"25%"`, `512` tokens per KV head, `"64 MiB"` of the whole cache.
+        Instead of it, what to keep: `0.25` or `"25%"`, `512` tokens per KV head, `"64 MiB"` of keys and values of the
+        whole cache. Wrappers of kvpress that only ask a press for scores know ratios and shares, nothing else.
     sink_tokens : int
         First tokens of each sequence that always survive.
 
@@ -91,6 +96,7 @@ class ObservingPress(ScorerPress):
     budget: Given | None = None
     sink_tokens: int = 4
     _budget: Budget | None = field(init=False, repr=False, default=None)
+    _entered: int = field(init=False, repr=False, default=0)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -103,16 +109,20 @@ class ObservingPress(ScorerPress):
         if self.sink_tokens < 0:
             raise ValueError(f"{name}: sink_tokens must be at least 0, got {self.sink_tokens}")
         self._budget = None if self.budget is None else Budget.parse(self.budget)
+        if self._budget is not None and self._budget.kind == "share":
+            # A ratio is what kvpress's wrappers read and set.
+            self.compression_ratio, self._budget = 1 - self._budget.amount, None
 
     # What subclasses decide
 
     def press_layer(self, view: LayerView, kwargs: dict[str, Any]) -> None:
         """Compress one layer after its attention has read a prompt or a part of it."""
-        self.evict(view, self.chosen(view, self.token_scores(view)))
+        self.evict(view, self.chosen(view, self.token_scores(view, kwargs)))
 
-    def token_scores(self, view: LayerView) -> torch.Tensor:
-        """Return what each token is worth, `(B, H, T)`."""
-        return self.score(view.module, None, view.keys, view.values, None, {"pikv_held": view.held})
+    def token_scores(self, view: LayerView, kwargs: dict[str, Any] | None = None) -> torch.Tensor:
+        """Return what each token is worth, `(B, H, T)`; `kwargs` are those of the attention's call."""
+        known = {**(kwargs or {}), "pikv_held": view.held}
+        return self.score(view.module, None, view.keys, view.values, None, known)
 
     # Budgets
 
@@ -121,32 +131,34 @@ class ObservingPress(ScorerPress):
         """Whether the press removes anything."""
         return self._budget is not None or self.compression_ratio > 0
 
-    def kept_share(self, view: LayerView) -> float:
-        """Return the share of a layer's tokens that the budget leaves."""
+    def kept_shares(self, view: LayerView) -> list[float]:
+        """Return the share of each row's tokens that the budget leaves of a layer."""
+        seen = self.tokens_seen(view)
         if self._budget is None:
-            return 1 - self.compression_ratio
-        batch, heads, tokens = view.held.shape
+            return [1 - self.compression_ratio] * len(seen)
         config: Any = view.module.config
         layers = int(config.get_text_config().num_hidden_layers)
-        return self._budget.share(tokens, layers * batch * heads * tokens * view.token_bytes)
+        whole = layers * view.held.shape[1] * sum(seen) * view.token_bytes
+        return [self._budget.share(tokens, whole) for tokens in seen]
 
     def kept_tokens(self, tokens: int, share: float) -> int:
         """Return how many of a lane's `tokens` to keep: at least one, and the sinks."""
-        return min(tokens, max(1, self.sink_tokens, int(tokens * share)))
+        # A share of 0.1 arrives as 0.09999999999999998.
+        return min(tokens, max(1, self.sink_tokens, int(tokens * share + 1e-6)))
 
-    def chosen(self, view: LayerView, scores: torch.Tensor, share: float | None = None) -> torch.Tensor:
+    def chosen(self, view: LayerView, scores: torch.Tensor) -> torch.Tensor:
         """Return the best tokens of each lane, `(B, H, T)` bool.
 
         Of a row with padding the share is of its own tokens. What was evicted before counts as seen: in a prompt that
         comes in chunks the share is of all tokens so far.
         """
-        share = self.kept_share(view) if share is None else share
         scores = self.guarded(scores, view.held)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
-        counts = torch.tensor([self.kept_tokens(n, share) for n in self.tokens_seen(view)], device=scores.device)
+        kept = map(self.kept_tokens, self.tokens_seen(view), self.kept_shares(view))
+        counts = torch.tensor(list(kept), device=scores.device)
         return (rank < counts.view(-1, 1, 1)) & view.held
 
     def tokens_seen(self, view: LayerView) -> list[int]:
@@ -168,20 +180,22 @@ class ObservingPress(ScorerPress):
         """Keep `(B, H, T)` of a layer.
 
         Another cache than PiKV's can only drop tokens that all its lanes drop in equal number; where lanes differ the
-        tokens are marked as kvpress's head-wise presses do, which hides them and frees nothing.
+        tokens are marked as kvpress's head-wise presses do, which hides them and frees nothing. Within a wrapper of
+        kvpress, whose other presses take every column for a token, a `PiKVCache` is treated alike where that can be.
         """
         if bool((kept == view.held).all()):
             return
-        if view.is_paged:
+        counts = kept.sum(dim=-1)
+        even = bool((counts == counts[0, 0]).all()) and bool(view.held.all())
+        if view.is_paged and (self._entered or not even):
             view.layer.keep(kept)
             return
-        if not bool(view.held.all()):
+        if view.padded:
             raise ValueError(
                 f"layer {view.index}: rows of this batch are padded, and {type(view.layer).__name__} cannot hold rows "
                 "of different lengths; use PiKVCache.for_model(model)"
             )
-        counts = kept.sum(dim=-1)
-        if bool((counts == counts[0, 0]).all()):
+        if even:
             index = kept.nonzero()[:, 2].view(*kept.shape[:2], -1, 1)
             keys = view.keys.gather(2, index.expand(-1, -1, -1, view.keys.shape[-1]))
             view.layer.keys, view.layer.values = (
@@ -206,11 +220,18 @@ class ObservingPress(ScorerPress):
         """Compress the layer of the cache that this attention has just filled; single tokens are decoding."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else input[0]
         cache = kwargs.get("past_key_values")
-        if cache is None or hidden.shape[1] == 1 or not self.removes:
+        if cache is None or hidden.shape[1] < 2:
             return output
         layer = cache.layers[module.layer_idx]
-        if getattr(layer, "is_sliding", False) or getattr(module, "sliding_window", None):
+        if not self.removes or getattr(layer, "is_sliding", False) or getattr(module, "sliding_window", None):
+            if isinstance(layer, PiKVLayer):
+                layer.release()
             return output
+        if isinstance(cache, QuantizedCache | StaticCache):
+            raise ValueError(
+                f"{type(self).__name__} cannot take tokens from a {type(cache).__name__}, only from a DynamicCache or "
+                "a PiKVCache, which can quantise as well"
+            )
         view = view_of(module, layer, kwargs, hidden.shape[1])
         self.press_layer(view, kwargs)
         self.done(view)
@@ -225,15 +246,22 @@ class ObservingPress(ScorerPress):
     def __call__(self, model: Any) -> Generator[None, None, None]:
         """Compress what the model reads within the block: prompts, whole or in chunks."""
         with ExitStack() as stack:
+            self._entered += 1
+            stack.callback(self.leave)
             modules = stack.enter_context(attach(model, "hash")).attention_modules()
-            if not is_watched(modules):
+            if not is_routed(modules):
                 stack.callback(unwatch_routers, modules)
+            if not is_watched(modules):
                 stack.callback(unwatch, modules)
             self.post_init_from_model(model)
             for module in modules.values():
                 for handle in self.hooks(module):
                     stack.callback(handle.remove)
             yield
+
+    def leave(self) -> None:
+        """End the block."""
+        self._entered -= 1
 
     def hooks(self, module: nn.Module) -> Iterator[Any]:
         """Place the press's hooks on an attention module."""
@@ -255,9 +283,11 @@ def view_of(module: nn.Module, layer: Any, kwargs: dict[str, Any], new: int) -> 
     """Return a layer as presses see it, after a call of `new` tokens per row."""
     keys, values = layer.keys, layer.values
     if isinstance(layer, PiKVLayer):
-        return LayerView(module, layer, keys, values, layer.held())
+        return LayerView(module, layer, keys, values, layer.held(), any(layer.padding()))
     held = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
     valid = new_tokens_valid(kwargs.get("attention_mask"), new)
     if valid is not None:
         held[:, :, -new:] &= valid[:, None]
-    return LayerView(module, layer, keys, values, held)
+    if keys.shape[2] > new and (marks := getattr(module, "masked_key_indices", None)) is not None:
+        held[tuple(marks)] = False
+    return LayerView(module, layer, keys, values, held, valid is not None)

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 
 from pikv_hf.presses.base import LayerView, ObservingPress
-from pikv_hf.presses.heads import HeadScores, find_head_scores
+from pikv_hf.presses.heads import HeadScores, find_head_scores, layers_and_heads
 
 logger = logging.getLogger(__name__)
 
@@ -49,36 +51,39 @@ class DuoPress(ObservingPress):
         if self.recent_tokens < 1:
             raise ValueError(f"recent_tokens must be at least 1, got {self.recent_tokens}")
         self._scores: HeadScores | None = None
+        self._scored: weakref.ref[Any] | None = None
 
     def post_init_from_model(self, model: Any) -> None:
         """Attach the model and read its head scores, or find and save them."""
-        if self._scores is None or not self._scores.fits(model):
-            self._scores = scores_of(model, self.head_scores)
+        if self._scored is None or self._scored() is not model:
+            self._scores, self._scored = scores_of(model, self.head_scores), weakref.ref(model)
         super().post_init_from_model(model)
 
     def streaming(self, view: LayerView) -> torch.Tensor:
-        """Return which of the layer's KV heads stream, `(H,)` bool."""
+        """Return which of the layer's KV heads stream in which row, `(B, H)` bool."""
+        seen = zip(self.tokens_seen(view), self.kept_shares(view), strict=True)
+        return torch.stack([self._streaming(view.index, *row) for row in seen]).to(view.held.device)
+
+    def _streaming(self, layer: int, tokens: int, share: float) -> torch.Tensor:
         assert self._scores is not None
-        tokens = max(self.tokens_seen(view))
         short = min(tokens, self.sink_tokens + self.recent_tokens)
         flat = self._scores.flat()
-        share = self.kept_share(view)
         # With n of N heads streaming the share kept is 1 - n / N * (1 - short / tokens).
         wanted = len(flat) * (1 - share) / max(1 - short / tokens, 1e-9) if tokens else 0.0
-        number = min(len(flat), -int(-wanted // 1))
+        number = min(len(flat), math.ceil(wanted - 1e-6))
         if wanted > len(flat) + 1e-6:
             logger.warning_once(  # type: ignore[attr-defined]
                 f"DuoPress: {share:.1%} of {tokens} tokens is less than {short} sink and recent tokens of every head; "
                 "all heads stream, and the budget is exceeded"
             )
-        return self._scores.lowest(number, view.index).to(view.held.device)
+        return self._scores.lowest(number, layer)
 
     def press_layer(self, view: LayerView, kwargs: dict[str, Any]) -> None:
         """Keep sinks and recent tokens of streaming heads, everything of the others."""
         rank = view.held.any(dim=1).cumsum(dim=-1)
         column = torch.arange(view.held.shape[-1], device=view.held.device)
         near = (rank <= self.sink_tokens) | (column >= view.held.shape[-1] - self.recent_tokens)
-        self.evict(view, view.held & (near[:, None] | ~self.streaming(view)[None, :, None]))
+        self.evict(view, view.held & (near[:, None] | ~self.streaming(view)[:, :, None]))
 
 
 def scores_of(model: Any, path: str | Path | None) -> HeadScores:
@@ -94,10 +99,13 @@ def scores_of(model: Any, path: str | Path | None) -> HeadScores:
     if file.is_file():
         try:
             scores = HeadScores.from_dict(json.loads(file.read_text()))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} holds no head scores: {error}") from error
         if not scores.fits(model):
-            raise ValueError(f"{file} is of a model of {scores.shape()} layers and KV heads, not of this one")
+            raise ValueError(
+                f"{file} is of a {scores.model_type} model with {scores.shape()} layers and KV heads, but "
+                f"{type(model).__name__} has {' x '.join(map(str, layers_and_heads(model)))}"
+            )
         return scores
     if path is not None and not file.parent.is_dir():
         raise ValueError(f"head scores cannot be written to {file}: there is no folder {file.parent}")

@@ -7,20 +7,18 @@ import torch
 from torch import nn
 
 from pikv_hf.presses.query_aware import QueryAwarePress
-from pikv_hf.presses.routing import routing_of, watch_routers
-
-#: Marks the layer whose routing of the same tokens a layer's press uses.
-_BELOW = "_pikv_module_below"
+from pikv_hf.presses.routing import routing_below, watch_routers
 
 
 @dataclass
 class ExpertPress(QueryAwarePress):
     """Keeps the tokens of experts that attention looks at, where the router was sure of them.
 
-    A token's worth from routing is its expert's importance, the mean attention mass of all tokens that went to the same
-    expert (so that a heavily loaded expert does not win by its load), times the router's confidence. It is blended with
-    the token's own mass. A layer's router runs after its attention, so the routing is that of the layer below; the
-    first layer has none and goes by mass alone.
+    A token's worth from routing is its expert's importance, the mean attention mass of the tokens that went to the same
+    expert (so that a heavily loaded expert does not win by its load), times the router's confidence. The latest tokens,
+    which come first anyway and which few queries see, do not count. The worth is blended with the token's own mass. A
+    layer's router runs after its attention, so the routing is that of the layer below; where that has none, as below
+    the first layer, mass alone decides.
 
     Parameters
     ----------
@@ -52,12 +50,7 @@ class ExpertPress(QueryAwarePress):
     def post_init_from_model(self, model: Any) -> None:
         """Attach the model, observe its queries and note what its routers choose."""
         super().post_init_from_model(model)
-        modules = watch_routers(model)
-        below: nn.Module | None = None
-        for index in sorted(modules):
-            # In a list, so that torch does not register one attention as part of the other.
-            setattr(modules[index], _BELOW, [below])
-            below = modules[index]
+        watch_routers(model)
 
     def score(
         self,
@@ -69,24 +62,39 @@ class ExpertPress(QueryAwarePress):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Return the blended worth of each token, `(B, H, T)`; the latest tokens have the highest."""
-        mass = super().score(module, hidden_states, keys, values, attentions, kwargs)
-        below = getattr(module, _BELOW, [None])[0]
-        routing = None if below is None else routing_of(below)
+        held = kwargs.get("pikv_held")
+        mass, recent = self.utility(module, keys, values, kwargs)
+        routing = routing_below(module)
         rows = None if routing is None else routing.rows(keys.shape[0], keys.shape[2])
         if routing is None or rows is None:
-            return mass
+            return self.ranked(mass, recent, held)
+        held = torch.ones_like(mass, dtype=torch.bool) if held is None else held
         experts, confidence = (part.to(mass.device) for part in rows)
         if self.router == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            order = torch.randperm(keys.shape[2], generator=generator).to(mass.device)
-            experts, confidence = experts[:, order], confidence[:, order]
-        recent = mass >= mass.amax()
-        worth = expert_importance(mass.masked_fill(recent, 0), experts, routing.num_experts) * confidence[:, None]
+            order = dealt(held.any(dim=1), self.seed)
+            experts, confidence = experts.gather(1, order), confidence.gather(1, order)
+        importance = expert_importance(mass, experts, routing.num_experts, held & ~recent)
+        worth = importance * confidence[:, None]
         blended = mass.clamp_min(0) ** (1 - self.router_weight) * worth**self.router_weight
-        return blended.masked_fill(recent, 2 * float(blended.max()) + 1)
+        return self.ranked(blended, recent, held)
 
 
-def expert_importance(mass: torch.Tensor, experts: torch.Tensor, num_experts: int) -> torch.Tensor:
+def dealt(real: torch.Tensor, seed: int) -> torch.Tensor:
+    """Return a random order of each row's real tokens, `(B, T)` int64; the others stay where they are.
+
+    `real` is `(B, T)` bool. A row's order depends on the seed and on how many tokens it has.
+    """
+    order = torch.arange(real.shape[1], device=real.device).repeat(len(real), 1)
+    for row, mine in enumerate(real):
+        columns = mine.nonzero().squeeze(1)
+        permutation = torch.randperm(len(columns), generator=torch.Generator().manual_seed(seed))
+        order[row, columns] = columns[permutation.to(columns.device)]
+    return order
+
+
+def expert_importance(
+    mass: torch.Tensor, experts: torch.Tensor, num_experts: int, counted: torch.Tensor
+) -> torch.Tensor:
     """Return for each token the mean mass of the tokens of its expert.
 
     Parameters
@@ -97,13 +105,15 @@ def expert_importance(mass: torch.Tensor, experts: torch.Tensor, num_experts: in
         `(B, T)` int64.
     num_experts : int
         E.
+    counted : torch.Tensor
+        `(B, H, T)` bool, which tokens the mean is over; 0 for an expert that has none of them.
 
     Returns
     -------
     torch.Tensor
         `(B, H, T)`.
     """
-    index = experts[:, None].expand_as(mass)
-    totals = mass.new_zeros((*mass.shape[:2], num_experts)).scatter_add_(-1, index, mass)
-    loads = mass.new_zeros((*mass.shape[:2], num_experts)).scatter_add_(-1, index, torch.ones_like(mass))
+    index, weight = experts[:, None].expand_as(mass), counted.to(mass)
+    totals = mass.new_zeros((*mass.shape[:2], num_experts)).scatter_add_(-1, index, mass * weight)
+    loads = mass.new_zeros((*mass.shape[:2], num_experts)).scatter_add_(-1, index, weight)
     return (totals / loads.clamp_min(1)).gather(-1, index)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from pikv_hf.attachment import attach
 from pikv_hf.presses.observation import attention_mass, is_watched, observed, unwatch, watch
@@ -38,12 +39,13 @@ class HeadScores:
         return f"{len(self.layers)} x {max(map(len, self.layers.values()), default=0)}"
 
     def fits(self, model: Any) -> bool:
-        """Return whether the scores are of a model of these layers and heads."""
+        """Return whether the scores are of a model of these layers and heads; layers that slide have none."""
         text = model.config.get_text_config(decoder=True)
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        bounded = [layer.is_sliding for layer in DynamicCache(config=text).layers]
+        _, heads = layers_and_heads(model)
         return (
             self.model_type == text.model_type
-            and set(self.layers) <= set(range(text.num_hidden_layers))
+            and set(self.layers) == {index for index, slides in enumerate(bounded) if not slides}
             and all(len(row) == heads for row in self.layers.values())
         )
 
@@ -57,6 +59,12 @@ class HeadScores:
         return cls(
             {int(index): tuple(map(float, row)) for index, row in held["layers"].items()}, str(held["model_type"])
         )
+
+
+def layers_and_heads(model: Any) -> tuple[int, int]:
+    """Return the layers of a model and the KV heads of each."""
+    text = model.config.get_text_config(decoder=True)
+    return text.num_hidden_layers, getattr(text, "num_key_value_heads", None) or text.num_attention_heads
 
 
 @torch.no_grad()
@@ -96,7 +104,7 @@ def find_head_scores(
             cache = _read(model, ids.to(model.device))
             layers = {}
             for index, module in modules.items():
-                if getattr(module, "sliding_window", None) or getattr(cache.layers[index], "is_sliding", False):
+                if cache.layers[index].is_sliding:
                     continue
                 observer = observed(module)
                 assert observer.recent is not None
@@ -112,8 +120,6 @@ def find_head_scores(
 
 
 def _read(model: Any, ids: torch.Tensor) -> Any:
-    from transformers import DynamicCache
-
     cache = DynamicCache(config=model.config)
     getattr(model, "model", model)(input_ids=ids, past_key_values=cache)
     return cache

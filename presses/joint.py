@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers import DynamicCache
 
 from pikv_hf.attachment import attachment_of
 from pikv_hf.presses.base import LayerView, ObservingPress
@@ -30,7 +31,9 @@ class JointPress(ObservingPress):
         attachment = attachment_of(model)
         assert attachment is not None
         modules = attachment.attention_modules()
-        full = [index for index, module in modules.items() if not slides(module)]
+        # Chunked attention tells its cache only that it is bounded.
+        layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
+        full = [index for index, module in modules.items() if not slides(module) and not layers[index].is_sliding]
         if not full:
             raise ValueError(
                 f"{type(self).__name__}: all layers of {type(model).__name__} slide; nothing can be compressed"
@@ -46,12 +49,27 @@ class JointPress(ObservingPress):
         self._views.append(view)
         if view.index == self._last:
             views, self._views = self._views, []
+            self._check_unchanged(views)
             self.press_layers(views)
             for each in views:
                 super().done(each)
 
+    def _check_unchanged(self, views: list[LayerView]) -> None:
+        for view in views:
+            now = view.layer.get_seq_length()
+            if now != view.held.shape[-1]:
+                raise ValueError(
+                    f"{type(self).__name__} decides when all layers are read; meanwhile another press has changed "
+                    f"layer {view.index} from {view.held.shape[-1]} tokens to {now}. Put it last"
+                )
+
     def done(self, view: LayerView) -> None:
         """Let layers wait until the last one is read."""
+
+    def leave(self) -> None:
+        """End the block, and forget the layers of a call that did not come to its end."""
+        super().leave()
+        self._views = []
 
 
 def slides(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ from pikv_hf.presses.base import LayerView, ObservingPress
 logger = logging.getLogger(__name__)
 
 #: Bytes per page that the host keeps, and per token for its position, of the store of a layer.
-PAGE_BYTES, POSITION_BYTES = 36, 4
+PAGE_BYTES, POSITION_BYTES = 37, 4
 
 
 @dataclass
@@ -95,10 +95,11 @@ class LoRAPress(ObservingPress):
         far = self.far_tokens(view, recent, sinks)
         if self.error is not None:
             return max(rank_of_error(part, far, self.error) for part in (view.keys, view.values))
-        heads = view.held.shape[1]
+        heads, seen = view.held.shape[1], self.tokens_seen(view)
         coded = int(far[:, 0].sum())
-        exact = (sum(self.tokens_seen(view)) - coded) * heads * view.token_bytes
-        budget = int(self.kept_share(view) * sum(self.tokens_seen(view)) * heads * view.token_bytes) - exact
+        exact = (sum(seen) - coded) * heads * view.token_bytes
+        wanted = sum(share * tokens for share, tokens in zip(self.kept_shares(view), seen, strict=True))
+        budget = int(wanted * heads * view.token_bytes) - exact
         size = view.keys.element_size() * heads
         dims = view.keys.shape[-1] + view.values.shape[-1]
         per_rank = size * (2 * coded + dims)

@@ -5,16 +5,21 @@ Here PiKV's attention function hands over what it was given, at no cost, on any 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
-from pikv_hf.attachment import ensure_attached
+from pikv_hf.attachment import ATTENTION_NAME, ensure_attached
 from pikv_hf.attention import OBSERVER_ATTRIBUTE
+from pikv_hf.masks import new_tokens_valid
 
 #: Queries kept per layer: so many spread over all that was read, and so many of the latest.
 SPREAD, RECENT = 96, 64
+
+_NOTING = "pikv-noting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +75,14 @@ class Observer:
         Where logits are capped by `softcap * tanh(logits / softcap)`.
     batch, new, seen : int
         Rows and new tokens of the last call, and tokens read so far.
+    calls : int
+        How often attention has run.
     """
 
     def __init__(self) -> None:
         self.spread: Observed | None = None
         self.recent: Observed | None = None
-        self.scale, self.batch, self.new, self.seen = 1.0, 0, 0, 0
+        self.scale, self.batch, self.new, self.seen, self.calls = 1.0, 0, 0, 0, 0
         self.sinks: torch.Tensor | None = None
         self.softcap: float | None = None
 
@@ -100,6 +107,7 @@ class Observer:
         """Note the queries `(B, Hq, Q, D)` of a call after `past` tokens; `valid` `(B, Q)` is False for padding."""
         new = query.shape[2]
         self.batch, self.new = query.shape[0], new
+        self.calls += 1
         if past == 0:
             self.spread = self.recent = None
         self.scale, self.sinks, self.softcap, self.seen = scale, sinks, softcap, past + new
@@ -117,21 +125,68 @@ class Observer:
         self.spread = together
 
 
-def observed(module: nn.Module) -> Observer:
+def observed(module: nn.Module, call: dict[str, Any] | None = None) -> Observer:
     """Return what was observed at an attention module.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention.
+    call : dict, optional
+        The arguments of its last call. Some wrappers of kvpress do not tell the press within of the model, so that
+        nothing was observed; the queries of this call are then made again.
 
     Raises
     ------
     RuntimeError
-        If nothing was: the model is not attached, or its attention has not run.
+        If nothing was observed and no call is given.
     """
     observer = getattr(module, OBSERVER_ATTRIBUTE, None)
-    if not isinstance(observer, Observer) or observer.recent is None:
-        raise RuntimeError(
-            f"no queries of {type(module).__name__} {getattr(module, 'layer_idx', '')} were observed; a press has to "
-            "be entered with `with press(model):`, and the model must keep attn_implementation='pikv' meanwhile"
-        )
+    config: Any = getattr(module, "config", None)
+    # An observer may be left from a time when the model was attached.
+    if isinstance(observer, Observer) and observer.recent is not None and attends_by_pikv(config):
+        return observer
+    if call is not None and "hidden_states" in call:
+        return _observed_again(module, config, call)
+    raise RuntimeError(
+        f"no queries of {type(module).__name__} {getattr(module, 'layer_idx', '')} were observed; a press has to "
+        "be entered with `with press(model):`, and the model must keep attn_implementation='pikv' meanwhile"
+    )
+
+
+def attends_by_pikv(config: Any) -> bool:
+    """Return whether a model of this config calls PiKV's attention function, which observes."""
+    return getattr(config, "_attn_implementation", ATTENTION_NAME) == ATTENTION_NAME
+
+
+@torch.no_grad()
+def _observed_again(module: nn.Module, config: Any, call: dict[str, Any]) -> Observer:
+    """Run an attention module without a cache, up to where it attends."""
+    observer = Observer()
+    past = 0 if call.get("cache_position") is None else int(call["cache_position"][0])
+    arguments = {name: value for name, value in call.items() if name != "pikv_held"}
+    arguments |= {"past_key_values": None, "pikv_note": partial(_note, observer, past)}
+    implementation = config._attn_implementation
+    AttentionInterface.register(_NOTING, _note_only)
+    config._attn_implementation = _NOTING
+    try:
+        module.forward(**arguments)
+    finally:
+        config._attn_implementation = implementation
     return observer
+
+
+def _note(observer: Observer, past: int, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
+    scale = query.shape[-1] ** -0.5 if given.get("scaling") is None else given["scaling"]
+    observer(query, past, new_tokens_valid(mask, query.shape[2]), scale, given.get("s_aux"), given.get("softcap"))
+
+
+def _note_only(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **given: Any
+) -> tuple[torch.Tensor, None]:
+    """Stand in for an attention function of transformers: hand over the queries and attend to nothing."""
+    given["pikv_note"](query, mask, given)
+    return query.new_zeros((*query.transpose(1, 2).shape[:3], value.shape[-1])), None
 
 
 def watch(model: Any) -> None:

@@ -11,6 +11,7 @@ from pikv_hf.kernels import open_pages, seal_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.layer import PiKVLayer
 from pikv_hf.presses.base import LayerView
+from pikv_hf.presses.earlier import Earlier
 from pikv_hf.presses.joint import JointPress
 from pikv_hf.presses.observation import attention_mass, observed
 from pikv_hf.presses.utility import SMOOTHING, WIDTH_LOSS, eviction_loss, output_gram, value_distance
@@ -92,18 +93,20 @@ class PiKVPress(JointPress):
             self._press_group([views[i] for i in group], [losses[i] for i in group], len(views))
 
     def _press_group(self, views: list[LayerView], losses: list[torch.Tensor], layers: int) -> None:
-        evicted = torch.stack(losses)
-        held = torch.stack([view.held for view in views])
         view = views[0]
         size = page_size_of(view)
         cost = PageCost.of_pages(size, view.keys.shape[-1], view.values.shape[-1], view.keys.element_size())
         cost = PageCost(size, {width: cost.nbytes[width] for width in self.widths})
-        # A lost token stays lost: of what was evicted before nothing can be kept.
+        budget = self._bytes_for(views, layers)
+        earlier = Earlier.of(views, losses, self.sink_tokens, budget)
+        fresh = torch.stack([view.held for view in views]) & ~earlier.inside
+        evicted = torch.stack(losses)
         rates = {EVICTED: 1.0, **{width: WIDTH_LOSS.get(width, 0.0) for width in self.widths}}
-        curve = {width: (evicted * rate).where(held, 0) for width, rate in rates.items()}
-        widths = allocate(curve, cost, self._bytes_for(views, layers), sinks=self.sink_tokens, valid=held)
-        for view, given in zip(views, widths, strict=True):
-            self._store(view, given)
+        curve = {width: (evicted * rate).where(fresh, 0) for width, rate in rates.items()}
+        sinks = 0 if earlier.nbytes else self.sink_tokens
+        widths = allocate(curve, cost, budget - earlier.nbytes, sinks=sinks, valid=fresh)
+        for view, given, stays in zip(views, widths, earlier.kept, strict=True):
+            self._store(view, given.where(~stays, FULL))
 
     def _bytes_for(self, views: list[LayerView], layers: int) -> int:
         batch, heads, tokens = views[0].held.shape

@@ -7,7 +7,7 @@ import torch
 
 from pikv_hf.attachment import attachment_of
 from pikv_hf.layer import PiKVLayer
-from pikv_hf.placement import hash_placement
+from pikv_hf.placement import expert_placement, hash_placement
 from pikv_hf.presses.base import LayerView
 from pikv_hf.presses.joint import JointPress
 from pikv_hf.presses.query_aware import QueryAwarePress
@@ -59,23 +59,27 @@ class PyramidPress(JointPress, QueryAwarePress):
 
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over layers, their shards and perhaps their heads."""
-        for view, share in zip(views, falling_shares(self.kept_share(views[0]), len(views), self.slope), strict=True):
-            scores = self.guarded(self.token_scores(view), view.held)
+        # Of each layer, the shares of the rows.
+        rows = [falling_shares(share, len(views), self.slope) for share in self.kept_shares(views[0])]
+        for view, shares_of_rows in zip(views, zip(*rows, strict=True), strict=True):
+            mass, recent = self.utility(view.module, view.keys, view.values, {"pikv_held": view.held})
+            scores = self.guarded(self.ranked(mass, recent, view.held), view.held)
+            budgets = list(map(self.kept_tokens, self.tokens_seen(view), shares_of_rows))
             if self.headwise:
-                self.evict(view, self.best_of_heads(view, scores, share))
+                self.evict(view, self.best_of_heads(view, scores, budgets))
             else:
-                self.evict(view, self.best_of_shards(view, scores, share))
+                self.evict(view, self.best_of_shards(view, scores, mass * ~recent, budgets))
 
-    def best_of_shards(self, view: LayerView, scores: torch.Tensor, share: float) -> torch.Tensor:
-        """Return what to keep, `(B, H, T)` bool, each shard within its part of the layer's budget."""
+    def best_of_shards(
+        self, view: LayerView, scores: torch.Tensor, mass: torch.Tensor, budgets: list[int]
+    ) -> torch.Tensor:
+        """Return what to keep, `(B, H, T)` bool, each shard within its part of a row's budget in tokens per head."""
         shards, number = shards_of(view)
         kept = torch.zeros_like(view.held)
-        for row, seen in enumerate(self.tokens_seen(view)):
-            budget = self.kept_tokens(seen, share)
-            finite = scores[row].isfinite() & view.held[row]
-            mass = scores[row].where(finite, 0).sum(dim=0)
+        for row, budget in enumerate(budgets):
+            attended = mass[row].where(view.held[row], 0).sum(dim=0)
             mine = view.held[row].any(dim=0)
-            masses = torch.zeros(number, device=mass.device).index_add_(0, shards[row][mine], mass[mine])
+            masses = torch.zeros(number, device=mass.device).index_add_(0, shards[row][mine], attended[mine])
             sizes = torch.bincount(shards[row][mine], minlength=number).float()
             parts = self.shard_weight * shares(masses) + (1 - self.shard_weight) * shares(sizes)
             kept[row] = self._fill(scores[row], view.held[row], shards[row], parts, budget)
@@ -98,13 +102,12 @@ class PyramidPress(JointPress, QueryAwarePress):
         best = lifted.topk(min(budget, scores.shape[-1]), dim=-1).indices
         return torch.zeros_like(held).scatter_(-1, best, True) & held
 
-    def best_of_heads(self, view: LayerView, scores: torch.Tensor, share: float) -> torch.Tensor:
-        """Return what to keep, `(B, H, T)` bool, the heads competing for the layer's budget."""
+    def best_of_heads(self, view: LayerView, scores: torch.Tensor, budgets: list[int]) -> torch.Tensor:
+        """Return what to keep, `(B, H, T)` bool, the heads competing for a row's budget in tokens per head."""
         kept = torch.zeros_like(view.held)
-        for row, seen in enumerate(self.tokens_seen(view)):
-            each = self.kept_tokens(seen, share)
-            safe = scores[row].topk(max(1, each // 5, min(self.sink_tokens, seen)), dim=-1).indices
-            lifted = scores[row].scatter(-1, safe, torch.inf)
+        for row, each in enumerate(budgets):
+            safe = scores[row].topk(max(1, each // 5, min(self.sink_tokens, each)), dim=-1).indices
+            lifted = scores[row].scatter(-1, safe, torch.inf).masked_fill(~view.held[row], -torch.inf)
             best = lifted.flatten().topk(min(each * len(lifted), lifted.numel())).indices
             chosen = torch.zeros(lifted.numel(), dtype=torch.bool, device=lifted.device).scatter_(0, best, True)
             kept[row] = chosen.view_as(lifted) & view.held[row]
@@ -132,13 +135,13 @@ def shards_of(view: LayerView) -> tuple[torch.Tensor, int]:
     """Return the shard of each column, `(B, T)` int64, and the number of shards."""
     batch, _, tokens = view.held.shape
     number = view.layer.config.num_shards if isinstance(view.layer, PiKVLayer) else 8
-    columns = torch.arange(tokens, device=view.held.device)
-    shards = hash_placement(32, number)(columns, columns).expand(batch, -1).clone()
+    first = view.held.any(dim=1).int().argmax(dim=-1, keepdim=True)
+    columns = (torch.arange(tokens, device=view.held.device) - first).clamp_min(0)
+    shards = hash_placement(32, number)(columns, columns)
     routing = routing_of(view.module)
     rows = None if routing is None else routing.rows(batch, tokens)
     if routing is not None and rows is not None:
-        used = min(number, routing.num_experts)
-        shards = rows[0].to(shards.device) * used // routing.num_experts
+        shards = expert_placement(routing.num_experts, number, view.index)(columns, rows[0].to(shards.device))
     return shards, number
 
 

@@ -23,7 +23,7 @@ class QueryAwarePress(ObservingPress):
     compression_ratio, budget, sink_tokens
         As in :class:`ObservingPress`.
     window : int
-        Latest queries whose attention counts, at most 64; their own tokens always survive.
+        Latest queries whose attention counts, at most 64; their own tokens come before all others, the latest first.
     pooling : int
         Odd width of the average over neighbouring tokens, 1 for none.
     value_norm : bool
@@ -61,28 +61,59 @@ class QueryAwarePress(ObservingPress):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Return utilities `(B, H, T)`; the latest tokens have the highest."""
-        observer, held = observed(module), kwargs.get("pikv_held")
+        mass, recent = self.utility(module, keys, values, kwargs)
+        return self.ranked(mass, recent, kwargs.get("pikv_held"))
+
+    def utility(
+        self, module: nn.Module, keys: torch.Tensor, values: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the utility of each token, `(B, H, T)`, and which are those of the latest queries, `(T,)` bool."""
+        observer = observed(module, kwargs)
         assert observer.recent is not None
         count = len(observer.recent.positions)
         latest = observer.recent.pick(torch.arange(max(0, count - self.window), count, device=keys.device))
+        # Else these are some of the tokens, and which is not known.
         whole = keys.shape[2] == observer.seen
-        mass = attention_mass(observer, latest, keys, held, causal=whole)
+        mass = attention_mass(observer, latest, keys, kwargs.get("pikv_held"), causal=whole)
         if self.pooling > 1:
             mass = torch.nn.functional.avg_pool1d(mass, self.pooling, stride=1, padding=self.pooling // 2)
         if self.value_norm:
             mass = mass * values.float().norm(dim=-1)
+        column = torch.arange(keys.shape[2], device=keys.device)
+        return mass, (column >= observer.seen - min(self.window, count)) & whole
+
+    def ranked(self, worth: torch.Tensor, recent: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+        """Return what tokens are worth, `(B, H, T)` and not negative, by page if asked for, the latest tokens first."""
         if self.page_size is not None:
-            mass = by_page(mass, self.page_size)
-        if whole:
-            recent = torch.arange(keys.shape[2], device=keys.device) >= observer.seen - min(self.window, count)
-            mass = mass.masked_fill(recent, 2 * float(mass.max()) + 1)
-        return mass
+            held = torch.ones_like(worth, dtype=torch.bool) if held is None else held
+            worth = by_page(worth, self.page_size, held)
+        if not worth.numel():
+            return worth
+        latest = torch.linspace(1, 2, worth.shape[-1], device=worth.device)
+        return torch.where(recent, 2 * float(worth.max()) + latest, worth)
 
 
-def by_page(scores: torch.Tensor, page_size: int) -> torch.Tensor:
-    """Give every token of a page the page's mean score, `(B, H, T)`; pages begin at multiples of `page_size`."""
-    tokens = scores.shape[-1]
-    pages = torch.nn.functional.pad(scores, (0, -tokens % page_size)).unflatten(-1, (-1, page_size)).sum(dim=-1)
-    sizes = torch.full((pages.shape[-1],), page_size, device=scores.device)
-    sizes[-1] = tokens - page_size * (len(sizes) - 1)
-    return (pages / sizes).repeat_interleave(page_size, dim=-1)[..., :tokens]
+def by_page(scores: torch.Tensor, page_size: int, held: torch.Tensor) -> torch.Tensor:
+    """Give every token of a page the mean score of those that are held.
+
+    Parameters
+    ----------
+    scores : torch.Tensor
+        `(B, H, T)`.
+    page_size : int
+        Pages begin at multiples of it, counted from each row's first token.
+    held : torch.Tensor
+        `(B, H, T)` bool, False for padding and what was evicted.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, H, T)`.
+    """
+    column = torch.arange(scores.shape[-1], device=scores.device)
+    first = held.any(dim=1).int().argmax(dim=-1, keepdim=True)
+    page = ((column - first).clamp_min(0) // page_size)[:, None].expand_as(scores)
+    counted = held.to(scores)
+    totals = torch.zeros_like(scores).scatter_add_(-1, page, scores * counted)
+    sizes = torch.zeros_like(scores).scatter_add_(-1, page, counted)
+    return (totals / sizes.clamp_min(1)).gather(-1, page)

@@ -10,7 +10,7 @@ from pikv_hf.attachment import ensure_attached
 from pikv_hf.experts import Lazy
 from pikv_hf.presses.observation import Observer
 
-_ATTRIBUTE = "_pikv_routing"
+_ATTRIBUTE, _BELOW = "_pikv_routing", "_pikv_routing_below"
 
 
 @dataclass(slots=True)
@@ -27,6 +27,8 @@ class Routing:
         `(B, T)` int64 primary experts of the tokens read so far.
     confidence : torch.Tensor or None
         `(B, T)` float32, the share of the routing weight that the primary expert got.
+    call : int
+        Which call of the attention they are of.
     handle : Any
         Of the hook.
     """
@@ -35,6 +37,7 @@ class Routing:
     observer: Observer
     experts: torch.Tensor | None = None
     confidence: torch.Tensor | None = None
+    call: int = 0
     handle: Any = None
 
     def note(self, experts: Lazy, confidence: Lazy) -> None:
@@ -42,6 +45,7 @@ class Routing:
         batch, new = self.observer.batch, self.observer.new
         if new == 1:
             return
+        self.call = self.observer.calls
         chosen, sure = experts(), confidence()
         if chosen.numel() != batch * new:
             self.experts = self.confidence = None
@@ -54,8 +58,13 @@ class Routing:
             self.confidence = torch.cat([self.confidence, sure], dim=1)
 
     def rows(self, batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return experts and confidence `(B, T)`, None if they are not known of just these tokens."""
-        if self.experts is None or self.confidence is None or self.experts.shape != (batch, tokens):
+        """Return experts and confidence `(B, T)`, None if they are not known of just these tokens.
+
+        A router runs after its layer's attention: until then what is known is of another call.
+        """
+        if self.call != self.observer.calls or self.experts is None or self.confidence is None:
+            return None
+        if self.experts.shape != (batch, tokens):
             return None
         return self.experts, self.confidence
 
@@ -81,6 +90,10 @@ def watch_routers(model: Any) -> dict[int, nn.Module]:
             routing = Routing(router.num_experts, Observer.of(modules[index]))
             routing.handle = router.watch(routing.note)
             setattr(modules[index], _ATTRIBUTE, routing)
+    below: Routing | None = None
+    for index in sorted(modules):
+        setattr(modules[index], _BELOW, below)
+        below = routing_of(modules[index])
     return modules
 
 
@@ -90,8 +103,20 @@ def unwatch_routers(modules: dict[int, nn.Module]) -> None:
         if (routing := routing_of(module)) is not None:
             routing.handle.remove()
             delattr(module, _ATTRIBUTE)
+        if hasattr(module, _BELOW):
+            delattr(module, _BELOW)
 
 
 def routing_of(module: nn.Module) -> Routing | None:
     """Return the routing of an attention module's layer, None if the layer has no router."""
     return getattr(module, _ATTRIBUTE, None)
+
+
+def routing_below(module: nn.Module) -> Routing | None:
+    """Return the routing of the layer below an attention module's, whose router has run when this attention ends."""
+    return getattr(module, _BELOW, None)
+
+
+def is_routed(modules: dict[int, nn.Module]) -> bool:
+    """Return whether the routing of any of these layers is noted."""
+    return any(routing_of(module) is not None for module in modules.values())

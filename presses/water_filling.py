@@ -18,7 +18,7 @@ from pikv_hf.kernels.page_codes import OUTLIERS
 EVICTED, FULL = 0, 16
 
 #: Bytes that the host spends on a page, for its row of the page table and its statistics.
-HOST_BYTES = 36
+HOST_BYTES = 37
 
 _POSITION_BYTES = 4
 

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pikv_hf.eval.bench import Timing, run_decode, run_prefill, run_reorder
+from pikv_hf.eval.bench_press import PRESSES, run_presses
 from pikv_hf.eval.cli import app
 
 
@@ -31,6 +32,41 @@ def test_codecs_are_timed_against_none_in_the_same_run() -> None:
 def test_reorder_and_prefill_agree() -> None:
     for case in [*run_reorder(beams=4, tokens=200, repeats=2), *run_prefill(tokens=100, repeats=1)]:
         assert case.max_difference < 1e-5
+
+
+def test_presses_are_timed_against_none_and_dynamic_cache_in_the_same_run() -> None:
+    timings = list(run_presses(tokens=300, ratio=0.75, repeats=1))
+    assert [timing.press for timing in timings] == ["none", *PRESSES]
+    none, *pressed = timings
+    assert (none.to_none, none.ratio) == (1.0, 0.0)
+    # Keys and values of 4 heads in 2 layers, 128 channels in fp32.
+    whole = 300 * 2 * 4 * 2 * 128 * 4
+    assert none.kv_bytes >= whole
+    sizes = {timing.press: timing.kv_bytes / whole for timing in pressed}
+    # So few tokens are mostly in the window, which LoRAPress leaves as it is.
+    del sizes["LoRAPress"]
+    assert max(sizes.values()) < 0.5, sizes
+    for timing in timings:
+        assert (timing.pikv.count, timing.tokens) == (1, 300)
+        assert timing.to_dynamic > 0
+        assert timing.to_none > 0
+
+
+def test_the_command_for_presses_shows_and_writes_them(tmp_path: Path) -> None:
+    output = tmp_path / "press.json"
+    arguments = ["bench", "press", "--tokens", "100", "--repeats", "1", "--threads", "1", "--press", "SnapKVPress"]
+    result = CliRunner().invoke(app, [*arguments, "--ratio", "0.5", "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "to DynamicCache" in result.output
+    written = json.loads(output.read_text())
+    assert [(row["press"], row["ratio"]) for row in written["results"]] == [("none", 0.0), ("SnapKVPress", 0.5)]
+    assert written["machine"]["threads"] == 1
+
+
+def test_unknown_press_is_refused() -> None:
+    result = CliRunner().invoke(app, ["bench", "press", "--press", "PiKVPres"])
+    assert result.exit_code == 2
+    assert "did you mean 'PiKVPress'" in result.output
 
 
 def test_percentiles() -> None:

@@ -144,6 +144,26 @@ def test_pikv_answers_every_sample_like_dynamic_cache(options):
     assert (pikv.rows["kv_bytes_prefill"] != dynamic.rows["kv_bytes_prefill"]).all()
 
 
+@pytest.mark.parametrize("press", ["SnapKVPress", "AdaKVPress(SnapKVPress)", "PiKVPress", "ExpertPress", "DuoPress"])
+def test_a_press_frees_bytes_on_a_pikv_cache(press):
+    options = SMALL | {"tasks": ["niah_single_2"], "samples": 1, "dtype": "bfloat16"}
+    cache = "pikv:recent_window=0,sink_tokens=0,num_shards=1,page_size=16"
+    result = evaluate_cache(cache=cache, press=press, ratio=0.5, **options)
+    # Ends of pages, positions and tables come on top of half of the tokens; 300 tokens are few.
+    assert 0.4 < result.summary["cost"]["kv_share_prefill"] < 0.65
+    assert result.summary["label"] == f"{press.replace('Press', '')} 50% on PiKVCache " + cache[5:].replace(",", " ")
+
+
+def test_placement_changes_neither_answers_nor_bytes_of_duo():
+    options = SMALL | {"tasks": ["niah_single_2", "vt"]}
+    results = [
+        evaluate_cache(cache=f"pikv:placement={placement}", press="DuoPress", ratio=0.5, **options)
+        for placement in ("expert", "hash")
+    ]
+    one, other = (result.rows[["id", "predicted_answer", "score", "kv_bytes_prefill"]] for result in results)
+    pd.testing.assert_frame_equal(one, other)
+
+
 def test_caches_and_presses_may_be_functions():
     from kvpress import KnormPress
     from transformers import DynamicCache
@@ -190,7 +210,6 @@ def test_needles_are_where_the_grid_says():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"cache": "pikv", "press": "SnapKVPress", "ratio": 0.5}, "use the dynamic cache"),
         ({"tasks": ["niah_multikey_3"]}, "no task 'niah_multikey_3'"),
         ({"length": 20}, "does not fit into --length 20"),
         ({"length": 5000}, "5000 tokens do not fit the model's 4096 positions"),
@@ -227,6 +246,36 @@ def test_a_yaml_file_runs_from_the_command_line(tmp_path):
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "out").glob("*/summary.json"))) == 2
     assert "PiKVCache on ruler 200, reference (float32), 1 sample" in result.output
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_running(tmp_path):
+    file = tmp_path / "grid.yaml"
+    file.write_text(
+        """
+suite: ruler
+length: 200
+samples: 1
+tasks: [vt]
+runs:
+  # Its context has to end with a delimiter, which this one does not.
+  - {press: FinchPress, ratio: 0.5}
+  - cache: pikv
+"""
+    )
+    arguments = ["eval", "run", str(file), "--output", str(tmp_path / "out"), "--quiet"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1, result.output
+    assert "PiKVCache on ruler 200" in result.output
+    failure = "failed Finch 50%: "
+    assert result.output.count(failure) == 2, "as it happens, and at the end"
+    assert "1 of 2 runs failed" in result.output
+    [summary] = (tmp_path / "out").glob("*/summary.json")
+    assert "no_press" in summary.parent.name
+
+
+def test_a_single_run_that_fails_raises(tmp_path):
+    with pytest.raises(Exception, match="delimiter"):
+        evaluate_cache(cache="dynamic", press="FinchPress", ratio=0.5, tasks=["vt"], **SMALL)
 
 
 def test_user_errors_are_one_line_and_status_2():

@@ -4,6 +4,7 @@ import kvpress
 import pytest
 from transformers import DynamicCache
 
+import pikv_hf.presses
 from pikv_hf import PiKVCache
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.caches import cache_factory
@@ -50,6 +51,33 @@ def test_every_press_that_needs_nothing_but_a_ratio_takes_it():
             continue
     assert {"SnapKVPress", "TOVAPress", "ThinKPress", "KnormPress", "PyramidKVPress"} <= set(made)
     assert set(made.values()) == {0.5}
+    assert {*pikv_hf.presses.__all__} - {"RowwisePress"} <= set(made)
+
+
+def test_presses_of_this_project_stand_beside_those_of_kvpress():
+    known = press_classes()
+    assert {*pikv_hf.presses.__all__} < set(known)
+    assert {"SnapKVPress", "AdaKVPress"} < set(known)
+    assert isinstance(press_factory("RowwisePress(SnapKVPress)", 0.5).make().press, kvpress.SnapKVPress)
+    control = press_factory('ExpertPress(router="random", seed=3)', 0.9375)
+    assert (control.make().router, control.make().seed, control.make().compression_ratio) == ("random", 3, 0.9375)
+    assert control.label == 'Expert(router="random", seed=3) 93.75%'
+
+
+def test_a_budget_is_as_good_as_a_ratio():
+    assert press_factory("PiKVPress(budget='25%')").ratio == 0.75
+    assert press_factory("PiKVPress(budget='2 MiB')").ratio == 0.0
+    assert press_factory("LoRAPress(rank=4)").make().rank == 4
+
+
+def test_presses_of_a_composed_one_share_the_ratio():
+    factory = press_factory("ComposedPress([LoRAPress, ChunkKVPress(SnapKVPress)])", 0.75)
+    assert [press.compression_ratio for press in factory.make().presses] == [0.5, 0.5]
+    assert factory.ratio == 0.75
+    assert (
+        press_factory("ComposedPress([KnormPress(compression_ratio=0.5), KnormPress(compression_ratio=0.2)])").ratio
+        == 0.6
+    )
 
 
 def test_a_composed_press_hands_the_ratio_to_those_that_take_one():
@@ -68,6 +96,10 @@ def test_a_composed_press_hands_the_ratio_to_those_that_take_one():
         ("AdaKVPress", 0.5, "cannot make AdaKVPress"),
         ("DMSPress(KnormPress, threshold=0.5)", 0.5, "no compression ratio for --ratio 0.5"),
         ("ScorerPress", 0.5, "unknown press"),
+        ("PiKVPres", 0.5, "did you mean 'PiKVPress'"),
+        ("PiKVPress", None, "needs --ratio"),
+        ("PiKVPress(budget='25%')", 0.5, "has a budget, '25%', and cannot take --ratio 0.5"),
+        ("PiKVPress(budget='a bit')", None, "cannot make PiKVPress: a budget is written like"),
     ],
 )
 def test_wrong_presses_are_named(spec, ratio, message):

@@ -1,8 +1,10 @@
 """Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons."""
 
+from pikv_hf.eval.report.budgets import budget_table
 from pikv_hf.eval.report.compare import Comparison, Difference, compare
 from pikv_hf.eval.report.compare_view import comparison_text
 from pikv_hf.eval.report.figure_accuracy import accuracy_figure
+from pikv_hf.eval.report.figure_budgets import budget_figure
 from pikv_hf.eval.report.page import write_report
 from pikv_hf.eval.report.ratios import ratio_table
 from pikv_hf.eval.report.runs import Run, load_runs
@@ -13,6 +15,8 @@ __all__ = [
     "Difference",
     "Run",
     "accuracy_figure",
+    "budget_figure",
+    "budget_table",
     "compare",
     "comparison_text",
     "load_runs",

@@ -21,7 +21,7 @@ def ratio_table(runs: Sequence[Run]) -> str:
 
 def _table(group: Group) -> str:
     ratios = sorted({entry.summary.compression_ratio for entry in group.entries})
-    header = [f"{measure_name(group.measure)} at KV bytes", *(f"{ratio:.0%} removed" for ratio in ratios)]
+    header = [f"{measure_name(group.measure)} at KV bytes", *(f"{100 * ratio:.4g}% removed" for ratio in ratios)]
     methods = dict.fromkeys(entry.method for entry in group.entries)
     return markdown(header, [[method, *(_cell(group, method, ratio) for ratio in ratios)] for method in methods])
 

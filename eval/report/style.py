@@ -70,12 +70,14 @@ def method_styles(groups: Sequence[Group]) -> Styles:
     entries = [entry for group in groups for entry in group.entries]
     baselines = {entry.method for entry in entries if entry.summary.is_baseline}
     others = dict.fromkeys(entry.method for entry in entries if entry.method not in baselines)
-    styles = {
-        method: _style(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)])
-        for index, method in enumerate(others)
-    }
+    styles = {method: series_style(index) for index, method in enumerate(others)}
     # On bars error bars are black, so the baseline's are grey.
     return {**styles, **dict.fromkeys(baselines, MethodStyle("#000000", "*", "#8c8c8c", 11.0))}
+
+
+def series_style(index: int) -> MethodStyle:
+    """Return the colour and marker of the methods' order, for a figure of a few."""
+    return _style(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)])
 
 
 def _style(colour: str, marker: str) -> MethodStyle:

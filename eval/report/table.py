@@ -17,6 +17,12 @@ BYTES_NOTE = (
 )
 
 
+class Bold(str):
+    """A cell that Markdown shows in bold."""
+
+    __slots__ = ()
+
+
 def markdown_table(runs: Sequence[Run]) -> str:
     """Return the runs as Markdown, one table per group, each under its title if there are several.
 
@@ -51,7 +57,8 @@ def row_cells(group: Group, entry: Entry) -> list[str]:
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table, the first column left and all others right aligned, padded to be read as it is."""
-    cells = [[escape(cell) for cell in row] for row in (header, *rows)]
+    cells = [[f"**{escape(cell)}**" if isinstance(cell, Bold) else escape(cell) for cell in row]
+             for row in (header, *rows)]  # fmt: skip
     widths = [max(3, *map(len, column)) for column in zip(*cells, strict=True)]
     lines = [_line(row, widths) for row in cells]
     rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])

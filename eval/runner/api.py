@@ -1,5 +1,6 @@
 """Evaluations from Python, and many in a row."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from pikv_hf.eval.runner.method import Method
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.presses import PressFactory, press_factory
 from pikv_hf.eval.runner.processes import processes
-from pikv_hf.eval.runner.run import EvalResult, run
+from pikv_hf.eval.runner.run import EvalResult, describe, run
 
 
 def evaluate_cache(
@@ -41,7 +42,7 @@ def evaluate_cache(
     cache : str or callable
         `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64`, or a function from the model to an empty cache.
     press : str or callable, optional
-        A press of kvpress, `AdaKVPress(SnapKVPress)`, or a function that returns a new one.
+        A press of this project or of kvpress, `AdaKVPress(SnapKVPress)`, or a function that returns a new one.
     ratio : float, optional
         Share of the cache that a press given by name removes.
     output : path, optional
@@ -72,18 +73,37 @@ def evaluate_cache(
     return run(asked, method, _loader(asked, model, tokenizer), folder, overwrite=overwrite, progress=progress)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class FailedRun:
+    """A run that did not come to its end: what it measured, and why it stopped."""
+
+    label: str
+    reason: str
+
+
 def run_all(
     runs: Sequence[EvalOptions], output: Path, *, overwrite: bool = False, progress: bool = True
-) -> Iterator[EvalResult]:
+) -> Iterator[EvalResult | FailedRun]:
     """Run several evaluations one after the other; a model that stays the same is loaded once.
 
-    What can be checked without a model is checked for all runs before the first one starts.
+    What can be checked without a model is checked for all runs before the first one starts. After that a run that
+    fails, as some presses do at some ratios, does not keep the others from running; a single one raises.
     """
     methods = [Method(cache_factory(options.cache), _press(options.press, options.ratio)) for options in runs]
     load = _keep_last(load_model)
     for options, method in zip(runs, methods, strict=True):
         loader = _loader(options, options.model, load=load)
-        yield run(options, method, loader, output, overwrite=overwrite, progress=progress)
+        try:
+            result: EvalResult | FailedRun = run(
+                options, method, loader, output, overwrite=overwrite, progress=progress
+            )
+        except InputError:
+            raise
+        except Exception as error:
+            if len(runs) == 1:
+                raise
+            result = FailedRun(method.label, describe(error))
+        yield result
 
 
 def _keep_last(load: Callable[..., tuple[Any, Any]]) -> Callable[..., tuple[Any, Any]]:

@@ -32,15 +32,12 @@ class CacheFactory:
         From a model to a new, empty cache.
     prepare : callable
         From a model to a context manager in which the cache works; it leaves the model as it was.
-    takes_press : bool
-        Whether kvpress can compress it, which assigns `layer.keys` and `layer.values`.
     """
 
     spec: str
     label: str
     make: Callable[[Any], Any]
     prepare: Callable[[Any], AbstractContextManager[Any]] = nullcontext
-    takes_press: bool = True
 
 
 def cache_factory(spec: str) -> CacheFactory:
@@ -86,7 +83,7 @@ def _pikv(spec: str, rest: str) -> CacheFactory:
         options = dict(_option(part, spec) for part in rest.split(",") if part.strip())
         config = PiKVConfig.from_dict(options)
     label = " ".join(["PiKVCache", *(f"{name}={value}" for name, value in options.items())])
-    return CacheFactory(spec, label, lambda model: PiKVCache.for_model(model, config), attach, takes_press=False)
+    return CacheFactory(spec, label, lambda model: PiKVCache.for_model(model, config), attach)
 
 
 def _option(part: str, spec: str) -> tuple[str, Any]:

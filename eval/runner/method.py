@@ -3,30 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.caches import CacheFactory
 from pikv_hf.eval.runner.presses import PressFactory
 
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A cache with or without a press.
-
-    Raises
-    ------
-    InputError
-        If the press cannot compress this kind of cache.
-    """
+    """A cache with or without a press."""
 
     cache: CacheFactory
     press: PressFactory | None
-
-    def __post_init__(self) -> None:
-        if self.press is not None and not self.cache.takes_press:
-            raise InputError(
-                f"{self.press.spec} assigns layer.keys and layer.values, which the cache {self.cache.spec!r} does not "
-                "let it; use the dynamic cache"
-            )
 
     @property
     def ratio(self) -> float:

@@ -34,7 +34,7 @@ class EvalOptions:
     cache : str
         `dynamic`, `quantized:BACKEND:BITS`, `pikv` or `pikv:option=value,...`.
     press : str, optional
-        A press of kvpress, `SnapKVPress` or `AdaKVPress(SnapKVPress(window_size=32))`.
+        A press of this project or of kvpress, `PiKVPress` or `AdaKVPress(SnapKVPress(window_size=32))`.
     ratio : float, optional
         Share of the cache that the press removes.
     query_aware : bool

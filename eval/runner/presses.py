@@ -1,15 +1,18 @@
-"""kvpress's presses by class name: `SnapKVPress`, `AdaKVPress(SnapKVPress(window_size=32))`."""
+"""Presses by class name, this project's and kvpress's: `PiKVPress`, `AdaKVPress(SnapKVPress(window_size=32))`."""
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import kvpress
 
+import pikv_hf.presses
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.calls import Call, parse_call
+from pikv_hf.presses.budget import Budget
 from pikv_hf.suggest import did_you_mean
 
 #: What `--ratio` sets, by order of preference; the first one that a press has.
@@ -37,16 +40,18 @@ class PressFactory:
     @property
     def label(self) -> str:
         """Name and ratio for tables and plots."""
-        return f"{self.spec.replace('Press', '')} {self.ratio:.0%}"
+        return f"{self.spec.replace('Press', '')} {100 * self.ratio:.4g}%"
 
 
 def press_classes() -> dict[str, type]:
-    """Return all presses by class name: those kvpress exports, without its base classes."""
-    exported = {name: getattr(kvpress, name) for name in kvpress.__all__ if name not in ("BasePress", "ScorerPress")}
+    """Return all presses by class name: this project's and those kvpress exports, without its base classes."""
+    members = [(name, getattr(package, name)) for package in (pikv_hf.presses, kvpress) for name in package.__all__]
     return {
         name: member
-        for name, member in exported.items()
-        if inspect.isclass(member) and issubclass(member, kvpress.BasePress)
+        for name, member in members
+        if inspect.isclass(member)
+        and issubclass(member, kvpress.BasePress)
+        and name not in ("BasePress", "ScorerPress")
     }
 
 
@@ -56,10 +61,11 @@ def press_factory(spec: str, ratio: float | None = None) -> PressFactory:
     Parameters
     ----------
     spec : str
-        A class name of kvpress, with options in parentheses where wanted; a press around others takes them as
-        arguments: `AdaKVPress(SnapKVPress)`, `ComposedPress([SnapKVPress, ThinKPress(window_size=16)])`.
+        A class name, with options in parentheses where wanted; a press around others takes them as arguments:
+        `AdaKVPress(SnapKVPress)`, `ComposedPress([SnapKVPress, ThinKPress(window_size=16)])`.
     ratio : float, optional
-        Share of the cache to remove, in [0, 1). Set on the press itself, or through it on the one it is around.
+        Share of the cache to remove, in [0, 1). Set on the press itself, or through it on the one it is around. The
+        presses of a `ComposedPress` share it: each keeps the same part of what the one before it left.
 
     Raises
     ------
@@ -105,13 +111,16 @@ def _build(value: Any) -> Any:
 def _set_ratio(press: Any, ratio: float | None, spec: str) -> None:
     holders = _ratio_holders(press)
     if ratio is None:
-        if holders and not _ratio(press):
+        if holders and not _ratio(press) and not getattr(press, "removes", False):
             raise InputError(f"{spec} needs --ratio, the share of the cache to remove, or it would remove nothing")
         return
     if not holders:
         raise InputError(f"{spec} has no compression ratio for --ratio {ratio}; give its own options in parentheses")
+    each = ratio if len(holders) == 1 else 1 - (1 - ratio) ** (1 / len(holders))
     for holder, name in holders:
-        setattr(holder, name, ratio)
+        if getattr(holder, "budget", None) is not None:
+            raise InputError(f"{spec} has a budget, {holder.budget!r}, and cannot take --ratio {ratio} as well")
+        setattr(holder, name, each)
 
 
 def _ratio_holders(press: Any) -> list[tuple[Any, str]]:
@@ -134,7 +143,14 @@ def _settable(press: Any, name: str) -> bool:
 
 def _ratio(press: Any) -> float:
     """Return what the press removes by its own account, 0 if it cannot say."""
-    for holder, name in _ratio_holders(press):
-        if value := getattr(holder, name):
-            return float(value)
-    return 0.0
+    kept = math.prod(1 - _own_ratio(holder, name) for holder, name in _ratio_holders(press))
+    # Rounded, since shares of a ratio make it up again only nearly.
+    return round(1 - kept, 12)
+
+
+def _own_ratio(holder: Any, name: str) -> float:
+    budget = getattr(holder, "budget", None)
+    if budget is None:
+        return float(getattr(holder, name) or 0.0)
+    given = Budget.parse(budget)
+    return 1 - given.amount if given.kind == "share" else 0.0

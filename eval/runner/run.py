@@ -147,9 +147,25 @@ def _measure(
     state.wait_for_everyone()
     missing = [item for item in job.items if item.id not in known]
     mine = missing[state.process_index :: state.num_processes]
-    new = _measure_mine(job, mine, options, folder, progress and state.is_main_process, label)
+    new, failure = _tried(lambda: _measure_mine(job, mine, options, folder, progress and state.is_main_process, label))
+    # A process that fails says so where the others wait for its rows.
+    failures = [each for each in gather_object([failure and describe(failure)]) if each]
+    if failures:
+        raise failure or RuntimeError(failures[0])
     rows = known | {row["id"]: row for row in gather_object(new)}
     return [rows[item.id] for item in job.items]
+
+
+def _tried(measure: Callable[[], list[Row]]) -> tuple[list[Row], Exception | None]:
+    try:
+        return measure(), None
+    except Exception as error:
+        return [], error
+
+
+def describe(error: Exception) -> str:
+    """Return what went wrong on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def _measure_mine(

@@ -1,5 +1,6 @@
 """A finished run as a few lines for the terminal."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich import box
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pikv_hf.eval.runner.api import FailedRun
 from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.run import EvalResult
 from pikv_hf.report import format_bytes
@@ -26,6 +28,17 @@ def show(result: EvalResult) -> None:
     if result.folder is not None:
         state = "complete already, read from" if result.skipped else "in"
         console.print(f"[dim]{state} {escape(str(result.folder))}[/]", soft_wrap=True)
+
+
+def show_failures(failures: Sequence[FailedRun], of: int | None = None) -> None:
+    """Print which runs failed and why, under their number if it is said of how many; only one process prints."""
+    if not processes().is_main_process:
+        return
+    console = Console(stderr=True)
+    if of is not None:
+        console.print(f"\n[bold]{len(failures)} of {of} runs failed[/]")
+    for failure in failures:
+        console.print(f"[red]failed[/] {escape(failure.label)}: {escape(failure.reason)}", soft_wrap=True)
 
 
 def _what(summary: dict[str, Any]) -> str:
