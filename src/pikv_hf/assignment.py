@@ -44,13 +44,16 @@ def _version(tensor: torch.Tensor) -> int | None:
 def is_selection(keys: torch.Tensor, old_keys: torch.Tensor) -> bool:
     """Return whether keys were only picked from the old ones, so that their rotations are still those of old positions.
 
-    Whole channels may have been set to zero, as ThinK does. Keys that were rotated to new positions are no selection.
+    Channels may have been set to zero, as ThinK does: of all tokens, or of some where none was left out. Keys that were
+    rotated to new positions are no selection.
 
     Parameters
     ----------
     keys, old_keys : torch.Tensor
         `(B, H, n, D)` and `(B, H, T, D)`.
     """
+    if keys.shape == old_keys.shape and bool(((keys == old_keys) | (keys == 0)).all()):
+        return True
     empty = (keys == 0).all(dim=2, keepdim=True)
     if bool(empty.all(dim=-1).any()):
         return False

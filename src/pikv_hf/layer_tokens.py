@@ -239,7 +239,7 @@ class LayerTokens(CacheLayerMixin):
                 "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
             )
         seen = self.positions_seen
-        picked = self.attachment is not None and keys.shape[2] < self.seen and is_selection(keys, self._dense(True))
+        picked = self.attachment is not None and keys.shape[2] <= self.seen and is_selection(keys, self._dense(True))
         # What was evicted was handed out as zeros, and comes back as such: it is no token now either.
         held = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1) if self.evicted else None
         leaders = equal_rows(keys, values, batch=self.batch)
