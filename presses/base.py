@@ -97,6 +97,7 @@ class ObservingPress(ScorerPress):
     sink_tokens: int = 4
     _budget: Budget | None = field(init=False, repr=False, default=None)
     _entered: int = field(init=False, repr=False, default=0)
+    _eager: bool = field(init=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -114,6 +115,11 @@ class ObservingPress(ScorerPress):
             self.compression_ratio, self._budget = 1 - self._budget.amount, None
 
     # What subclasses decide
+
+    @property
+    def ragged(self) -> bool:
+        """Whether layers keep different numbers of tokens, for which other caches than PiKV's have no mask."""
+        return False
 
     def press_layer(self, view: LayerView, kwargs: dict[str, Any]) -> None:
         """Compress one layer after its attention has read a prompt or a part of it."""
@@ -179,14 +185,14 @@ class ObservingPress(ScorerPress):
     def evict(self, view: LayerView, kept: torch.Tensor) -> None:
         """Keep `(B, H, T)` of a layer.
 
-        Another cache than PiKV's can only drop tokens that all its lanes drop in equal number; where lanes differ the
+        Another cache than PiKV's can only drop tokens that all its lanes drop in equal number; where they differ the
         tokens are marked as kvpress's head-wise presses do, which hides them and frees nothing. Within a wrapper of
         kvpress, whose other presses take every column for a token, a `PiKVCache` is treated alike where that can be.
         """
         if bool((kept == view.held).all()):
             return
         counts = kept.sum(dim=-1)
-        even = bool((counts == counts[0, 0]).all()) and bool(view.held.all())
+        even = not self.ragged and bool((counts == counts[0, 0]).all()) and bool(view.held.all())
         if view.is_paged and (self._entered or not even):
             view.layer.keep(kept)
             return
@@ -203,10 +209,16 @@ class ObservingPress(ScorerPress):
                 view.values.gather(2, index.expand(-1, -1, -1, view.values.shape[-1])).contiguous(),
             )
             return
+        if self._eager:
+            raise ValueError(
+                f"layer {view.index}: {type(self).__name__} keeps different numbers of tokens by head or layer, which in a "
+                f"{type(view.layer).__name__} can only be hidden, and not from attn_implementation='eager'; use another "
+                "one, or PiKVCache.for_model(model)"
+            )
         marks = (~kept).nonzero(as_tuple=True)
         logger.warning_once(  # type: ignore[attr-defined]
-            f"{type(self).__name__}: heads keep different numbers of tokens, which {type(view.layer).__name__} cannot "
-            "free; PiKVCache.for_model(model) does"
+            f"{type(self).__name__}: heads or layers keep different numbers of tokens, which "
+            f"{type(view.layer).__name__} cannot free; PiKVCache.for_model(model) does"
         )
         view.module.masked_key_indices = marks  # type: ignore[assignment]
 
@@ -248,6 +260,7 @@ class ObservingPress(ScorerPress):
         with ExitStack() as stack:
             self._entered += 1
             stack.callback(self.leave)
+            self._eager = getattr(model.config, "_attn_implementation", None) == "eager"
             modules = stack.enter_context(attach(model, "hash")).attention_modules()
             if not is_routed(modules):
                 stack.callback(unwatch_routers, modules)

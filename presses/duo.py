@@ -59,6 +59,11 @@ class DuoPress(ObservingPress):
             self._scores, self._scored = scores_of(model, self.head_scores), weakref.ref(model)
         super().post_init_from_model(model)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether layers keep different numbers of tokens: those of many streaming heads do."""
+        return True
+
     def streaming(self, view: LayerView) -> torch.Tensor:
         """Return which of the layer's KV heads stream in which row, `(B, H)` bool."""
         seen = zip(self.tokens_seen(view), self.kept_shares(view), strict=True)

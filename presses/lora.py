@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from pikv_hf.codecs import fit_basis
+from pikv_hf.config import PiKVConfig
 from pikv_hf.presses.base import LayerView, ObservingPress
 
 logger = logging.getLogger(__name__)
 
-#: Bytes per page that the host keeps, and per token for its position, of the store of a layer.
-PAGE_BYTES, POSITION_BYTES = 37, 4
+#: Bytes of a page on the host, and of a token's position and expert, in the store of a layer.
+PAGE_BYTES, TOKEN_BYTES = 37, 6
 
 
 @dataclass
@@ -28,7 +29,8 @@ class LoRAPress(ObservingPress):
     ----------
     compression_ratio, budget, sink_tokens
         As in :class:`ObservingPress`; a share is one of bytes, from which the rank follows, basis and exact tokens
-        counted.
+        counted. Of a prompt so short that these alone exceed it, or of the first part of a longer one, the share is
+        that of what comes after.
     rank : int, optional
         Instead of a budget, the rank of keys and of values.
     error : float, optional
@@ -53,7 +55,8 @@ class LoRAPress(ObservingPress):
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.error is not None and not 0 < self.error < 1:
             raise ValueError(f"error must be between 0 and 1, got {self.error}")
-        given = {"compression_ratio": self.compression_ratio or None, "budget": self.budget}
+        # A share has been turned into a ratio by now.
+        given = {"compression_ratio": (self.budget is None and self.compression_ratio) or None, "budget": self.budget}
         given |= {"rank": self.rank, "error": self.error}
         named = {name: value for name, value in given.items() if value is not None}
         if len(named) > 1:
@@ -67,16 +70,18 @@ class LoRAPress(ObservingPress):
     def press_layer(self, view: LayerView, kwargs: dict[str, Any]) -> None:
         """Set the layer's codec, or project its tokens."""
         if view.is_paged:
-            if not view.layer.config.key_codec.startswith("lowrank"):
-                rank = self.rank_for(view, view.layer.config.recent_window, view.layer.config.sink_tokens)
+            config = view.layer.config
+            if not config.key_codec.startswith("lowrank"):
+                far = self.far_tokens(view, config.recent_window, config.sink_tokens)
+                rank = self.rank_for(view, far, exact_tokens(config, self.tokens_seen(view)), config.page_size)
                 view.layer.recode(key_codec="lowrank", value_codec="lowrank", rank=rank)
             return
         logger.warning_once(  # type: ignore[attr-defined]
             f"LoRAPress: {type(view.layer).__name__} stores every channel, so that the projection saves no byte; "
             "PiKVCache.for_model(model) stores factors"
         )
-        rank = self.rank_for(view, self.recent_tokens, self.sink_tokens)
         far = self.far_tokens(view, self.recent_tokens, self.sink_tokens)
+        rank = self.rank_for(view, far, int((~far & view.held)[:, 0].sum()), 32)
         view.layer.keys, view.layer.values = (
             torch.where(far[..., None], projected(part, far, rank), part) for part in (view.keys, view.values)
         )
@@ -87,24 +92,42 @@ class LoRAPress(ObservingPress):
         rank = view.held.any(dim=1, keepdim=True).cumsum(dim=-1)
         return view.held & (rank > sinks) & (column < view.held.shape[-1] - recent)
 
-    def rank_for(self, view: LayerView, recent: int, sinks: int) -> int:
-        """Return the rank that budget or error ask for."""
+    def rank_for(self, view: LayerView, far: torch.Tensor, exact: int, page_size: int) -> int:
+        """Return the rank that budget or error ask for, where there is room for `exact` tokens as they are."""
         most = max(view.keys.shape[-1], view.values.shape[-1])
         if self.rank is not None:
             return min(self.rank, most)
-        far = self.far_tokens(view, recent, sinks)
         if self.error is not None:
-            return max(rank_of_error(part, far, self.error) for part in (view.keys, view.values))
+            # The first part of a prompt may be all recent: it still says what the rest is like.
+            known = far if bool(far.any()) else view.held
+            return max(rank_of_error(part, known, self.error) for part in (view.keys, view.values))
+        return max(1, min(most, self.rank_of_budget(view, int(far[:, 0].sum()), exact, page_size)))
+
+    def rank_of_budget(self, view: LayerView, coded: int, exact: int, page_size: int) -> int:
+        """Return the largest rank within the budget in bytes, not positive if there is none."""
         heads, seen = view.held.shape[1], self.tokens_seen(view)
-        coded = int(far[:, 0].sum())
-        exact = (sum(seen) - coded) * heads * view.token_bytes
         wanted = sum(share * tokens for share, tokens in zip(self.kept_shares(view), seen, strict=True))
-        budget = int(wanted * heads * view.token_bytes) - exact
-        size = view.keys.element_size() * heads
+        bookkeeping = TOKEN_BYTES + PAGE_BYTES / page_size
+        spare = (wanted - exact) * heads * view.token_bytes - (coded + exact) * bookkeeping
         dims = view.keys.shape[-1] + view.values.shape[-1]
-        per_rank = size * (2 * coded + dims)
-        places = coded * (POSITION_BYTES + PAGE_BYTES / 32)
-        return max(1, min(most, int((budget - places) / max(1, per_rank))))
+        size = view.keys.element_size() * heads
+        if coded and spare >= size * (2 * coded + dims):
+            return int(spare / (size * (2 * coded + dims)))
+        logger.warning_once(  # type: ignore[attr-defined]
+            f"LoRAPress: pages for {exact} tokens as they are leave no room in a budget of {wanted:.0f} of "
+            f"{sum(seen)}; it is that of what comes after them"
+        )
+        return int((wanted / max(1, sum(seen)) * heads * view.token_bytes - bookkeeping) / (2 * size))
+
+
+def exact_tokens(config: PiKVConfig, seen: list[int]) -> int:
+    """Return for how many tokens of rows of `seen` tokens a paged layer has pages that are not packed, at most.
+
+    These hold sinks, window, and of every shard what does not fill a page yet.
+    """
+    sinks = -(-config.sink_tokens // config.page_size) * config.page_size
+    pages = -(-config.recent_window // config.page_size) + 2 + config.num_shards
+    return sum(min(tokens, sinks + pages * config.page_size) for tokens in seen)
 
 
 def projected(tokens: torch.Tensor, which: torch.Tensor, rank: int) -> torch.Tensor:

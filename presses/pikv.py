@@ -15,16 +15,16 @@ from pikv_hf.presses.earlier import Earlier
 from pikv_hf.presses.joint import JointPress
 from pikv_hf.presses.observation import attention_mass, observed
 from pikv_hf.presses.utility import SMOOTHING, WIDTH_LOSS, eviction_loss, output_gram, value_distance
-from pikv_hf.presses.water_filling import EVICTED, FULL, PageCost, allocate
+from pikv_hf.presses.water_filling import EVICTED, FULL, PageCost, allocate, pages_nbytes
 
 logger = logging.getLogger(__name__)
 
 #: Bytes of a layer that no page accounts for: the empty pools' bookkeeping.
 LAYER_BYTES = 512
 
-#: Tokens whose key or value is so many times longer than the lane's median stay in full precision: a page's ranges are
-#: those of its tokens, and one such token would take its neighbours' bits.
-OUTSIZED = 8.0
+#: Tokens whose key or value is so many times longer than the lane's median have int8 pages of their own, or stay in
+#: full precision: a page's ranges are those of its tokens, and one such token would take its neighbours' bits.
+OUTSIZED, HUGE = 8.0, 64.0
 
 
 @dataclass
@@ -53,7 +53,8 @@ class PiKVPress(JointPress):
     Raises
     ------
     ValueError
-        For arguments out of range, and for budgets that do not hold the sinks.
+        For arguments out of range, and for budgets in bytes that do not hold the sinks in the narrowest width. A share
+        of a prompt that is shorter than its pages is exceeded by these instead.
     """
 
     smoothing: float = SMOOTHING
@@ -94,17 +95,28 @@ class PiKVPress(JointPress):
 
     def _press_group(self, views: list[LayerView], losses: list[torch.Tensor], layers: int) -> None:
         view = views[0]
-        size = page_size_of(view)
-        cost = PageCost.of_pages(size, view.keys.shape[-1], view.values.shape[-1], view.keys.element_size())
-        cost = PageCost(size, {width: cost.nbytes[width] for width in self.widths})
+        priced = PageCost.of_pages(
+            page_size_of(view), view.keys.shape[-1], view.values.shape[-1], view.keys.element_size()
+        )
+        cost = PageCost(priced.page_size, {width: priced.nbytes[width] for width in self.widths})
         budget = self._bytes_for(views, layers)
         earlier = Earlier.of(views, losses, self.sink_tokens, budget)
+        left = budget - earlier.nbytes
         fresh = torch.stack([view.held for view in views]) & ~earlier.inside
+        apart = torch.stack([outsized(view) for view in views]) * fresh
+        if pages_nbytes(apart, priced) > left // 2:
+            # So many are not outsized but common.
+            apart = torch.zeros_like(apart)
+        left -= pages_nbytes(apart, priced)
+        fresh &= apart == 0
         evicted = torch.stack(losses)
         rates = {EVICTED: 1.0, **{width: WIDTH_LOSS.get(width, 0.0) for width in self.widths}}
         curve = {width: (evicted * rate).where(fresh, 0) for width, rate in rates.items()}
         sinks = 0 if earlier.nbytes else self.sink_tokens
-        widths = allocate(curve, cost, budget - earlier.nbytes, sinks=sinks, valid=fresh)
+        if self._budget is None or self._budget.kind != "bytes":
+            # A share of a short prompt may be less than a page of each head.
+            left = max(left, least_bytes(fresh, cost, sinks))
+        widths = allocate(curve, cost, left, sinks=sinks, valid=fresh) + apart
         for view, given, stays in zip(views, widths, earlier.kept, strict=True):
             self._store(view, given.where(~stays, FULL))
 
@@ -120,7 +132,7 @@ class PiKVPress(JointPress):
 
     def _store(self, view: LayerView, widths: torch.Tensor) -> None:
         if view.is_paged:
-            view.layer.keep(with_outsized(widths, view).to(torch.uint8))
+            view.layer.keep(widths.to(torch.uint8))
             return
         logger.warning_once(  # type: ignore[attr-defined]
             f"PiKVPress: {type(view.layer).__name__} stores every token as it is; widths only change what attention "
@@ -131,13 +143,21 @@ class PiKVPress(JointPress):
         self.evict(LayerView(view.module, view.layer, keys, values, view.held), (widths > 0) & view.held)
 
 
-def with_outsized(widths: torch.Tensor, view: LayerView) -> torch.Tensor:
-    """Keep tokens that would spoil their page's ranges as they are, `(B, H, T)`."""
-    outsized = torch.zeros_like(widths, dtype=torch.bool)
+def outsized(view: LayerView) -> torch.Tensor:
+    """Return the widths of tokens that would spoil their page's ranges, `(B, H, T)` int8; 0 for all others."""
+    widths = torch.zeros_like(view.held, dtype=torch.int8)
     for part in (view.keys, view.values):
         length = part.float().norm(dim=-1)
-        outsized |= length > OUTSIZED * length.masked_fill(~view.held, torch.nan).nanmedian(dim=-1, keepdim=True).values
-    return widths.where(~(outsized & (widths > 0)), FULL)
+        usual = length.masked_fill(~view.held, torch.nan).nanmedian(dim=-1, keepdim=True).values
+        widths = torch.maximum(widths, 8 * (length > OUTSIZED * usual).to(torch.int8))
+        widths = torch.maximum(widths, FULL * (length > HUGE * usual).to(torch.int8))
+    return widths
+
+
+def least_bytes(held: torch.Tensor, cost: PageCost, sinks: int) -> int:
+    """Return the bytes of every lane's sinks, or one token, in the narrowest pages; `held` is `(..., T)` bool."""
+    tokens = held.sum(dim=-1).clamp(max=max(1, sinks))
+    return int(((tokens + cost.page_size - 1) // cost.page_size).sum()) * min(cost.nbytes.values())
 
 
 def gram_of(module: nn.Module, query_heads: int, value_dim: int) -> torch.Tensor:

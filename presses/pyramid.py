@@ -57,6 +57,11 @@ class PyramidPress(JointPress, QueryAwarePress):
         if attachment is not None and attachment.routers:
             watch_routers(model)
 
+    @property
+    def ragged(self) -> bool:
+        """Whether layers keep different numbers of tokens."""
+        return self.slope > 1
+
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over layers, their shards and perhaps their heads."""
         # Of each layer, the shares of the rows.

@@ -11,7 +11,7 @@ from kvpress import BasePress
 from torch import nn
 
 from pikv_hf.assignment import token_hashes
-from pikv_hf.presses.base import LayerView, hold, view_of
+from pikv_hf.presses.base import LayerView, ObservingPress, hold, view_of
 
 
 @dataclass
@@ -32,7 +32,8 @@ class RowwisePress(BasePress):
     TypeError
         For what is no press.
     ValueError
-        While reading, for presses that change tokens instead of picking some, and other caches with padded rows.
+        For presses of this project; while reading, for presses that change tokens instead of picking some, and other
+        caches with padded rows.
     """
 
     press: BasePress
@@ -40,6 +41,8 @@ class RowwisePress(BasePress):
     def __post_init__(self) -> None:
         if not isinstance(self.press, BasePress):
             raise TypeError(f"RowwisePress is around a press of kvpress, got {type(self.press).__name__}")
+        if isinstance(self.press, ObservingPress):
+            raise ValueError(f"{type(self.press).__name__} needs no RowwisePress: it tells padding from tokens")
 
     def post_init_from_model(self, model: Any) -> None:
         """Tell the press of the model."""
@@ -58,8 +61,10 @@ class RowwisePress(BasePress):
         """Compress each row of the prompt that this attention has just read."""
         cache = kwargs["past_key_values"]
         layer, new = cache.layers[module.layer_idx], kwargs["hidden_states"].shape[1]
+        if layer.get_seq_length() != new:
+            return self.press.forward_hook(module, input, kwargs, output)
         view = view_of(module, layer, kwargs, new)
-        if not view.padded or view.keys.shape[2] != new:
+        if not view.padded:
             return self.press.forward_hook(module, input, kwargs, output)
         if not view.is_paged:
             raise ValueError(
