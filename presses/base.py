@@ -211,9 +211,9 @@ class ObservingPress(ScorerPress):
             return
         if self._eager:
             raise ValueError(
-                f"layer {view.index}: {type(self).__name__} keeps different numbers of tokens by head or layer, which in a "
-                f"{type(view.layer).__name__} can only be hidden, and not from attn_implementation='eager'; use another "
-                "one, or PiKVCache.for_model(model)"
+                f"layer {view.index}: {type(self).__name__} keeps different numbers of tokens by head or layer, which "
+                f"in a {type(view.layer).__name__} can only be hidden, and not from attn_implementation='eager'; use "
+                "another one, or PiKVCache.for_model(model)"
             )
         marks = (~kept).nonzero(as_tuple=True)
         logger.warning_once(  # type: ignore[attr-defined]
@@ -261,7 +261,9 @@ class ObservingPress(ScorerPress):
             self._entered += 1
             stack.callback(self.leave)
             self._eager = getattr(model.config, "_attn_implementation", None) == "eager"
-            modules = stack.enter_context(attach(model, "hash")).attention_modules()
+            attachment = stack.enter_context(attach(model, "hash"))
+            modules, made = attachment.attention_modules(), attachment.caches_made
+            stack.callback(lambda: attachment.stay() if attachment.caches_made > made else None)
             if not is_routed(modules):
                 stack.callback(unwatch_routers, modules)
             if not is_watched(modules):

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from pikv_hf.codecs import fit_basis
+from pikv_hf.codecs import FIT_TOKENS_PER_DIM, fit_basis
 from pikv_hf.config import PiKVConfig
 from pikv_hf.presses.base import LayerView, ObservingPress
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a page on the host, and of a token's position and expert, in the store of a layer.
-PAGE_BYTES, TOKEN_BYTES = 37, 6
+#: Bytes of a page on the host, and of a token's position, in the store of a layer.
+PAGE_BYTES, TOKEN_BYTES = 37, 4
 
 
 @dataclass
@@ -74,7 +74,11 @@ class LoRAPress(ObservingPress):
             if not config.key_codec.startswith("lowrank"):
                 far = self.far_tokens(view, config.recent_window, config.sink_tokens)
                 rank = self.rank_for(view, far, exact_tokens(config, self.tokens_seen(view)), config.page_size)
-                view.layer.recode(key_codec="lowrank", value_codec="lowrank", rank=rank)
+                bases = [
+                    basis_of(part, far, rank) if enough_for_basis(far, part.shape[-1]) else None
+                    for part in (view.keys, view.values)
+                ]
+                view.layer.recode(*bases, key_codec="lowrank", value_codec="lowrank", rank=rank)
             return
         logger.warning_once(  # type: ignore[attr-defined]
             f"LoRAPress: {type(view.layer).__name__} stores every channel, so that the projection saves no byte; "
@@ -130,11 +134,21 @@ def exact_tokens(config: PiKVConfig, seen: list[int]) -> int:
     return sum(min(tokens, sinks + pages * config.page_size) for tokens in seen)
 
 
+def enough_for_basis(which: torch.Tensor, dim: int) -> bool:
+    """Return whether so many tokens count, `(B, H, T)` bool, that a basis fitted to them says something of others."""
+    return int(which[:, 0].sum()) >= FIT_TOKENS_PER_DIM * dim
+
+
+def basis_of(tokens: torch.Tensor, which: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the basis `(H, D, rank)` of those tokens `(B, H, T, D)` that count, `(B, H, T)` bool."""
+    counted = (tokens * which[..., None]).transpose(0, 1).flatten(1, 2).unsqueeze(1)
+    return fit_basis(counted, min(rank, tokens.shape[-1]))
+
+
 def projected(tokens: torch.Tensor, which: torch.Tensor, rank: int) -> torch.Tensor:
     """Return tokens `(B, H, T, D)` in the span of the basis `rank` of those that count, `(B, H, T)` bool."""
     batch, heads, count, dim = tokens.shape
-    counted = (tokens * which[..., None]).transpose(0, 1).reshape(heads, 1, batch * count, dim)
-    basis = fit_basis(counted, min(rank, dim)).float()
+    basis = basis_of(tokens, which, rank).float()
     flat = tokens.transpose(0, 1).reshape(heads, batch * count, dim).float()
     result = torch.matmul(torch.matmul(flat, basis), basis.transpose(1, 2))
     return result.view(heads, batch, count, dim).transpose(0, 1).to(tokens.dtype)

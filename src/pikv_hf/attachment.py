@@ -42,6 +42,8 @@ class Attachment:
         self._lingering: weakref.ref[PiKVLayer] | None = None
         self._handles: list[Any] = []
         self._previous: dict[int, Any] = {}
+        # A cache that is made while a press has the model attached needs it to stay so.
+        self.caches_made = 0
         self._entered = 0
         self._stays = True
 
@@ -136,6 +138,10 @@ class Attachment:
                 f"{', '.join(_feed_forward_classes(model))}; "
                 'placement="expert" follows a Mixture-of-Experts router, use placement="hash" for other models'
             )
+
+    def stay(self) -> None:
+        """Outlive the `with` block that attached the model."""
+        self._stays = True
 
     def __enter__(self) -> "Attachment":
         self._entered += 1

@@ -13,7 +13,7 @@ from .kernels.merge_partials import merge_sinks
 from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
-from .marks import forget_reader
+from .marks import forget_reader, without_marked
 from .masks import PLAIN_ATTRIBUTE, PageBias, by_lane, new_tokens_valid, trailing_columns
 from .page_book import PageBook
 from .read_plan import ReadPlan, Run
@@ -76,7 +76,8 @@ def pikv_attention_forward(
             # As registered: kvpress has wrapped it, to hide what its head-wise presses have marked.
             sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
             return sdpa(module, query, key, value, attention_mask, dropout=dropout, scaling=scale, **kwargs)
-        return _to_output(*_attend_new(query, key, value, attention_mask, scale, softcap), sinks, query.dtype), None
+        visible = without_marked(module, query, key, attention_mask)
+        return _to_output(*_attend_new(query, key, value, visible, scale, softcap), sinks, query.dtype), None
 
     if layer.attachment is not None and not layer.attachment.owns(module):
         layer.rollback(query.shape[2])

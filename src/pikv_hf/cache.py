@@ -83,6 +83,7 @@ class PiKVCache(Cache):
             raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
         config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
         attachment = ensure_attached(model, config.placement or "expert")
+        attachment.caches_made += 1
         return cls(model.config, config, attachment)
 
     # The protocol of transformers

@@ -252,11 +252,15 @@ class LayerTokens(CacheLayerMixin):
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
         self.dropped = seen - self.seen if picked else 0
 
-    def recode(self, **options: Any) -> None:
+    def recode(
+        self, key_basis: torch.Tensor | None = None, value_basis: torch.Tensor | None = None, **options: Any
+    ) -> None:
         """Choose the codecs of this layer anew, before it has stored a token.
 
         Parameters
         ----------
+        key_basis, value_basis : torch.Tensor, optional
+            `(H, D, rank)`, what low-rank codecs would otherwise fit to the first pages.
         **options
             `key_codec`, `value_codec`, `error_budget`, `rank`: see :class:`PiKVConfig`.
 
@@ -273,6 +277,8 @@ class LayerTokens(CacheLayerMixin):
         self.config = dataclasses.replace(self.config, **options)
         if self.pending is not None:
             self.lazy_initialization(self.pending.keys, self.pending.values)
+        if self.table is not None:
+            self.table.pages.set_bases(key_basis, value_basis)
 
     # Evicting
 

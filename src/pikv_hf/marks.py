@@ -8,6 +8,7 @@ import sys
 import weakref
 from typing import Any
 
+import torch
 from torch import nn
 
 _ATTRIBUTE = "masked_key_indices"
@@ -43,6 +44,35 @@ def reader_of(module: nn.Module) -> Any:
     """Return the layer that a module has read last, None if that was another cache's or is gone."""
     reference = _readers.get(module)
     return None if reference is None else reference()
+
+
+def without_marked(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Return the mask of a cache that is not PiKV's, with what is marked hidden, as kvpress hides it in SDPA.
+
+    Parameters
+    ----------
+    module : nn.Module
+        The attention; a prompt ends the marks of an earlier one.
+    query, key : torch.Tensor
+        `(B, Hq, Q, D)` and `(B, H, T, D)`.
+    mask : torch.Tensor, optional
+        `(B or 1, 1 or Hq, Q, T)`, boolean or additive; None is causal.
+    """
+    marks = getattr(module, _ATTRIBUTE, None)
+    if marks is None:
+        return mask
+    queries, tokens = query.shape[2], key.shape[2]
+    if queries == tokens:
+        setattr(module, _ATTRIBUTE, None)
+        return mask
+    visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
+    visible[tuple(marks)] = False
+    visible = visible.repeat_interleave(query.shape[1] // key.shape[1], dim=1)[:, :, None]
+    if mask is None:
+        mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=key.device).tril_(tokens - queries)
+    return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
 
 
 def take_marks(module: nn.Module | None, layer: Any) -> Any:

@@ -65,6 +65,14 @@ class PageStore:
         codecs = self._sealers[0 if keys else 1].codecs.values()
         return [codec.basis for codec in codecs if codec.basis is not None]
 
+    def set_bases(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Give low-rank codecs their bases `(H, D, rank)` instead of having them fitted."""
+        dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
+        for sealer, basis, dim in zip(self._sealers or (), (keys, values), dims, strict=False):
+            codec = sealer.codec(sealer.rungs[0], dim)
+            if codec.is_lowrank and basis is not None:
+                codec.basis = basis
+
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor that holds this layer's stored tokens or serves them."""
         held = [tensor for pool in self.pools().values() for tensor in pool.tensors()]
