@@ -42,7 +42,9 @@ def test_committed_results_are_complete() -> None:
     failed = {press for press, _, _ in asked - found}
     assert all(f"`{press}` fails" in (ROOT / "README.md").read_text() for press in failed), failed
     assert {s.conditions["dtype"] for s in summaries} == {"bfloat16"}
-    assert all(s.samples >= 60 * len(reference.TASKS) for s in summaries)
+    for summary in summaries:
+        each = 60 if summary.press in (None, "PiKVPress") else 20
+        assert summary.samples == each * len(reference.TASKS)
 
 
 @committed
