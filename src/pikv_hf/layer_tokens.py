@@ -332,7 +332,9 @@ class LayerTokens(CacheLayerMixin):
         if self.table is None:
             return torch.zeros((0, 0, 0), dtype=torch.bool)
         new = 0 if self.pending is None else self.pending.tokens
-        stored = self.table.held(self.seen - new).view(self.batch, self.lanes, -1).expand(-1, self.heads, -1)
+        stored = (
+            self.table.held(self.seen - new).view(self.batch, self.lanes, self.seen - new).expand(-1, self.heads, -1)
+        )
         if self.pending is None:
             return stored.clone()
         fresh = torch.ones((self.batch, self.heads, new), dtype=torch.bool, device=self.device)

@@ -122,7 +122,7 @@ def _exact_tokens(
         if not stored:
             return ExactTokens(pending.keys, pending.values, new_held)
     keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.dense(stored, names))
-    held = table.held(stored, names).view(batch, -1, stored).expand(batch, heads, stored)
+    held = table.held(stored, names).view(batch, len(table.rows) // batch, stored).expand(batch, heads, stored)
     if pending is None or new_held is None:
         return ExactTokens(keys, values, held)
     return ExactTokens(
