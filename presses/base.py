@@ -58,12 +58,6 @@ class LayerView:
         return isinstance(self.layer, PiKVLayer) and self.layer.attachment is not None
 
     @property
-    def valid(self) -> torch.Tensor | None:
-        """`(B, T)` bool, which columns hold a token of any head; None if all do."""
-        any_head = self.held.any(dim=1)
-        return None if bool(any_head.all()) else any_head
-
-    @property
     def token_bytes(self) -> int:
         """Bytes of a token of one KV head as the model makes it."""
         return (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
@@ -81,8 +75,9 @@ class ObservingPress(ScorerPress):
     compression_ratio : float
         Share of the tokens to remove, in [0, 1), as kvpress has it.
     budget : float, int or str, optional
-        Instead of it, what to keep: `0.25` or `"25%"`, `512` tokens per KV head, `"64 MiB"` of keys and values of the
-        whole cache. Wrappers of kvpress that only ask a press for scores know ratios and shares, nothing else.
+        Instead of it, what to keep: `0.25` or `"25%"`, `512` tokens per KV head, `"64 MiB"` for all layers; sliding
+        layers, which are bounded as they are, come on top. Wrappers of kvpress that only ask a press for scores know
+        ratios and shares, nothing else.
     sink_tokens : int
         First tokens of each sequence that always survive.
 

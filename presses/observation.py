@@ -16,8 +16,8 @@ from pikv_hf.attachment import ATTENTION_NAME, ensure_attached
 from pikv_hf.attention import OBSERVER_ATTRIBUTE
 from pikv_hf.masks import new_tokens_valid
 
-#: Queries kept per layer: so many spread over all that was read, and so many of the latest.
-SPREAD, RECENT = 96, 64
+#: Queries kept per layer, the latest ones.
+RECENT = 64
 
 _NOTING = "pikv-noting"
 
@@ -61,12 +61,12 @@ class Observed:
 
 
 class Observer:
-    """Keeps a sample of the queries of one attention module.
+    """Keeps the latest queries of one attention module.
 
     Attributes
     ----------
-    spread, recent : Observed or None
-        Queries from all over what was read, and the latest ones.
+    recent : Observed or None
+        The latest queries.
     scale : float
         What attention multiplies logits by.
     sinks : torch.Tensor or None
@@ -80,7 +80,6 @@ class Observer:
     """
 
     def __init__(self) -> None:
-        self.spread: Observed | None = None
         self.recent: Observed | None = None
         self.scale, self.batch, self.new, self.seen, self.calls = 1.0, 0, 0, 0, 0
         self.sinks: torch.Tensor | None = None
@@ -109,20 +108,12 @@ class Observer:
         self.batch, self.new = query.shape[0], new
         self.calls += 1
         if past == 0:
-            self.spread = self.recent = None
+            self.recent = None
         self.scale, self.sinks, self.softcap, self.seen = scale, sinks, softcap, past + new
         call = Observed(query.detach(), torch.arange(past, past + new, device=query.device), valid)
         latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
         joined = latest if self.recent is None else self.recent + latest
         self.recent = joined.pick(torch.arange(len(joined.positions), device=query.device)[-RECENT:])
-        if new == 1:
-            return
-        even = torch.linspace(0, new - 1, min(new, SPREAD), device=query.device).round().long()
-        picked = call.pick(even)
-        together = picked if self.spread is None else self.spread + picked
-        while len(together.positions) > 2 * SPREAD:
-            together = together.pick(torch.arange(0, len(together.positions), 2, device=query.device))
-        self.spread = together
 
 
 def observed(module: nn.Module, call: dict[str, Any] | None = None) -> Observer:

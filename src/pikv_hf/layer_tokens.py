@@ -248,6 +248,7 @@ class LayerTokens(CacheLayerMixin):
         self._interrupt()
         self._drop_pending()
         self.table = table
+        self.evicted = held is not None and not bool(held.all())
         self.seen = self._assigned = keys.shape[2]
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
         self.dropped = seen - self.seen if picked else 0
