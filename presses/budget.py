@@ -18,8 +18,8 @@ class Budget:
     Attributes
     ----------
     kind : str
-        `"share"` of the bytes that `DynamicCache` would hold in the model's dtype; `"tokens"` per KV head; `"bytes"` for all
-        layers but bounded sliding ones.
+        `"share"` of the bytes that `DynamicCache` would hold in the model's dtype; `"tokens"` per KV head; `"bytes"`
+        for all layers but bounded sliding ones.
     amount : float
         Of that kind.
     """

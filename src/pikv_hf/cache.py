@@ -16,7 +16,7 @@ from .report import MemoryReport
 
 
 class PiKVCache(Cache):
-    """An expert-sharded, paged KV cache: the tokens of `DynamicCache`, unless a codec is asked for.
+    """An expert-sharded, paged KV cache: the tokens of `DynamicCache`, unless a codec or press is asked for.
 
     Make one with :meth:`for_model`, which attaches the model so that attention reads the pages in place and tokens move
     to the shards of the experts that the model's own routers choose. Made from a config alone it works with any
