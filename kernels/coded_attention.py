@@ -34,6 +34,7 @@ def coded_attention(
     bias: torch.Tensor | None = None,
     holes: torch.Tensor | None = None,
     softcap: float | None = None,
+    page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over all given pages.
 
@@ -49,6 +50,8 @@ def coded_attention(
         Added to the logits, broadcastable to `(H, M, n * P)`; `-inf` hides a key.
     holes : torch.Tensor, optional
         `(k,)` int64 indices into `n * P` of slots that hold no token.
+    page_lse : torch.Tensor, optional
+        `(H, M, n)` float32, written to: the LSE of each page alone.
 
     Returns
     -------
@@ -65,7 +68,9 @@ def coded_attention(
         stop = min(start + span, keys.pages)
         inside = None if holes is None else holes[(holes >= start * size) & (holes < stop * size)] - start * size
         cut = bias[..., start * size : stop * size] if bias is not None and bias.shape[-1] > 1 else bias
-        part = _attend_span(query, keys.narrow(start, stop), values.narrow(start, stop), scale, cut, inside, softcap)
+        pages = None if page_lse is None else page_lse[..., start:stop]
+        span_codes = keys.narrow(start, stop), values.narrow(start, stop)
+        part = _attend_span(query, *span_codes, scale, cut, inside, softcap, pages)
         result = part if result is None else merge_pair(*result, *part)
     if result is None:
         out = query.new_zeros((lanes, queries, values.width), dtype=torch.float32)
@@ -85,10 +90,11 @@ def _attend_span(
     bias: torch.Tensor | None,
     holes: torch.Tensor | None,
     softcap: float | None,
+    page_lse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if query.shape[1] > keys.page_size:
         # More queries than tokens in a page: folding steps into the queries would cost more than decoding the keys.
-        return _attend_decoded(query, keys, values, scale, bias, holes, softcap)
+        return _attend_decoded(query, keys, values, scale, bias, holes, softcap, page_lse)
     logits = page_logits(query.float() * scale, keys)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
@@ -101,8 +107,11 @@ def _attend_span(
     # A query without any visible key has peak -inf; anchored at a finite one its weights are all exp(-inf) = 0.
     peak = logits.amax(dim=(1, 3), keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     logits.sub_(peak).exp_()
-    total = logits.sum(dim=(1, 3))
+    masses = logits.sum(dim=3)
+    total = masses.sum(dim=1)
     lse = total.log() + peak[:, 0, :, 0]
+    if page_lse is not None:
+        torch.add(masses.log_().transpose(1, 2), peak[:, 0], out=page_lse)
     out = weighted_values(logits, values)
     return out.div_(total.clamp_min_(torch.finfo(torch.float32).tiny).unsqueeze(-1)), lse
 
@@ -115,6 +124,7 @@ def _attend_decoded(
     bias: torch.Tensor | None,
     holes: torch.Tensor | None,
     softcap: float | None,
+    page_lse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size, step = keys.page_size, _block_pages(keys, values)
     result: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -123,7 +133,8 @@ def _attend_decoded(
         block = (open_pages(p.narrow(start, start + step), query.dtype).flatten(1, 2) for p in (keys, values))
         inside = None if holes is None else holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
         cut = bias[..., slots] if bias is not None and bias.shape[-1] > 1 else bias
-        part = partial_attention(query, next(block), next(block), scale, cut, inside, softcap)
+        pages = None if page_lse is None else page_lse[..., start : start + step]
+        part = partial_attention(query, next(block), next(block), scale, cut, inside, softcap, pages)
         result = part if result is None else merge_pair(*result, *part)
     assert result is not None
     return result

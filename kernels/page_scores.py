@@ -56,16 +56,37 @@ def page_scores(
     if how != "torch":
         scored: torch.Tensor = run("page_scores", how, query.device, query, low, high, table, lengths)
         return scored
+    if _covers(lengths, low.shape[1], batch):
+        # Most pages are someone's: one product for all of them is cheaper than gathering each row's.
+        return _looked_up(_bounds(query.view(batch, heads, -1, dim).transpose(0, 1), low, high), table, lengths)
     scores = query.new_full((batch, heads, table.shape[1]), -torch.inf, dtype=torch.float32)
     for row, length in enumerate(lengths.tolist()):
         used = table[row, :length].long()
-        grouped = query[row].float().view(heads, -1, dim)
-        least = low[:, used].float()
-        if high is None:
-            products = grouped @ least.transpose(1, 2)
-        else:
-            most = high[:, used]
-            most = least + spread_values(most) if most.dtype == torch.uint8 else most.float()
-            products = grouped.clamp_min(0) @ most.transpose(1, 2) + grouped.clamp_max(0) @ least.transpose(1, 2)
-        scores[row, :, :length] = products.amax(dim=1)
+        grouped = query[row].view(heads, 1, -1, dim)
+        scores[row, :, :length] = _bounds(grouped, low[:, used], None if high is None else high[:, used])[:, 0]
     return scores
+
+
+def _covers(lengths: torch.Tensor, pages: int, batch: int) -> bool:
+    return 2 * int(lengths.sum()) >= pages * batch
+
+
+def _bounds(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
+    """Return the scores of all pages for queries `(H, B, G, D)`, `(H, B, N)` float32."""
+    folded = query.flatten(1, 2).float()
+    least = low.float()
+    if high is None or high.dtype == torch.uint8:
+        products = torch.bmm(folded, least.transpose(1, 2))
+        if high is not None:
+            products.baddbmm_(folded.clamp_min(0), spread_values(high).transpose(1, 2))
+    else:
+        products = torch.bmm(folded.clamp_min(0), high.float().transpose(1, 2))
+        products.baddbmm_(folded.clamp_max(0), least.transpose(1, 2))
+    return products.unflatten(1, query.shape[1:3]).amax(dim=2)
+
+
+def _looked_up(scores: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Return `(H, B, N)` scores of pages as `(B, H, n)` scores of table entries."""
+    used = torch.arange(table.shape[1], device=table.device) < lengths[:, None]
+    index = table.where(used, 0).long().expand(len(scores), -1, -1)
+    return scores.gather(2, index).masked_fill_(~used, -torch.inf).transpose(0, 1)

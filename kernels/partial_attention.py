@@ -25,6 +25,7 @@ def partial_attention(
     bias: torch.Tensor | None = None,
     holes: torch.Tensor | None = None,
     softcap: float | None = None,
+    page_lse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over all given keys.
 
@@ -42,6 +43,8 @@ def partial_attention(
         `(n,)` int64 indices into T of slots that hold no token.
     softcap : float, optional
         Logits become `softcap * tanh(logits / softcap)` before masking (Gemma-style).
+    page_lse : torch.Tensor, optional
+        `(N, M, n)` float32, written to: the LSE of each of the n pages of T / n neighbouring keys alone.
 
     Returns
     -------
@@ -52,14 +55,17 @@ def partial_attention(
     tokens = keys.shape[1]
     block = max(1, MAX_LOGITS // max(1, lanes * queries))
     if tokens <= block:
-        return _attend_block(query, keys, values, scale, bias, holes, softcap)
+        return _attend_block(query, keys, values, scale, bias, holes, softcap, page_lse)
+    size = 1 if page_lse is None else tokens // page_lse.shape[2]
+    block = max(size, block // size * size)
     out = query.new_zeros((lanes, queries, values.shape[-1]), dtype=torch.float32)
     lse = query.new_full((lanes, queries), -torch.inf, dtype=torch.float32)
     for start in range(0, tokens, block):
         end = min(start + block, tokens)
         inside = None if holes is None else holes[(holes >= start) & (holes < end)] - start
         cut = bias[..., start:end] if bias is not None and bias.shape[-1] > 1 else bias
-        part = _attend_block(query, keys[:, start:end], values[:, start:end], scale, cut, inside, softcap)
+        pages = None if page_lse is None else page_lse[..., start // size : -(-end // size)]
+        part = _attend_block(query, keys[:, start:end], values[:, start:end], scale, cut, inside, softcap, pages)
         out, lse = merge_pair(out, lse, *part)
     return out, lse
 
@@ -72,6 +78,7 @@ def _attend_block(
     bias: torch.Tensor | None,
     holes: torch.Tensor | None,
     softcap: float | None,
+    page_lse: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     unread = query.new_empty((1, 1, 1))
     logits = torch.baddbmm(unread, query, keys.transpose(1, 2), beta=0, alpha=scale).float()
@@ -82,6 +89,10 @@ def _attend_block(
     if holes is not None and holes.numel():
         logits.index_fill_(2, holes, -torch.inf)
     total, lse = _softmax_stats(logits)
+    if page_lse is not None:
+        # The logits are unnormalised probabilities by now: what they are relative to is lse - log(total).
+        masses = logits.unflatten(2, (page_lse.shape[2], -1)).sum(dim=3)
+        torch.add(masses.log_(), lse.unsqueeze(-1) - total.log(), out=page_lse)
     out = torch.bmm(logits.to(values.dtype), values).float()
     return out.div_(total.clamp_min_(torch.finfo(torch.float32).tiny)), lse
 

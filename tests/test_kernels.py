@@ -1,6 +1,7 @@
 """The torch operations against slow, obvious references in float64."""
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -9,7 +10,10 @@ from hypothesis import strategies as st
 
 from pikv_hf.kernels import append_tokens, causal_attention, gather_dense, merge_pair, partial_attention
 from pikv_hf.kernels import partial_attention as module_function
+from pikv_hf.kernels.coded_attention import coded_attention
 from pikv_hf.kernels.merge_partials import merge_sinks
+from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.seal_pages import seal_pages
 
 partial_module = __import__(module_function.__module__, fromlist=["MAX_LOGITS"])
 
@@ -168,3 +172,28 @@ def test_a_masked_history_is_read_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
     whole = logits()
     monkeypatch.setattr(attention, "MAX_LOGITS", 2000)
     torch.testing.assert_close(logits(), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("max_logits", [1 << 23, 200])
+@pytest.mark.parametrize("kind", ["none", "int4"])
+@pytest.mark.parametrize("queries", [3, 20])
+def test_the_lse_of_each_page(
+    monkeypatch: pytest.MonkeyPatch, max_logits: int, kind: Literal["none", "int4"], queries: int
+) -> None:
+    monkeypatch.setattr(partial_module, "MAX_LOGITS", max_logits)
+    torch.manual_seed(0)
+    query, tokens = torch.randn(2, queries, 16), torch.randn(2, 8, 8, 16)
+    holes = torch.tensor([3, 5, 17])
+    filled = torch.empty(2, queries, 8)
+    if kind == "none":
+        keys, values = tokens.flatten(1, 2), tokens.flatten(1, 2)
+        partial_attention(query, keys, values, 0.3, None, holes, None, filled)
+    else:
+        codes = seal_pages(tokens, kind, keys=True)
+        coded_attention(query, codes, seal_pages(tokens, kind, keys=False), 0.3, None, holes, None, filled)
+        keys = open_pages(codes, torch.float32).flatten(1, 2)
+    logits = query.double() @ keys.double().transpose(1, 2) * 0.3
+    logits[:, :, holes] = -torch.inf
+    expected = logits.unflatten(2, (8, 8)).logsumexp(dim=-1)
+    # A page's sum of 8 numbers in float32, and the logarithm's own rounding.
+    assert (filled - expected).abs().max() < 1e-5

@@ -5,19 +5,29 @@ import json
 import math
 from typing import Any, Literal, get_args
 
+from pikv_hf.budget import Budget, parse_bytes
 from pikv_hf.suggest import did_you_mean
 
 Placement = Literal["expert", "hash"]
 SlidingLayers = Literal["bounded", "paged"]
 CodecName = Literal["none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto"]
 CODECS: tuple[str, ...] = get_args(CodecName)
+RoutingName = Literal["all", "page_bound", "expert_topk", "cache_aware", "adaptive", "hierarchical"]
+ROUTINGS: tuple[str, ...] = get_args(RoutingName)
+SchedulerName = Literal[
+    "h2o", "lru", "lru_plus", "streaming_llm", "quest", "ada_kv", "duo", "two_queue", "reuse_distance", "pikv"
+]
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+BudgetScope = Literal["cache", "layer", "shard"]
+TierName = Literal["device", "cpu", "disk"]
+TIERS: tuple[str, ...] = get_args(TierName)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PiKVConfig:
     """How a :class:`~pikv_hf.PiKVCache` stores keys and values.
 
-    No option changes a result but `key_codec` and `value_codec`, with what they refer to.
+    No option changes a result but `key_codec`, `value_codec`, `routing` and `budget`, with what they refer to.
 
     Parameters
     ----------
@@ -46,6 +56,34 @@ class PiKVConfig:
         (keys), relative root mean square error (values). Both are about the relative error of the attention output.
     rank : int, optional
         Of the low-rank codecs, at most the head dim; by default a quarter of it.
+    routing : str
+        Which full pages outside of the window a decoding step reads: `"all"`, or those that a policy of
+        :mod:`pikv_hf.routing` chooses for each KV head: `"page_bound"`, `"expert_topk"`, `"cache_aware"`, `"adaptive"`,
+        `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with several new
+        tokens read everything.
+    max_pages : int or float
+        Of these pages, the most that a KV head reads in a step; a float is a share of them.
+    coverage : float
+        Of `"adaptive"`: the share of the attention that the pages read are to take, as far as their bounds tell.
+    tier_cost : float
+        Of `"cache_aware"`: how much higher the logits of a page in the slowest tier must be than those of a page in
+        memory.
+    budget : str, int or float, optional
+        The most that may be stored: bytes (`"2GiB"`), tokens per sequence and layer (`4096`), or a share of the tokens
+        seen (`0.25`). What exceeds it is evicted in whole pages.
+    budget_scope : {"cache", "layer", "shard"}, optional
+        What the budget is of. By default bytes are of the cache, which divides them evenly among its layers; tokens are
+        of each layer; a share is the same for all.
+    scheduler : str, optional
+        Which pages go first, by a policy of :mod:`pikv_hf.scheduling`: `"h2o"`, `"lru"`, `"lru_plus"`,
+        `"streaming_llm"`, `"quest"`, `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default
+        `"pikv"` where there is a budget, and `"lru"` where there are only tiers.
+    tiers : dict, optional
+        Where full pages go instead of being evicted: the bytes that each of `"device"`, `"cpu"` and `"disk"` may hold,
+        as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where
+        attention runs.
+    tier_directory : str, optional
+        Where the files of `"disk"` go; by default a temporary directory. They are removed with the cache.
 
     Raises
     ------
@@ -63,6 +101,15 @@ class PiKVConfig:
     value_codec: str = "none"
     error_budget: float = 0.2
     rank: int | None = None
+    routing: str = "all"
+    max_pages: int | float = 64
+    coverage: float = 0.95
+    tier_cost: float = 1.0
+    budget: str | int | float | None = None
+    budget_scope: BudgetScope | None = None
+    scheduler: str | None = None
+    tiers: dict[str, str | int | None] | None = None
+    tier_directory: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("page_size", 1), ("recent_window", 0), ("sink_tokens", 0), ("num_shards", 1)):
@@ -87,6 +134,52 @@ class PiKVConfig:
             raise TypeError(f"rank must be an int, got {self.rank!r} ({type(self.rank).__name__})")
         if self.rank is not None and self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
+        self._check_routing()
+        self._check_budget()
+        self._check_tiers()
+
+    def _check_routing(self) -> None:
+        _one_of("routing", self.routing, ROUTINGS)
+        for name in ("max_pages", "coverage", "tier_cost"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        if isinstance(self.max_pages, int) and self.max_pages < 1:
+            raise ValueError(f"max_pages must be at least 1, got {self.max_pages}")
+        if isinstance(self.max_pages, float) and not 0 < self.max_pages <= 1:
+            raise ValueError(f"max_pages as a share must be above 0 and at most 1, got {self.max_pages}")
+        if not 0 < self.coverage <= 1:
+            raise ValueError(f"coverage must be above 0 and at most 1, got {self.coverage}")
+        if not 0 <= self.tier_cost < math.inf:
+            raise ValueError(f"tier_cost must be at least 0 and finite, got {self.tier_cost}")
+
+    def _check_budget(self) -> None:
+        if self.scheduler is not None:
+            _one_of("scheduler", self.scheduler, SCHEDULERS)
+            if self.budget is None and self.tiers is None:
+                raise ValueError(
+                    f"scheduler={self.scheduler!r} decides what goes first, but neither budget nor tiers say when"
+                )
+        if self.budget_scope is not None:
+            _one_of("budget_scope", self.budget_scope, get_args(BudgetScope))
+        if self.budget is not None:
+            Budget.parse(self.budget)
+        elif self.budget_scope is not None:
+            raise ValueError(f"budget_scope={self.budget_scope!r} without a budget")
+
+    def _check_tiers(self) -> None:
+        if self.tiers is None:
+            return
+        if not isinstance(self.tiers, dict) or not self.tiers:
+            raise TypeError(
+                f"tiers must be a dict of limits by tier, as {{'cpu': '4GiB', 'disk': None}}, got {self.tiers!r}"
+            )
+        for name, limit in self.tiers.items():
+            _one_of("a tier", name, TIERS)
+            if isinstance(limit, str):
+                parse_bytes(limit, f"the limit of tier {name!r}")
+            elif limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
+                raise ValueError(f"the limit of tier {name!r} must be text with a unit, bytes or None, got {limit!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values."""
