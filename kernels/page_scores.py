@@ -74,15 +74,24 @@ def _covers(lengths: torch.Tensor, pages: int, batch: int) -> bool:
 def _bounds(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
     """Return the scores of all pages for queries `(H, B, G, D)`, `(H, B, N)` float32."""
     folded = query.flatten(1, 2).float()
-    least = low.float()
     if high is None or high.dtype == torch.uint8:
-        products = torch.bmm(folded, least.transpose(1, 2))
+        products = torch.bmm(folded, low.float().transpose(1, 2))
         if high is not None:
             products.baddbmm_(folded.clamp_min(0), spread_values(high).transpose(1, 2))
     else:
-        products = torch.bmm(folded.clamp_min(0), high.float().transpose(1, 2))
-        products.baddbmm_(folded.clamp_max(0), least.transpose(1, 2))
+        signs = torch.cat([folded.clamp_max(0), folded.clamp_min(0)], dim=2)
+        # Keys first: with few queries the product is twice as fast that way round.
+        products = torch.bmm(_side_by_side(low, high).float(), signs.transpose(1, 2)).transpose(1, 2)
     return products.unflatten(1, query.shape[1:3]).amax(dim=2)
+
+
+def _side_by_side(low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
+    """Return `(H, N, 2 * D)`, without a copy where both are halves of such a tensor."""
+    heads, pages, dim = low.shape
+    whole = low.stride() == high.stride() == (2 * dim * pages, 2 * dim, 1)
+    if whole and high.data_ptr() - low.data_ptr() == dim * low.element_size() and low.dtype == high.dtype:
+        return low.as_strided((heads, pages, 2 * dim), low.stride())
+    return torch.cat([low, high], dim=2)
 
 
 def _looked_up(scores: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,9 @@ from .masks import PLAIN_ATTRIBUTE, PageBias, by_lane, new_tokens_valid, trailin
 from .page_book import PageBook
 from .read_plan import ReadPlan, Run
 from .readers import Partial, PlainReader, SealedReader, reader_of
-from .table import PageTable
+from .routed import attend_choice
+from .routing import Router
+from .table import UNFILLED, PageTable
 
 # Scattered pages are gathered at most this many bytes of K/V at a time.
 MAX_GATHER_BYTES = 64 * 1024 * 1024
@@ -130,7 +132,9 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     assert layer.table is not None
     history_mask = None if layer.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
-    out, lse = attend_pages(layer.table, query, history_mask, scale, softcap)
+    # A call with several new tokens has many queries, which together look everywhere.
+    router = layer.router if query.shape[2] == 1 and history_mask is None and layer.pending is None else None
+    out, lse = attend_pages(layer.table, query, history_mask, scale, softcap, router, layer.seen)
     if layer.pending is not None:
         new = _attend_new(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
         out, lse = merge_pair(out, lse, *new)
@@ -138,7 +142,13 @@ def attend(
 
 
 def attend_pages(
-    table: PageTable, query: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float | None
+    table: PageTable,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    router: Router | None = None,
+    seen: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the pages of a table; every stored token is older than every query or its own.
 
@@ -152,6 +162,10 @@ def attend_pages(
         `(B, 1 or Hq, Q, T)`; None if no stored token is hidden.
     scale, softcap
         As in :func:`pikv_attention_forward`.
+    router : Router, optional
+        Chooses the full pages that are read, where Q is 1 and there is no mask.
+    seen : int
+        Positions up to and including that of the query, for the router.
 
     Returns
     -------
@@ -163,7 +177,8 @@ def attend_pages(
     if (lanes := len(table.rows) // batch) > 1:
         # Heads keep different tokens: each is a row of its own.
         rows = query.reshape(batch * lanes, query_heads // lanes, queries, dim)
-        out, lse = attend_pages(table, rows, None if mask is None else by_lane(mask, batch, lanes), scale, softcap)
+        hidden = None if mask is None else by_lane(mask, batch, lanes)
+        out, lse = attend_pages(table, rows, hidden, scale, softcap, router, seen)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
     groups = query_heads // heads
     bias = None if mask is None else PageBias(mask, batch, heads, groups)
@@ -171,8 +186,14 @@ def attend_pages(
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
     # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
     looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
+    pools: dict[str, PageBook] = table.pages.pools()
     result: Partial | None = None
-    for name, pool in table.pages.pools().items():
+    if router is not None:
+        choice = router.choose(table.index(), query[:, :, 0], scale, seen)
+        if choice is not None:
+            pools = {UNFILLED: table.pool}
+            result = attend_choice(table.index(), choice, folded, scale, softcap)
+    for name, pool in pools.items():
         reader = reader_of(pool)
         if looks_up:
             part = _attend_entries(table, name, reader, folded, scale, softcap)

@@ -14,8 +14,10 @@ from .pages import PagePool
 from .pending import Pending
 from .placement import expert_placement, hash_placement
 from .retention import assigned_table, checked_widths, equal_rows, kept_table, with_exact_ends
+from .routing import Router, make_routing
 from .store import PageStore
 from .table import PageTable
+from .tiers import LayerTiers, Tiers
 from .writer import SequenceWriter, ShardOf
 
 if TYPE_CHECKING:
@@ -45,6 +47,8 @@ class LayerTokens(CacheLayerMixin):
         New tokens that wait for the layer's router, or for a press.
     seen, dropped : int
         Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
+    router : Router or None
+        Chooses what decoding steps read; None if they read everything.
     holds : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
     """
@@ -57,6 +61,10 @@ class LayerTokens(CacheLayerMixin):
         self.config = config
         self.attachment = attachment
         self.routed = attachment is not None and config.placement != "hash" and layer_idx in attachment.routers
+        policy = make_routing(config)
+        self.router = None if policy is None else Router(policy, config.sink_tokens, config.recent_window)
+        # The cache replaces it by a part of its own, so that its layers share limits and counters.
+        self.tiers: LayerTiers | None = None if config.tiers is None else Tiers(config, 1).layer(layer_idx)
         self._clear()
 
     def _clear(self) -> None:
@@ -93,7 +101,7 @@ class LayerTokens(CacheLayerMixin):
         pool = PagePool(self.heads, dim, value_states.shape[-1], size, self.dtype, self.device)
         shards, window, sinks = self.config.num_shards, self.config.recent_window, self.config.sink_tokens
         self.table = PageTable(
-            SequenceWriter(PageStore(pool, self.config), shards, window, sinks, self._shard_of()), batch
+            SequenceWriter(PageStore(pool, self.config, self.tiers), shards, window, sinks, self._shard_of()), batch
         )
         self.is_initialized = True
 
@@ -244,7 +252,7 @@ class LayerTokens(CacheLayerMixin):
         held = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1) if self.evicted else None
         leaders = equal_rows(keys, values, batch=self.batch)
         # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
-        table = assigned_table(keys, values, held, self.config, self._shard_of(), leaders)
+        table = assigned_table(keys, values, held, self.config, self._shard_of(), leaders, self.tiers)
         self._interrupt()
         self._drop_pending()
         self.table = table
@@ -478,6 +486,7 @@ class LayerTokens(CacheLayerMixin):
     def _copy_to(self, twin: Any) -> None:
         """Give another layer this one's tokens; both share all pages until either writes to them."""
         self.settle()
+        twin.tiers = self.tiers
         if self.table is not None:
             twin.table, twin.heads = self.table.fork(), self.heads
             twin.dtype, twin.device = self.dtype, self.device

@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .page_bounds import PageBounds
+from .page_usage import PageUsage
+
 PageIds = npt.NDArray[np.int64]
 
 # A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
@@ -41,9 +44,15 @@ class PageBook(ABC):
     refcount, count, shard, used : numpy.ndarray
         `(N,)` int32 / int16 / int16 / bool: sequences that hold the page (0: free), tokens in it, its shard
         (-1: window), whether it ever held tokens.
+    in_place : bool
+        Whether the K/V of a page lie at its number in :meth:`token_tensors`, neighbours beside each other.
     allocations : int
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
+    bounds, usage : PageBounds, PageUsage, optional
+        What routing and scheduling know of the pages, where there is any.
     """
+
+    in_place = True
 
     def __init__(self, page_size: int, device: torch.device, growth: float, keeps_experts: bool = True) -> None:
         self.page_size = page_size
@@ -56,6 +65,8 @@ class PageBook(ABC):
         self.shard = np.zeros(0, dtype=np.int16)
         self.used = np.zeros(0, dtype=np.bool_)
         self.allocations = 0
+        self.bounds: PageBounds | None = None
+        self.usage: PageUsage | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
 
@@ -64,6 +75,10 @@ class PageBook(ABC):
     @abstractmethod
     def token_tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold K/V, `(H, N, ...)` each."""
+
+    def _page_tensors(self) -> list[torch.Tensor]:
+        """Return those of :meth:`token_tensors` that have an entry per page number."""
+        return self.token_tensors()
 
     @abstractmethod
     def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
@@ -90,7 +105,49 @@ class PageBook(ABC):
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold the pool's memory."""
-        return [*self.token_tensors(), self.positions, self.experts]
+        beside = [tensor for companion in self.companions() for tensor in companion.tensors()]
+        return [*self.token_tensors(), self.positions, self.experts, *beside]
+
+    def companions(self) -> list[PageBounds | PageUsage]:
+        """Return what is known of the pages beyond their tokens."""
+        return [companion for companion in (self.bounds, self.usage) if companion is not None]
+
+    def watch(self) -> None:
+        """Keep statistics of use from now on."""
+        if self.usage is None:
+            self.usage = PageUsage(self.device)
+            self.usage.resize(self.capacity)
+
+    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the bounds of the keys of all pages, known at least for those at `ids`.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(H, N, D)` least values, and `(H, N, D)` largest ones or codes of the spreads above the least, as
+            :func:`pikv_hf.kernels.page_scores.page_scores` takes them.
+        """
+        if self.bounds is None:
+            self.bounds = self._new_bounds()
+            self.bounds.resize(self.capacity)
+        self.bounds.find(self, ids)
+        return self.bounds.low, self.bounds.high
+
+    def frames(self, pages: torch.Tensor) -> torch.Tensor:
+        """Return where the K/V of pages lie in :meth:`token_tensors`: at their numbers, in a pool without tiers."""
+        return pages
+
+    def frame_counts(self) -> torch.Tensor:
+        """Return the tokens in each page by where it lies, see :meth:`frames`, int32."""
+        return self.counts()
+
+    def tier_costs(self) -> torch.Tensor | None:
+        """Return how slow each page is to reach, `(N,)` float32 from 0 (fast memory) to 1; None if all are in it."""
+        return None
+
+    @abstractmethod
+    def _new_bounds(self) -> PageBounds:
+        """Return the bounds of no pages."""
 
     @property
     def page_bytes(self) -> int:
@@ -98,9 +155,15 @@ class PageBook(ABC):
         return sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in self.token_tensors())
 
     @property
+    def free_bytes(self) -> int:
+        """Bytes of K/V in memory that no page uses."""
+        return self.page_bytes * self.free_pages
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the bookkeeping kept outside of tensors."""
-        return self.refcount.nbytes + self.count.nbytes + self.shard.nbytes + self.used.nbytes
+        beside = sum(companion.host_bytes for companion in self.companions())
+        return self.refcount.nbytes + self.count.nbytes + self.shard.nbytes + self.used.nbytes + beside
 
     def reserve(self, pages: int) -> None:
         """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was."""
@@ -112,9 +175,10 @@ class PageBook(ABC):
 
     def _grow(self, extra: int) -> None:
         old = self.capacity
-        grown = [_extended(tensor, extra, 1) for tensor in self.token_tensors()]
-        positions, experts = _extended(self.positions, extra, 0), _extended(self.experts, extra, 0)
-        self._replace_tokens(grown)
+        grown = [extended(tensor, extra, 1) for tensor in self._page_tensors()]
+        positions, experts = extended(self.positions, extra, 0), extended(self.experts, extra, 0)
+        if grown:
+            self._replace_tokens(grown)
         self.positions, self.experts = positions, experts
         self.positions[old:] = -1
         self.experts[old:] = -1
@@ -122,16 +186,21 @@ class PageBook(ABC):
         self.count = np.append(self.count, np.zeros(extra, dtype=np.int16))
         self.shard = np.append(self.shard, np.full(extra, -1, dtype=np.int16))
         self.used = np.append(self.used, np.zeros(extra, dtype=np.bool_))
+        for companion in self.companions():
+            companion.resize(self.capacity)
 
     def trim(self) -> None:
         """Give back the free pages at the end."""
         held = np.flatnonzero(~self._free())
         end = int(held[-1]) + 1 if len(held) else 0
         if end < self.capacity:
-            self._replace_tokens([tensor[:, :end].clone() for tensor in self.token_tensors()])
+            if trimmed := [tensor[:, :end].clone() for tensor in self._page_tensors()]:
+                self._replace_tokens(trimmed)
             self.positions, self.experts = self.positions[:end].clone(), self.experts[:end].clone()
             for name in self._notes():
                 setattr(self, name, getattr(self, name)[:end].copy())
+            for companion in self.companions():
+                companion.resize(end)
 
     def _notes(self) -> list[str]:
         """Return the names of the arrays with an entry per page."""
@@ -164,6 +233,8 @@ class PageBook(ABC):
         self.count[ids] = 0
         self.shard[ids] = shard
         self.wipe(ids)
+        for companion in self.companions():
+            companion.reset(ids)
         self.used[ids] = True
         self.allocations += 1
         return ids
@@ -175,7 +246,7 @@ class PageBook(ABC):
             index = self.index(stale)
             self.positions.index_fill_(0, index, -1)
             self.experts.index_fill_(0, index, -1)
-            for tensor in self.token_tensors():
+            for tensor in self._page_tensors():
                 if tensor.is_floating_point():
                     tensor.index_fill_(1, index, 0)
 
@@ -192,10 +263,12 @@ class PageBook(ABC):
     def copy_page(self, page: int) -> int:
         """Copy a page; the copy has a reference count of 1."""
         new = int(self.allocate(1, shard=int(self.shard[page]))[0])
-        for tensor in self.token_tensors():
+        for tensor in self._page_tensors():
             tensor[:, new].copy_(tensor[:, page])
         self.positions[new], self.experts[new] = self.positions[page], self.experts[page]
         self.count[new] = self.count[page]
+        for companion in self.companions():
+            companion.copy(page, new)
         return new
 
     def counts(self) -> torch.Tensor:
@@ -217,6 +290,9 @@ class PageBook(ABC):
         self.count[page] = count
         self.positions[page, count:] = -1
         self.experts[page, count:] = -1
+        if self.bounds is not None:
+            # Other tokens may come in their place.
+            self.bounds.reset(np.array([page]))
 
     def index(self, ids: npt.NDArray[np.integer]) -> torch.Tensor:
         """Return host integers as an int64 tensor on the pool's device."""
@@ -244,7 +320,8 @@ class PageBook(ABC):
             self._spared = np.zeros(0, dtype=np.bool_)
 
 
-def _extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
+def extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
+    """Return a copy of a pool's tensor with `extra` more entries, zeros, along a dimension."""
     shape = list(tensor.shape)
     shape[dim] += extra
     # Zeros, not empty memory: a slot without a token is masked, and 0 * NaN would still be NaN.

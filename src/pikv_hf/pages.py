@@ -7,6 +7,7 @@ import torch
 
 from .kernels import append_tokens, gather_dense
 from .page_book import PageBook, PageIds
+from .page_bounds import PageBounds
 
 GROWTH = 1 / 16
 
@@ -85,6 +86,9 @@ class PagePool(PageBook):
     def _notes(self) -> list[str]:
         return [*super()._notes(), "kept"]
 
+    def _new_bounds(self) -> PageBounds:
+        return PageBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
+
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages; see :meth:`PageBook.allocate`."""
         ids = super().allocate(pages, after, shard)
@@ -133,6 +137,8 @@ class PagePool(PageBook):
         self.write(
             slots, keys.index_select(1, sources), values.index_select(1, sources), positions[sources], experts[sources]
         )
+        if self.usage is not None:
+            self.usage.spread(sources // self.page_size, slots // self.page_size, self.page_size)
 
     @property
     def flat_keys(self) -> torch.Tensor:

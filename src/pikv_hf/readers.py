@@ -1,18 +1,24 @@
 """How attention reads the pages of either kind of pool."""
 
 import dataclasses
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 
-from .kernels import partial_attention
+from .kernels import merge_pair, partial_attention
 from .kernels.coded_attention import coded_attention
 from .kernels.page_codes import PageCodes
 from .page_book import PageBook
 from .pages import PagePool
 from .sealed_pool import SealedPool
+from .tiered_pool import TieredPool
 
 # (out, lse) of attention over a part of the keys.
 Partial = tuple[torch.Tensor, torch.Tensor]
+
+# Codes of keys and of values, where in them pages lie, and the tokens of all that lies there, `(n,)` int32.
+Located = tuple[PageCodes, PageCodes, torch.Tensor, torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,6 +74,39 @@ class PlainReader:
         keys, values = (part.flatten(0, 1) for part in self.pool.gather(table))
         return partial_attention(query, keys, values, scale, bias, holes, softcap)
 
+    def attend_lanes(
+        self,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        page_lse: torch.Tensor | None,
+    ) -> Partial:
+        """Attend to pages of one KV head's own choice.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            `(H * B, G, D)`, see :meth:`query`.
+        pages : torch.Tensor
+            `(H, B, k)` int64 page numbers.
+        scale, softcap
+            As in :func:`partial_attention`.
+        bias : torch.Tensor, optional
+            `(H * B, 1, k * P)`.
+        page_lse : torch.Tensor, optional
+            `(H * B, G, k)` float32, written to.
+        """
+        index = lane_pages(self.pool.frames(pages), self.pool.keys.shape[1])
+        keys, values = (_picked_lanes(part, index).flatten(1, 2) for part in (self.pool.keys, self.pool.values))
+        return partial_attention(query, keys, values, scale, bias, None, softcap, page_lse)
+
+    def located(self, pages: torch.Tensor, stay: bool = True) -> Located:
+        """Return where pages lie; see :meth:`TieredReader.located`."""
+        places = self.pool.frames(pages)
+        return *self.codes(), places, self.pool.frame_counts()
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SealedReader:
@@ -119,10 +158,140 @@ class SealedReader:
         keys, values = self.pool.keys.pick(index).map(lanes), self.pool.values.pick(index).map(lanes)
         return coded_attention(query, keys, values, scale, bias, holes, softcap)
 
+    def attend_lanes(
+        self,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        page_lse: torch.Tensor | None,
+    ) -> Partial:
+        """Attend to pages of one KV head's own choice, their codes copied; queries are `(H * B, G, D')`."""
+        frames = self.pool.frames(pages)
+        index = lane_pages(frames, self.pool.keys.pages)
+        keys, values = (codes.map(lambda part: _picked_lanes(part, index)) for codes in self.codes())
+        return coded_attention(query, keys, values, scale, bias, None, softcap, page_lse)
+
+    def located(self, pages: torch.Tensor, stay: bool = True) -> Located:
+        """Return where pages lie; see :meth:`TieredReader.located`."""
+        places = self.pool.frames(pages)
+        return *self.codes(), places, self.pool.frame_counts()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TieredReader(SealedReader):
+    """Reads pages of which only some are in fast memory. See :class:`PlainReader`.
+
+    Reading all pages of a row moves none: those of slower tiers pass through a buffer, a block at a time, while the
+    next block is read. Were they to stay, each would push out one that is wanted before it in the next step. Pages that
+    a lane chooses do stay.
+    """
+
+    pool: TieredPool
+
+    def attend_gathered(
+        self,
+        query: torch.Tensor,
+        table: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None,
+        holes: torch.Tensor | None,
+        softcap: float | None,
+    ) -> Partial:
+        """Attend to the pages of a table `(B, n)`, a block at a time; queries are `(H * B, M, D')`."""
+        size = self.pool.page_size
+        result: Partial | None = None
+        for start, block, keys, values in self._streamed(table):
+            slots = slice(start * size, (start + block) * size)
+            inside = None if holes is None else holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
+            cut = bias[..., slots] if bias is not None and bias.shape[-1] > 1 else bias
+            part = coded_attention(query, keys, values, scale, cut, inside, softcap)
+            result = part if result is None else merge_pair(*result, *part)
+        assert result is not None
+        return result
+
+    def _streamed(self, table: torch.Tensor) -> Iterator[tuple[int, int, PageCodes, PageCodes]]:
+        """Yield the first column and the columns of each block, and its codes by lane, `(H * B, columns, ...)`."""
+        step = max(1, self.pool.block_pages() // max(1, len(table)))
+        blocks = table.split(step, dim=1)
+        for number, block in enumerate(blocks):
+            keys, values = self.pool.codes_at(block.reshape(-1), reads=True)
+            if number + 1 < len(blocks):
+                self.pool.prefetch(blocks[number + 1].cpu().numpy())
+            shape = block.shape
+            lanes = (
+                codes.map(lambda part, shape=shape: part.unflatten(1, shape).flatten(0, 1)) for codes in (keys, values)
+            )
+            yield number * step, shape[1], next(lanes), next(lanes)
+
+    def attend_lanes(
+        self,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        scale: float,
+        bias: torch.Tensor | None,
+        softcap: float | None,
+        page_lse: torch.Tensor | None,
+    ) -> Partial:
+        """Attend to pages of one KV head's own choice; queries are `(H * B, G, D')`.
+
+        They stay in fast memory, unless it has no room for all of them.
+        """
+        size, columns = self.pool.page_size, pages.shape[2]
+        step = columns if self.pool.can_hold(pages) else max(1, self.pool.block_pages() // pages[..., 0].numel())
+        result: Partial | None = None
+        for start in range(0, max(1, columns), max(1, step)):
+            part = slice(start, start + step)
+            keys, values, places, _ = self.located(pages[..., part])
+            index = lane_pages(places, keys.pages)
+            picked = [codes.map(lambda each, index=index: _picked_lanes(each, index)) for codes in (keys, values)]
+            cut = bias[..., start * size : part.stop * size] if bias is not None and bias.shape[-1] > 1 else bias
+            out = None if page_lse is None else page_lse[..., part]
+            partial = coded_attention(query, *picked, scale, cut, None, softcap, out)
+            result = partial if result is None else merge_pair(*result, *partial)
+        assert result is not None
+        return result
+
+    def located(self, pages: torch.Tensor, stay: bool = True) -> Located:
+        """Return where pages lie, in fast memory or in copies.
+
+        Parameters
+        ----------
+        pages : torch.Tensor
+            Page numbers, of any shape and integer dtype.
+        stay : bool
+            Whether pages move into fast memory if it has room for all of them.
+        """
+        if self.pool.can_hold(pages, stay):
+            places = self.pool.frames(pages.long())
+            return *self.codes(), places, self.pool.frame_counts()
+        ids = np.unique(pages.cpu().numpy())
+        index = self.pool.index(ids)
+        places = self.pool.index(np.searchsorted(ids, pages.cpu().numpy()))
+        return *self.pool.codes_at(index, reads=True), places, self.pool.counts_of(index)
+
+
+def lane_pages(pages: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return pages `(H, B, k)` of a pool of `capacity` pages as pages of a single head, `(H * B, k)`.
+
+    They count through the heads: a pool `(H, N, ...)` seen as `(H * N, ...)`.
+    """
+    heads = torch.arange(len(pages), device=pages.device)[:, None, None]
+    return (heads * capacity + pages).flatten(0, 1)
+
+
+def _picked_lanes(part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Return pages `(L, k)` of a pool `(H, N, ...)`, counted through its heads, as `(L, k, ...)`."""
+    flat = part.reshape(-1, part.shape[2:].numel())
+    return flat.index_select(0, index.view(-1)).view(*index.shape, *part.shape[2:])
+
 
 def reader_of(pool: PageBook) -> PlainReader | SealedReader:
     """Return the reader of a pool."""
     if isinstance(pool, PagePool):
         return PlainReader(pool)
+    if isinstance(pool, TieredPool):
+        return TieredReader(pool)
     assert isinstance(pool, SealedPool)
     return SealedReader(pool)

@@ -5,8 +5,9 @@ import torch
 
 from .codecs import Codec
 from .kernels import gather_pages
-from .kernels.page_codes import PageCodes
+from .kernels.page_codes import BITS, PageCodes
 from .page_book import PageBook, PageIds
+from .page_bounds import PageBounds
 from .pages import PagePool
 
 # These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
@@ -35,6 +36,7 @@ class SealedPool(PageBook):
         super().__init__(plain.page_size, plain.device, GROWTH, keeps_experts=False)
         heads, dtype = plain.keys.shape[0], plain.keys.dtype
         self.dtype = dtype
+        self._key_dim = plain.keys.shape[-1]
         self.key_codec, self.value_codec = key_codec, value_codec
         size, device = plain.page_size, plain.device
         self.keys = key_codec.empty(heads, size, plain.keys.shape[-1], dtype, device)
@@ -61,6 +63,18 @@ class SealedPool(PageBook):
 
     def _notes(self) -> list[str]:
         return [*super()._notes(), "errors"]
+
+    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the bounds of the keys of all pages; integer codes are counted from them."""
+        codes = self.keys
+        if codes.kind in BITS and codes.latent is None and codes.pages == self.capacity:
+            assert codes.floor is not None
+            assert codes.spread is not None
+            return codes.floor, codes.spread
+        return super().key_bounds(ids)
+
+    def _new_bounds(self) -> PageBounds:
+        return PageBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
 
     @property
     def host_bytes(self) -> int:
@@ -93,12 +107,20 @@ class SealedPool(PageBook):
     def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
         """Return the keys, or the values, of the pages at `index` `(n,)`, decoded into `(H, n * P, D)`."""
         codes, codec = (self.keys, self.key_codec) if keys else (self.values, self.value_codec)
-        return self._gathered(codes, codec, index)
+        return self._gathered(codes, codec, index, self.counts())
 
-    def _gathered(self, codes: PageCodes, codec: Codec, index: torch.Tensor) -> torch.Tensor:
+    def block_pages(self) -> int:
+        """Return how many pages to copy at a time: all, where they are in memory anyway."""
+        return max(1, self.capacity)
+
+    def codes_at(self, index: torch.Tensor) -> tuple[PageCodes, PageCodes]:
+        """Return copies of the codes of keys and of values of the pages at `index` `(n,)`."""
+        return self.keys.pick(index), self.values.pick(index)
+
+    def _gathered(self, codes: PageCodes, codec: Codec, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)
         dtype = self.dtype if codec.basis is None else torch.float32
-        return codec.from_code_space(gather_pages(codes, table, lengths, self.counts(), dtype)[0]).to(self.dtype)
+        return codec.from_code_space(gather_pages(codes, table, lengths, counts, dtype)[0]).to(self.dtype)
 
 
 def pool_name(key_codec: Codec, value_codec: Codec) -> str:

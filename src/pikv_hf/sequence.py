@@ -39,6 +39,14 @@ class SequencePages:
             return self.packed.get(pool, np.zeros(0, dtype=np.int64))
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0], self.sealed])
 
+    def unfilled(self) -> PageIds:
+        """Return the pages that are always read: the window's, and those of the shards that are not full."""
+        return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0]])
+
+    def full(self, pool: str = "") -> PageIds:
+        """Return the pages of the shards in a pool that take no more tokens."""
+        return self.pages(pool) if pool else self.sealed
+
     def copy(self) -> "SequencePages":
         """Return an independent object; the caller adds the references."""
         return SequencePages(list(self.window), self.open.copy(), self.sealed, self.packed)

@@ -8,11 +8,15 @@ import numpy as np
 import torch
 
 from .page_book import PageBook, PageIds
+from .page_index import PageIndex
 from .pages import PagePool
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
 from .sequence import SequencePages
 from .store import PageStore
 from .writer import SequenceWriter
+
+# Stands for the part of the plain pool that is always read.
+UNFILLED = "unfilled"
 
 
 class PageTable:
@@ -66,6 +70,7 @@ class PageTable:
         self._plans: dict[str, tuple[ReadPlan, int]] = {}
         self._entries: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cursor: tuple[PageIds, PageIds, int] | None = None
+        self._index: PageIndex | None = None
 
     def _sequences(self) -> list[SequencePages]:
         """Return the distinct sequences, in order of their first row."""
@@ -228,20 +233,29 @@ class PageTable:
         sequences = self._sequences()
         for name, pool in self.pages.pools().items():
             pool.reserve(sum(self.writer.copies_needed(sequence, length, name) for sequence in sequences))
-        self._replace({id(sequence): self.writer.cropped(sequence, length) for sequence in sequences})
+        with self.pages.transaction():
+            # Copying a page that a slower tier has may fail.
+            cropped = {id(sequence): self.writer.cropped(sequence, length) for sequence in sequences}
+        for sequence in cropped.values():
+            self.writer.wipe_cut(sequence, length)
+        self._replace(cropped)
 
     # Reading
 
     def plan(self, name: str = "") -> ReadPlan:
-        """Return how attention reads this table's pages of a pool; made anew only after pages changed hands."""
-        pool = self.pages.pools()[name]
+        """Return how attention reads this table's pages of a pool; made anew only after pages changed hands.
+
+        `name` may be :data:`UNFILLED`, for the pages of the plain pool that are not full or in the window.
+        """
+        pool = self.pages.pools()["" if name == UNFILLED else name]
         plan, made_at = self._plans.get(name, (None, -1))
         if plan is None or (len(plan.bridged) and made_at != pool.allocations):
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
-            pages = [sequence.pages(name) for sequence in self._sequences()]
-            min_run = max(2, MIN_RUN_BYTES // pool.page_bytes)
+            pages = [_pages_of(sequence, name) for sequence in self._sequences()]
+            # Pages that may move are never read as neighbours.
+            min_run = max(2, MIN_RUN_BYTES // pool.page_bytes) if pool.in_place else pool.capacity + 1
             free = pool.refcount == 0
             plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
             # The free pages that a run reads past must stay free and clean; another fork may allocate them.
@@ -250,7 +264,7 @@ class PageTable:
         return plan
 
     def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the pages of a pool by row, for kernels that look pages up.
+        """Return the pages of a pool by row, for kernels that look pages up. See :meth:`plan`.
 
         Returns
         -------
@@ -258,7 +272,7 @@ class PageTable:
             `(B, n)` int32 page numbers and `(B,)` int32, how many of them count.
         """
         if name not in self._entries:
-            rows = [row.pages(name) for row in self.rows]
+            rows = [_pages_of(row, name) for row in self.rows]
             lengths = np.array([len(row) for row in rows], dtype=np.int32)
             numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
             for line, row in zip(numbers, rows, strict=True):
@@ -266,6 +280,12 @@ class PageTable:
             device = self.pool.device
             self._entries[name] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
         return self._entries[name]
+
+    def index(self) -> PageIndex:
+        """Return the full pages of the rows, for routing; made anew only after pages changed hands."""
+        if self._index is None:
+            self._index = PageIndex.of(self.rows, self.pages.pools())
+        return self._index
 
     def dense(self, length: int, names: Iterable[str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored.
@@ -300,6 +320,10 @@ class PageTable:
                 for row, sequence in enumerate(self.rows):
                     if len(pages := sequence.pages(name)):
                         yield row, pool, pool.index(pages)
+
+
+def _pages_of(sequence: SequencePages, name: str) -> PageIds:
+    return sequence.unfilled() if name == UNFILLED else sequence.pages(name)
 
 
 def _release_rows(pages: PageStore, rows: list[SequencePages]) -> None:

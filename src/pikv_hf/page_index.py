@@ -1,0 +1,169 @@
+"""The full pages of a table's rows: what routing chooses among."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from .kernels.page_codes import spread_values
+from .kernels.page_scores import page_scores
+from .page_book import PageBook, PageIds
+from .sequence import SequencePages
+
+
+@dataclasses.dataclass(slots=True)
+class PageIndex:
+    """Full pages by row, in *columns*: those of the first pool, then those of the next.
+
+    Attributes
+    ----------
+    pools : dict
+        By name, those that have any of the pages.
+    columns : dict of str to slice
+        Which columns are of a pool.
+    pages : torch.Tensor
+        `(B, n)` int64 page numbers within the column's pool, 0 where unused.
+    valid : torch.Tensor
+        `(B, n)` bool; rows have their pages of a pool first.
+    lengths : dict of str to torch.Tensor
+        `(B,)` int32, the valid columns of each pool.
+    counts, oldest, newest, shards : torch.Tensor
+        `(B, n)` int64, tokens in the page, least and largest position, and its shard.
+    full : bool
+        Whether every valid page is full.
+    fewest, first, last : int
+        The fewest valid columns of a row, and the least and largest position of any page.
+    """
+
+    pools: dict[str, PageBook]
+    columns: dict[str, slice]
+    pages: torch.Tensor
+    valid: torch.Tensor
+    lengths: dict[str, torch.Tensor]
+    counts: torch.Tensor
+    oldest: torch.Tensor
+    newest: torch.Tensor
+    shards: torch.Tensor
+    full: bool
+    fewest: int
+    first: int
+    last: int
+    _shard_ends: torch.Tensor | None = None
+    _found: set[str] = dataclasses.field(default_factory=set)
+
+    @classmethod
+    def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PageBook]) -> "PageIndex":
+        """Index the full pages of rows."""
+        device = next(iter(pools.values())).device
+        of_pool = {name: [row.full(name) for row in rows] for name in pools}
+        used = {name: pools[name] for name, pages in of_pool.items() if any(map(len, pages))}
+        facts = [torch.zeros((6, len(rows), 0), dtype=torch.int64, device=device)]
+        facts += [_facts(pool, of_pool[name]) for name, pool in used.items()]
+        pages, valid, counts, shards, oldest, newest = torch.cat(facts, dim=2)
+        ends = list(itertools.accumulate(part.shape[2] for part in facts))
+        columns = {name: slice(*span) for name, span in zip(used, itertools.pairwise(ends), strict=True)}
+        lengths = {
+            name: torch.tensor([len(own) for own in of_pool[name]], dtype=torch.int32, device=device) for name in used
+        }
+        held = valid.bool()
+        some = pages.numel() > 0
+        return cls(
+            pools=used,
+            columns=columns,
+            pages=pages,
+            valid=held,
+            lengths=lengths,
+            counts=counts,
+            oldest=oldest,
+            newest=newest,
+            shards=shards,
+            full=all(
+                bool((pool.count[np.concatenate(of_pool[n])] == pool.page_size).all()) for n, pool in used.items()
+            ),
+            fewest=int(valid.sum(dim=1).min()) if some else 0,
+            first=int(oldest[held].min()) if some else 0,
+            last=int(newest[held].max()) if some else -1,
+        )
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.pages.shape[1]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold memory."""
+        ends = [] if self._shard_ends is None else [self._shard_ends]
+        return [self.pages, self.valid, self.counts, self.oldest, self.shards, *self.lengths.values(), *ends]
+
+    def bounds(self, query: torch.Tensor) -> torch.Tensor:
+        """Return upper bounds of `q . k` over each page's keys and a KV head's queries.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            `(B, Hq, D)`.
+
+        Returns
+        -------
+        torch.Tensor
+            `(H, B, n)` float32, `-inf` where unused.
+        """
+        scores = []
+        for name, pool in self.pools.items():
+            low, high = pool.key_bounds(self._own(name))
+            table = self.pages[:, self.columns[name]].int()
+            scores.append(page_scores(query, low, high, table, self.lengths[name]).transpose(0, 1))
+        return torch.cat(scores, dim=2)
+
+    def shard_ends(self) -> torch.Tensor:
+        """Return the bounds of each shard's keys, `(H, B, S, 2 * D)` float32: the least values, then the largest.
+
+        The middle of the page bounds of a shard, on average, is `(H, B, S, 3 * D)`'s last third. Shards without a page
+        have an empty range, the largest below the least.
+        """
+        if self._shard_ends is None:
+            parts = [self._pool_ends(name) for name in self.pools]
+            low, high = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
+            heads, _, _, dim = low.shape
+            count = int(self.shards.max()) + 1 if self.width else 0
+            shape = (heads, len(self.pages), count, dim)
+            index = self.shards.clamp_min(0)[None, :, :, None].expand(heads, -1, -1, dim)
+            unused = ~self.valid[None, :, :, None]
+            least = low.new_full(shape, torch.inf)
+            least.scatter_reduce_(2, index, low.masked_fill(unused, torch.inf), "amin")
+            most = low.new_full(shape, -torch.inf)
+            most.scatter_reduce_(2, index, high.masked_fill(unused, -torch.inf), "amax")
+            middle = ((low + high) / 2).masked_fill(unused, 0)
+            total = torch.zeros(shape, device=low.device).scatter_add_(2, index, middle)
+            held = torch.zeros((len(self.pages), count), device=low.device)
+            held.scatter_add_(1, self.shards.clamp_min(0), self.valid.float())
+            self._shard_ends = torch.cat([least, most, total / held.clamp_min(1)[None, :, :, None]], dim=3)
+        return self._shard_ends
+
+    def _pool_ends(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.pools[name].key_bounds(self._own(name))
+        index = self.pages[:, self.columns[name]].reshape(-1)
+        shape = len(self.pages), -1
+        least, most = (part.index_select(1, index).unflatten(1, shape) for part in (low, high))
+        return least.float(), spread_values(most) + least.float() if most.dtype == torch.uint8 else most.float()
+
+    def _own(self, name: str) -> np.ndarray:
+        """Return the pages whose bounds may be unknown: full pages stay as they are."""
+        if name in self._found:
+            return np.zeros(0, dtype=np.int64)
+        self._found.add(name)
+        part = self.columns[name]
+        return np.unique(self.pages[:, part][self.valid[:, part]].cpu().numpy())
+
+
+def _facts(pool: PageBook, rows: Sequence[PageIds]) -> torch.Tensor:
+    """Return number, use, count, shard, oldest and newest position of the pages of rows, `(6, B, n)` int64."""
+    table = np.zeros((2, len(rows), max(map(len, rows))), dtype=np.int64)
+    for row, own in enumerate(rows):
+        table[0, row, : len(own)], table[1, row, : len(own)] = own, 1
+    facts = np.stack([*table, pool.count[table[0]], pool.shard[table[0]]])
+    positions = pool.positions[pool.index(table[0])].long()
+    oldest = positions.masked_fill(positions < 0, torch.iinfo(torch.int64).max).amin(dim=2)
+    return torch.cat([pool.index(facts), torch.stack([oldest, positions.amax(dim=2)])])

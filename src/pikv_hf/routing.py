@@ -1,0 +1,294 @@
+"""Routing: which full pages a decoding step reads.
+
+Each KV head of each row has a choice of its own among the full pages of the shards. Sinks, recent window and pages that
+are not full are read in any case. A policy ranks pages by what is known of them without reading them, see
+:class:`RoutingView`; to add one, subclass :class:`RoutingPolicy` and register it.
+
+What became of the routers of the original (arXiv 2508.06526) is in `docs/routing.md`.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from math import ceil
+from typing import ClassVar, TypeVar
+
+import torch
+
+from .config import PiKVConfig
+from .page_index import PageIndex
+
+
+@dataclasses.dataclass(slots=True)
+class RoutingView:
+    """What a policy knows when it chooses for one step of one layer.
+
+    Attributes
+    ----------
+    query : torch.Tensor
+        `(B, Hq, D)`, the queries of the step.
+    scale : float
+        Factor on their logits.
+    index : PageIndex
+        The n columns to choose among.
+    protected : torch.Tensor or None
+        `(B, n)` bool, pages that hold sinks or recent tokens and are read in any case.
+    """
+
+    query: torch.Tensor
+    scale: float
+    index: PageIndex
+    protected: torch.Tensor | None = None
+
+    def page_bounds(self) -> torch.Tensor:
+        """Return upper bounds of the logits of each page, `(H, B, n)` float32, `-inf` where unused."""
+        return self.index.bounds(self.query) * self.scale
+
+    def _folded(self, heads: int) -> torch.Tensor:
+        batch, query_heads, dim = self.query.shape
+        return self.query.view(batch, heads, query_heads // heads, dim).transpose(0, 1).float()
+
+    def shard_bounds(self) -> torch.Tensor:
+        """Return upper bounds of the logits of each shard, `(H, B, S)` float32, `-inf` where it has no page."""
+        ends = self.index.shard_ends()
+        least, most, _ = ends.chunk(3, dim=3)
+        empty = (most < least).any(dim=3)
+        query = self._folded(len(ends))
+        least, most = least.nan_to_num(0, 0, 0), most.nan_to_num(0, 0, 0)
+        bounds = query.clamp_min(0) @ most.transpose(2, 3) + query.clamp_max(0) @ least.transpose(2, 3)
+        return (bounds.amax(dim=2) * self.scale).masked_fill_(empty, -torch.inf)
+
+    def shard_centroids(self) -> torch.Tensor:
+        """Return the logits of each shard's centroid, the mean of the middles of its pages, `(H, B, S)` float32."""
+        ends = self.index.shard_ends()
+        least, most, middle = ends.chunk(3, dim=3)
+        logits = (self._folded(len(ends)) @ middle.transpose(2, 3)).amax(dim=2) * self.scale
+        return logits.masked_fill_((most < least).any(dim=3), -torch.inf)
+
+    def of_shards(self, figures: torch.Tensor) -> torch.Tensor:
+        """Return the figures `(H, B, S)` of shards for the pages in them, `(H, B, n)`, `-inf` where unused."""
+        index = self.index.shards.clamp_min(0).expand(len(figures), -1, -1)
+        return figures.gather(2, index).masked_fill_(~self.index.valid, -torch.inf)
+
+    def tier_costs(self) -> torch.Tensor | None:
+        """Return how slow each page is to reach, `(B, n)` from 0 (in fast memory) to 1; None if all are 0."""
+        costs = [pool.tier_costs() for pool in self.index.pools.values()]
+        if all(cost is None for cost in costs):
+            return None
+        of_pages = self.index.pages.new_zeros(self.index.pages.shape, dtype=torch.float32)
+        for (_, part), cost in zip(self.index.columns.items(), costs, strict=True):
+            if cost is not None:
+                of_pages[:, part] = cost[self.index.pages[:, part]]
+        return of_pages
+
+
+@dataclasses.dataclass(slots=True)
+class Choice:
+    """The pages that a step reads.
+
+    Attributes
+    ----------
+    columns : torch.Tensor
+        `(H, B, k)` int64 columns of the index.
+    taken : torch.Tensor or None
+        `(H, B, k)` bool, which of them count; None if all do.
+    """
+
+    columns: torch.Tensor
+    taken: torch.Tensor | None
+
+
+class RoutingPolicy(ABC):
+    """Chooses pages by rank.
+
+    Parameters
+    ----------
+    config : PiKVConfig
+        Its options.
+
+    Attributes
+    ----------
+    name : str
+        Its name in :class:`~pikv_hf.PiKVConfig`.
+    stops_early : bool
+        Whether :meth:`enough` may say that fewer pages do.
+    leaves_out : bool
+        Whether some pages rank `-inf`.
+    """
+
+    name: ClassVar[str]
+    stops_early: ClassVar[bool] = False
+    leaves_out: ClassVar[bool] = False
+
+    def __init__(self, config: PiKVConfig) -> None:
+        self.max_pages = config.max_pages
+        self.coverage = config.coverage
+        self.tier_cost = config.tier_cost
+
+    @abstractmethod
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return `(H, B, n)` float32: the pages with the highest are read, those with `-inf` never."""
+
+    def enough(self, view: RoutingView, ranks: torch.Tensor) -> torch.Tensor | None:
+        """Return how many pages are enough, `(H, B)` int64, or None: as many as allowed.
+
+        `ranks` `(H, B, k)` are those of the pages that may be read, highest first.
+        """
+        return None
+
+    def most(self, index: PageIndex) -> torch.Tensor:
+        """Return the most pages that each row may read, `(B,)` int64."""
+        held = index.valid.sum(dim=1)
+        if isinstance(self.max_pages, int):
+            return held.clamp_max(self.max_pages)
+        return (held * self.max_pages).ceil().long()
+
+    def choose(self, view: RoutingView) -> Choice | None:
+        """Choose pages for a step; None if all are to be read."""
+        index = view.index
+        width = min(
+            index.width, self.max_pages if isinstance(self.max_pages, int) else ceil(index.width * self.max_pages)
+        )
+        if width >= index.width and not self.stops_early:
+            return None
+        ranks = self.rank(view)
+        if view.protected is None and index.fewest == index.width and not (self.stops_early or self.leaves_out):
+            # Rows alike: each reads its best.
+            return Choice(ranks.topk(width, dim=2).indices, None)
+        most = self.most(index)
+        if view.protected is not None:
+            # Beyond what a step may read otherwise.
+            ranks.masked_fill_(view.protected, torch.inf)
+            extra = view.protected.sum(dim=1)
+            most, width = most + extra, min(index.width, width + int(extra.max()))
+        best, columns = ranks.topk(width, dim=2)
+        limit = most.expand(len(best), -1)
+        if (enough := self.enough(view, best)) is not None:
+            limit = torch.minimum(limit, enough)
+        taken = best > -torch.inf
+        taken &= torch.arange(width, device=best.device) < limit[:, :, None]
+        return Choice(columns, taken)
+
+
+_POLICIES: dict[str, type[RoutingPolicy]] = {}
+_Policy = TypeVar("_Policy", bound=type[RoutingPolicy])
+
+
+def register_routing(name: str) -> Callable[[_Policy], _Policy]:
+    """Let `PiKVConfig(routing=name)` mean the decorated policy."""
+
+    def named(policy: _Policy) -> _Policy:
+        policy.name = name
+        _POLICIES[name] = policy
+        return policy
+
+    return named
+
+
+def make_routing(config: PiKVConfig) -> RoutingPolicy | None:
+    """Return the policy that a configuration names, None for `"all"`."""
+    return None if config.routing == "all" else _POLICIES[config.routing](config)
+
+
+@dataclasses.dataclass(slots=True)
+class Router:
+    """Routes the decoding steps of one layer.
+
+    Attributes
+    ----------
+    policy : RoutingPolicy
+        What chooses.
+    sink_tokens, recent_window : int
+        As in :class:`~pikv_hf.PiKVConfig`.
+    """
+
+    policy: RoutingPolicy
+    sink_tokens: int
+    recent_window: int
+
+    def choose(self, index: PageIndex, query: torch.Tensor, scale: float, seen: int) -> Choice | None:
+        """Choose pages for the queries `(B, Hq, D)` of a step; None if all full pages are to be read.
+
+        `seen` are the positions up to and including that of the queries.
+        """
+        recent = max(0, seen - self.recent_window)
+        protected = None
+        if index.first < self.sink_tokens or index.last >= recent:
+            # Only tables that a press has rebuilt have such pages outside of their windows.
+            protected = index.valid & ((index.oldest < self.sink_tokens) | (index.newest >= recent))
+        return self.policy.choose(RoutingView(query, scale, index, protected))
+
+
+@register_routing("page_bound")
+class PageBoundRouting(RoutingPolicy):
+    """The pages whose keys could have the largest logits: Quest (Tang et al., arXiv 2406.10774)."""
+
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return the pages' upper bounds."""
+        return view.page_bounds()
+
+
+@register_routing("expert_topk")
+class ExpertTopkRouting(RoutingPolicy):
+    """The shards whose centroids are nearest to the query, whole, the newest pages of the last one.
+
+    With expert placement a shard is a group of experts, so that this is routing by experts: PiKV's top-k router with
+    the model's own clusters in place of an untrained network. It costs one product per shard, not per page.
+    """
+
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return the order of the pages' shards, and within a shard that of their newest tokens."""
+        order = view.shard_centroids().argsort(dim=2).argsort(dim=2).float()
+        newest = view.index.newest
+        # Below 1, and exact for the order of positions up to 2**22 in each of few shards.
+        return view.of_shards(order) + newest / (newest.amax() + 1)
+
+
+@register_routing("cache_aware")
+class CacheAwareRouting(RoutingPolicy):
+    """`page_bound`, less what it costs to reach a page: `tier_cost` logits for one in the slowest tier."""
+
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return the pages' upper bounds minus their costs."""
+        bounds, costs = view.page_bounds(), view.tier_costs()
+        return bounds if costs is None else bounds - self.tier_cost * costs
+
+
+@register_routing("adaptive")
+class AdaptiveRouting(RoutingPolicy):
+    """As many pages as are needed to cover a share of the attention, so far as bounds tell, at most `max_pages`.
+
+    A page's share is taken to be that of its bound in a softmax over all pages. Bounds are loose, which flattens the
+    softmax: it errs towards more pages. The idea of a mass to cover instead of a fixed number is Twilight's
+    (arXiv 2502.02770).
+    """
+
+    stops_early = True
+
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return the pages' upper bounds."""
+        return view.page_bounds()
+
+    def enough(self, view: RoutingView, ranks: torch.Tensor) -> torch.Tensor | None:
+        """Return the fewest pages whose shares add up to `coverage` of those of all that may be read."""
+        if self.coverage == 1:
+            # The last shares vanish when they are added up.
+            return None
+        # Pages that are read in any case cover nothing here and come first.
+        shares = torch.softmax(ranks.masked_fill(ranks == torch.inf, -torch.inf), dim=2).nan_to_num(0)
+        return (shares.cumsum(dim=2) < self.coverage).sum(dim=2) + 1
+
+
+@register_routing("hierarchical")
+class HierarchicalRouting(RoutingPolicy):
+    """First the better half of the shards by their bounds, then the pages with the highest bounds in these."""
+
+    leaves_out = True
+
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return the pages' upper bounds, `-inf` in the shards left out."""
+        bounds = view.shard_bounds()
+        kept = -(-(bounds > -torch.inf).sum(dim=2, keepdim=True) // 2)
+        order = bounds.argsort(dim=2, descending=True).argsort(dim=2)
+        inside = view.of_shards(bounds.masked_fill(order >= kept, -torch.inf)) > -torch.inf
+        return view.page_bounds().masked_fill_(~inside, -torch.inf)
