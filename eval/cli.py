@@ -166,6 +166,32 @@ def press(
     run_and_show_presses(timings, threads, output)
 
 
+@bench.command()
+def load(
+    tokens: Annotated[int, typer.Option(help="Length of the context.")] = 32768,
+    codecs: Annotated[
+        list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated.")
+    ] = None,
+    layers: Annotated[int, typer.Option(help="Of the model.")] = 2,
+    chunk: Annotated[int | None, typer.Option(help="Tokens read per call; by default all at once.")] = None,
+    repeats: Annotated[int, typer.Option(help="Times that a file is saved and loaded.")] = 5,
+    directory: Annotated[Path | None, typer.Option(help="Where the file goes; by default a temporary one.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Saving and loading the cache of a context, against reading the context again."""
+    names = codecs or ["none", "int4"]
+    try:
+        with user_input("invalid --codec"):
+            for name in names:
+                PiKVConfig(key_codec=name)
+    except InputError as error:
+        raise _failure(2, str(error)) from None
+    from pikv_hf.eval.bench_load import run_and_show_loads, run_load
+
+    run_and_show_loads(run_load(tokens, names, layers, repeats, chunk, directory), threads, output)
+
+
 def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> "DemoResult":
     """Run the demo and print its result."""
     with user_input("invalid option"):

@@ -10,14 +10,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .kernels import causal_attention, merge_pair
 from .kernels.dispatch import choose
 from .kernels.merge_partials import merge_sinks
-from .kernels.paged_decode_attention import paged_decode_attention
 from .kernels.partial_attention import MAX_LOGITS
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
 from .marks import forget_reader, without_marked
 from .masks import PLAIN_ATTRIBUTE, PageBias, by_lane, new_tokens_valid, trailing_columns
 from .page_book import PageBook
+from .page_masses import PageMasses, own_masses
 from .read_plan import ReadPlan, Run
-from .readers import Partial, PlainReader, SealedReader, reader_of
+from .readers import Partial, PlainReader, SealedReader, look_up, reader_of
 from .routed import attend_choice
 from .routing import Router
 from .table import UNFILLED, PageTable
@@ -99,6 +99,7 @@ def pikv_attention_forward(
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scale)
+        _watch_new(layer, query, attention_mask, scale, softcap, None)
         layer.attend_ends()
         return output
     out, lse = attend(layer, query, attention_mask, scale, softcap)
@@ -134,11 +135,41 @@ def attend(
     history_mask = None if layer.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
     # A call with several new tokens has many queries, which together look everywhere.
     router = layer.router if query.shape[2] == 1 and history_mask is None and layer.pending is None else None
-    out, lse = attend_pages(layer.table, query, history_mask, scale, softcap, router, layer.seen)
+    masses = None if layer.schedule is None else PageMasses()
+    out, lse = attend_pages(layer.table, query, history_mask, scale, softcap, router, layer.seen, masses)
     if layer.pending is not None:
         new = _attend_new(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
         out, lse = merge_pair(out, lse, *new)
+    if layer.schedule is not None and masses is not None:
+        layer.schedule.begin_step(layer.table)
+        masses.note(_by_kv_head(lse, layer.table))
+        _watch_new(layer, query, mask, scale, softcap, lse)
     return out, lse
+
+
+def _by_kv_head(lse: torch.Tensor, table: PageTable) -> torch.Tensor:
+    """Return `(B, Hq, Q)` as `(H, rows, G * Q)`, rows being lanes where heads keep different tokens."""
+    return lse.reshape(len(table.rows), table.pool.keys.shape[0], -1).transpose(0, 1)
+
+
+def _watch_new(
+    layer: PiKVLayer,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    lse: torch.Tensor | None,
+) -> None:
+    """Tell the layer's schedule of the queries, and how the call's own tokens are attended to until they are stored."""
+    if layer.schedule is None:
+        return
+    layer.schedule.observe(query, scale)
+    if (new := layer.pending) is not None:
+        batch, heads = new.keys.shape[:2]
+        bias = None
+        if mask is not None:
+            bias = PageBias(mask, batch, heads, query.shape[1] // heads).new_tokens(new.tokens)
+        new.masses = own_masses(query, new.keys, bias, scale, softcap, lse)
 
 
 def attend_pages(
@@ -149,6 +180,7 @@ def attend_pages(
     softcap: float | None,
     router: Router | None = None,
     seen: int = 0,
+    masses: PageMasses | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the pages of a table; every stored token is older than every query or its own.
 
@@ -166,6 +198,8 @@ def attend_pages(
         Chooses the full pages that are read, where Q is 1 and there is no mask.
     seen : int
         Positions up to and including that of the query, for the router.
+    masses : PageMasses, optional
+        Told how much of the attention each page takes.
 
     Returns
     -------
@@ -178,7 +212,7 @@ def attend_pages(
         # Heads keep different tokens: each is a row of its own.
         rows = query.reshape(batch * lanes, query_heads // lanes, queries, dim)
         hidden = None if mask is None else by_lane(mask, batch, lanes)
-        out, lse = attend_pages(table, rows, hidden, scale, softcap, router, seen)
+        out, lse = attend_pages(table, rows, hidden, scale, softcap, router, seen, masses)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
     groups = query_heads // heads
     bias = None if mask is None else PageBias(mask, batch, heads, groups)
@@ -192,13 +226,13 @@ def attend_pages(
         choice = router.choose(table.index(), query[:, :, 0], scale, seen)
         if choice is not None:
             pools = {UNFILLED: table.pool}
-            result = attend_choice(table.index(), choice, folded, scale, softcap)
+            result = attend_choice(table.index(), choice, folded, scale, softcap, masses)
     for name, pool in pools.items():
         reader = reader_of(pool)
         if looks_up:
-            part = _attend_entries(table, name, reader, folded, scale, softcap)
+            part = _attend_entries(table, name, reader, folded, scale, softcap, masses)
         else:
-            part = _attend_pool(table, name, reader, folded, bias, scale, softcap)
+            part = _attend_pool(table, name, reader, folded, bias, scale, softcap, masses)
         if part is not None:
             result = part if result is None else merge_pair(*result, *part)
     value_dim = table.pool.values.shape[-1]
@@ -217,6 +251,7 @@ def _attend_pool(
     bias: PageBias | None,
     scale: float,
     softcap: float | None,
+    masses: PageMasses | None,
 ) -> Partial | None:
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, None if there are none."""
     plan, pool, batch = table.plan(name), reader.pool, folded.shape[1]
@@ -227,10 +262,10 @@ def _attend_pool(
     most = max(1, pool.capacity if bias is None else MAX_LOGITS // logits_per_page)
     for run in plan.runs:
         for piece in run.pieces(most, pool.count, pool.page_size):
-            part = _attend_run(reader, piece, query, bias, scale, softcap)
+            part = _attend_run(reader, piece, query, bias, scale, softcap, masses)
             result = _add_rows(result, part, piece.rows, batch)
     for first in range(0, plan.scattered.shape[1], step := min(most, _gather_step(pool, batch))):
-        part = _attend_scattered(reader, plan, slice(first, first + step), query, bias, scale, softcap)
+        part = _attend_scattered(reader, plan, slice(first, first + step), query, bias, scale, softcap, masses)
         result = part if result is None else merge_pair(*result, *part)
     return None if result is None else (reader.output(result[0]), result[1])
 
@@ -242,6 +277,7 @@ def _attend_entries(
     folded: torch.Tensor,
     scale: float,
     softcap: float | None,
+    masses: PageMasses | None,
 ) -> Partial | None:
     """Attend to the pages of one pool in one launch: `(H, B, G, Dv)` and its LSE, None if there are none."""
     entries, lengths = table.entries(name)
@@ -249,8 +285,11 @@ def _attend_entries(
         return None
     heads, batch, groups, _ = folded.shape
     query = reader.query(folded).transpose(0, 1).reshape(batch, heads * groups, -1)
-    counts = reader.pool.counts()
-    out, lse = paged_decode_attention(query, *reader.codes(), entries, lengths, counts, scale, softcap)
+    page_lse = None if masses is None else masses.expect(batch, heads * groups, entries.shape[1], query)
+    out, lse = look_up(reader, query, entries, lengths, scale, softcap, page_lse)
+    if masses is not None and page_lse is not None:
+        by_head = page_lse.view(batch, heads, groups, -1).transpose(0, 1)
+        masses.add(reader.pool, None, entries.long()[None], by_head)
     out = out.view(batch, heads, groups, -1).transpose(0, 1)
     return reader.output(out), lse.view(batch, heads, groups).transpose(0, 1)
 
@@ -262,13 +301,18 @@ def _attend_run(
     bias: PageBias | None,
     scale: float,
     softcap: float | None,
+    masses: PageMasses | None,
 ) -> Partial:
     """Attend to neighbouring pages in place, for all rows that share them: `(H, rows, G * Q, Dv)` and its LSE."""
     pool, heads, rows = reader.pool, query.shape[0], len(run.rows)
     mine = query if rows == query.shape[1] else query[:, run.rows]
     hidden = None if bias is None else bias.shared(run.rows, pool.positions[run.start : run.stop].view(-1))
     lanes = mine.reshape(heads, -1, query.shape[-1])
-    out, lse = reader.attend_run(lanes, run.start, run.stop, scale, hidden, _holes(pool, run), softcap)
+    page_lse = None if masses is None else masses.expect(heads, lanes.shape[1], run.stop - run.start, query)
+    out, lse = reader.attend_run(lanes, run.start, run.stop, scale, hidden, _holes(pool, run), softcap, page_lse)
+    if masses is not None and page_lse is not None:
+        pages = torch.arange(run.start, run.stop, device=query.device)
+        masses.add(pool, run.rows, pages, page_lse.view(heads, rows, -1, len(pages)))
     return out.view(heads, rows, -1, out.shape[-1]), lse.view(heads, rows, -1)
 
 
@@ -287,6 +331,7 @@ def _attend_scattered(
     bias: PageBias | None,
     scale: float,
     softcap: float | None,
+    masses: PageMasses | None,
 ) -> Partial:
     """Attend to each row's scattered pages, gathered: `(H, B, G * Q, Dv)` and its LSE."""
     pool = reader.pool
@@ -306,7 +351,10 @@ def _attend_scattered(
         by_lane = gone.repeat(heads, 1).unsqueeze(1)
         hidden = by_lane if hidden is None else hidden + by_lane
     lanes = query.reshape(heads * batch, queries, -1)
-    out, lse = reader.attend_gathered(lanes, index, scale, hidden, holes, softcap)
+    page_lse = None if masses is None else masses.expect(heads * batch, queries, ids.shape[1], query)
+    out, lse = reader.attend_gathered(lanes, index, scale, hidden, holes, softcap, page_lse)
+    if masses is not None and page_lse is not None:
+        masses.add(pool, None, index[None], page_lse.view(heads, batch, queries, -1))
     return out.view(heads, batch, queries, -1), lse.view(heads, batch, queries)
 
 

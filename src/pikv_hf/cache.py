@@ -1,5 +1,6 @@
 """The cache object that transformers talks to."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,9 @@ from .config import PiKVConfig
 from .layer import PiKVLayer
 from .memory import layer_memory
 from .report import MemoryReport
+from .schedule import make_schedule
+from .serialization import load_cache, save_cache
+from .tiers import Tiers
 
 
 class PiKVCache(Cache):
@@ -55,10 +59,21 @@ class PiKVCache(Cache):
                 'placement="expert" needs the model\'s routers: use PiKVCache.for_model(model), '
                 'or placement="hash" with a config alone'
             )
+        if options.budget is not None and attachment is None:
+            raise ValueError(
+                f"budget={options.budget!r} evicts tokens, which only PiKV's attention can pass over: use "
+                "PiKVCache.for_model(model)"
+            )
         check_supported(config)
         self.pikv_config = options
         self.attachment = attachment
         super().__init__(layers=_make_layers(config, options, attachment))
+        paged = [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
+        self.tiers = None if options.tiers is None else Tiers(options, max(1, len(paged)))
+        bounded = sum(layer.sliding_window for layer in self.layers if not isinstance(layer, PiKVLayer))
+        for layer in paged:
+            layer.schedule = make_schedule(options, len(paged), bounded)
+            layer.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx)
 
     @classmethod
     def for_model(cls, model: Any, pikv_config: PiKVConfig | None = None, **options: Any) -> "PiKVCache":
@@ -196,6 +211,54 @@ class PiKVCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
         return self.fork()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the cache to a file, from which :meth:`load` goes on with the same tokens.
+
+        Only pages in use are written, shared ones once. The file is in the safetensors format, with checksums and a
+        fingerprint of the model, and appears, or replaces an older one, when all of it is on disk.
+
+        Parameters
+        ----------
+        path : path-like
+            The file; its folder must exist.
+
+        Raises
+        ------
+        ValueError
+            If new tokens wait for a press or a router, or the cache has no model: it was made from a config alone.
+        OSError
+            If the file could not be written; an older one is as it was.
+        """
+        save_cache(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, **options: Any) -> "PiKVCache":
+        """Attach a model and return the cache that :meth:`save` wrote, each layer on its attention's device.
+
+        All checksums and all bookkeeping are checked before anything is built.
+
+        Parameters
+        ----------
+        path : path-like
+            The file.
+        model : PreTrainedModel
+            The model that the cache was saved with, or one with the same config, dtype and weights.
+        **options
+            Options of :class:`PiKVConfig` to be others from now on, as far as they do not lay out pages: `routing`,
+            `budget`, `scheduler`, `tiers`, and those that belong to them.
+
+        Raises
+        ------
+        ValueError
+            If the file is no saved cache, of another layout version, damaged or cut off, or was saved with another
+            model; what differs is named.
+        TypeError
+            For unknown options.
+        OSError
+            If it cannot be read.
+        """
+        return load_cache(cls, path, model, **options)
 
     @property
     def nbytes(self) -> int:

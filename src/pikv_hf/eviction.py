@@ -6,7 +6,8 @@ evicted leaves its page, and the page goes with its last token.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .pages import FullPages, PagePool
 from .sealed_pool import SealedPool
 from .sequence import SequencePages
 from .store import PageStore
+from .tiers import LayerTiers
 
 #: The codec of each width in bits of K and V.
 WIDTHS = {2: "int2", 4: "int4", 8: "int8", 16: "none"}
@@ -59,6 +61,17 @@ class CodedPages:
     rows: Sequence[PageIds]
 
 
+def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
+    """Return the options for pages of single heads.
+
+    A low-rank basis belongs to a head, and pages of lanes are of any head: what comes is kept as it is.
+    """
+    if "lowrank" not in config.key_codec + config.value_codec:
+        return config
+    codecs = ["none" if "lowrank" in codec else codec for codec in (config.key_codec, config.value_codec)]
+    return dataclasses.replace(config, key_codec=codecs[0], value_codec=codecs[1])
+
+
 class KeptTokens:
     """A store of its own for what a layer keeps.
 
@@ -74,10 +87,18 @@ class KeptTokens:
         Page size and codecs.
     split : bool
         Whether rows become lanes of one head.
+    tiers : LayerTiers, optional
+        Where full pages may go.
     """
 
     def __init__(
-        self, widths: torch.Tensor, leaders: list[int], exact: ExactTokens, config: PiKVConfig, split: bool
+        self,
+        widths: torch.Tensor,
+        leaders: list[int],
+        exact: ExactTokens,
+        config: PiKVConfig,
+        split: bool,
+        tiers: LayerTiers | None = None,
     ) -> None:
         self.leaders = leaders
         self.batch, self.heads, self.columns = widths.shape
@@ -85,14 +106,12 @@ class KeptTokens:
         self.page_heads = 1 if split else self.heads
         self._widths, self._exact = widths, exact
         self._leading = list(dict.fromkeys(leaders))
-        if split and "lowrank" in config.key_codec + config.value_codec:
-            # A basis belongs to a head, and pages of lanes are of any head: what comes is kept as it is.
-            codecs = ("none" if "lowrank" in codec else codec for codec in (config.key_codec, config.value_codec))
-            config = dataclasses.replace(config, key_codec=next(codecs), value_codec=next(codecs))
+        if split:
+            config = config_of_lanes(config)
         keys, values = exact.keys, exact.values
         dims = keys.shape[-1], values.shape[-1]
         pool = PagePool(self.page_heads, *dims, config.page_size, keys.dtype, keys.device)
-        self.store = PageStore(pool, config)
+        self.store = PageStore(pool, config, tiers)
         lanes = self.heads if split else 1
         self._sequences = {
             (row, lane): SequencePages.empty(config.num_shards) for row in self._leading for lane in range(lanes)
@@ -104,6 +123,16 @@ class KeptTokens:
         """The rows of the new table."""
         lanes = range(self.heads if self.split else 1)
         return [self._sequences[leader, lane] for leader in self.leaders for lane in lanes]
+
+    @contextmanager
+    def retired_on_error(self) -> Iterator[None]:
+        """Leave nothing of the new store in any tier if the block raises."""
+        try:
+            yield
+        except BaseException:
+            for pool in self.store.sealed.values():
+                pool.retire()
+            raise
 
     # Tokens that no codec has packed
 
@@ -166,31 +195,41 @@ class KeptTokens:
         """Take over packed pages without what is evicted from them."""
         pool, kept_by_lane = coded.pool, self._of_leaders(self._widths > 0)
         lanes_each = self.heads if self.split else 1
-        pages, sources, owners = [], [], []
+        pages, of_heads, owners = [], [], []
         for lane, (row, head) in enumerate(self._sequences):
             ids = coded.rows[row * lanes_each + head] if was_split else coded.rows[row]
             pages.append(ids)
-            sources.append(ids if was_split or not self.split else head * pool.capacity + ids)
+            of_heads.append(np.full(len(ids), head))
             owners.append(np.full(len(ids), lane))
-        numbers, owner = np.concatenate(pages), np.concatenate(owners)
+        numbers, heads, owner = np.concatenate(pages), np.concatenate(of_heads), np.concatenate(owners)
         positions = pool.positions[pool.index(numbers)]
         lanes = pool.index(owner)[:, None]
         kept = kept_by_lane[lanes, positions.clamp_min(0).long()] & (positions >= 0)
         counts = kept.sum(dim=1).cpu().numpy()
         stays = np.flatnonzero(counts)
-        if not len(stays):
-            return
-        index, source = pool.index(stays), pool.index(np.concatenate(sources)[stays])
-        order = torch.argsort(~kept[index], dim=1, stable=True)
-        moves = bool((counts[stays] < pool.count[numbers[stays]]).any())
-        keys, values = (_lanes_of(codes, self.page_heads).pick(source) for codes in (pool.keys, pool.values))
-        if moves:
-            keys, values = reordered(keys, order), reordered(values, order)
-        name, ids = self.store.adopt(pool, numbers[stays], keys, values)
-        book = self.store.sealed[name]
-        book.positions[book.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
-        book.shard[ids] = pool.shard[numbers[stays]]
-        self._give({name: (np.arange(len(stays)), ids)}, counts[stays], owner[stays])
+        for block in np.split(stays, range(step := pool.block_pages(), len(stays), step)) if len(stays) else []:
+            index = pool.index(block)
+            order = torch.argsort(~kept[index], dim=1, stable=True)
+            keys, values = _picked(pool, numbers[block], heads[block], self.page_heads)
+            if (counts[block] < pool.count[numbers[block]]).any():
+                keys, values = reordered(keys, order), reordered(values, order)
+            name, ids = self.store.adopt(pool, numbers[block], keys, values)
+            book = self.store.sealed[name]
+            book.positions[book.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
+            self._give({name: (np.arange(len(block)), ids)}, counts[block], owner[block])
+
+
+def _picked(pool: SealedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
+    """Return copies of pages `(n,)`, of those heads `(n,)` of them alone if pages of one head are wanted."""
+    if not pool.in_place:
+        keys, values = pool.codes_at(pool.index(ids))
+        index, pages = pool.index(np.arange(len(ids))), len(ids)
+    else:
+        keys, values, index, pages = pool.keys, pool.values, pool.index(ids), pool.capacity
+    if keys.heads != page_heads:
+        index = pool.index(heads) * pages + index
+    picked = [_lanes_of(codes, page_heads).pick(index) for codes in (keys, values)]
+    return picked[0], picked[1]
 
 
 def _lanes_of(codes: PageCodes, heads: int) -> PageCodes:

@@ -164,7 +164,9 @@ class PiKVLayer(LayerTokens):
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
         assert self.table is not None
-        self._slots = self.table.pool.index(self.table.next_slots())
+        # Until pages change hands again, as many tokens as fit into a page may come.
+        self._enforce(headroom=self.config.page_size)
+        self._slots = self.table.pool.index(self._with_room(self.table.next_slots))
         keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
         self.table.pool.write_newest(self._slots, keys.transpose(0, 1), values.transpose(0, 1), self.seen)
 

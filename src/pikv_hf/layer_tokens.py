@@ -1,8 +1,8 @@
 """The tokens of one attention layer: stored, waiting, kept and assigned."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
@@ -10,11 +10,13 @@ from transformers.cache_utils import CacheLayerMixin
 from .assignment import HandedOut, is_selection
 from .checks import Held, check_fits, cropped_length
 from .config import PiKVConfig
+from .eviction import config_of_lanes
 from .pages import PagePool
 from .pending import Pending
 from .placement import expert_placement, hash_placement
 from .retention import assigned_table, checked_widths, equal_rows, kept_table, with_exact_ends
 from .routing import Router, make_routing
+from .schedule import LayerSchedule
 from .store import PageStore
 from .table import PageTable
 from .tiers import LayerTiers, Tiers
@@ -22,6 +24,8 @@ from .writer import SequenceWriter, ShardOf
 
 if TYPE_CHECKING:
     from .attachment import Attachment
+
+_Result = TypeVar("_Result")
 
 
 class LayerTokens(CacheLayerMixin):
@@ -49,6 +53,8 @@ class LayerTokens(CacheLayerMixin):
         Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
     router : Router or None
         Chooses what decoding steps read; None if they read everything.
+    schedule : LayerSchedule or None
+        Evicts what exceeds a budget.
     holds : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
     """
@@ -62,6 +68,7 @@ class LayerTokens(CacheLayerMixin):
         self.attachment = attachment
         self.routed = attachment is not None and config.placement != "hash" and layer_idx in attachment.routers
         policy = make_routing(config)
+        self.schedule: LayerSchedule | None = None
         self.router = None if policy is None else Router(policy, config.sink_tokens, config.recent_window)
         # The cache replaces it by a part of its own, so that its layers share limits and counters.
         self.tiers: LayerTiers | None = None if config.tiers is None else Tiers(config, 1).layer(layer_idx)
@@ -97,13 +104,18 @@ class LayerTokens(CacheLayerMixin):
         """Create the empty pool and page table for K/V of these shapes."""
         batch, self.heads, _, dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        size = self.config.page_size
-        pool = PagePool(self.heads, dim, value_states.shape[-1], size, self.dtype, self.device)
-        shards, window, sinks = self.config.num_shards, self.config.recent_window, self.config.sink_tokens
-        self.table = PageTable(
-            SequenceWriter(PageStore(pool, self.config, self.tiers), shards, window, sinks, self._shard_of()), batch
+        config, per_head = self.config, self.schedule is not None and self.schedule.policy.per_head
+        pool = PagePool(
+            1 if per_head else self.heads, dim, value_states.shape[-1], config.page_size, self.dtype, self.device
         )
-        self.is_initialized = True
+        pages = PageStore(pool, config_of_lanes(config) if per_head else config, self.tiers)
+        writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, self._shard_of())
+        table = PageTable(writer, batch * self.heads if per_head else batch)
+        if self.schedule is not None:
+            self.schedule.prepare(table)
+        if self.router is not None:
+            pages.know_bounds()
+        self.table, self.is_initialized = table, True
 
     @property
     def lanes(self) -> int:
@@ -150,17 +162,67 @@ class LayerTokens(CacheLayerMixin):
                 experts = torch.full((self.batch, self.pending.tokens), -1, device=self.device)
             self._place(experts)
         if self.table is not None:
-            self.table.flush()
+            self._with_room(self.table.flush)
+            self._enforce()
+
+    def _with_room(self, work: Callable[[], _Result]) -> _Result:
+        """Do what may need new pages, within the budget."""
+        if self.schedule is None:
+            return work()
+        assert self.table is not None
+        result = self.schedule.with_room(self.table, self.seen, work)
+        self.evicted |= self.schedule.pages_evicted > 0
+        return result
+
+    def _enforce(self, headroom: int = 0) -> None:
+        """Evict what exceeds a budget in tokens, if pages have changed hands since this was last done."""
+        if self.schedule is not None and self.table is not None and self.table.is_at_page_end:
+            self.schedule.enforce(self.table, self.lanes, self.seen, headroom)
+            self.evicted |= self.schedule.pages_evicted > 0
 
     def _place(self, experts: torch.Tensor) -> None:
         assert self.table is not None
         assert self.pending is not None
         new, start = self.pending, self.seen - self.pending.tokens
         positions = torch.arange(start, self.seen, dtype=torch.int32, device=self.device)
+        tokens = self._by_lane(new.keys), self._by_lane(new.values), self._row_by_lane(experts).to(torch.int16)
         valid = None if new.valid is None else self._row_by_lane(new.valid)
-        keys, values = self._by_lane(new.keys), self._by_lane(new.values)
-        self.table.store(keys, values, positions, self._row_by_lane(experts).to(torch.int16), valid)
+        masses = None
+        if new.masses is not None:
+            masses = new.masses.mean(dim=1) if self.lanes == 1 else new.masses.flatten(0, 1)
+        try:
+            for first in range(0, new.tokens, piece := self._piece(new)):
+                self._store(tokens, positions, valid, masses, slice(first, first + piece))
+        except BaseException:
+            self.table.crop(start)
+            raise
         self._drop_pending()
+
+    def _piece(self, new: Pending) -> int:
+        """Return how many of the new tokens to store before pages may have to go."""
+        if self.schedule is None:
+            return max(1, new.tokens)
+        per_token = (new.keys[:, :, :1].numel() + new.values[:, :, :1].numel()) * new.keys.element_size()
+        return min(max(1, new.tokens), self.schedule.piece(self.seen, self.config.page_size, per_token))
+
+    def _store(
+        self,
+        tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        valid: torch.Tensor | None,
+        masses: torch.Tensor | None,
+        part: slice,
+    ) -> None:
+        """Store some of the new tokens, of all rows."""
+        assert self.table is not None
+        keys, values, experts = tokens[0][:, :, part], tokens[1][:, :, part], tokens[2][:, part]
+        real = None if valid is None else valid[:, part]
+        table, at = self.table, positions[part]
+        self._with_room(lambda: table.store(keys, values, at, experts, real))
+        if self.schedule is not None:
+            if masses is not None:
+                self.schedule.credit(table, masses[:, part], int(at[0]))
+            self._enforce()
 
     def _drop_pending(self) -> None:
         """Forget what was pending, once it is stored."""
@@ -233,6 +295,8 @@ class LayerTokens(CacheLayerMixin):
     def storages(self) -> list[torch.Tensor]:
         """Return the tensors that hold this layer's memory."""
         held = [] if self.table is None else self.table.pages.tensors()
+        if self.schedule is not None:
+            held += self.schedule.tensors()
         return held if self.pending is None else [*held, self.pending.keys, self.pending.values]
 
     # Assigning K/V from outside
@@ -260,6 +324,7 @@ class LayerTokens(CacheLayerMixin):
         self.seen = self._assigned = keys.shape[2]
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
         self.dropped = seen - self.seen if picked else 0
+        self._schedule_anew()
 
     def recode(
         self, key_basis: torch.Tensor | None = None, value_basis: torch.Tensor | None = None, **options: Any
@@ -335,6 +400,13 @@ class LayerTokens(CacheLayerMixin):
         self.table = table
         self.evicted |= bool((widths == 0).any())
         self.holds = False
+        self._schedule_anew()
+
+    def _schedule_anew(self) -> None:
+        """Let a table that replaces another keep to the budget; its pages' statistics begin anew."""
+        if self.schedule is not None and self.table is not None:
+            self.schedule.prepare(self.table)
+            self._enforce()
 
     def held(self) -> torch.Tensor:
         """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
@@ -458,7 +530,8 @@ class LayerTokens(CacheLayerMixin):
             self.table.pages.forget_pools(pools)
         else:
             self.settle()
-            self.table.crop(length)
+            table = self.table
+            self._with_room(lambda: table.crop(length))
         self.seen = length
         self._assigned = min(self._assigned, length)
         self._interrupt()
@@ -474,6 +547,8 @@ class LayerTokens(CacheLayerMixin):
         self.table.select([row * self.lanes + lane for row in indices for lane in lanes])
         self._slots = self._checkpoint = None
         self._handed = {}
+        if self.schedule is not None:
+            self.schedule.select(indices)
         if self.pending is not None:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
         if self._padding is not None:
@@ -490,5 +565,6 @@ class LayerTokens(CacheLayerMixin):
         if self.table is not None:
             twin.table, twin.heads = self.table.fork(), self.heads
             twin.dtype, twin.device = self.dtype, self.device
+        twin.schedule = None if self.schedule is None else self.schedule.fork()
         for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))

@@ -1,7 +1,7 @@
 """What is known of the pages of a pool: who holds them, how many tokens they have, where these are in the sequence."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,6 +15,17 @@ PageIds = npt.NDArray[np.int64]
 
 # A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
 MIN_GROWTH = 4
+
+# The most that the host keeps of a page: counts, errors, and its number in a table.
+PAGE_NOTES = 48
+
+
+class NoRoomError(Exception):
+    """A pool may not grow: so many pages have to go first."""
+
+    def __init__(self, pool: "PageBook", pages: int) -> None:
+        super().__init__(f"{pages} pages too few of {pool.capacity}")
+        self.pool, self.pages = pool, pages
 
 
 class PageBook(ABC):
@@ -50,6 +61,8 @@ class PageBook(ABC):
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
     bounds, usage : PageBounds, PageUsage, optional
         What routing and scheduling know of the pages, where there is any.
+    allowance : callable, optional
+        Returns the bytes by which the pool may grow; without one there is no limit.
     """
 
     in_place = True
@@ -67,6 +80,7 @@ class PageBook(ABC):
         self.allocations = 0
         self.bounds: PageBounds | None = None
         self.usage: PageUsage | None = None
+        self.allowance: Callable[[], int] | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
 
@@ -112,11 +126,19 @@ class PageBook(ABC):
         """Return what is known of the pages beyond their tokens."""
         return [companion for companion in (self.bounds, self.usage) if companion is not None]
 
-    def watch(self) -> None:
-        """Keep statistics of use from now on."""
+    def watch(self, now: int) -> None:
+        """Keep statistics of use from step `now` on."""
         if self.usage is None:
             self.usage = PageUsage(self.device)
+            self.usage.now = now
             self.usage.resize(self.capacity)
+            self.usage.reset(np.arange(self.capacity))
+
+    def know_bounds(self) -> None:
+        """Have a place for the bounds of all pages from now on, so that their bytes count."""
+        if self.bounds is None:
+            self.bounds = self._new_bounds()
+            self.bounds.resize(self.capacity)
 
     def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bounds of the keys of all pages, known at least for those at `ids`.
@@ -127,9 +149,8 @@ class PageBook(ABC):
             `(H, N, D)` least values, and `(H, N, D)` largest ones or codes of the spreads above the least, as
             :func:`pikv_hf.kernels.page_scores.page_scores` takes them.
         """
-        if self.bounds is None:
-            self.bounds = self._new_bounds()
-            self.bounds.resize(self.capacity)
+        self.know_bounds()
+        assert self.bounds is not None
         self.bounds.find(self, ids)
         return self.bounds.low, self.bounds.high
 
@@ -160,18 +181,38 @@ class PageBook(ABC):
         return self.page_bytes * self.free_pages
 
     @property
+    def full_page_bytes(self) -> int:
+        """Bytes by which a page makes the pool larger, with everything that is kept beside its keys and values."""
+        tokens = (self.positions.element_size() + self.experts.element_size()) * self.page_size
+        known = 0 if self.bounds is None else self.bounds.ends[:, :1].numel() * self.bounds.ends.element_size()
+        used = 0 if self.usage is None else 4 * (len(self.usage.shares) + len(self.usage.steps))
+        return self.page_bytes + tokens + known + used + PAGE_NOTES
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the bookkeeping kept outside of tensors."""
         beside = sum(companion.host_bytes for companion in self.companions())
         return self.refcount.nbytes + self.count.nbytes + self.shard.nbytes + self.used.nbytes + beside
 
     def reserve(self, pages: int) -> None:
-        """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was."""
+        """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was.
+
+        Raises
+        ------
+        NoRoomError
+            If the pool would have to grow beyond what `allowance` says.
+        """
         missing = pages - self.free_pages
         if missing > 0:
             # The first reservation is exact (a prompt whose size is known); later ones leave room for what follows.
             slack = max(MIN_GROWTH, int(self.capacity * self.growth)) if self.capacity else 0
-            self._grow(max(missing, slack))
+            extra = max(missing, slack)
+            if self.allowance is not None:
+                most = max(0, self.allowance() // self.full_page_bytes)
+                if missing > most:
+                    raise NoRoomError(self, missing - most)
+                extra = min(extra, most)
+            self._grow(extra)
 
     def _grow(self, extra: int) -> None:
         old = self.capacity
@@ -205,6 +246,20 @@ class PageBook(ABC):
     def _notes(self) -> list[str]:
         """Return the names of the arrays with an entry per page."""
         return ["refcount", "count", "shard", "used"]
+
+    def move_pages(self, sources: PageIds, targets: PageIds) -> None:
+        """Give pages `(n,)` other numbers, of pages that are free; those that they had are free then."""
+        source, target = self.index(sources), self.index(targets)
+        for tensor in self._page_tensors():
+            tensor.index_copy_(1, target, tensor.index_select(1, source))
+        self.positions[target], self.experts[target] = self.positions[source], self.experts[source]
+        for name in self._notes():
+            notes = getattr(self, name)
+            notes[targets] = notes[sources]
+        for companion in self.companions():
+            companion.move(source, target)
+        self.refcount[sources], self.count[sources] = 0, 0
+        self.allocations += 1
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages, side by side where possible.

@@ -71,6 +71,11 @@ class PageBounds:
         self.ends[:, new] = self.ends[:, page]
         self.known[new] = self.known[page]
 
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Follow pages `(n,)` to other numbers."""
+        self.ends.index_copy_(1, target, self.ends.index_select(1, source))
+        self.known[target.cpu().numpy()] = self.known[source.cpu().numpy()]
+
     def set(self, index: torch.Tensor, ids: "PageIds", keys: torch.Tensor) -> None:
         """Take the bounds of full pages from their keys `(H, n, P, D)`."""
         self.ends.index_copy_(1, index, torch.cat([keys.amin(dim=2), keys.amax(dim=2)], dim=-1))

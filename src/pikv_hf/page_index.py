@@ -24,7 +24,7 @@ class PageIndex:
     columns : dict of str to slice
         Which columns are of a pool.
     pages : torch.Tensor
-        `(B, n)` int64 page numbers within the column's pool, 0 where unused.
+        `(B, n)` int64 page numbers within the column's pool; where unused another of the row's own, 0 if it has none.
     valid : torch.Tensor
         `(B, n)` bool; rows have their pages of a pool first.
     lengths : dict of str to torch.Tensor
@@ -92,10 +92,16 @@ class PageIndex:
         """Columns."""
         return self.pages.shape[1]
 
+    @property
+    def heads(self) -> int:
+        """KV heads of each row, H."""
+        return next(iter(self.pools.values())).token_tensors()[0].shape[0]
+
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
         ends = [] if self._shard_ends is None else [self._shard_ends]
-        return [self.pages, self.valid, self.counts, self.oldest, self.shards, *self.lengths.values(), *ends]
+        facts = [self.pages, self.valid, self.counts, self.oldest, self.newest, self.shards]
+        return [*facts, *self.lengths.values(), *ends]
 
     def bounds(self, query: torch.Tensor) -> torch.Tensor:
         """Return upper bounds of `q . k` over each page's keys and a KV head's queries.
@@ -110,18 +116,48 @@ class PageIndex:
         torch.Tensor
             `(H, B, n)` float32, `-inf` where unused.
         """
+        return self._scores(query, 1)
+
+    def ranges(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return where the bounds of each page's keys leave `q . k`, for each query head alone.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            `(B, Hq, D)`.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(H, G, B, n)` float32, the middles of the ranges and half their widths; of no meaning where unused.
+        """
+        batch, query_heads, dim = query.shape
+        groups = query_heads // self.heads
+        by_group = query.reshape(batch, self.heads, groups, dim).permute(2, 0, 1, 3)
+        # The least product with q is the largest with -q: one pass over the bounds finds both.
+        ends = self._scores(torch.cat([by_group, -by_group]).flatten(0, 1), 2 * groups)
+        most, least = ends.view(self.heads, 2, groups, batch, -1).unbind(1)
+        return (most - least) / 2, (most + least) / 2
+
+    def _scores(self, query: torch.Tensor, copies: int) -> torch.Tensor:
+        """Return the bounds for several sets of queries at once, `(copies * B, Hq, D)`: `(H, copies * B, n)`."""
         scores = []
         for name, pool in self.pools.items():
             low, high = pool.key_bounds(self._own(name))
-            table = self.pages[:, self.columns[name]].int()
-            scores.append(page_scores(query, low, high, table, self.lengths[name]).transpose(0, 1))
+            table, lengths = self.pages[:, self.columns[name]].int(), self.lengths[name]
+            if copies > 1:
+                table, lengths = table.repeat(copies, 1), lengths.repeat(copies)
+            scores.append(page_scores(query, low, high, table, lengths).transpose(0, 1))
         return torch.cat(scores, dim=2)
 
     def shard_ends(self) -> torch.Tensor:
-        """Return the bounds of each shard's keys, `(H, B, S, 2 * D)` float32: the least values, then the largest.
+        """Return what bounds the keys of each shard.
 
-        The middle of the page bounds of a shard, on average, is `(H, B, S, 3 * D)`'s last third. Shards without a page
-        have an empty range, the largest below the least.
+        Returns
+        -------
+        torch.Tensor
+            `(H, B, S, 3 * D)` float32: least values, largest values, and the mean of the middles of the shard's pages.
+            A shard without a page has an empty range, the largest value below the least.
         """
         if self._shard_ends is None:
             parts = [self._pool_ends(name) for name in self.pools]
@@ -162,6 +198,8 @@ def _facts(pool: PageBook, rows: Sequence[PageIds]) -> torch.Tensor:
     """Return number, use, count, shard, oldest and newest position of the pages of rows, `(6, B, n)` int64."""
     table = np.zeros((2, len(rows), max(map(len, rows))), dtype=np.int64)
     for row, own in enumerate(rows):
+        # Filled up with a page of its own: nothing of another row is read, not even to be masked.
+        table[0, row] = own[0] if len(own) else 0
         table[0, row, : len(own)], table[1, row, : len(own)] = own, 1
     facts = np.stack([*table, pool.count[table[0]], pool.shard[table[0]]])
     positions = pool.positions[pool.index(table[0])].long()

@@ -65,6 +65,10 @@ class PageUsage:
         """Let a copied page have the statistics of the page it is a copy of."""
         self.shares[:, new], self.steps[:, new] = self.shares[:, page], self.steps[:, page]
 
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Follow pages `(n,)` to other numbers."""
+        self.take(self, source, target)
+
     def take(self, other: "PageUsage", source: torch.Tensor, index: torch.Tensor) -> None:
         """Take over the statistics of pages `source` of another pool for pages `index`, both `(n,)`."""
         self.shares[:, index] = other.shares[:, source]
@@ -83,8 +87,14 @@ class PageUsage:
         """Add shares of the attention `(n,)` to pages `(n,)`, which may repeat."""
         self.shares.index_add_(1, index, share.expand(2, -1))
 
-    def use(self, index: torch.Tensor) -> None:
-        """Count a use in this step of distinct pages, `(n,)`."""
-        used = self.steps[:, index]
-        again = torch.stack([used[0], torch.full_like(used[1], self.now), used[1].where(used[3] > 0, -1), used[3] + 1])
-        self.steps[:, index] = again
+    def use(self, index: torch.Tensor, hit: torch.Tensor) -> None:
+        """Count a use in this step of the pages `(n,)` where `hit` `(n,)` bool, once however often it is said.
+
+        No size depends on what was hit, so that a GPU is not waited for.
+        """
+        used = torch.zeros(self.steps.shape[1], dtype=torch.int32, device=hit.device)
+        used = used.index_add_(0, index, hit.int()) > 0
+        born, last, before, uses = self.steps
+        new = used & ((uses == 0) | (last < self.now))
+        before = before.where(~new, last.where(uses > 0, -1))
+        self.steps = torch.stack([born, last.masked_fill(used, self.now), before, uses + new])

@@ -19,6 +19,8 @@ class Pending:
         Whether the attention function has said which tokens are padding.
     experts : torch.Tensor or None
         `(B, Q)` integers, once the router has chosen them while the layer waits for a press.
+    masses : torch.Tensor or None
+        `(B, H, Q)` float32, how much attention they got from the newest queries, for scheduling.
     """
 
     keys: torch.Tensor
@@ -26,6 +28,7 @@ class Pending:
     valid: torch.Tensor | None = None
     vetted: bool = False
     experts: torch.Tensor | None = None
+    masses: torch.Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -36,4 +39,5 @@ class Pending:
         """Return the rows at these indices."""
         valid = None if self.valid is None else self.valid[rows]
         experts = None if self.experts is None else self.experts[rows]
-        return Pending(self.keys[rows], self.values[rows], valid, self.vetted, experts)
+        masses = None if self.masses is None else self.masses[rows]
+        return Pending(self.keys[rows], self.values[rows], valid, self.vetted, experts, masses)

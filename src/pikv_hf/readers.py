@@ -9,6 +9,7 @@ import torch
 from .kernels import merge_pair, partial_attention
 from .kernels.coded_attention import coded_attention
 from .kernels.page_codes import PageCodes
+from .kernels.paged_decode_attention import paged_decode_attention
 from .page_book import PageBook
 from .pages import PagePool
 from .sealed_pool import SealedPool
@@ -55,11 +56,12 @@ class PlainReader:
         bias: torch.Tensor | None,
         holes: torch.Tensor | None,
         softcap: float | None,
+        page_lse: torch.Tensor | None = None,
     ) -> Partial:
         """Attend to pages `start..stop-1` in place; the rest as in :func:`partial_attention`, `(H, M, D)` queries."""
         slots = slice(start * self.pool.page_size, stop * self.pool.page_size)
         keys, values = self.pool.flat_keys[:, slots], self.pool.flat_values[:, slots]
-        return partial_attention(query, keys, values, scale, bias, holes, softcap)
+        return partial_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
 
     def attend_gathered(
         self,
@@ -69,10 +71,11 @@ class PlainReader:
         bias: torch.Tensor | None,
         holes: torch.Tensor | None,
         softcap: float | None,
+        page_lse: torch.Tensor | None = None,
     ) -> Partial:
         """Attend to the pages of a table `(B, n)`, copied; queries are `(H * B, M, D)`."""
         keys, values = (part.flatten(0, 1) for part in self.pool.gather(table))
-        return partial_attention(query, keys, values, scale, bias, holes, softcap)
+        return partial_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
 
     def attend_lanes(
         self,
@@ -135,10 +138,11 @@ class SealedReader:
         bias: torch.Tensor | None,
         holes: torch.Tensor | None,
         softcap: float | None,
+        page_lse: torch.Tensor | None = None,
     ) -> Partial:
         """Attend to pages `start..stop-1` in place."""
         keys, values = self.pool.keys.narrow(start, stop), self.pool.values.narrow(start, stop)
-        return coded_attention(query, keys, values, scale, bias, holes, softcap)
+        return coded_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
 
     def attend_gathered(
         self,
@@ -148,6 +152,7 @@ class SealedReader:
         bias: torch.Tensor | None,
         holes: torch.Tensor | None,
         softcap: float | None,
+        page_lse: torch.Tensor | None = None,
     ) -> Partial:
         """Attend to the pages of a table `(B, n)`, their codes copied; queries are `(H * B, M, D')`."""
         index = table.reshape(-1)
@@ -156,7 +161,7 @@ class SealedReader:
             return part.unflatten(1, table.shape).flatten(0, 1)
 
         keys, values = self.pool.keys.pick(index).map(lanes), self.pool.values.pick(index).map(lanes)
-        return coded_attention(query, keys, values, scale, bias, holes, softcap)
+        return coded_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
 
     def attend_lanes(
         self,
@@ -198,6 +203,7 @@ class TieredReader(SealedReader):
         bias: torch.Tensor | None,
         holes: torch.Tensor | None,
         softcap: float | None,
+        page_lse: torch.Tensor | None = None,
     ) -> Partial:
         """Attend to the pages of a table `(B, n)`, a block at a time; queries are `(H * B, M, D')`."""
         size = self.pool.page_size
@@ -206,7 +212,8 @@ class TieredReader(SealedReader):
             slots = slice(start * size, (start + block) * size)
             inside = None if holes is None else holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
             cut = bias[..., slots] if bias is not None and bias.shape[-1] > 1 else bias
-            part = coded_attention(query, keys, values, scale, cut, inside, softcap)
+            pages = None if page_lse is None else page_lse[..., start : start + block]
+            part = coded_attention(query, keys, values, scale, cut, inside, softcap, pages)
             result = part if result is None else merge_pair(*result, *part)
         assert result is not None
         return result
@@ -219,11 +226,8 @@ class TieredReader(SealedReader):
             keys, values = self.pool.codes_at(block.reshape(-1), reads=True)
             if number + 1 < len(blocks):
                 self.pool.prefetch(blocks[number + 1].cpu().numpy())
-            shape = block.shape
-            lanes = (
-                codes.map(lambda part, shape=shape: part.unflatten(1, shape).flatten(0, 1)) for codes in (keys, values)
-            )
-            yield number * step, shape[1], next(lanes), next(lanes)
+            rows = block.shape
+            yield number * step, rows[1], _by_row(keys, rows), _by_row(values, rows)
 
     def attend_lanes(
         self,
@@ -245,10 +249,10 @@ class TieredReader(SealedReader):
             part = slice(start, start + step)
             keys, values, places, _ = self.located(pages[..., part])
             index = lane_pages(places, keys.pages)
-            picked = [codes.map(lambda each, index=index: _picked_lanes(each, index)) for codes in (keys, values)]
             cut = bias[..., start * size : part.stop * size] if bias is not None and bias.shape[-1] > 1 else bias
             out = None if page_lse is None else page_lse[..., part]
-            partial = coded_attention(query, *picked, scale, cut, None, softcap, out)
+            codes = _by_lane(keys, index), _by_lane(values, index)
+            partial = coded_attention(query, *codes, scale, cut, None, softcap, out)
             result = partial if result is None else merge_pair(*result, *partial)
         assert result is not None
         return result
@@ -272,6 +276,38 @@ class TieredReader(SealedReader):
         return *self.pool.codes_at(index, reads=True), places, self.pool.counts_of(index)
 
 
+def look_up(
+    reader: PlainReader | SealedReader,
+    query: torch.Tensor,
+    entries: torch.Tensor,
+    lengths: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    page_lse: torch.Tensor | None = None,
+) -> Partial:
+    """Attend to whole rows of a pool by :func:`paged_decode_attention`, as many pages at a time as are at hand.
+
+    `query` is `(B, Hq, D')`, `entries` `(B, n)` int32 page numbers, of which `lengths` `(B,)` count; `page_lse`
+    `(B, Hq, n)` float32 is written to.
+    """
+    pool, columns = reader.pool, entries.shape[1]
+    step = columns
+    if isinstance(pool, TieredPool) and not pool.can_hold(entries, fetched=False):
+        step = max(1, pool.block_pages() // len(entries))
+    result: Partial | None = None
+    for start in range(0, columns, step):
+        keys, values, places, counts = reader.located(entries[:, start : start + step], stay=False)
+        held = (lengths - start).clamp(0, step)
+        arguments = query, keys, values, places.int(), held, counts, scale, softcap
+        if page_lse is None:
+            out, lse = paged_decode_attention(*arguments)
+        else:
+            out, lse, page_lse[:, :, start : start + step] = paged_decode_attention(*arguments, page_lse=True)
+        result = (out, lse) if result is None else merge_pair(*result, out, lse)
+    assert result is not None
+    return result
+
+
 def lane_pages(pages: torch.Tensor, capacity: int) -> torch.Tensor:
     """Return pages `(H, B, k)` of a pool of `capacity` pages as pages of a single head, `(H * B, k)`.
 
@@ -279,6 +315,16 @@ def lane_pages(pages: torch.Tensor, capacity: int) -> torch.Tensor:
     """
     heads = torch.arange(len(pages), device=pages.device)[:, None, None]
     return (heads * capacity + pages).flatten(0, 1)
+
+
+def _by_row(codes: PageCodes, shape: torch.Size) -> PageCodes:
+    """Return the pages of a table of this shape `(B, n)`, one after another, as `(H * B, n, ...)`."""
+    return codes.map(lambda part: part.unflatten(1, shape).flatten(0, 1))
+
+
+def _by_lane(codes: PageCodes, index: torch.Tensor) -> PageCodes:
+    """Return the pages `(L, k)` of :func:`lane_pages`, `(L, k, ...)`."""
+    return codes.map(lambda part: _picked_lanes(part, index))
 
 
 def _picked_lanes(part: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from .config import PiKVConfig
 from .eviction import AS_CONFIGURED, WIDTHS, CodedPages, ExactTokens, KeptTokens
 from .pending import Pending
 from .table import PageTable
+from .tiers import LayerTiers
 from .writer import SequenceWriter, ShardOf
 
 
@@ -71,11 +72,12 @@ def kept_table(
     # A low-rank basis belongs to a head: pages of one head cannot share it.
     decoded = ["", "none"] + [name for name in table.pages.sealed if split and "lowrank" in name]
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
-    kept = KeptTokens(widths, _leaders(table, pending, widths), exact, config, split)
-    kept.add_exact()
-    for name, pool in table.pages.sealed.items():
-        if name not in decoded:
-            kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
+    kept = KeptTokens(widths, _leaders(table, pending, widths), exact, config, split, table.pages.tiers)
+    with kept.retired_on_error():
+        kept.add_exact()
+        for name, pool in table.pages.sealed.items():
+            if name not in decoded:
+                kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
     return _table_of(kept, config, shard_of)
 
 
@@ -86,6 +88,7 @@ def assigned_table(
     config: PiKVConfig,
     shard_of: ShardOf,
     leaders: list[int],
+    tiers: LayerTiers | None = None,
 ) -> PageTable:
     """Return a table of K/V from outside at positions 0..T-1.
 
@@ -96,8 +99,9 @@ def assigned_table(
     held = every if held is None else held
     split = not torch.equal(held, held[:, :1].expand_as(held))
     widths = with_exact_ends(held.to(torch.uint8) * AS_CONFIGURED, config)
-    kept = KeptTokens(widths, leaders, ExactTokens(keys, values, held), config, split)
-    kept.add_exact()
+    kept = KeptTokens(widths, leaders, ExactTokens(keys, values, held), config, split, tiers)
+    with kept.retired_on_error():
+        kept.add_exact()
     return _table_of(kept, config, shard_of)
 
 

@@ -7,12 +7,18 @@ from .kernels.dispatch import choose
 from .kernels.paged_decode_attention import paged_decode_attention
 from .page_book import PageBook
 from .page_index import PageIndex
+from .page_masses import PageMasses
 from .readers import Partial, PlainReader, SealedReader, lane_pages, reader_of
 from .routing import Choice
 
 
 def attend_choice(
-    index: PageIndex, choice: Choice, folded: torch.Tensor, scale: float, softcap: float | None
+    index: PageIndex,
+    choice: Choice,
+    folded: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    masses: PageMasses | None = None,
 ) -> Partial | None:
     """Attend to chosen pages.
 
@@ -26,6 +32,8 @@ def attend_choice(
         `(H, B, G, D)` queries.
     scale, softcap
         As in :func:`pikv_hf.kernels.partial_attention`.
+    masses : PageMasses, optional
+        Told how much of the attention each page takes.
 
     Returns
     -------
@@ -36,7 +44,7 @@ def attend_choice(
     for name, pool in index.pools.items():
         columns, taken = _of_pool(index, choice, name)
         if columns.shape[2]:
-            part = _attend_part(index, pool, columns, taken, folded, scale, softcap)
+            part = _attend_part(index, pool, columns, taken, folded, scale, softcap, masses)
             result = part if result is None else merge_pair(*result, *part)
     return result
 
@@ -64,16 +72,20 @@ def _attend_part(
     folded: torch.Tensor,
     scale: float,
     softcap: float | None,
+    masses: PageMasses | None,
 ) -> Partial:
     heads, batch, groups, _ = folded.shape
     reader = reader_of(pool)
     pages = _rows(index.pages, columns)
     query = reader.query(folded).reshape(heads * batch, groups, -1)
+    page_lse = None if masses is None else masses.expect(heads * batch, groups, pages.shape[2], query)
     if choose(folded.device) != "torch":
-        out, lse = _attend_looked_up(reader, query, pages, taken, scale, softcap)
+        out, lse = _attend_looked_up(reader, query, pages, taken, scale, softcap, page_lse)
     else:
         bias = None if index.full and taken is None else _hidden(index, pool, columns, taken)
-        out, lse = reader.attend_lanes(query, pages, scale, bias, softcap, None)
+        out, lse = reader.attend_lanes(query, pages, scale, bias, softcap, page_lse)
+    if masses is not None and page_lse is not None:
+        masses.add(pool, None, pages, page_lse.view(heads, batch, groups, -1))
     return reader.output(out.view(heads, batch, groups, -1)), lse.view(heads, batch, groups)
 
 
@@ -84,18 +96,24 @@ def _attend_looked_up(
     taken: torch.Tensor | None,
     scale: float,
     softcap: float | None,
+    page_lse: torch.Tensor | None,
 ) -> Partial:
     """Attend in one launch: every KV head of every row is a row of a pool with one head."""
-    keys, values = reader.codes()
-    table = lane_pages(reader.pool.frames(pages), keys.pages)
+    keys, values, places, counts = reader.located(pages)
+    table = lane_pages(places, keys.pages)
     if taken is None:
         lengths = torch.full((len(table),), table.shape[1], dtype=torch.int32, device=table.device)
     else:
         # What counts comes first.
         lengths = taken.sum(dim=2, dtype=torch.int32).flatten()
-    counts = reader.pool.frame_counts().repeat(keys.heads)
+    counts = counts.repeat(keys.heads)
     keys, values = (codes.map(lambda part: part.reshape(1, -1, *part.shape[2:])) for codes in (keys, values))
-    out, lse = paged_decode_attention(query, keys, values, table.int(), lengths, counts, scale, softcap)
+    arguments = query, keys, values, table.int(), lengths, counts, scale, softcap
+    if page_lse is None:
+        out, lse = paged_decode_attention(*arguments)
+    else:
+        out, lse, of_pages = paged_decode_attention(*arguments, page_lse=True)
+        page_lse.copy_(of_pages)
     return out, lse
 
 

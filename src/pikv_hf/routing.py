@@ -10,13 +10,18 @@ What became of the routers of the original (arXiv 2508.06526) is in `docs/routin
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from math import ceil
+from math import ceil, log
 from typing import ClassVar, TypeVar
 
 import torch
 
 from .config import PiKVConfig
 from .page_index import PageIndex
+
+# A page's mass is estimated as if all of its logits were two standard deviations above their middle. Of keys that are
+# spread evenly between their bounds in all D channels, one deviation is DEVIATION / sqrt(D) of the half-width between
+# the bounds of logits: (1 / 3) ** 0.5 of a channel's, over (2 / pi) ** 0.5 for the mean size of a query's channel.
+DEVIATIONS, DEVIATION = 2.0, 0.7236
 
 
 @dataclasses.dataclass(slots=True)
@@ -44,9 +49,28 @@ class RoutingView:
         """Return upper bounds of the logits of each page, `(H, B, n)` float32, `-inf` where unused."""
         return self.index.bounds(self.query) * self.scale
 
+    def page_masses(self) -> torch.Tensor:
+        """Return the logarithm of the share of each page in the attention to all pages that are not read in any case.
+
+        A bound is the logit of the best key that could be there, which no page has: the page with the loosest bound
+        wins. This estimates what keys between the bounds have. And each query head has its own softmax, so that one
+        with large logits does not decide for all.
+
+        Returns
+        -------
+        torch.Tensor
+            `(H, B, n)` float32, `-inf` where unused and where a page is protected.
+        """
+        middle, half = self.index.ranges(self.query)
+        logits = (middle + half * (DEVIATIONS * DEVIATION * self.query.shape[2] ** -0.5)) * self.scale
+        hidden = ~self.index.valid if self.protected is None else ~self.index.valid | self.protected
+        shares = logits.masked_fill_(hidden, -torch.inf).log_softmax(dim=3).logsumexp(dim=1) - log(logits.shape[1])
+        # A row with nothing to choose from has no shares.
+        return shares.masked_fill_(hidden, -torch.inf)
+
     def _folded(self, heads: int) -> torch.Tensor:
         batch, query_heads, dim = self.query.shape
-        return self.query.view(batch, heads, query_heads // heads, dim).transpose(0, 1).float()
+        return self.query.reshape(batch, heads, query_heads // heads, dim).transpose(0, 1).float()
 
     def shard_bounds(self) -> torch.Tensor:
         """Return upper bounds of the logits of each shard, `(H, B, S)` float32, `-inf` where it has no page."""
@@ -136,16 +160,17 @@ class RoutingPolicy(ABC):
         """
         return None
 
-    def most(self, index: PageIndex) -> torch.Tensor:
-        """Return the most pages that each row may read, `(B,)` int64."""
-        held = index.valid.sum(dim=1)
+    def most(self, held: torch.Tensor) -> torch.Tensor:
+        """Return how many of `held` `(B,)` pages each row may read, int64."""
         if isinstance(self.max_pages, int):
             return held.clamp_max(self.max_pages)
-        return (held * self.max_pages).ceil().long()
+        return (held.double() * self.max_pages).ceil().long()
 
     def choose(self, view: RoutingView) -> Choice | None:
         """Choose pages for a step; None if all are to be read."""
         index = view.index
+        if not index.width:
+            return None
         width = min(
             index.width, self.max_pages if isinstance(self.max_pages, int) else ceil(index.width * self.max_pages)
         )
@@ -155,12 +180,13 @@ class RoutingPolicy(ABC):
         if view.protected is None and index.fewest == index.width and not (self.stops_early or self.leaves_out):
             # Rows alike: each reads its best.
             return Choice(ranks.topk(width, dim=2).indices, None)
-        most = self.most(index)
+        held = index.valid.sum(dim=1)
+        most = self.most(held)
         if view.protected is not None:
-            # Beyond what a step may read otherwise.
+            # These come first, beyond what a step may read of the others.
             ranks.masked_fill_(view.protected, torch.inf)
             extra = view.protected.sum(dim=1)
-            most, width = most + extra, min(index.width, width + int(extra.max()))
+            most, width = self.most(held - extra) + extra, min(index.width, width + int(extra.max()))
         best, columns = ranks.topk(width, dim=2)
         limit = most.expand(len(best), -1)
         if (enough := self.enough(view, best)) is not None:
@@ -214,7 +240,7 @@ class Router:
         recent = max(0, seen - self.recent_window)
         protected = None
         if index.first < self.sink_tokens or index.last >= recent:
-            # Only tables that a press has rebuilt have such pages outside of their windows.
+            # Such pages are in the window, unless a press has rebuilt the table or the newest tokens were cropped.
             protected = index.valid & ((index.oldest < self.sink_tokens) | (index.newest >= recent))
         return self.policy.choose(RoutingView(query, scale, index, protected))
 
@@ -256,26 +282,26 @@ class CacheAwareRouting(RoutingPolicy):
 
 @register_routing("adaptive")
 class AdaptiveRouting(RoutingPolicy):
-    """As many pages as are needed to cover a share of the attention, so far as bounds tell, at most `max_pages`.
+    """The pages with the largest estimated masses, as many as cover a share of the attention, at most `max_pages`.
 
-    A page's share is taken to be that of its bound in a softmax over all pages. Bounds are loose, which flattens the
-    softmax: it errs towards more pages. The idea of a mass to cover instead of a fixed number is Twilight's
-    (arXiv 2502.02770).
+    What is covered is a share of the attention to all pages that may be chosen, see :meth:`RoutingView.page_masses`;
+    what is read in any case comes on top. The idea of a mass to cover instead of a fixed number is Twilight's
+    (arXiv 2502.02770). `eval/results/routing.json` has what is covered in fact.
     """
 
     stops_early = True
 
     def rank(self, view: RoutingView) -> torch.Tensor:
-        """Return the pages' upper bounds."""
-        return view.page_bounds()
+        """Return the logarithms of the pages' estimated shares."""
+        return view.page_masses()
 
     def enough(self, view: RoutingView, ranks: torch.Tensor) -> torch.Tensor | None:
-        """Return the fewest pages whose shares add up to `coverage` of those of all that may be read."""
+        """Return the fewest pages whose shares add up to `coverage`."""
         if self.coverage == 1:
             # The last shares vanish when they are added up.
             return None
-        # Pages that are read in any case cover nothing here and come first.
-        shares = torch.softmax(ranks.masked_fill(ranks == torch.inf, -torch.inf), dim=2).nan_to_num(0)
+        # Pages that are read in any case come first and cover nothing of this.
+        shares = ranks.exp().masked_fill_(ranks == torch.inf, 0)
         return (shares.cumsum(dim=2) < self.coverage).sum(dim=2) + 1
 
 

@@ -64,14 +64,22 @@ class SealedPool(PageBook):
     def _notes(self) -> list[str]:
         return [*super()._notes(), "errors"]
 
+    def know_bounds(self) -> None:
+        """Have a place for bounds, where codes do not tell them."""
+        if not self._codes_tell:
+            super().know_bounds()
+
     def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bounds of the keys of all pages; integer codes are counted from them."""
-        codes = self.keys
-        if codes.kind in BITS and codes.latent is None and codes.pages == self.capacity:
-            assert codes.floor is not None
-            assert codes.spread is not None
-            return codes.floor, codes.spread
-        return super().key_bounds(ids)
+        if not self._codes_tell:
+            return super().key_bounds(ids)
+        assert self.keys.floor is not None
+        assert self.keys.spread is not None
+        return self.keys.floor, self.keys.spread
+
+    @property
+    def _codes_tell(self) -> bool:
+        return self.in_place and self.keys.kind in BITS and self.keys.latent is None
 
     def _new_bounds(self) -> PageBounds:
         return PageBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
@@ -108,6 +116,9 @@ class SealedPool(PageBook):
         """Return the keys, or the values, of the pages at `index` `(n,)`, decoded into `(H, n * P, D)`."""
         codes, codec = (self.keys, self.key_codec) if keys else (self.values, self.value_codec)
         return self._gathered(codes, codec, index, self.counts())
+
+    def retire(self) -> None:
+        """Give back what tiers hold of this pool, which is not used again; an error may still refer to it."""
 
     def block_pages(self) -> int:
         """Return how many pages to copy at a time: all, where they are in memory anyway."""

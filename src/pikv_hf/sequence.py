@@ -47,6 +47,16 @@ class SequencePages:
         """Return the pages of the shards in a pool that take no more tokens."""
         return self.pages(pool) if pool else self.sealed
 
+    def renumber(self, pool: str, number: PageIds) -> None:
+        """Follow the pages of a pool to other numbers, `number` `(N,)` by old one."""
+        if pool:
+            if pool in self.packed:
+                self.packed = {**self.packed, pool: number[self.packed[pool]]}
+            return
+        self.window = number[np.asarray(self.window, dtype=np.int64)].tolist()
+        self.open = np.where(self.open >= 0, number[self.open], -1)
+        self.sealed = number[self.sealed]
+
     def copy(self) -> "SequencePages":
         """Return an independent object; the caller adds the references."""
         return SequencePages(list(self.window), self.open.copy(), self.sealed, self.packed)

@@ -1,6 +1,6 @@
 """All pages of one layer on one device: those that keep tokens as they came, and those that codecs packed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,8 +12,11 @@ from .config import PiKVConfig
 from .kernels.page_codes import PageCodes
 from .page_book import PageBook, PageIds
 from .pages import FullPages, PagePool
+from .report import live_bytes
 from .sealed_pool import SealedPool, pool_name
 from .sealing import Encoded, Sealer
+from .tiered_pool import TieredPool
+from .tiers import LayerTiers
 
 if TYPE_CHECKING:
     from .sequence import SequencePages
@@ -28,6 +31,8 @@ class PageStore:
         Window, open pages, and full pages that no codec took.
     config : PiKVConfig
         Codecs and error budget.
+    tiers : LayerTiers, optional
+        Where full pages may go. Those that no codec packs then have a pool of their own too.
 
     Attributes
     ----------
@@ -39,19 +44,23 @@ class PageStore:
         Factor on their logits.
     """
 
-    def __init__(self, plain: PagePool, config: PiKVConfig) -> None:
+    def __init__(self, plain: PagePool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
+        if tiers is not None:
+            tiers.check_device(plain.device)
+            tiers.check_limit(plain.page_bytes)
         self.plain = plain
+        self.tiers = tiers
         self.sealed: dict[str, SealedPool] = {}
         self.queries: torch.Tensor | None = None
         self.query_scale = 1.0
         self.config = config
         self._sealers: tuple[Sealer, Sealer] | None = None
-        if config.key_codec != "none" or config.value_codec != "none":
+        if tiers is not None or config.key_codec != "none" or config.value_codec != "none":
             self._sealers = (Sealer(config.key_codec, True, config), Sealer(config.value_codec, False, config))
 
     @property
     def seals(self) -> bool:
-        """Whether full pages are packed."""
+        """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
         return self._sealers is not None
 
     def pools(self) -> dict[str, PageBook]:
@@ -83,6 +92,12 @@ class PageStore:
         """Bytes of the bookkeeping kept outside of tensors."""
         return sum(pool.host_bytes for pool in self.pools().values())
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is kept, with the numbers that tables have of the pages."""
+        numbers = 8 * sum(int(pool.refcount.sum()) for pool in self.pools().values())
+        return live_bytes(self.tensors()) + self.host_bytes + numbers
+
     # References
 
     def hold(self, sequence: "SequencePages") -> None:
@@ -105,7 +120,9 @@ class PageStore:
             try:
                 yield
             except BaseException:
-                self.sealed = before
+                made, self.sealed = self.sealed, before
+                for name in made.keys() - before.keys():
+                    made[name].retire()
                 raise
 
     # Packing
@@ -135,6 +152,9 @@ class PageStore:
         for name, (which, ids) in packed.items():
             leaving = full[which]
             self.plain.kept[leaving] = False
+            pool = self.sealed[name]
+            if self.plain.usage is not None and pool.usage is not None:
+                pool.usage.take(self.plain.usage, self.plain.index(leaving), pool.index(ids))
             for sequence in sequences:
                 moving = np.isin(sequence.sealed, leaving)
                 old = sequence.sealed[moving]
@@ -169,7 +189,8 @@ class PageStore:
         assert sealers is not None
         keys = sealers[0].encode(pages.keys, self.queries, self.query_scale, guarded)
         values = sealers[1].encode(pages.values, None, 1.0, guarded)
-        pairs = [_Batch(k, v) for k in keys for v in values if codec or not k.codec.name == v.codec.name == "none"]
+        every = codec is not None or self.tiers is not None
+        pairs = [_Batch(k, v) for k in keys for v in values if every or not k.codec.name == v.codec.name == "none"]
         batches = [batch for batch in pairs if len(batch.which)]
         for batch in batches:
             self._pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
@@ -179,13 +200,14 @@ class PageStore:
             ids = pool.allocate(len(batch.which))
             # Free again at once: should the rest fail, nothing is lost, and nobody else allocates in between.
             pool.refcount[ids] = 0
+            # Before the pages are written: tiers have a file for each shard.
+            pool.shard[ids] = pages.shards[batch.which]
             pool.put(ids, *batch.codes(pool))
             index, source = pool.index(ids), pool.index(batch.which)
             pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
             packed[pool.name] = batch.which, ids
-        for name, (which, ids) in packed.items():
-            pool = self.sealed[name]
-            pool.count[ids], pool.shard[ids] = pool.page_size, pages.shards[which]
+        for name, (_, ids) in packed.items():
+            self.sealed[name].count[ids] = self.plain.page_size
         return packed
 
     def _sealer(self, codec: str, keys: bool) -> Sealer:
@@ -211,6 +233,7 @@ class PageStore:
         pool = self._pool(source.key_codec, source.value_codec)
         ids = pool.allocate(len(pages))
         pool.refcount[ids] = 0
+        pool.shard[ids] = source.shard[pages]
         # Errors are sums over heads.
         share = np.array([*[self.plain.keys.shape[0] / source.keys.heads] * 4, 1.0], dtype=np.float32)
         pool.put(ids, keys.tensors(), values.tensors(), source.errors[pages] * share)
@@ -219,14 +242,42 @@ class PageStore:
     def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
         name = pool_name(key_codec, value_codec)
         if name not in self.sealed:
-            self.sealed[name] = SealedPool(self.plain, key_codec, value_codec)
+            if self.tiers is None:
+                self.sealed[name] = SealedPool(self.plain, key_codec, value_codec)
+            else:
+                self.sealed[name] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
+            self._prepare(self.sealed[name])
         return self.sealed[name]
+
+    def _prepare(self, pool: PageBook) -> None:
+        pool.allowance = self.plain.allowance
+        if self.plain.usage is not None:
+            pool.watch(self.plain.usage.now)
+        if self.plain.bounds is not None:
+            pool.know_bounds()
+
+    def limit(self, allowance: Callable[[], int]) -> None:
+        """Let pools grow only by the bytes that `allowance` returns."""
+        self.plain.allowance = allowance
+        for pool in self.sealed.values():
+            self._prepare(pool)
+
+    def know_bounds(self) -> None:
+        """Have a place for the bounds of all pages from now on."""
+        for pool in self.pools().values():
+            pool.know_bounds()
+
+    def watch(self, now: int) -> None:
+        """Keep statistics of use of all pages, from step `now` on."""
+        for pool in self.pools().values():
+            pool.watch(now)
 
     def forget_pools(self, known: set[str]) -> None:
         """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
         for name in set(self.sealed) - known:
             if not self.sealed[name].refcount.any():
                 pool = self.sealed.pop(name)
+                pool.retire()
                 for sealer, codec in zip(self._sealers or (), (pool.key_codec, pool.value_codec), strict=False):
                     if sealer.codecs.get(codec.name) is codec:
                         del sealer.codecs[codec.name]

@@ -35,6 +35,8 @@ class PageTable:
     def __init__(self, writer: SequenceWriter, batch: int) -> None:
         self.writer = writer
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
+        # Whether packing failed, for want of memory: it is tried again.
+        self._unsealed = False
         self._changed()
         # Dropping a fork must give its pages back to the pools it shares.
         weakref.finalize(self, _release_rows, self.pages, self.rows).atexit = False
@@ -210,10 +212,53 @@ class PageTable:
                     break
         return leaders
 
-    def flush(self) -> None:
-        """Move every page that has left the recent window to the shards, once for all rows that share it."""
+    def compact(self, name: str) -> None:
+        """Give back the free pages of a pool, as far as pages that nobody else holds can take their place."""
+        pool = self.pages.pools()[name]
+        if not pool.in_place:
+            return
+        own = np.zeros(pool.capacity, dtype=np.int64)
+        sequences = self._sequences()
+        for sequence in sequences:
+            own[sequence.pages(name)] += 1
+        used = int(np.count_nonzero(pool.refcount))
+        beyond = np.arange(used, pool.capacity)
+        moving = beyond[(own[beyond] > 0) & (own[beyond] == pool.refcount[beyond])]
+        targets = np.flatnonzero(pool.refcount[:used] == 0)[: len(moving)]
+        moving = moving[: len(targets)]
+        if len(moving):
+            pool.move_pages(moving, targets)
+            number = np.arange(pool.capacity)
+            number[moving] = targets
+            for sequence in sequences:
+                sequence.renumber(name, number)
+            self._changed()
+        pool.trim()
+
+    @property
+    def is_at_page_end(self) -> bool:
+        """Whether :meth:`next_slots` would need new pages, or look for them."""
+        return self._cursor is None or self._cursor[2] == 0
+
+    def drop(self, sequence: SequencePages, name: str, pages: PageIds) -> None:
+        """Take pages of a shard from a sequence, which may be several rows'; nobody else loses them."""
+        if name:
+            own = sequence.pages(name)
+            sequence.packed = {**sequence.packed, name: own[~np.isin(own, pages)]}
+        else:
+            sequence.sealed = sequence.sealed[~np.isin(sequence.sealed, pages)]
+            sequence.open = np.where(np.isin(sequence.open, pages), -1, sequence.open)
+        self.pages.pools()[name].release(pages)
+        self._changed()
+
+    def flush(self) -> bool:
+        """Move every page that has left the recent window to the shards, once for all rows that share it.
+
+        Returns whether any had, or had still to be packed.
+        """
         writer = self.writer
         ripe = [sequence for sequence in self._sequences() if writer.is_ripe(sequence)]
+        moved = bool(ripe) or self._unsealed
         while ripe:
             groups: dict[tuple[int, bytes], list[SequencePages]] = defaultdict(list)
             for sequence in ripe:
@@ -225,8 +270,11 @@ class PageTable:
                 writer.flush_page(group, shards[key])
             self._changed()
             ripe = [sequence for sequence in ripe if writer.is_ripe(sequence)]
-            if not ripe:
-                self.pages.seal(self._sequences())
+        if moved:
+            self._unsealed = True
+            self.pages.seal(self._sequences())
+            self._unsealed = False
+        return moved
 
     def crop(self, length: int) -> None:
         """Forget every token at position `length` or later."""

@@ -233,7 +233,10 @@ class SequenceWriter:
         return int(((keep > 0) & (keep < book.count[ids]) & (book.refcount[ids] > 1)).sum())
 
     def cropped(self, sequence: SequencePages, length: int) -> SequencePages:
-        """Return the sequence with only its tokens before position `length`; it takes over the references."""
+        """Return the sequence with only its tokens before position `length`; it takes over the references.
+
+        Counts are up to date; :meth:`wipe_cut` then clears what pages have beyond them, which could not be undone.
+        """
         packed = {name: np.array(list(self._cut(sequence, length, name).values())) for name in sequence.packed}
         kept = self._cut(sequence, length, "")
         # Pages of a shard follow one another in time, so at most one page per shard is left partly filled.
@@ -248,6 +251,14 @@ class SequenceWriter:
         packed = {name: ids.astype(np.int64) for name, ids in packed.items() if len(ids)}
         return SequencePages(window, open_pages, np.asarray(sealed, dtype=np.int64), packed)
 
+    def wipe_cut(self, sequence: SequencePages, length: int) -> None:
+        """Forget the tokens of a sequence that :meth:`cropped` no longer counts."""
+        for name, book in self.pages.pools().items():
+            ids = sequence.pages(name)
+            last = book.positions[book.index(ids)].amax(dim=1).cpu().numpy() if len(ids) else ids
+            for page in ids[last >= length].tolist():
+                book.truncate(page, int(book.count[page]))
+
     def _cut(self, sequence: SequencePages, length: int, pool: str) -> dict[int, int]:
         """Release the pages of a pool that lie beyond `length`, shorten others; return old and new page numbers."""
         book, ids, keep = self.pages.pools()[pool], sequence.pages(pool), self.tokens_before(sequence, length, pool)
@@ -255,7 +266,7 @@ class SequenceWriter:
         for page, count in zip(ids.tolist(), keep.tolist(), strict=True):
             if 0 < count < book.count[page]:
                 kept[page] = book.own(page, holders=1)
-                book.truncate(kept[page], count)
+                book.count[kept[page]] = count
         book.release(ids[keep == 0])
         return kept
 

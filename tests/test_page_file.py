@@ -1,0 +1,237 @@
+"""Pages on disk: what was written comes back, or an error says what is wrong."""
+
+import errno
+import gc
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pikv_hf import page_file
+from pikv_hf.page_file import HEADER_BYTES, RECORD_HEADER_BYTES, PageFile, PageFileError
+
+PAGE_BYTES, LAYOUT = 200, 0x1234_5678_9ABC_DEF0
+RECORD = PAGE_BYTES + RECORD_HEADER_BYTES
+
+
+def contents(pages: list[int], page_bytes: int = PAGE_BYTES) -> np.ndarray:
+    """Return bytes that are different for each page."""
+    rows = [np.random.default_rng(page).integers(0, 256, page_bytes, dtype=np.uint8) for page in pages]
+    return np.stack(rows) if rows else np.zeros((0, page_bytes), dtype=np.uint8)
+
+
+def filled(path: Path, pages: list[int]) -> PageFile:
+    file = PageFile(path, PAGE_BYTES, LAYOUT)
+    file.append(pages, contents(pages))
+    return file
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a file system of one MiB."""
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
+    yield folder
+    gc.collect()
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_pages_come_back_in_any_order(tmp_path: Path) -> None:
+    file = filled(tmp_path / "a", [7, 3, 900])
+    file.append([5, 1], contents([5, 1]))
+    file.append([], contents([]))
+    for order in ([7, 3, 900, 5, 1], [1, 900, 7], [3], []):
+        assert np.array_equal(file.read(order), contents(order))
+    assert file.nbytes == os.path.getsize(tmp_path / "a") == HEADER_BYTES + 5 * RECORD
+    assert 900 in file
+    assert 4 not in file
+    assert sorted(file.pages) == [1, 3, 5, 7, 900]
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    filled(tmp_path / "a", [4]).append([6], contents([6]))
+    file = filled(tmp_path / "b", [4])
+    data = (tmp_path / "b").read_bytes()
+    assert data.startswith(b"PiKVpage")
+    assert LAYOUT.to_bytes(8, "little") in data[:HEADER_BYTES]
+    assert data[HEADER_BYTES + RECORD_HEADER_BYTES :] == contents([4]).tobytes()
+    assert len(file) == 1
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_flipped_byte_or_a_missing_end_is_found(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damage") / "a"
+    pages = [2, 9, 4, 11]
+    file = filled(path, pages)
+    if data.draw(st.booleans()):
+        place = data.draw(st.integers(0, file.nbytes - 1))
+        with open(path, "r+b") as raw:
+            raw.seek(place)
+            old = raw.read(1)[0]
+            raw.seek(place)
+            raw.write(bytes([old ^ data.draw(st.integers(1, 255))]))
+        hurt = [(place - HEADER_BYTES) // RECORD] if place >= HEADER_BYTES else list(range(4))
+    else:
+        length = data.draw(st.integers(0, file.nbytes - 1))
+        os.truncate(path, length)
+        hurt = [i for i in range(4) if length < HEADER_BYTES + (i + 1) * RECORD]
+    for index, page in enumerate(pages):
+        if index in hurt:
+            with pytest.raises(PageFileError, match=r"expected .*, found ") as caught:
+                file.read([page])
+            assert caught.value.page in (page, None)
+            assert caught.value.path == path
+        else:
+            assert np.array_equal(file.read([page]), contents([page]))
+    with pytest.raises(PageFileError):
+        file.read(pages)
+
+
+def test_a_record_of_another_page_is_found(tmp_path: Path) -> None:
+    file = filled(tmp_path / "a", [1, 2])
+    raw = bytearray((tmp_path / "a").read_bytes())
+    first, second = slice(HEADER_BYTES, HEADER_BYTES + RECORD), slice(HEADER_BYTES + RECORD, None)
+    raw[first], raw[second] = raw[second], raw[first]
+    (tmp_path / "a").write_bytes(raw)
+    with pytest.raises(PageFileError, match=r"page 1: expected record 0, page 1, .* found record 1, page 2"):
+        file.read([1])
+
+
+def test_a_file_of_another_layout_is_found(tmp_path: Path) -> None:
+    file, other = filled(tmp_path / "a", [1]), PageFile(tmp_path / "b", PAGE_BYTES, LAYOUT + 1)
+    other.append([1], contents([1]))
+    shutil.copyfile(tmp_path / "b", tmp_path / "c")
+    with open(tmp_path / "a", "r+b") as raw:
+        raw.write((tmp_path / "c").read_bytes())
+    with pytest.raises(PageFileError, match="header"):
+        file.read([1])
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EIO])
+def test_a_write_that_fails_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    file = filled(tmp_path / "a", [1, 2])
+    before = (tmp_path / "a").read_bytes()
+    write, left = os.pwrite, [300]
+
+    def failing(descriptor: int, data: memoryview, offset: int) -> int:
+        if not left[0]:
+            raise OSError(error, os.strerror(error))
+        done = write(descriptor, data[: left[0]], offset)
+        left[0] -= done
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(page_file.os, "pwrite", failing)
+        with pytest.raises(PageFileError, match=os.strerror(error)):
+            file.append([3, 4], contents([3, 4]))
+    assert (tmp_path / "a").read_bytes() == before
+    assert 3 not in file
+    file.append([3, 4], contents([3, 4]))
+    assert np.array_equal(file.read([4, 2, 3]), contents([4, 2, 3]))
+
+
+def test_a_full_disk(tiny_disk: Path) -> None:
+    (tiny_disk / "other").write_bytes(b"0" * 300_000)
+    file, size = PageFile(tiny_disk / "a", 100_000, LAYOUT), 100_000
+    file.append(range(5), contents([0, 1, 2, 3, 4], size))
+    with pytest.raises(PageFileError, match="No space left"):
+        file.append([5, 6, 7, 8], contents([5, 6, 7, 8], size))
+    assert os.path.getsize(tiny_disk / "a") == file.nbytes == HEADER_BYTES + 5 * file.record_bytes
+    file.append([5], contents([5], size))
+    # Without room for a byte more there is no new file, nor one that a rewrite would make.
+    (tiny_disk / "rest").write_bytes(b"0" * shutil.disk_usage(tiny_disk).free)
+    with pytest.raises(PageFileError, match=r"room for a header .*No space left"):
+        PageFile(tiny_disk / "b", size, LAYOUT)
+    file.discard(range(5))
+    assert not file.rewrite()
+    assert sorted(each.name for each in tiny_disk.iterdir()) == ["a", "other", "rest"]
+    assert np.array_equal(file.read([5]), contents([5], size))
+    (tiny_disk / "other").unlink()
+    assert file.rewrite()
+    assert sorted(each.name for each in tiny_disk.iterdir()) == ["a.2", "rest"]
+    file.append([50], contents([50], size))
+    assert np.array_equal(file.read([50, 5]), contents([50, 5], size))
+
+
+def test_a_file_of_gone_pages_is_rewritten(tmp_path: Path) -> None:
+    pages = list(range(40))
+    file = PageFile(tmp_path / "a", 100_000, LAYOUT)
+    file.append(pages, contents(pages, 100_000))
+    located = file.locate([7, 30])
+    gone = [page for page in pages if page % 5]
+    file.discard(gone[:20])
+    assert (tmp_path / "a").exists(), "half of it is in use"
+    file.discard(gone[20:])
+    kept = pages[::5]
+    assert file.nbytes <= HEADER_BYTES + 20 * (100_000 + RECORD_HEADER_BYTES)
+    assert [os.path.getsize(each) for each in tmp_path.iterdir()] == [file.nbytes]
+    assert np.array_equal(file.read(kept), contents(kept, 100_000))
+    # What another thread was told stays readable.
+    out = np.empty((2, file.record_bytes), dtype=np.uint8)
+    located.read(out)
+    assert np.array_equal(out[:, RECORD_HEADER_BYTES:], contents([7, 30], 100_000))
+    file.append([7], contents([7], 100_000))
+    assert np.array_equal(file.read([7, 35]), contents([7, 35], 100_000))
+
+
+def test_small_files_are_not_rewritten(tmp_path: Path) -> None:
+    file = filled(tmp_path / "a", list(range(100)))
+    file.discard(range(99))
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+    assert file.dead_bytes == 99 * RECORD
+
+
+def test_a_damaged_record_is_not_rewritten(tmp_path: Path) -> None:
+    file = filled(tmp_path / "a", [1, 2, 3])
+    file.discard([1])
+    with open(tmp_path / "a", "r+b") as raw:
+        raw.seek(HEADER_BYTES + RECORD + 50)
+        raw.write(b"\x00\x01\x02\x03\x04")
+    assert not file.rewrite()
+    assert [each.name for each in tmp_path.iterdir()] == ["a"]
+    assert np.array_equal(file.read([3]), contents([3]))
+    with pytest.raises(PageFileError, match="page 2: expected checksum"):
+        file.read([2])
+
+
+def test_a_directory_that_is_gone(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    file = filled(folder / "a", [1])
+    shutil.rmtree(folder)
+    file.append([2], contents([2]))
+    assert np.array_equal(file.read([2, 1]), contents([2, 1]))
+    assert not file.rewrite()
+    assert np.array_equal(file.read([2, 1]), contents([2, 1]))
+    with pytest.raises(PageFileError, match=r"expected a new file, found .*No such file"):
+        PageFile(folder / "b", PAGE_BYTES, LAYOUT)
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    file = filled(tmp_path / "a", [1])
+    located = file.locate([1])
+    with pytest.raises(PageFileError, match="File exists"):
+        PageFile(tmp_path / "a", PAGE_BYTES, LAYOUT)
+    assert np.array_equal(file.read([1]), contents([1]))
+    descriptors = len(os.listdir("/proc/self/fd"))
+    del file
+    gc.collect()
+    assert (tmp_path / "a").exists(), "someone may still read from it"
+    del located
+    gc.collect()
+    assert not list(tmp_path.iterdir())
+    assert len(os.listdir("/proc/self/fd")) == descriptors - 1
