@@ -61,6 +61,9 @@ class Comparison:
         None if `"none"` was not timed.
     kv_bytes : int or None
         Live bytes of PiKV's cache at the end.
+    routing : str
+        Which pages PiKV reads: `"all"`, or a policy and the most pages, `"page_bound:64"`. The difference of the
+        outputs then says nothing: keys are random, and no page is better than another.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Comparison:
     codec: str = "none"
     to_none: float | None = None
     kv_bytes: int | None = None
+    routing: str = "all"
 
 
 def _compare(
@@ -125,7 +129,12 @@ def _random_experts(count: int) -> torch.Tensor:
 
 
 def run_decode(
-    contexts: Sequence[int], batches: Sequence[int], seconds: float = 6.0, codecs: Sequence[str] = ("none",)
+    contexts: Sequence[int],
+    batches: Sequence[int],
+    seconds: float = 6.0,
+    codecs: Sequence[str] = ("none",),
+    routing: str = "all",
+    max_pages: int = 64,
 ) -> Iterator[Comparison]:
     """Time one decoding step of one layer: appending a token and attending to everything.
 
@@ -140,23 +149,32 @@ def run_decode(
         its mean includes moving pages to shards.
     codecs : sequence of str
         Codecs of keys and values; a case for each, with `"none"` timed beside it if that is one of them.
+    routing, max_pages
+        As in :class:`~pikv_hf.PiKVConfig`.
     """
+    routed = {"routing": routing, "max_pages": max_pages}
     model = geometry_model()
     attention = model.model.layers[0].self_attn
     for tokens, batch, codec in itertools.product(contexts, batches, codecs):
         # Each beside "none" alone: memory that a machine has not touched for a while is slow to come back.
         together = tuple(dict.fromkeys(("none", codec) if "none" in codecs else (codec,)))
-        for case in _decode_case(model, attention, batch, tokens, seconds, together):
+        for case in _decode_case(model, attention, batch, tokens, seconds, together, routed):
             if case.codec == codec:
                 yield case
 
 
 @torch.no_grad()
 def _decode_case(
-    model: Any, attention: Any, batch: int, tokens: int, seconds: float, codecs: Sequence[str]
+    model: Any,
+    attention: Any,
+    batch: int,
+    tokens: int,
+    seconds: float,
+    codecs: Sequence[str],
+    routed: dict[str, Any],
 ) -> Iterator[Comparison]:
     keys, values = _random_kv(batch, tokens)
-    caches = {name: filled_pikv(model, keys, values, key_codec=name, value_codec=name) for name in codecs}
+    caches = {name: filled_pikv(model, keys, values, key_codec=name, value_codec=name, **routed) for name in codecs}
     dynamic = DynamicCache(config=model.config)
     dynamic.update(keys, values, 0)
     del keys, values
@@ -182,7 +200,8 @@ def _decode_case(
         # The first step pays for allocations on either side.
         compared = _compare("decode", batch, tokens, ours[name][1:], theirs[1:], difference[name])
         to_none = None if plain is None else compared.pikv.p50 / plain
-        yield dataclasses.replace(compared, codec=name, to_none=to_none, kv_bytes=cache.nbytes)
+        which = routed["routing"] if routed["routing"] == "all" else f"{routed['routing']}:{routed['max_pages']}"
+        yield dataclasses.replace(compared, codec=name, to_none=to_none, kv_bytes=cache.nbytes, routing=which)
 
 
 def _decode_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

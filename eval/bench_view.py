@@ -68,6 +68,7 @@ def _show(
 
 def _line(each: Comparison) -> str:
     codec = "" if each.codec == "none" else f", {each.codec}"
+    codec += "" if each.routing == "all" else f", {each.routing}"
     return f"{each.name}{codec}, batch {each.batch}, {each.tokens:,} tokens: {_times(each.ratio)}"
 
 
@@ -76,15 +77,17 @@ def _times(ratio: float) -> str:
 
 
 def _table(done: list[Comparison]) -> Table:
+    routing = sorted({each.routing for each in done} - {"all"})
     table = Table(
-        title="Median milliseconds; ratio: times faster than DynamicCache, by medians, by means",
+        title="Median milliseconds; ratio: times faster than DynamicCache, by medians, by means"
+        + (f"\nPiKVCache reads what {', '.join(routing)} chooses" if routing else ""),
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    with_codecs = any(each.codec != "none" for each in done)
+    with_codecs = any(each.codec != "none" or each.routing != "all" for each in done)
     names = ["case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"]
     if with_codecs:
-        names[:1], names[-1:] = ["codec"], ["bytes", "time/none", "difference"]
+        names[:1], names[-1:] = ["codec"], ["bytes", "to none", "differs"]
     for name in names:
         table.add_column(name, justify="left" if name in ("case", "codec") else "right", no_wrap=True)
     for each in done:

@@ -8,7 +8,7 @@ import typer
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.cli_eval import app as evaluation
 from pikv_hf.eval.cli_report import app as report
-from pikv_hf.eval.demo_options import DemoOptions
+from pikv_hf.eval.demo_options import DemoOptions, tier_limits
 from pikv_hf.eval.errors import InputError, user_input
 
 if TYPE_CHECKING:
@@ -53,6 +53,11 @@ def demo(
     sink_tokens: Annotated[int, typer.Option(help="First tokens, not in a shard.")] = _DEFAULT.pikv.sink_tokens,
     num_shards: Annotated[int, typer.Option(help="Groups of experts.")] = _DEFAULT.pikv.num_shards,
     placement: Annotated[str, typer.Option(help="expert (by router) or hash (by position).")] = "expert",
+    tiers: Annotated[
+        str | None, typer.Option(help="Where pages go that do not fit: cpu=4MiB,disk keeps 4 MiB in memory.")
+    ] = None,
+    routing: Annotated[str, typer.Option(help="Which pages a step reads: all, or a policy.")] = _DEFAULT.pikv.routing,
+    max_pages: Annotated[int, typer.Option(help="The most full pages that it reads.")] = int(_DEFAULT.pikv.max_pages),
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as saved.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; by default a GPU if any.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
@@ -80,6 +85,9 @@ def demo(
         "sink_tokens": sink_tokens,
         "num_shards": num_shards,
         "placement": placement,
+        "tiers": None if tiers is None else tier_limits(tiers),
+        "routing": routing,
+        "max_pages": max_pages,
     }
     try:
         result = _run_demo(given, storage, as_json)
@@ -97,6 +105,8 @@ def decode(
     codecs: Annotated[
         list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated, or be all.")
     ] = None,
+    routing: Annotated[str, typer.Option(help="Which pages are read: all, or a policy.")] = "all",
+    max_pages: Annotated[int, typer.Option(help="Of full pages, the most that a KV head reads.")] = 64,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
@@ -105,15 +115,16 @@ def decode(
         raise _failure(2, f"--device must be cpu in this release, got {device!r}; `make gpu-check` measures on a GPU")
     names = list(CODECS) if codecs == ["all"] else codecs or ["none"]
     try:
-        with user_input("invalid --codec"):
+        with user_input("invalid option"):
             for name in names:
-                PiKVConfig(key_codec=name)
+                PiKVConfig(key_codec=name, routing=routing, max_pages=max_pages)
     except InputError as error:
         raise _failure(2, str(error)) from None
     from pikv_hf.eval.bench import run_decode
     from pikv_hf.eval.bench_view import run_and_show
 
-    cases = run_decode(contexts or (4096, 32768, 131072), batches or (1, 4), codecs=names)
+    sizes = contexts or (4096, 32768, 131072), batches or (1, 4)
+    cases = run_decode(*sizes, codecs=names, routing=routing, max_pages=max_pages)
     run_and_show(cases, threads, output)
 
 
@@ -182,7 +193,7 @@ def load(
     """Saving and loading the cache of a context, against reading the context again."""
     names = codecs or ["none", "int4"]
     try:
-        with user_input("invalid --codec"):
+        with user_input("invalid option"):
             for name in names:
                 PiKVConfig(key_codec=name)
     except InputError as error:

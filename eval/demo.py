@@ -24,6 +24,7 @@ from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.demo_task import DemoTask, build_task
 from pikv_hf.eval.errors import user_input
 from pikv_hf.layer import PiKVLayer
+from pikv_hf.stats import CacheStats
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +83,8 @@ class DemoResult:
         Where answers differ.
     spread : tuple of LayerSpread
         Where PiKV put the context's tokens; paged layers only.
+    stats : CacheStats
+        What PiKV's routing read, its scheduler evicted and its tiers moved, over all questions' copies.
     """
 
     model: str
@@ -98,6 +101,7 @@ class DemoResult:
     logit_difference: float
     disagreements: tuple[Disagreement, ...]
     spread: tuple[LayerSpread, ...]
+    stats: CacheStats
 
     @property
     def agree(self) -> bool:
@@ -157,6 +161,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         logit_difference=largest_difference(pikv, dynamic),
         disagreements=tuple(Disagreement(question, token) for question, token in parted if token is not None),
         spread=tuple(token_spread(pikv.context)),
+        stats=pikv.context.stats(),
     )
 
 

@@ -63,3 +63,12 @@ class DemoOptions:
             raise InputError(f"--text {self.text} needs at least one --question")
         if self.questions and self.text is None:
             raise InputError("--question needs --text, the file that it is about")
+
+
+def tier_limits(text: str) -> dict[str, str | int | None]:
+    """Read `"cpu=4MiB,disk"`: tiers with their limits, or without one."""
+    limits: dict[str, str | int | None] = {}
+    for part in text.split(","):
+        name, _, limit = part.partition("=")
+        limits[name.strip()] = limit.strip() or None
+    return limits

@@ -12,6 +12,7 @@ from rich.text import Text
 from pikv_hf.eval.demo import DemoResult, LayerSpread
 from pikv_hf.eval.demo_measure import Answer
 from pikv_hf.report import format_bytes
+from pikv_hf.stats import tier_tables
 
 WIDTH = 100
 _BAR_WIDTH = 40
@@ -42,6 +43,8 @@ def print_result(result: DemoResult, console: Console | None = None) -> None:
     parts: list[RenderableType] = [_heading(result), _answers(result, plain), _verdict(result), _costs(result)]
     if result.spread:
         parts += [_shards(result, plain), _layers(result.spread, plain)]
+    if result.stats.tiers is not None:
+        parts += tier_tables(result.stats.tiers)
     for part in parts:
         console.print(part)
         console.print()

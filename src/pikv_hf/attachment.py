@@ -1,5 +1,6 @@
 """Attaching PiKV to a model: its attention function, its masks and the expert recorder."""
 
+import functools
 import weakref
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from .attention import pikv_attention_forward
 from .experts import LayerRouter, find_router
 from .marks import note_reader, take_marks
 from .masks import pikv_mask
+from .prefetching import read_ahead
 
 if TYPE_CHECKING:
     from .layer import PiKVLayer
@@ -117,8 +119,10 @@ class Attachment:
                 config._attn_implementation = ATTENTION_NAME
         if not self._handles:
             self._handles = [router.listen(self._receiver(index)) for index, router in self.routers.items()]
-            modules = filter(None, (reference() for reference in self._attention.values()))
-            self._handles += [m.register_forward_pre_hook(_fit_mask, with_kwargs=True) for m in modules]
+            for module in filter(None, [reference() for reference in self._attention.values()]):
+                self._handles.append(module.register_forward_pre_hook(_fit_mask, with_kwargs=True))
+                ahead = functools.partial(_read_ahead, weakref.ref(self))
+                self._handles.append(module.register_forward_pre_hook(ahead, with_kwargs=True))
 
     def undo(self) -> None:
         """Restore the attention implementations and remove the hooks."""
@@ -170,6 +174,13 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     dropped = getattr(layers[index], "dropped", 0)
     # What was assigned is all visible, and so is what was seen before: the mask's last columns are the layer's own.
     return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
+
+
+def _read_ahead(
+    attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if (alive := attachment()) is not None:
+        read_ahead(alive, module, args, kwargs)
 
 
 def attach(model: Any, placement: str = "expert") -> Attachment:

@@ -17,10 +17,11 @@ from .masks import PLAIN_ATTRIBUTE, PageBias, by_lane, new_tokens_valid, trailin
 from .page_book import PageBook
 from .page_masses import PageMasses, own_masses
 from .read_plan import ReadPlan, Run
-from .readers import Partial, PlainReader, SealedReader, look_up, reader_of
+from .readers import Partial, PlainReader, SealedReader
 from .routed import attend_choice
 from .routing import Router
 from .table import UNFILLED, PageTable
+from .tiered_reader import look_up, reader_of
 
 # Scattered pages are gathered at most this many bytes of K/V at a time.
 MAX_GATHER_BYTES = 64 * 1024 * 1024
@@ -224,6 +225,7 @@ def attend_pages(
     result: Partial | None = None
     if router is not None:
         choice = router.choose(table.index(), query[:, :, 0], scale, seen)
+        router.counts.add(table.index(), choice, sum(len(row.unfilled()) for row in table.rows), heads)
         if choice is not None:
             pools = {UNFILLED: table.pool}
             result = attend_choice(table.index(), choice, folded, scale, softcap, masses)

@@ -16,6 +16,7 @@ from .memory import layer_memory
 from .report import MemoryReport
 from .schedule import make_schedule
 from .serialization import load_cache, save_cache
+from .stats import CacheStats
 from .tiers import Tiers
 
 
@@ -275,6 +276,10 @@ class PiKVCache(Cache):
                 layer.settle_unless_held()
         layers = tuple(layer_memory(index, layer) for index, layer in enumerate(self.layers))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
+
+    def stats(self) -> CacheStats:
+        """Return what was read, evicted and moved between tiers so far; `print` shows it as tables."""
+        return CacheStats.of([layer for layer in self.layers if isinstance(layer, PiKVLayer)], self.tiers)
 
     def __repr__(self) -> str:
         paged = sum(isinstance(layer, PiKVLayer) for layer in self.layers)

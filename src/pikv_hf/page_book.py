@@ -162,6 +162,9 @@ class PageBook(ABC):
         """Return the tokens in each page by where it lies, see :meth:`frames`, int32."""
         return self.counts()
 
+    def prefetch(self, ids: PageIds) -> None:  # noqa: B027 (only tiers have anything to do)
+        """Begin to bring pages `(n,)` into fast memory; a pool without tiers has them there."""
+
     def tier_costs(self) -> torch.Tensor | None:
         """Return how slow each page is to reach, `(N,)` float32 from 0 (fast memory) to 1; None if all are in it."""
         return None
@@ -184,7 +187,8 @@ class PageBook(ABC):
     def full_page_bytes(self) -> int:
         """Bytes by which a page makes the pool larger, with everything that is kept beside its keys and values."""
         tokens = (self.positions.element_size() + self.experts.element_size()) * self.page_size
-        known = 0 if self.bounds is None else self.bounds.ends[:, :1].numel() * self.bounds.ends.element_size()
+        ends = [] if self.bounds is None else self.bounds.tensors()
+        known = sum(each[:, :1].numel() * each.element_size() for each in ends)
         used = 0 if self.usage is None else 4 * (len(self.usage.shares) + len(self.usage.steps))
         return self.page_bytes + tokens + known + used + PAGE_NOTES
 

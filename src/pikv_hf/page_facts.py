@@ -75,20 +75,8 @@ class PageFacts:
                 where = np.full(len(ids), number), np.full(len(ids), place.lane)
                 columns.append(np.stack([*where, ids, *_known(pool, ids)]))
         known = dict(zip(_COLUMNS, np.concatenate(columns, axis=1), strict=True))
-        whole = {name: known[name].astype(np.int64) for name in _COLUMNS if name not in ("mass", "recent")}
-        view = PageView(
-            step=now,
-            born=whole["born"],
-            newest=whole["newest"],
-            tokens=whole["tokens"],
-            mass=known["mass"],
-            recent=known["recent"],
-            last_use=whole["last_use"],
-            previous_use=whole["previous_use"],
-            uses=whole["uses"],
-            lane=whole["lane"],
-        )
-        return cls(places, whole["place"], whole["pages"], whole["oldest"], view)
+        place, pages, oldest = (known.pop(name).astype(np.int64) for name in ("place", "pages", "oldest"))
+        return cls(places, place, pages, oldest, _view(known, now))
 
     def pick(self, which: np.ndarray) -> "PageFacts":
         """Return some of the pages."""
@@ -116,6 +104,20 @@ def _pages(place: Place, is_open: bool) -> PageIds:
     if not is_open:
         return place.sequence.full(place.pool)
     return place.sequence.open[place.sequence.open >= 0] if not place.pool else np.zeros(0, dtype=np.int64)
+
+
+def view_of(pool: PageBook, ids: PageIds, now: int) -> PageView:
+    """Return what policies see of pages `(n,)` of one pool, whichever sequences they belong to."""
+    known = dict(zip(_COLUMNS[3:], _known(pool, ids), strict=True))
+    del known["oldest"]
+    return _view({**known, "lane": np.zeros(len(ids))}, now)
+
+
+def _view(known: dict[str, np.ndarray], now: int) -> PageView:
+    reals = ("mass", "recent")
+    return PageView(
+        step=now, **{name: part.astype(float if name in reals else np.int64) for name, part in known.items()}
+    )
 
 
 def _known(pool: PageBook, ids: PageIds) -> list[np.ndarray]:

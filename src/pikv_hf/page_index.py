@@ -33,8 +33,8 @@ class PageIndex:
         `(B, n)` int64, tokens in the page, least and largest position, and its shard.
     full : bool
         Whether every valid page is full.
-    fewest, first, last : int
-        The fewest valid columns of a row, and the least and largest position of any page.
+    held, fewest, first, last : int
+        Valid columns of all rows, the fewest of any, and the least and largest position of any page.
     """
 
     pools: dict[str, PageBook]
@@ -47,6 +47,7 @@ class PageIndex:
     newest: torch.Tensor
     shards: torch.Tensor
     full: bool
+    held: int
     fewest: int
     first: int
     last: int
@@ -82,6 +83,7 @@ class PageIndex:
             full=all(
                 bool((pool.count[np.concatenate(of_pool[n])] == pool.page_size).all()) for n, pool in used.items()
             ),
+            held=sum(map(len, itertools.chain.from_iterable(of_pool.values()))),
             fewest=int(valid.sum(dim=1).min()) if some else 0,
             first=int(oldest[held].min()) if some else 0,
             last=int(newest[held].max()) if some else -1,

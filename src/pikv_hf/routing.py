@@ -217,6 +217,35 @@ def make_routing(config: PiKVConfig) -> RoutingPolicy | None:
 
 
 @dataclasses.dataclass(slots=True)
+class ReadCounts:
+    """What routed steps have read.
+
+    Attributes
+    ----------
+    steps : int
+        Steps.
+    held : int
+        Pages in reach, over steps, rows and KV heads.
+    read : int or torch.Tensor
+        Those that were read, with those that always are; on the device until somebody asks.
+    """
+
+    steps: int = 0
+    held: int = 0
+    read: int | torch.Tensor = 0
+
+    def add(self, index: PageIndex, choice: Choice | None, always: int, heads: int) -> None:
+        """Count a step in which rows have `always` pages that are read in any case."""
+        self.steps += 1
+        self.held += (index.held + always) * heads
+        if choice is None:
+            self.read = self.read + (index.held + always) * heads
+        else:
+            chosen = choice.columns.numel() if choice.taken is None else choice.taken.sum()
+            self.read = self.read + chosen + always * heads
+
+
+@dataclasses.dataclass(slots=True)
 class Router:
     """Routes the decoding steps of one layer.
 
@@ -226,11 +255,14 @@ class Router:
         What chooses.
     sink_tokens, recent_window : int
         As in :class:`~pikv_hf.PiKVConfig`.
+    counts : ReadCounts
+        What the steps have read.
     """
 
     policy: RoutingPolicy
     sink_tokens: int
     recent_window: int
+    counts: ReadCounts = dataclasses.field(default_factory=ReadCounts)
 
     def choose(self, index: PageIndex, query: torch.Tensor, scale: float, seen: int) -> Choice | None:
         """Choose pages for the queries `(B, Hq, D)` of a step; None if all full pages are to be read.

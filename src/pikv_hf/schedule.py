@@ -12,11 +12,12 @@ from .config import PiKVConfig
 from .kernels.page_scores import page_scores
 from .layer_limit import LayerLimit
 from .page_book import NoRoomError, PageBook, PageIds
-from .page_facts import PageFacts, Place
+from .page_facts import PageFacts, Place, view_of
 from .report import live_bytes
 from .scheduling import SchedulingPolicy, leaving, make_policy
 from .sequence import SequencePages
 from .table import PageTable
+from .tiered_pool import TieredPool
 
 if TYPE_CHECKING:
     from .store import PageStore
@@ -62,6 +63,8 @@ class LayerSchedule:
         self.now = 0
         self.queries: torch.Tensor | None = None
         self.pages_evicted = self.tokens_evicted = 0
+        # Pages that attention had found in fast memory, and not, when this was last looked at.
+        self._read = 0, 0
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
@@ -87,6 +90,12 @@ class LayerSchedule:
         for pool in table.pages.pools().values():
             if pool.usage is not None:
                 pool.usage.begin_step(self.now)
+            if isinstance(pool, TieredPool) and pool.priority is None:
+                pool.priority = _TierPriority(self, pool)
+        if table.pages.tiers is not None:
+            counted = table.pages.tiers.counters
+            self.policy.observe(counted.hits - self._read[0], counted.misses - self._read[1])
+            self._read = counted.hits, counted.misses
 
     def prepare(self, table: PageTable) -> None:
         """Let the pools of a table keep statistics, and grow no further than the budget allows."""
@@ -311,6 +320,21 @@ def make_schedule(config: PiKVConfig, layers: int, sliding_tokens: int) -> Layer
         return None
     policy = make_policy(config.scheduler or ("lru" if limit is None else "pikv"))
     return LayerSchedule(policy, limit, config.sink_tokens, config.recent_window)
+
+
+class _TierPriority:
+    """Tells a pool of tiers which of its pages leave fast memory first."""
+
+    def __init__(self, schedule: LayerSchedule, pool: TieredPool) -> None:
+        # Neither keeps the other alive: files are removed with the pool.
+        self._schedule, self._pool = weakref.ref(schedule), weakref.ref(pool)
+
+    def __call__(self, pages: PageIds) -> np.ndarray:
+        schedule, pool = self._schedule(), self._pool()
+        assert pool is not None
+        if schedule is None or pool.usage is None:
+            return pool.fetched[pages]
+        return schedule.policy.priority(view_of(pool, pages, schedule.now))
 
 
 class _Allowance:
