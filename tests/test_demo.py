@@ -117,6 +117,25 @@ def test_hash_placement_follows_no_expert(tiny):
     assert [layer["expert_tokens"] for layer in found["spread"]] == [[]] * LAYERS
 
 
+def test_tiers_move_pages_and_change_no_answer(tiny):
+    result = run("--model", tiny, *SHORT, "--page-size", "8", "--tiers", "cpu=96KiB,disk", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["agree"]
+    tiers = found["stats"]["tiers"]
+    assert tiers["limits"] == {"cpu": 96 * 1024, "disk": None}
+    assert tiers["pages"]["disk"] > 0 < tiers["bytes_moved"]["disk->cpu"]
+    shown = run("--model", tiny, *SHORT, "--page-size", "8", "--tiers", "cpu=96KiB,disk")
+    assert "Tiers" in shown.stdout
+    assert "96.0 KiB" in shown.stdout
+
+
+def test_unknown_tiers_are_refused(tiny):
+    result = run("--model", tiny, *SHORT, "--tiers", "ram=1MiB")
+    assert result.exit_code == 2
+    assert "ram" in result.output
+
+
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<bos>VAR {{ m.content }} here\n{% endfor %}"])
 def test_own_text(tmp_path, text, template):
     model = save_tiny(tmp_path / "model", template)
