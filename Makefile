@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu-check baseline codecs presses test-browser clean
+.PHONY: help demo test check format bench gpu-check baseline codecs presses routing budgets test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,17 @@ codecs: $(INSTALLED) ## Measure the codec table of the README, and print it
 	$(BIN)/pikv bench decode --codec all --batch 1 --tokens 32768 --tokens 131072 \
 	  --output eval/results/bench-codecs-cpu.json
 	@$(EXPERIMENT).codec_report eval/results
+
+routing: $(INSTALLED) ## Measure what routing covers and costs, and its tables in docs/routing.md
+	$(EXPERIMENT).routing_study --output eval/results/routing.json
+	$(BIN)/pikv bench decode --routing page_bound --batch 1 --tokens 16384 --tokens 131072 --codec none --codec int4 \
+	  --output eval/results/bench-routing-cpu.json
+
+budgets: $(INSTALLED) ## Measure budgets: access traces, accuracy under each scheduler, constant memory and time
+	$(EXPERIMENT).page_traces --output eval/results/page-traces.json
+	$(EXPERIMENT).budget_study --output eval/results/budgets.json
+	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
+	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json
 
 test-browser: $(INSTALLED) ## Install Debian's Chromium, if there is none, and look at a report page with it
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
