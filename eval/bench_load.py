@@ -169,23 +169,11 @@ def _line(each: LoadTiming) -> str:
 
 def _table(done: list[LoadTiming]) -> Table:
     table = Table(
-        title="Seconds: reading a context once, and medians of saving and loading its cache; times faster than reading",
+        title="Seconds to read a context, to save and load its cache (medians); ratios: times faster than reading",
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
-    for name in (
-        "codec",
-        "tokens",
-        "read",
-        "save",
-        "load",
-        "ratio",
-        "cold",
-        "ratio",
-        "in memory",
-        "file",
-        "same tokens",
-    ):
+    for name in ("codec", "tokens", "read", "save", "load", "ratio", "cold", "ratio", "cache", "file", "same"):
         table.add_column(name, justify="left" if name == "codec" else "right", no_wrap=True)
     for each in done:
         table.add_row(

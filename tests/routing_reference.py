@@ -82,7 +82,7 @@ class Page:
 
 
 def _most(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> float:
-    return sum(max(q * a, q * b) for q, a, b in zip(query.tolist(), low.tolist(), high.tolist(), strict=True))
+    return float(torch.maximum(query * low, query * high).sum())
 
 
 def full_pages(layer: PiKVLayer, row: int) -> list[Page]:

@@ -41,7 +41,7 @@ def routed_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **options: Any) -> Any:
-    fixed = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    fixed = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     return model.generate(**inputs, past_key_values=cache, **{**fixed, **options})
 
 
@@ -73,8 +73,8 @@ def test_everything_chosen_is_exact(family: str, rows: int, routed_steps: list[i
     model.set_attn_implementation("eager")
     expected = generate(model, prompts(rows), DynamicCache(config=model.config))
     assert_same(generate(model, prompts(rows), PiKVCache.for_model(model, **SMALL, **EVERYTHING)), expected)
-    assert len(routed_steps) == 23 * (1 if family == "gpt_oss" else 3)
-    assert min(routed_steps) >= 4
+    assert len(routed_steps) == 11 * (1 if family == "gpt_oss" else 3)
+    assert min(routed_steps) >= 3
     detach(model)
 
 
@@ -89,7 +89,7 @@ def test_everything_chosen_by_beams_is_exact(routed_steps: list[int]) -> None:
 
 @pytest.mark.parametrize("codec", [name for name in CODECS if name != "none"])
 def test_everything_chosen_with_codecs(codec: str, routed_steps: list[int]) -> None:
-    model = FAMILIES["qwen3_moe"].build(num_hidden_layers=2)
+    model = FAMILIES["qwen3_moe"].build(num_hidden_layers=1)
     options = {**SMALL, "key_codec": codec, "value_codec": codec, "rank": 8}
     inputs = prompts(2, 140)
     expected = generate(model, inputs, PiKVCache.for_model(model, **options))
@@ -116,6 +116,7 @@ def test_everything_chosen_after_changes(change: str, codec: str, routed_steps: 
     if change.endswith("grow") or change == "fork":
         for _ in range(9):
             grow(layer, 1)
+    routed_steps.clear()
     for each in (layer, twin):
         router, query = each.router, queries(each)[:, :, None]
         routed = attend(each, query, scale=SCALE)
@@ -334,7 +335,7 @@ def test_nothing_of_other_rows_is_read() -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_bounds_bound_every_logit(codec: str) -> None:
     """After cropping, growing anew in the pages given back, forking and writing to shared pages."""
-    layer = grown(prompt=180, batch=2, key_codec=codec, value_codec="none", rank=4, routing="page_bound", max_pages=3)
+    layer = grown(prompt=130, batch=2, key_codec=codec, value_codec="none", rank=4, routing="page_bound", max_pages=3)
     for each in _lives(layer):
         query = queries(each)
         bounds = each.table.index().bounds(query).double()
@@ -412,14 +413,14 @@ def test_exact_routing_finds_no_bounds() -> None:
 
 
 def test_the_report_counts_bounds() -> None:
-    model = FAMILIES["qwen3_moe"].build(num_hidden_layers=2)
+    model = FAMILIES["qwen3_moe"].build(num_hidden_layers=1)
     reports = {}
     for name in ("all", "page_bound"):
         cache = PiKVCache.for_model(model, **SMALL, routing=name, max_pages=4)
         generate(model, prompts(1, 140), cache)
         reports[name] = cache.memory_report()
         ends = [layer.table.pool.bounds for layer in cache.layers]
-        assert [bounds is None for bounds in ends] == [name == "all"] * 2
+        assert [bounds is None for bounds in ends] == [name == "all"]
     assert reports["page_bound"].keys == reports["all"].keys
     added = sum(live_bytes(bounds.tensors()) + bounds.host_bytes for bounds in ends)
     assert reports["page_bound"].total >= reports["all"].total + added > reports["all"].total

@@ -443,6 +443,39 @@ def test_a_damaged_file_is_an_error_until_it_is_whole_again(
     assert complete(cache)
 
 
+def test_cropping_into_a_damaged_page_changes_nothing(model: Any, ids: torch.Tensor) -> None:
+    """Rows that part ways in a page on disk copy it first."""
+    cache, length = PiKVCache.for_model(model, **half(model, ids)), LENGTH - 100
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.memory_report()
+        twin = cache.fork()
+        whole = {path: path.read_bytes() for path in files_of(cache)}
+        for path in whole:
+            os.truncate(path, 0)
+        layer = twin.layers[0]
+        before = [(table.refcount.copy(), table.count.copy(), table.positions.clone()) for table in pools_of(twin)]
+        with pytest.raises(PageFileError, match="found an empty file"):
+            layer.crop(length)
+        for pool, (refcount, count, positions) in zip(pools_of(twin), before, strict=True):
+            used = refcount > 0
+            assert (pool.refcount[: len(refcount)] == refcount).all()
+            assert not pool.refcount[len(refcount) :].any()
+            assert (pool.count[: len(count)][used] == count[used]).all()
+            assert torch.equal(
+                pool.positions[: len(positions)][torch.from_numpy(used)], positions[torch.from_numpy(used)]
+            )
+        assert layer.get_seq_length() == LENGTH
+        for path, data in whole.items():
+            path.write_bytes(data)
+        twin.crop(length)
+        other = DynamicCache(config=model.config)
+        model(ids[:, :length], past_key_values=other)
+        logits = [model(ids[:, length : length + 5], past_key_values=each).logits for each in (twin, other)]
+        torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+        assert all(layer.get_seq_length() == LENGTH for layer in cache.layers)
+
+
 def test_a_directory_removed(model: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
     """Open files go on working; only new ones cannot be made."""
     cache = PiKVCache.for_model(model, **half(model, ids))

@@ -6,8 +6,9 @@ the attention that it takes in that very step. RULER scores are of answers whose
 
 import argparse
 import dataclasses
+import json
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ import torch
 from rich.console import Console
 
 from pikv_hf.eval.experiments.results import show_table, write_rows
-from pikv_hf.eval.experiments.routing_trace import PLACEMENTS, SHARDS, SINKS, WINDOW, Layout, Note, Reader, Rule
+from pikv_hf.eval.experiments.routing_trace import PLACEMENTS, SINKS, WINDOW, Layout, Note, Reader, Rule
 from pikv_hf.eval.tasks import reference
-from pikv_hf.eval.tasks.sample import EvalSample
 
 LENGTHS, PAGE_SIZES, SHARES = (1024, 2048), (8, 16), (0.5, 0.25, 0.125, 0.0625)
 #: `adaptive` with one of these targets chooses how many pages it reads.
@@ -31,69 +31,81 @@ METRIC = (
 )
 
 Row = dict[str, Any]
+#: By length, layout and rule, a tuple for each sample: a :class:`Note`, or score, exact score and share of pages read.
+Figures = dict[tuple[int, Layout, Rule], list[tuple[float, ...]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """RULER scores to measure: every rule of a placement, at one length and page size.
+    """What is measured together, at one length and page size.
 
     Attributes
     ----------
+    kind : {"coverage", "ruler", "routed"}
+        Coverage, scores, or scores where the tokens of the question are routed too, one at a time, instead of being
+        read in one call that looks at everything.
     rules : dict
         By placement.
-    samples : int
-        Per task.
-    first : int
-        Samples per task to leave out, measured by another part.
-    one_by_one : bool
-        Whether the tokens of the question are routed too, one at a time, instead of read in one call that looks at
-        everything.
+    samples, first : int
+        Samples per task, and those before them that are left out, since another part has them.
     """
 
+    kind: str
     length: int
     page_size: int
     rules: dict[str, list[Rule]]
     samples: int
     first: int = 0
-    one_by_one: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name for a file."""
+        return f"{self.kind}-{self.length}-{self.page_size}-{self.first}"
 
 
 def _rules(names: Iterable[str], shares: Iterable[float] = SHARES) -> list[Rule]:
     return [Rule(name, share) for name in names for share in shares]
 
 
-def _key_cells(length: int, page_size: int, samples: int, first: int = 0, *, one_by_one: bool = False) -> Part:
-    rules = _rules(("page_bound", "adaptive"), SHARES[1:])
-    return Part(length, page_size, {"expert": rules, "sequential": rules}, samples, first, one_by_one)
+def _key_cells(kind: str, length: int, page_size: int, samples: int, first: int = 0) -> Part:
+    rules = _rules(("page_bound", "adaptive"), SHARES[1:3])
+    return Part(kind, length, page_size, {"expert": rules, "sequential": rules}, samples, first)
 
 
-def plan(samples: int) -> list[Part]:
-    """Return what is measured for RULER with `samples` per task, the cells that matter with four times as many."""
-    targets = [Rule("adaptive", 1.0, target) for target in TARGETS[1:]]
-    controls = _rules(("random", "oracle"), SHARES[1:3])
-    every = {
-        "expert": _rules(("page_bound", "adaptive", "expert_topk", "hierarchical")) + controls + targets,
-        # The pages of "hash" are these: only what looks at shards differs there.
-        "sequential": _rules(("page_bound", "adaptive", "expert_topk")) + controls + targets,
-        "hash": _rules(("expert_topk", "hierarchical"), SHARES[:3]),
+def plan(samples: int, coverage_samples: int) -> list[Part]:
+    """Return what is measured: RULER with `samples` per task, the cells that matter with four times as many."""
+    others = _rules(("random", "oracle"), SHARES[1:3]) + [Rule("adaptive", 1.0, target) for target in TARGETS[1:3]]
+    # The pages of "hash" are those of "sequential": only what looks at shards differs there.
+    rules = {
+        "expert": _rules(("page_bound", "adaptive")) + _rules(("expert_topk", "hierarchical"), SHARES[:3]) + others,
+        "sequential": _rules(("page_bound", "adaptive")) + _rules(("expert_topk",), SHARES[:3]) + others,
+        "hash": _rules(("expert_topk", "hierarchical"), SHARES[1:3]),
     }
+    parts = [
+        Part("coverage", length, page_size, {name: coverage_rules(name) for name in PLACEMENTS}, coverage_samples)
+        for length in LENGTHS
+        for page_size in PAGE_SIZES
+    ]
     return [
-        Part(2048, 8, every, samples),
-        _key_cells(2048, 8, 3 * samples, samples),
-        _key_cells(2048, 16, samples),
-        _key_cells(2048, 8, samples, one_by_one=True),
-        Part(1024, 8, every, samples),
-        _key_cells(1024, 16, samples),
+        *parts,
+        Part("ruler", 2048, 8, rules, samples),
+        _key_cells("ruler", 2048, 8, 3 * samples, samples),
+        _key_cells("routed", 2048, 8, samples),
+        _key_cells("ruler", 2048, 16, samples),
+        Part("ruler", 1024, 8, rules, samples),
+        _key_cells("ruler", 1024, 16, samples),
     ]
 
 
 def coverage_rules(placement: str) -> list[Rule]:
     """Return the rules whose coverage is measured."""
-    names = ["page_bound", "adaptive", "expert_topk", "random", "oracle"]
-    if placement != "sequential":
-        names.append("hierarchical")
-    of_full = [Rule(name, share, of_full=True) for name in ("page_bound", "adaptive", "oracle") for share in SHARES[1:]]
-    return _rules(names) + [Rule("adaptive", 1.0, target) for target in TARGETS] + of_full
+    if placement == "hash":
+        return _rules(("expert_topk", "hierarchical"))
+    rules = _rules(("page_bound", "adaptive", "expert_topk", "random", "oracle"))
+    rules += _rules(("hierarchical",)) if placement == "expert" else []
+    rules += [Rule("adaptive", 1.0, target) for target in TARGETS]
+    names = ("page_bound", "adaptive", "oracle")
+    return rules + [Rule(name, share, of_full=True) for name in names for share in SHARES[1:]]
 
 
 def interval(figures: Sequence[float]) -> float:
@@ -108,54 +120,60 @@ def _cell(length: int, layout: Layout, rule: Rule) -> Row:
     return {**row, "share_of_full" if rule.of_full else "share": rule.share}
 
 
-Figures = dict[tuple[int, Layout, Rule], list[Any]]
+def measure(reader: Reader, part: Part, seed: int) -> Figures:
+    """Measure a part."""
+    found: Figures = {}
+    every = part.first + part.samples
+    for index, sample in enumerate(reference.generate(part.length, every, seed=seed)):
+        if index % every < part.first:
+            continue
+        for placement, rules in part.rules.items():
+            layout = Layout(placement, part.page_size)
+            figures: dict[Rule, Any]
+            if part.kind == "coverage":
+                figures = reader.coverage(sample, layout, rules)
+            else:
+                exact, scores = reader.scores(sample, layout, rules, one_by_one=part.kind == "routed")
+                figures = {rule: (score, exact, read) for rule, (score, read) in scores.items()}
+            for rule, figure in figures.items():
+                found.setdefault((part.length, layout, rule), []).append(figure)
+    return found
 
 
-def measure_coverage(reader: Reader, samples: int, seed: int) -> Iterator[Figures]:
-    """Yield, for one length, page size and placement after the other, a :class:`Note` per sample for each rule."""
-    for length in LENGTHS:
-        prompts = reference.generate(length, samples, seed=seed)
-        for page_size in PAGE_SIZES:
-            for placement in PLACEMENTS:
-                layout, rules = Layout(placement, page_size), coverage_rules(placement)
-                notes = [reader.coverage(sample, layout, rules) for sample in prompts]
-                yield {(length, layout, rule): [note[rule] for note in notes] for rule in rules}
+def save_part(file: Path, found: Figures) -> None:
+    """Keep what was measured of each sample."""
+    rows = [
+        {"tokens": length, "layout": dataclasses.asdict(layout), "rule": dataclasses.asdict(rule), "figures": figures}
+        for (length, layout, rule), figures in found.items()
+    ]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(rows))
 
 
-def coverage_row(key: tuple[int, Layout, Rule], notes: Sequence[Note]) -> Row:
+def load_part(file: Path) -> Figures:
+    """Return what :func:`save_part` kept."""
+    rows = json.loads(file.read_text())
+    return {
+        (row["tokens"], Layout(**row["layout"]), Rule(**row["rule"])): [tuple(each) for each in row["figures"]]
+        for row in rows
+    }
+
+
+def coverage_row(key: tuple[int, Layout, Rule], notes: Sequence[tuple[float, ...]]) -> Row:
     """Summarise one rule."""
     row = _cell(*key)
-    for name in ("read", "covered", "covered_full"):
-        figures = [getattr(note, name) for note in notes]
+    for name, figures in zip(Note._fields, zip(*notes, strict=True), strict=True):
         row |= {name: statistics.fmean(figures), f"{name}_ci": interval(figures)}
     return row
 
 
-def measure_ruler(reader: Reader, part: Part, seed: int) -> Figures:
-    """Return for each rule, and under the rule None, a triple per sample: score, exact score, share of pages read."""
-    found: Figures = {}
-    for sample in _samples(part, seed):
-        for placement, rules in part.rules.items():
-            layout = Layout(placement, part.page_size)
-            scores = reader.scores(sample, layout, rules, one_by_one=part.one_by_one)
-            for rule in rules:
-                triple = scores[rule][0], scores[None][0], scores[rule][1]
-                found.setdefault((part.length, layout, rule), []).append(triple)
-    return found
-
-
-def _samples(part: Part, seed: int) -> list[EvalSample]:
-    many = reference.generate(part.length, part.first + part.samples, seed=seed)
-    return [sample for index, sample in enumerate(many) if index % (part.first + part.samples) >= part.first]
-
-
-def ruler_row(key: tuple[int, Layout, Rule], triples: Sequence[tuple[float, float, float]], *, routed: bool) -> Row:
-    """Summarise one rule; `routed` says that the question was routed too."""
+def ruler_row(key: tuple[int, Layout, Rule], triples: Sequence[tuple[float, ...]], kind: str) -> Row:
+    """Summarise one rule."""
     scores, exact, read = zip(*triples, strict=True)
     differences = [score - full for score, full in zip(scores, exact, strict=True)]
     return {
         **_cell(*key),
-        "question": "routed" if routed else "read in one call",
+        "question": "routed" if kind == "routed" else "read in one call",
         "samples": len(triples),
         "read": statistics.fmean(share for share in read if share == share),
         "score": statistics.fmean(scores),
@@ -173,8 +191,8 @@ def placement_rows(coverage: Figures, ruler: Figures) -> list[Row]:
         if layout.placement != "expert" or other is None or rule.name == "random":
             continue
         row = _cell(length, layout, rule)
-        for name in ("read", "covered", "covered_full"):
-            added = [getattr(a, name) - getattr(b, name) for a, b in zip(notes, other, strict=True)]
+        for place, name in enumerate(Note._fields):
+            added = [a[place] - b[place] for a, b in zip(notes, other, strict=True)]
             row |= {f"{name}_added": statistics.fmean(added), f"{name}_added_ci": interval(added)}
         mine, theirs = (
             ruler.get((length, Layout(name, layout.page_size), rule), []) for name in ("expert", "sequential")
@@ -187,40 +205,38 @@ def placement_rows(coverage: Figures, ruler: Figures) -> list[Row]:
 
 
 class Study:
-    """What has been measured so far, written to a file after every part."""
+    """What has been measured so far."""
 
-    def __init__(self, file: Path | None, arguments: argparse.Namespace) -> None:
-        self._file = file
-        self.coverage: Figures = {}
-        self.ruler: Figures = {}
-        self.routed: Figures = {}
-        self._about = {
-            "metric": METRIC,
-            "recent_window": WINDOW,
-            "sink_tokens": SINKS,
-            "shards": {name: options["num_shards"] for name, options in PLACEMENTS.items()},
-            "experts": SHARDS,
-            "dtype": "float32",
-            "coverage_samples_per_task": arguments.coverage_samples,
-            "ruler_samples_per_task": arguments.samples,
-            "tasks": list(reference.TASKS),
-            "seed": arguments.seed,
-        }
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._found: dict[str, Figures] = {"coverage": {}, "ruler": {}, "routed": {}}
+
+    def add(self, kind: str, found: Figures) -> None:
+        """Take what a part has found."""
+        for key, figures in found.items():
+            self._found[kind].setdefault(key, []).extend(figures)
 
     def tables(self) -> dict[str, list[Row]]:
         """Return all rows."""
-        ruler = [ruler_row(key, found, routed=False) for key, found in self.ruler.items()]
-        ruler += [ruler_row(key, found, routed=True) for key, found in self.routed.items()]
         return {
-            "coverage": [coverage_row(*item) for item in self.coverage.items()],
-            "ruler": ruler,
-            "expert_minus_sequential": placement_rows(self.coverage, self.ruler),
+            "coverage": [coverage_row(*item) for item in self._found["coverage"].items()],
+            "ruler": [ruler_row(*item, kind) for kind in ("ruler", "routed") for item in self._found[kind].items()],
+            "expert_minus_sequential": placement_rows(self._found["coverage"], self._found["ruler"]),
         }
 
-    def save(self) -> None:
+    def save(self, file: Path) -> None:
         """Write all rows."""
-        if self._file is not None:
-            write_rows(self._file, self._about, self.tables())
+        about = {
+            "metric": METRIC,
+            "recent_window": WINDOW,
+            "sink_tokens": SINKS,
+            "placements": PLACEMENTS,
+            "dtype": "float32",
+            "coverage_samples_per_task": self._arguments.coverage_samples,
+            "tasks": list(reference.TASKS),
+            "seed": self._arguments.seed,
+        }
+        write_rows(file, about, self.tables())
 
 
 def _show(console: Console, tables: dict[str, list[Row]]) -> None:
@@ -234,7 +250,7 @@ def _show(console: Console, tables: dict[str, list[Row]]) -> None:
     scores = [
         [
             f"{r['tokens']:,} / {r['page_size']} / {r['placement']} / {r['policy']}",
-            f"{100 * r.get('share', r.get('target', 1)):g}%{' target' if 'target' in r else ''}",
+            f"{100 * r['target']:g}% target" if "target" in r else f"{100 * r['share']:g}%",
             r["question"],
             str(r["samples"]),
             f"{100 * r['read']:.1f}",
@@ -265,18 +281,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=10, help="samples per task for RULER")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--parts", type=Path, help="folder to keep parts in; those already there are not measured anew")
+    parser.add_argument("--only", nargs="*", help="parts to measure, by name; those kept are taken in any case")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    console, reader, study = Console(highlight=False), Reader(), Study(arguments.output, arguments)
-    with console.status("measuring"):
-        for found in measure_coverage(reader, arguments.coverage_samples, arguments.seed):
-            study.coverage |= found
-            study.save()
-        for part in plan(arguments.samples):
-            into = study.routed if part.one_by_one else study.ruler
-            for key, triples in measure_ruler(reader, part, arguments.seed).items():
-                into.setdefault(key, []).extend(triples)
-            study.save()
+    console, reader, study = Console(highlight=False), Reader(), Study(arguments)
+    for part in plan(arguments.samples, arguments.coverage_samples):
+        file = None if arguments.parts is None else arguments.parts / f"{part.name}.json"
+        if file is not None and file.exists():
+            found = load_part(file)
+        elif arguments.only is None or part.name in arguments.only:
+            with console.status(f"measuring {part.name}"):
+                found = measure(reader, part, arguments.seed)
+            if file is not None:
+                save_part(file, found)
+        else:
+            continue
+        study.add(part.kind, found)
+        if arguments.output is not None:
+            study.save(arguments.output)
     _show(console, study.tables())
     if arguments.output is not None:
         console.print(f"written to {arguments.output}", soft_wrap=True)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,7 +15,8 @@ from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer import PiKVLayer
-from pikv_hf.routing import Choice, Router, RoutingPolicy, RoutingView, make_routing
+from pikv_hf.routing import Choice, Router, RoutingPolicy, make_routing
+from pikv_hf.routing_view import RoutingView
 
 #: Newest tokens that stay in the window, sink tokens, and shards where there are several. Small, so that what is read
 #: in any case leaves room to choose even at 1,024 tokens.
@@ -59,9 +60,11 @@ class Rule:
     of_full: bool = False
 
     def policy(self, layer: PiKVLayer) -> RoutingPolicy:
-        """Return the policy for a layer with its present number of pages; it reads one page at least."""
+        """Return the policy for a layer with its present number of pages; it chooses one page at least."""
         full, unfilled = (len(part) for part in pages_of(layer))
-        most = max(1, round(self.share * full if self.of_full else self.share * (full + unfilled) - unfilled))
+        most: int | float = 1.0
+        if self.share < 1:
+            most = max(1, round(self.share * full if self.of_full else self.share * (full + unfilled) - unfilled))
         name = self.name if self.name not in CONTROLS else "page_bound"
         config = PiKVConfig(routing=name, max_pages=most, coverage=self.coverage)
         if self.name in CONTROLS:
@@ -146,8 +149,7 @@ def read_of(layer: PiKVLayer, choice: Choice | None) -> torch.Tensor:
     return torch.zeros(shape, dtype=torch.bool).scatter_(1, columns, taken)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Note:
+class Note(NamedTuple):
     """What one step of one layer reads, means over KV heads.
 
     Attributes
@@ -270,12 +272,12 @@ class Reader:
     @torch.inference_mode()
     def scores(
         self, sample: EvalSample, layout: Layout, rules: Iterable[Rule], *, one_by_one: bool = False
-    ) -> dict[Rule | None, tuple[float, float]]:
-        """Return score and share of pages read of each rule's answer, and under None of the exact one."""
+    ) -> tuple[float, dict[Rule, tuple[float, float]]]:
+        """Return the score of the exact answer, and of each rule's score and the share of pages that it reads."""
         cache = self.read(sample, layout)
         asked = cache.fork()
         token = self.ask(sample, asked)
-        found: dict[Rule | None, tuple[float, float]] = {None: (self.score(sample, asked.fork(), token), 1.0)}
+        exact, found = self.score(sample, asked.fork(), token), {}
         for rule in rules:
             twin, counters = routed(cache if one_by_one else asked, rule)
             if one_by_one:
@@ -284,11 +286,11 @@ class Reader:
             shares = [share for counter in counters for share in counter.notes]
             # An answer of one token has no step of its own.
             found[rule] = score, statistics.fmean(shares) if shares else math.nan
-        return found
+        return exact, found
 
 
 def _mean(notes: list[Note]) -> Note:
-    return Note(*(statistics.fmean(figures) for figures in zip(*map(dataclasses.astuple, notes), strict=True)))
+    return Note(*(statistics.fmean(figures) for figures in zip(*notes, strict=True)))
 
 
 def routed(cache: PiKVCache, rule: Rule) -> tuple[PiKVCache, list[Counter]]:

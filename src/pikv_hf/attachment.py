@@ -110,6 +110,10 @@ class Attachment:
         modules = {index: reference() for index, reference in self._attention.items()}
         return {index: module for index, module in modules.items() if module is not None}
 
+    def query_groups(self, layer_idx: int) -> int:
+        """Return the query heads per KV head of a layer, 1 if its attention does not say."""
+        return int(getattr(self.attention_modules().get(layer_idx), "num_key_value_groups", 1))
+
     def activate(self) -> None:
         """Set the attention implementation and place the hooks, unless they are in place."""
         _register()

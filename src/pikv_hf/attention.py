@@ -100,10 +100,12 @@ def pikv_attention_forward(
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scale)
-        _watch_new(layer, query, attention_mask, scale, softcap, None)
+        if layer.schedule is not None and layer.table is not None:
+            layer.schedule.begin_step(layer.table)
+            _watch_new(layer, query, attention_mask, scale, softcap, None)
         layer.attend_ends()
         return output
-    out, lse = attend(layer, query, attention_mask, scale, softcap)
+    out, lse = attend(layer, query, attention_mask, scale, softcap, sinks)
     layer.attend_ends()
     return _to_output(out, lse, sinks, query.dtype), None
 
@@ -114,6 +116,7 @@ def attend(
     mask: torch.Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over everything that a layer holds, pending tokens included.
 
@@ -125,6 +128,8 @@ def attend(
         `(B, Hq, Q, D)`.
     mask, scale, softcap
         As in :func:`pikv_attention_forward`.
+    sinks : torch.Tensor, optional
+        `(Hq,)` attention sinks. The result leaves them out; they lessen the shares of the attention that pages take.
 
     Returns
     -------
@@ -143,8 +148,9 @@ def attend(
         out, lse = merge_pair(out, lse, *new)
     if layer.schedule is not None and masses is not None:
         layer.schedule.begin_step(layer.table)
-        masses.note(_by_kv_head(lse, layer.table))
-        _watch_new(layer, query, mask, scale, softcap, lse)
+        total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
+        masses.note(_by_kv_head(total, layer.table))
+        _watch_new(layer, query, mask, scale, softcap, total)
     return out, lse
 
 

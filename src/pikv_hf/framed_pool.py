@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from .codecs import Codec
-from .kernels.page_codes import BITS
+from .kernels.page_codes import BITS, PageCodes
 from .page_book import PageIds, extended
 from .page_bounds import PageBounds
 from .pages import PagePool
@@ -97,6 +97,27 @@ class FramedPool(SealedPool):
         """Return the tokens in the pages at `index` `(n,)`, `(n,)` int32."""
         return (self.positions.index_select(0, index) >= 0).sum(dim=1, dtype=torch.int32)
 
+    def _assembled(
+        self, ids: PageIds, loaded: tuple[PageIds, list[torch.Tensor]] | None
+    ) -> tuple[PageCodes, PageCodes]:
+        """Return copies of the codes of pages `(n,)`, which may repeat: from their frames, or from what is loaded.
+
+        `loaded` are distinct pages without a frame and the parts of their codes `(H, m, ...)`. Pages that are in
+        neither are zeros.
+        """
+        held = np.flatnonzero(self.frame[ids] >= 0)
+        frames, places = self.index(self.frame[ids[held]]), self.index(held)
+        parts = [part.new_zeros((part.shape[0], len(ids), *part.shape[2:])) for part in self.token_tensors()]
+        for part, own in zip(parts, self.token_tensors(), strict=True):
+            part.index_copy_(1, places, own.index_select(1, frames))
+        if loaded is not None:
+            source, target = _places(loaded[0], ids)
+            for part, new in zip(parts, loaded[1], strict=True):
+                picked = new if source is None else new.index_select(1, self.index(source))
+                part.index_copy_(1, self.index(target), picked)
+        rest = iter(parts)
+        return self.keys.map(lambda _: next(rest)), self.values.map(lambda _: next(rest))
+
     # Frames
 
     def _occupy(self, ids: PageIds, frames: np.ndarray, parts: list[torch.Tensor]) -> None:
@@ -131,6 +152,16 @@ class FramedPool(SealedPool):
         self.page_of = np.append(pages, np.full(count - len(used), -1, dtype=np.int64))
         self.frame[pages] = np.arange(len(pages))
         self._frame_map = None
+
+
+def _places(pages: PageIds, ids: PageIds) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return which of distinct pages go where in `ids`; None instead of which if each goes to one place, in order."""
+    order = np.argsort(pages)
+    wanted = np.flatnonzero(np.isin(ids, pages))
+    source = order[np.searchsorted(pages, ids[wanted], sorter=order)]
+    if len(source) == len(pages):
+        return None, wanted[np.argsort(source)]
+    return source, wanted
 
 
 class CodeBounds(PageBounds):

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from .tiers import LayerTiers
@@ -37,9 +38,9 @@ class HostRows:
         return page in self._places
 
     @property
-    def pages(self) -> list[int]:
-        """The pages that have a row, the one that was not asked for longest first."""
-        return list(self._places)
+    def pages(self) -> np.ndarray:
+        """`(n,)` int64, the pages that have a row, the one that was not asked for longest first."""
+        return np.fromiter(self._places, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:

@@ -7,13 +7,14 @@ import torch
 from .checks import check_fits
 from .layer_tokens import LayerTokens
 from .pending import Pending
+from .store import MAX_OBSERVED
 
 # The attribute of a returned key tensor by which the attention function finds the layer.
 LAYER_ATTRIBUTE = "_pikv_layer"
 
 
-# Queries kept of each KV head to judge the errors of packed keys by: of these newest positions, at most so many.
-OBSERVED_POSITIONS, MAX_OBSERVED = 8, 64
+# Queries kept of each KV head to judge the errors of packed keys by: of these newest positions, at most MAX_OBSERVED.
+OBSERVED_POSITIONS = 8
 
 
 class PiKVLayer(LayerTokens):

@@ -22,6 +22,8 @@ class LayerLimit:
         Whether tokens, a share or bytes are those of a shard.
     least : int
         Tokens of a sequence that are never evicted, and room for what comes next: sinks, window, two pages.
+    shards : int
+        Shards of the layer, at most.
     sliding_tokens : float
         Tokens of each sequence that bounded layers hold, this layer's part of them.
     """
@@ -31,6 +33,7 @@ class LayerLimit:
     total_bytes: int | None
     per_shard: bool
     least: int
+    shards: int
     sliding_tokens: float
 
     @classmethod
@@ -59,11 +62,11 @@ class LayerLimit:
         least = -(-config.sink_tokens // size) * size + config.recent_window + 2 * size
         amount = budget.amount / layers if scope == "cache" else budget.amount
         if budget.unit == "share":
-            return cls(None, budget.amount, None, scope == "shard", least, 0.0)
+            return cls(None, budget.amount, None, scope == "shard", least, config.num_shards, 0.0)
         if budget.unit == "bytes":
             sliding = sliding_tokens / layers if scope == "cache" else 0.0
             # A layer's shards have as much each; its window is beside them.
-            return cls(None, None, int(amount), scope == "shard", least, sliding)
+            return cls(None, None, int(amount), scope == "shard", least, config.num_shards, sliding)
         smallest = size if scope == "shard" else least
         if amount < smallest:
             of = f"{config.budget} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
@@ -71,7 +74,7 @@ class LayerLimit:
                 f"a budget of {of} leaves {int(amount)} tokens, but at least {smallest} are needed"
                 + ("" if scope == "shard" else f": sinks, a window of {config.recent_window} and two pages of {size}")
             )
-        return cls(int(amount), None, None, scope == "shard", least, 0.0)
+        return cls(int(amount), None, None, scope == "shard", least, config.num_shards, 0.0)
 
     def tokens_of(self, seen: int, shards: int) -> int | None:
         """Return the most tokens of a sequence, or of each of its shards, after `seen` positions; None if unlimited."""

@@ -112,6 +112,8 @@ class LayerTokens(CacheLayerMixin):
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, self._shard_of())
         table = PageTable(writer, batch * self.heads if per_head else batch)
         if self.schedule is not None:
+            if self.attachment is not None and self.schedule.policy.wants_bounds:
+                self.schedule.query_groups = self.attachment.query_groups(self.layer_idx)
             self.schedule.prepare(table)
         if self.router is not None:
             pages.know_bounds()
@@ -171,14 +173,14 @@ class LayerTokens(CacheLayerMixin):
             return work()
         assert self.table is not None
         result = self.schedule.with_room(self.table, self.seen, work)
-        self.evicted |= self.schedule.pages_evicted > 0
+        self._note_evictions()
         return result
 
     def _enforce(self, headroom: int = 0) -> None:
         """Evict what exceeds a budget in tokens, if pages have changed hands since this was last done."""
         if self.schedule is not None and self.table is not None and self.table.is_at_page_end:
             self.schedule.enforce(self.table, self.lanes, self.seen, headroom)
-            self.evicted |= self.schedule.pages_evicted > 0
+            self._note_evictions()
 
     def _place(self, experts: torch.Tensor) -> None:
         assert self.table is not None
@@ -317,6 +319,7 @@ class LayerTokens(CacheLayerMixin):
         leaders = equal_rows(keys, values, batch=self.batch)
         # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
         table = assigned_table(keys, values, held, self.config, self._shard_of(), leaders, self.tiers)
+        self._fit(table, keys.shape[2])
         self._interrupt()
         self._drop_pending()
         self.table = table
@@ -324,7 +327,7 @@ class LayerTokens(CacheLayerMixin):
         self.seen = self._assigned = keys.shape[2]
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
         self.dropped = seen - self.seen if picked else 0
-        self._schedule_anew()
+        self._note_evictions()
 
     def recode(
         self, key_basis: torch.Tensor | None = None, value_basis: torch.Tensor | None = None, **options: Any
@@ -395,18 +398,22 @@ class LayerTokens(CacheLayerMixin):
         widths = checked_widths(kept, (self.batch, self.heads, self.seen), f"layer {self.layer_idx}")
         widths = with_exact_ends(widths.to(self.device), self.config)
         table = kept_table(self.table, self.pending, widths, self.config, self._shard_of())
+        self._fit(table, self.seen)
         self._interrupt()
         self._drop_pending()
         self.table = table
         self.evicted |= bool((widths == 0).any())
         self.holds = False
-        self._schedule_anew()
+        self._note_evictions()
 
-    def _schedule_anew(self) -> None:
-        """Let a table that replaces another keep to the budget; its pages' statistics begin anew."""
-        if self.schedule is not None and self.table is not None:
-            self.schedule.prepare(self.table)
-            self._enforce()
+    def _fit(self, table: PageTable, seen: int) -> None:
+        """Let a table of `seen` columns that is to replace this one keep to the budget; its statistics begin anew."""
+        if self.schedule is not None:
+            self.schedule.prepare(table)
+            self.schedule.enforce(table, self.heads // table.pool.keys.shape[0], seen)
+
+    def _note_evictions(self) -> None:
+        self.evicted |= self.schedule is not None and self.schedule.pages_evicted > 0
 
     def held(self) -> torch.Tensor:
         """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
@@ -495,7 +502,9 @@ class LayerTokens(CacheLayerMixin):
         if self._returns and self.table is not None:
             pages = self.table.pages
             used = {name for name, pool in pages.sealed.items() if pool.refcount.any()}
-            self._checkpoint = (self.seen, self.table.fork(), used) if pages.seals else None
+            # It would hold on to what a budget in bytes has to get rid of.
+            free = pages.plain.allowance is None
+            self._checkpoint = (self.seen, self.table.fork(), used) if pages.seals and free else None
         self._returns = False
 
     def crop(self, max_length: int) -> None:
@@ -544,15 +553,16 @@ class LayerTokens(CacheLayerMixin):
             return
         self.settle_marks()
         lanes = range(self.lanes)
+        if self.schedule is not None:
+            self.schedule.select(self.table, indices, self.lanes)
         self.table.select([row * self.lanes + lane for row in indices for lane in lanes])
         self._slots = self._checkpoint = None
         self._handed = {}
-        if self.schedule is not None:
-            self.schedule.select(indices)
         if self.pending is not None:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
         if self._padding is not None:
             self._padding = self._padding[list(indices)]
+        self._enforce()
 
     def reset(self) -> None:
         """Forget everything and return the memory."""
@@ -565,6 +575,9 @@ class LayerTokens(CacheLayerMixin):
         if self.table is not None:
             twin.table, twin.heads = self.table.fork(), self.heads
             twin.dtype, twin.device = self.dtype, self.device
-        twin.schedule = None if self.schedule is None else self.schedule.fork()
+        if self.schedule is not None:
+            twin.schedule = self.schedule.fork()
+            if twin.table is not None:
+                twin.schedule.prepare(twin.table)
         for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))

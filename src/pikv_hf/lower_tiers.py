@@ -55,8 +55,8 @@ class LowerTiers:
 
     def pages(self, tier: str | None = None) -> PageIds:
         """Return the pages that a tier, or any of these tiers, has; some may come twice."""
-        rows = self._rows.pages if self._rows is not None and tier in ("cpu", None) else []
-        return np.array([*rows, *(self._file_of if tier in ("disk", None) else ())], dtype=np.int64)
+        files = np.fromiter(self._file_of if tier in ("disk", None) else (), dtype=np.int64)
+        return np.append(files, self._rows.pages) if self._rows is not None and tier in ("cpu", None) else files
 
     def nbytes(self, tier: str) -> int:
         """Return the bytes taken of a tier."""
@@ -104,13 +104,14 @@ class LowerTiers:
             self._moved(self._tiers.fast, "cpu", len(to_rows))
 
     def _leaving_rows(self, count: int, taken: set[int], resident: np.ndarray) -> list[int]:
-        """Return pages to leave the host's memory: best those that another tier has too, else the least lately read."""
+        """Return pages to leave the host's memory: first those in fast memory too, then the least lately read."""
         if self._rows is None or count <= 0:
             return []
-        pages = [page for page in self._rows.pages if page not in taken]
+        pages = self._rows.pages
+        pages = pages[~np.isin(pages, list(taken))]
         if not self._to_disk:
-            pages = [page for page in pages if resident[page]]
-        return sorted(pages, key=lambda page: 0 if resident[page] else 1 if page in self._file_of else 2)[:count]
+            pages = pages[resident[pages]]
+        return pages[np.argsort(~resident[pages], kind="stable")][:count].tolist()
 
     def _write_rows(self, pages: list[int], shards: np.ndarray) -> None:
         pages = [page for page in pages if page not in self._file_of]
@@ -150,8 +151,8 @@ class LowerTiers:
 
     # Upwards
 
-    def load(self, ids: PageIds) -> torch.Tensor:
-        """Return pages as records `(n, R)` on the device, whichever tier has them; they stay there too.
+    def load(self, ids: PageIds) -> tuple[PageIds, torch.Tensor]:
+        """Return pages, in any order, and their records `(n, R)` on the device; they stay where they are too.
 
         Raises
         ------
@@ -175,26 +176,24 @@ class LowerTiers:
                 pieces.append(self._transfers.to_device([buffer]).get()[:, RECORD_HEADER_BYTES:])
                 order += [int(page) for part in parts for page in part.pages]
                 self._moved("disk", self._tiers.fast, len(left))
-            records = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
-            if order == ids.tolist():
-                return records
-            place = {page: index for index, page in enumerate(order)}
-            return records[torch.tensor([place[page] for page in ids.tolist()], device=records.device)]
+            return np.array(order, dtype=np.int64), torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
     def _arrived(self, left: list[int]) -> tuple[list[torch.Tensor], list[int]]:
         """Take pages that were asked for ahead of need off `left`, and return their records and numbers."""
         pieces, order = [], []
-        found = [page for page in left if page in self._coming]
-        for part in {id(self._coming[page][0]): self._coming[page][0] for page in found}.values():
-            mine = [page for page in found if self._coming[page][0] is part]
-            places = [self._coming.pop(page)[1] for page in mine]
+        found = {page: self._coming.pop(page) for page in left if page in self._coming}
+        for part in {id(part): part for part, _ in found.values()}.values():
+            mine = [page for page, (own, _) in found.items() if own is part]
+            places = [found[page][1] for page in mine]
             try:
                 records = part.get()
             except (PageFileError, RuntimeError, OSError):
                 # Whether it is a lasting one shows when the pages are read again, now.
                 self._tiers.counters.wasted += len(mine)
                 continue
-            pieces.append(records[torch.tensor(places, device=records.device)])
+            if places != list(range(len(records))):
+                records = records.index_select(0, torch.tensor(places, device=records.device))
+            pieces.append(records)
             order += mine
             self._tiers.counters.used += len(mine)
             self._moved("disk" if isinstance(part, Reading) else "cpu", self._tiers.fast, len(mine))
@@ -251,6 +250,11 @@ class LowerTiers:
                 by_file.setdefault(id(file), (file, []))[1].append(page)
         for file, own in by_file.values():
             file.discard(own)
+
+    @property
+    def dead_bytes(self) -> int:
+        """Bytes of files that :meth:`rewrite_files` gives back."""
+        return sum(file.dead_bytes for file in self._files.values())
 
     def rewrite_files(self) -> None:
         """Shorten files to the records in use; files without any go."""

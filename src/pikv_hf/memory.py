@@ -40,7 +40,7 @@ def layer_memory(index: int, layer: Any) -> LayerMemory:
         metadata=total - keys - values - pending,
         total=total,
         window=plain.page_bytes * int(np.count_nonzero(plain.shard[held[""]] < 0)),
-        free=sum(pool.page_bytes * pool.free_pages for pool in pools.values()),
+        free=sum(pool.free_bytes for pool in pools.values()),
         pending=pending,
         shards=tuple(shard_bytes.tolist()),
         shard_tokens=tuple(shard_tokens.tolist()),

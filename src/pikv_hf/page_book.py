@@ -1,8 +1,9 @@
 """What is known of the pages of a pool: who holds them, how many tokens they have, where these are in the sequence."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +11,9 @@ import torch
 
 from .page_bounds import PageBounds
 from .page_usage import PageUsage
+
+if TYPE_CHECKING:
+    from .allowance import Allowance
 
 PageIds = npt.NDArray[np.int64]
 
@@ -61,7 +65,7 @@ class PageBook(ABC):
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
     bounds, usage : PageBounds, PageUsage, optional
         What routing and scheduling know of the pages, where there is any.
-    allowance : callable, optional
+    allowance : Allowance, optional
         Returns the bytes by which the pool may grow; without one there is no limit.
     """
 
@@ -80,7 +84,7 @@ class PageBook(ABC):
         self.allocations = 0
         self.bounds: PageBounds | None = None
         self.usage: PageUsage | None = None
-        self.allowance: Callable[[], int] | None = None
+        self.allowance: Allowance | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
 

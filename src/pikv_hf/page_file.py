@@ -257,6 +257,7 @@ class PageFile:
     def rewrite(self) -> bool:
         """Move the records in use to a new file and remove the old one; return whether that worked.
 
+        As long as it takes there are both.
         Where it does not (a full disk, a record that is damaged) everything stays as it was.
         """
         pages = sorted(self._index, key=self._index.__getitem__)

@@ -74,9 +74,31 @@ class PageUsage:
         self.shares[:, index] = other.shares[:, source]
         self.steps[:, index] = other.steps[:, source]
 
-    def spread(self, source: torch.Tensor, index: torch.Tensor, tokens: int) -> None:
-        """Give one token's part of the attention of pages of `tokens` tokens to the pages it moves to."""
+    def spread(self, source: torch.Tensor, index: torch.Tensor, tokens: int, held: torch.Tensor) -> None:
+        """Follow tokens to other pages, each with its part of its page's attention and of the steps that this took.
+
+        Parameters
+        ----------
+        source, index : torch.Tensor
+            `(n,)`, the page of each token, and the page that it moved to.
+        tokens : int
+            Tokens in each page of `source`.
+        held : torch.Tensor
+            `(n,)`, tokens in each page of `index`, these included.
+        """
         self.shares.index_add_(1, index, self.shares[:, source] / tokens)
+        born, last, _, uses = self.steps
+        # A page is as old as its tokens are on average: shares are compared by what they were per step.
+        earlier = (born[source] - born[index]).float() / held
+        born += torch.zeros_like(born, dtype=torch.float32).index_add_(0, index, earlier).round_().int()
+        last[index] = last[index].where(uses[index] > 0, self.now)
+
+    def attended(self, index: torch.Tensor) -> None:
+        """Let pages `(n,)` filled in this step count from before it: their tokens have been attended to in it."""
+        born, last, _, uses = self.steps
+        new = born[index] == self.now
+        last[index] -= (new & (uses[index] == 0) & (last[index] == self.now)).int()
+        born[index] -= new.int()
 
     def begin_step(self, now: int) -> None:
         """Count a step; what came before it weighs less."""

@@ -138,7 +138,9 @@ class PagePool(PageBook):
             slots, keys.index_select(1, sources), values.index_select(1, sources), positions[sources], experts[sources]
         )
         if self.usage is not None:
-            self.usage.spread(sources // self.page_size, slots // self.page_size, self.page_size)
+            pages = slots // self.page_size
+            held = (self.positions[pages] >= 0).sum(dim=1)
+            self.usage.spread(sources // self.page_size, pages, self.page_size, held)
 
     @property
     def flat_keys(self) -> torch.Tensor:

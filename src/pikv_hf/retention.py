@@ -74,6 +74,8 @@ def kept_table(
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
     kept = KeptTokens(widths, _leaders(table, pending, widths), exact, config, split, table.pages.tiers)
     with kept.retired_on_error():
+        if not split:
+            kept.store.inherit(table.pages)
         kept.add_exact()
         for name, pool in table.pages.sealed.items():
             if name not in decoded:

@@ -8,8 +8,9 @@ from .kernels.paged_decode_attention import paged_decode_attention
 from .page_book import PageBook
 from .page_index import PageIndex
 from .page_masses import PageMasses
-from .readers import Partial, PlainReader, SealedReader, lane_pages, reader_of
+from .readers import Partial, PlainReader, SealedReader, lane_pages
 from .routing import Choice
+from .tiered_reader import reader_of
 
 
 def attend_choice(
@@ -77,6 +78,9 @@ def _attend_part(
     heads, batch, groups, _ = folded.shape
     reader = reader_of(pool)
     pages = _rows(index.pages, columns)
+    if taken is not None:
+        # What does not count is not fetched from a slower tier either.
+        pages = pages.where(taken, pages[..., :1])
     query = reader.query(folded).reshape(heads * batch, groups, -1)
     page_lse = None if masses is None else masses.expect(heads * batch, groups, pages.shape[2], query)
     if choose(folded.device) != "torch":

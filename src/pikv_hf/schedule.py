@@ -3,24 +3,22 @@
 import copy
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from .allowance import Allowance, BudgetError
 from .config import PiKVConfig
 from .kernels.page_scores import page_scores
 from .layer_limit import LayerLimit
 from .page_book import NoRoomError, PageBook, PageIds
 from .page_facts import PageFacts, Place, view_of
-from .report import live_bytes
+from .pages import PagePool
 from .scheduling import SchedulingPolicy, leaving, make_policy
 from .sequence import SequencePages
 from .table import PageTable
 from .tiered_pool import TieredPool
-
-if TYPE_CHECKING:
-    from .store import PageStore
 
 # Queries kept for policies that look at bounds.
 RECENT_QUERIES = 8
@@ -29,10 +27,6 @@ RECENT_QUERIES = 8
 PIECE_SHARE, MAX_PIECE = 16, 2048
 
 _Result = TypeVar("_Result")
-
-
-class BudgetError(RuntimeError):
-    """What may not be evicted takes more than the budget."""
 
 
 class LayerSchedule:
@@ -51,6 +45,8 @@ class LayerSchedule:
     ----------
     now : int
         Attention steps so far.
+    query_groups : int
+        Query heads per KV head, for what a budget in bytes needs at least.
     pages_evicted, tokens_evicted : int
         Over all sequences, shared ones once for each.
     """
@@ -62,6 +58,7 @@ class LayerSchedule:
         self.sink_tokens, self.recent_window = sink_tokens, recent_window
         self.now = 0
         self.queries: torch.Tensor | None = None
+        self.query_groups = 1
         self.pages_evicted = self.tokens_evicted = 0
         # Pages that attention had found in fast memory, and not, when this was last looked at.
         self._read = 0, 0
@@ -70,23 +67,38 @@ class LayerSchedule:
         """Return the tensors that hold memory."""
         return [] if self.queries is None else [self.queries]
 
+    def most_beside(self, pool: PagePool, rows: int) -> int:
+        """Return the most bytes that are kept beside the pages of a table of so many rows."""
+        heads, _, _, dim = pool.keys.shape
+        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.wants_bounds else 0
+        return queries * dim * pool.keys.element_size()
+
     def fork(self) -> "LayerSchedule":
         """Return an independent schedule that has seen the same."""
         twin = copy.copy(self)
         twin.policy = copy.deepcopy(self.policy)
         return twin
 
-    def select(self, rows: Sequence[int]) -> None:
-        """Follow the layer to other rows."""
+    def select(self, table: PageTable, rows: Sequence[int], lanes: int) -> None:
+        """Follow the layer to other sequences, of `lanes` rows each, before its table does.
+
+        Raises
+        ------
+        BudgetError
+            If the budget is too small for so many; nothing has changed then.
+        """
+        self._admit(table, len(rows) * lanes)
         if self.queries is not None:
             self.queries = self.queries[list(rows)]
 
     # Statistics
 
     def begin_step(self, table: PageTable) -> None:
-        """Count a step of attention."""
-        self.now += 1
+        """Count a step of attention; forks, which share pages, share the count."""
         self.prepare(table)
+        known = table.pages.plain.usage
+        assert known is not None
+        self.now = max(self.now, known.now) + 1
         for pool in table.pages.pools().values():
             if pool.usage is not None:
                 pool.usage.begin_step(self.now)
@@ -104,8 +116,15 @@ class LayerSchedule:
             pages.watch(self.now)
             if self.policy.wants_bounds:
                 pages.know_bounds()
-            if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
-                pages.limit(_Allowance(self, pages, len(table.rows)))
+        self._admit(table, len(table.rows))
+
+    def _admit(self, table: PageTable, rows: int) -> None:
+        pages = table.pages
+        if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
+            if pages.plain.allowance is None:
+                pages.limit(Allowance(pages, self.limit))
+            assert pages.plain.allowance is not None
+            pages.plain.allowance.admit(self, rows)
 
     def observe(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds."""
@@ -138,6 +157,7 @@ class LayerSchedule:
                 inside = (places >= 0) & (places < masses.shape[1])
                 picked = masses[row][places.clamp(0, masses.shape[1] - 1)].masked_fill(~inside, 0)
                 pool.usage.add(index, picked.sum(dim=1))
+                pool.usage.attended(index)
 
     # Budgets
 
@@ -166,8 +186,8 @@ class LayerSchedule:
                 if not self._free_pages(table, error.pool, error.pages, seen):
                     raise BudgetError(
                         f"the budget leaves no room for {error.pages} more pages of {error.pool.page_size} tokens for "
-                        f"{len(table.rows)} rows, and nothing that is stored may be evicted: sinks, the last "
-                        f"{self.recent_window} tokens, pages that are not full, and what other caches share"
+                        f"{len(table.rows)} rows, and of what is stored only sinks, the last {self.recent_window} "
+                        "tokens and what other caches share are left, which may not be evicted"
                     ) from None
 
     def _free_pages(self, table: PageTable, pool: PageBook, pages: int, seen: int) -> bool:
@@ -178,22 +198,41 @@ class LayerSchedule:
         if any(pool.free_pages >= wanted for _ in self._leaving_one_by_one(table, names, seen)):
             return True
         short = (wanted - pool.free_pages) * pool.full_page_bytes
-        others = [name for name in pools if name not in names]
+        return self._free_bytes(table, [name for name in pools if name not in names], short, seen)
+
+    def _free_bytes(self, table: PageTable, names: Sequence[str], wanted: int, seen: int) -> bool:
+        """Evict pages of some pools until so many bytes are free, and give them back; return whether any were."""
         freed = 0
-        for size in self._leaving_one_by_one(table, others, seen):
+        for size in self._leaving_one_by_one(table, names, seen):
             freed += size
-            if freed >= short:
+            if freed >= wanted:
                 break
         before = table.pages.nbytes
-        for other in others:
-            table.compact(other)
+        for name in names:
+            table.compact(name)
         return table.pages.nbytes < before
+
+    def _shrink(self, table: PageTable, seen: int) -> bool:
+        """Evict until the pools are within a budget in bytes: a table that replaces another was not made within it."""
+        allowance, shrunk = table.pages.plain.allowance, False
+        while allowance is not None and (over := -allowance()) > 0:
+            if not self._free_bytes(table, list(table.pages.pools()), over, seen):
+                raise BudgetError(f"{over} bytes too many are stored, and none of them may be evicted")
+            shrunk = True
+        return shrunk
 
     def _leaving_one_by_one(self, table: PageTable, names: Sequence[str], seen: int) -> Iterator[int]:
         """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
         pools = table.pages.pools()
         places = [Place(sequence, name, lane) for lane, sequence in enumerate(_distinct(table.rows)) for name in names]
+        own = {name: _holders(table, name) for name in names}
         for facts in self._facts(table, places, seen):
+            # What somebody else holds too would be lost without making room.
+            frees = np.zeros(len(facts.view), dtype=np.bool_)
+            for place, which in facts.by_place():
+                ids = facts.pages[which]
+                frees[which] = own[place.pool][ids] == pools[place.pool].refcount[ids]
+            facts = facts.pick(frees)
             for page in leaving(self.policy, facts.view, int(facts.view.tokens.sum())):
                 place, which = facts.places[facts.of_place[page]], np.array([page])
                 facts.evict(table, which)
@@ -202,7 +241,7 @@ class LayerSchedule:
                 yield pools[place.pool].full_page_bytes if gone else 0
 
     def enforce(self, table: PageTable, lanes: int, seen: int, headroom: int = 0) -> bool:
-        """Evict until every sequence is within a budget in tokens.
+        """Evict until every sequence is within a budget in tokens, or the pools are within one in bytes.
 
         Parameters
         ----------
@@ -221,8 +260,10 @@ class LayerSchedule:
             Whether anything went.
         """
         limit = None if self.limit is None else self.limit.tokens_of(seen, table.num_shards)
-        if self.limit is None or (limit is None and not self.limit.per_shard):
+        if self.limit is None:
             return False
+        if limit is None and not self.limit.per_shard:
+            return self._shrink(table, seen)
         done: set[tuple[int, ...]] = set()
         evicted = False
         for first in range(0, len(table.rows), lanes):
@@ -337,33 +378,14 @@ class _TierPriority:
         return schedule.policy.priority(view_of(pool, pages, schedule.now))
 
 
-class _Allowance:
-    """Tells the pools of a store by how many bytes they may grow."""
-
-    def __init__(self, schedule: LayerSchedule, pages: "PageStore", rows: int) -> None:
-        limit = schedule.limit
-        assert limit is not None
-        assert limit.total_bytes is not None
-        self._schedule, self._pages = weakref.ref(schedule), weakref.ref(pages)
-        plain = pages.plain
-        sliding = limit.sliding_tokens * rows * plain.page_bytes / plain.page_size
-        self._bytes = limit.total_bytes - int(sliding)
-        least = rows * (-(-limit.least // plain.page_size) + 1) * plain.full_page_bytes
-        if self._bytes < least:
-            raise BudgetError(
-                f"a budget of {limit.total_bytes} bytes per layer leaves {self._bytes} for pages, but sinks, window "
-                f"and two pages of {rows} rows take {least}"
-            )
-
-    def __call__(self) -> int:
-        schedule, pages = self._schedule(), self._pages()
-        assert pages is not None
-        queries = 0 if schedule is None else live_bytes(schedule.tensors())
-        return self._bytes - pages.nbytes - queries
-
-
 def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
     return list({id(row): row for row in rows}.values())
+
+
+def _holders(table: PageTable, name: str) -> np.ndarray:
+    """Return how many sequences of a table hold each page of a pool, `(N,)`."""
+    pages = [sequence.pages(name) for sequence in _distinct(table.rows)]
+    return np.bincount(np.concatenate(pages), minlength=table.pages.pools()[name].capacity)
 
 
 def _held(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:

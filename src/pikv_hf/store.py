@@ -1,6 +1,6 @@
 """All pages of one layer on one device: those that keep tokens as they came, and those that codecs packed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,12 @@ from .tiered_pool import TieredPool
 from .tiers import LayerTiers
 
 if TYPE_CHECKING:
+    from .allowance import Allowance
     from .sequence import SequencePages
+
+
+# The most queries of each KV head by which errors are judged.
+MAX_OBSERVED = 64
 
 
 class PageStore:
@@ -82,10 +87,26 @@ class PageStore:
             if codec.is_lowrank and basis is not None:
                 codec.basis = basis
 
+    def inherit(self, other: "PageStore") -> None:
+        """Go on with the bases that another store of these heads has fitted: its pages may move here."""
+        for mine, theirs in zip(self._sealers or (), other._sealers or (), strict=False):
+            mine.codecs.update({name: codec for name, codec in theirs.codecs.items() if codec.basis is not None})
+
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor that holds this layer's stored tokens or serves them."""
         held = [tensor for pool in self.pools().values() for tensor in pool.tensors()]
         return [*held, *self.bases(True), *self.bases(False), *([] if self.queries is None else [self.queries])]
+
+    @property
+    def most_beside(self) -> int:
+        """The most bytes that are kept beside pages: queries to judge errors by, and bases of low-rank codecs."""
+        heads, _, _, dim = self.plain.keys.shape
+        size, most = self.plain.keys.element_size(), 0
+        if self._sealers is not None:
+            most = heads * MAX_OBSERVED * dim * size
+            for sealer, width in zip(self._sealers, (dim, self.plain.values.shape[-1]), strict=True):
+                most += heads * width * min(width, sealer.codec(sealer.rungs[0], width).rank) * size
+        return most
 
     @property
     def host_bytes(self) -> int:
@@ -256,7 +277,7 @@ class PageStore:
         if self.plain.bounds is not None:
             pool.know_bounds()
 
-    def limit(self, allowance: Callable[[], int]) -> None:
+    def limit(self, allowance: "Allowance") -> None:
         """Let pools grow only by the bytes that `allowance` returns."""
         self.plain.allowance = allowance
         for pool in self.sealed.values():

@@ -87,8 +87,6 @@ class TieredPool(FramedPool):
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages; see :meth:`PageBook.allocate`."""
-        # What was written and then found no holder is gone.
-        self._fresh[:] = False
         ids = super().allocate(pages, after, shard)
         self._drop(ids)
         return ids
@@ -176,7 +174,8 @@ class TieredPool(FramedPool):
         self.tiers.counters.read(len(ids) - len(missing), len(missing))
         self._touch(ids)
         if len(missing):
-            self._install(missing, self.lower.layout.unpack(self.lower.load(missing)), keep=ids)
+            order, records = self.lower.load(missing)
+            self._install(order, self.lower.layout.unpack(records), keep=ids)
             self.tiers.counters.promoted += len(missing)
         self.lower.forget_prefetched()
 
@@ -194,23 +193,17 @@ class TieredPool(FramedPool):
         if held.all():
             frames = self.index(self.frame[ids])
             return self.keys.pick(frames), self.values.pick(frames)
-        absent = np.flatnonzero(np.isin(ids, missing))
-        # Where copies come from and where they go, in fast memory and in what is loaded.
-        pairs = [(self.frame[ids[held]], np.flatnonzero(held)), (np.searchsorted(missing, ids[absent]), absent)]
-        loaded = self.lower.layout.unpack(self.lower.load(missing)) if len(missing) else self.token_tensors()
-        moves = [(self.index(source), self.index(target)) for source, target in pairs]
-        parts = []
-        for sources in zip(self.token_tensors(), loaded, strict=True):
-            part = sources[0].new_zeros((sources[0].shape[0], len(ids), *sources[0].shape[2:]))
-            for tensor, (source, target) in zip(sources, moves, strict=True):
-                part.index_copy_(1, target, tensor.index_select(1, source))
-            parts.append(part)
-        rest = iter(parts)
-        return self.keys.map(lambda _: next(rest)), self.values.map(lambda _: next(rest))
+        loaded = None
+        if len(missing):
+            order, records = self.lower.load(missing)
+            loaded = order, self.lower.layout.unpack(records)
+        return self._assembled(ids, loaded)
 
     def _stored(self, ids: PageIds) -> PageIds:
-        """Return those of the pages that a slower tier has."""
-        return ids[np.array([self.lower.tier_of(page) is not None for page in ids.tolist()], dtype=np.bool_)]
+        """Return those of the pages without a frame that a slower tier has: all that anybody holds."""
+        there = np.array([self.lower.tier_of(page) is not None for page in ids.tolist()], dtype=np.bool_)
+        assert not self.refcount[ids[~there]].any(), "a page in use is in no tier"
+        return ids[there]
 
     def prefetch(self, ids: PageIds) -> None:
         """Begin to read pages that are likely to be wanted next; the next :meth:`frames` takes those that are.
@@ -352,7 +345,6 @@ class TieredPool(FramedPool):
         """Give up the records on disk of pages that are in fast memory too."""
         held = np.flatnonzero((self.frame >= 0) & ~self._leaving)
         self.lower.forget_records(held.tolist())
-        self.lower.rewrite_files()
 
     def _grow_frames(self, short: int) -> None:
         """Make more frames, by at least a share of them where the limit allows."""

@@ -280,11 +280,11 @@ class LayerTiers:
         """
         if self.room("disk") >= needed:
             return
+        if self.room("disk") + sum(pool.lower.dead_bytes for pool in self._pools) < needed:
+            for pool in self.pools:
+                pool.forget_records()
         for pool in self.pools:
             pool.lower.rewrite_files()
-        for pool in self.pools:
-            if self.room("disk") < needed:
-                pool.forget_records()
         if (room := self.room("disk")) < needed:
             raise TierFull(
                 f"layer {self.index}: tier 'disk' may hold {self.tiers.limits['disk']} bytes, {self.limit('disk')} in "
