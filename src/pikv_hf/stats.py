@@ -4,6 +4,7 @@ import dataclasses
 import io
 from typing import Any
 
+from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
@@ -63,22 +64,33 @@ class CacheStats:
         return console.export_text().rstrip()
 
     def __rich__(self) -> Group:
-        table = Table(title="Routing and budget", show_header=False)
+        table = _table("Routing and budget", show_header=False)
         share = "-" if self.read_share is None else f"{self.read_share:.1%}"
         table.add_row("pages read, of those held", f"{self.pages_read:,} of {self.pages_held:,} ({share})")
         table.add_row("evicted", f"{self.pages_evicted:,} pages, {self.tokens_evicted:,} tokens")
         return Group(table, *([] if self.tiers is None else tier_tables(self.tiers)))
 
 
+def _table(title: str, show_header: bool = True) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=show_header,
+    )
+
+
 def tier_tables(tiers: dict[str, Any]) -> list[Table]:
     """Return tables of what tiers hold and what moved between them."""
-    held = Table(title="Tiers")
+    held = _table("Tiers")
     for name in ("tier", "limit", "bytes", "pages"):
         held.add_column(name, justify="left" if name == "tier" else "right")
     for name, limit in tiers["limits"].items():
         at_most = "-" if limit is None else format_bytes(limit)
         held.add_row(name, at_most, format_bytes(tiers["bytes"][name]), f"{tiers['pages'][name]:,}")
-    moved = Table(title="Pages that attention read", show_header=False)
+    moved = _table("Pages that attention read", show_header=False)
     rate = "-" if tiers["hit_rate"] is None else f"{tiers['hit_rate']:.1%}"
     moved.add_row("in fast memory", f"{tiers['hits']:,} of {tiers['hits'] + tiers['misses']:,} ({rate})")
     moved.add_row("promoted, demoted", f"{tiers['promoted']:,}, {tiers['demoted']:,}")
