@@ -178,6 +178,51 @@ def press(
 
 
 @bench.command()
+def generate(
+    tokens: Annotated[int, typer.Option(help="To generate.")] = 4096,
+    prompt: Annotated[int, typer.Option(help="Length of the prompt.")] = 1024,
+    budget: Annotated[int, typer.Option(help="Tokens that each layer may keep.")] = 1024,
+    schedulers: Annotated[
+        list[str] | None, typer.Option("--scheduler", help="Which pages go first; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """A long generation under a budget: is a late step as fast, and the cache as small, as an early one."""
+    _check_schedulers(schedulers)
+    from pikv_hf.eval.bench_generation import run_and_show_generation, run_generation
+
+    run_and_show_generation(run_generation(tokens, prompt, budget, schedulers or ["pikv"]), threads, output)
+
+
+@bench.command()
+def chunks(
+    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 32768,
+    chunk: Annotated[int, typer.Option(help="Tokens per call.")] = 1024,
+    budget: Annotated[float, typer.Option(help="Share of the tokens that may be kept.")] = 0.25,
+    schedulers: Annotated[
+        list[str] | None, typer.Option("--scheduler", help="Which pages go first; may be repeated.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """A prompt read in chunks under a budget: the most bytes that the cache ever takes."""
+    _check_schedulers(schedulers)
+    from pikv_hf.eval.bench_generation import run_and_show_chunks, run_chunks
+
+    run_and_show_chunks(run_chunks(tokens, chunk, budget, schedulers or ["pikv"]), threads, output)
+
+
+def _check_schedulers(names: list[str] | None) -> None:
+    try:
+        with user_input("invalid --scheduler"):
+            for name in names or ():
+                PiKVConfig(budget=0.5, scheduler=name)
+    except InputError as error:
+        raise _failure(2, str(error)) from None
+
+
+@bench.command()
 def load(
     tokens: Annotated[int, typer.Option(help="Length of the context.")] = 32768,
     codecs: Annotated[

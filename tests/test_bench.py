@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pikv_hf.eval.bench import Timing, run_decode, run_prefill, run_reorder
+from pikv_hf.eval.bench_generation import run_chunks, run_generation
 from pikv_hf.eval.bench_press import PRESSES, run_presses
 from pikv_hf.eval.cli import app
 
@@ -95,3 +96,47 @@ def test_unknown_codec_is_refused() -> None:
 def test_unknown_device_is_refused() -> None:
     result = CliRunner().invoke(app, ["bench", "decode", "--device", "tpu"])
     assert result.exit_code == 2
+
+
+def test_a_long_generation_under_a_budget_stays_as_it_is() -> None:
+    dynamic, budget = run_generation(tokens=1056, prompt=200, budget=300, schedulers=["streaming_llm"])
+    # Keys and values of 4 heads in one layer, 128 channels in fp32; the last token generated is not stored.
+    token = 2 * 4 * 128 * 4
+    assert dynamic.final_bytes == dynamic.most_bytes == (200 + 1055) * token
+    # The pools stay as they are; tables have the numbers of a few pages more or less.
+    assert abs(budget.most_bytes - budget.early_bytes) <= 8 * 8
+    # A partly filled page in each of eight shards weighs much in so small a budget.
+    assert 300 * token * 0.9 < budget.final_bytes < (300 + 8 * 32 + 2 * 32) * token
+    for each in (dynamic, budget):
+        assert each.growth == pytest.approx(each.late / each.early)
+    with pytest.raises(ValueError, match="got 1000"):
+        next(run_generation(tokens=1000))
+
+
+def test_a_prompt_in_chunks_under_a_budget() -> None:
+    (few,) = run_chunks(tokens=4096, chunk=256, budget=0.25, schedulers=["h2o"], layers=1)
+    assert few.full_bytes == 4096 * 2 * 4 * 128 * 4
+    assert 0.25 * few.full_bytes < few.final_bytes <= few.peak_bytes
+    assert few.peak_share == few.peak_bytes / few.full_bytes < 0.5
+
+
+@pytest.mark.parametrize("command", ["generate", "chunks"])
+def test_unknown_scheduler_is_refused(command: str) -> None:
+    result = CliRunner().invoke(app, ["bench", command, "--scheduler", "h20"])
+    assert result.exit_code == 2
+    assert "did you mean 'h2o'" in result.output
+
+
+def test_the_command_for_chunks_writes_them(tmp_path: Path) -> None:
+    output = tmp_path / "chunks.json"
+    arguments = ["bench", "chunks", "--tokens", "512", "--chunk", "128", "--budget", "0.5", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert json.loads(output.read_text())["results"][0]["cache"] == "pikv, 50%"
+
+
+def test_routed_steps_say_how_they_were_routed() -> None:
+    (case,) = run_decode([3000], [1], seconds=0.0, routing="page_bound", max_pages=4)
+    assert case.routing == "page_bound:4"
+    # Random keys: pages that are not read are missed, and that is all that the difference says.
+    assert case.max_difference > 1e-5
