@@ -76,6 +76,7 @@ budgets: $(INSTALLED) ## Measure budgets: access traces, accuracy under each sch
 	$(EXPERIMENT).page_traces --output eval/results/page-traces.json
 	$(EXPERIMENT).budget_study --output eval/results/budgets.json
 	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
+	$(BIN)/pikv bench chunks --output eval/results/bench-chunks-cpu.json
 	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json
 
 test-browser: $(INSTALLED) ## Install Debian's Chromium, if there is none, and look at a report page with it

@@ -87,7 +87,7 @@ def _table(done: list[Comparison]) -> Table:
     with_codecs = any(each.codec != "none" or each.routing != "all" for each in done)
     names = ["case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"]
     if with_codecs:
-        names[:1], names[-1:] = ["codec"], ["bytes", "to none", "differs"]
+        names[:1], names[3:5], names[-1:] = ["codec"], ["PiKV", "Dynamic"], ["bytes", "to none", "differs"]
     for name in names:
         table.add_column(name, justify="left" if name in ("case", "codec") else "right", no_wrap=True)
     for each in done:

@@ -16,7 +16,8 @@ BLOCK_N = 32
 def _scores_kernel(
     query, low, high, table, lengths, scores, columns, low_pages, high_pages,
     HEADS: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr, CENTROID: tl.constexpr, PRECISION: tl.constexpr,
+    LOW_ROW: tl.constexpr, HIGH_ROW: tl.constexpr, BLOCK_N: tl.constexpr, CENTROID: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = (columns + BLOCK_N - 1) // BLOCK_N
     lane = tl.program_id(0) // blocks
@@ -31,12 +32,13 @@ def _scores_kernel(
     rows = lane.to(tl.int64) * G + g
     q = tl.load(query + rows[None, :] * D + d[:, None], mask=(g < G)[None, :] & (d < D)[:, None], other=0.0)
     q = q.to(tl.float32)
-    least = tl.load(low + (head * low_pages + page)[:, None] * D + d[None, :], mask=mask, other=0.0).to(tl.float32)
+    least = tl.load(low + (head * low_pages + page)[:, None] * LOW_ROW + d[None, :], mask=mask, other=0.0)
+    least = least.to(tl.float32)
     if CENTROID:
         products = tl.dot(least, q, input_precision=PRECISION)
     else:
         # max(q l, q h) is q l + max(q, 0) (h - l).
-        spread = tl.load(high + (head * high_pages + page)[:, None] * D + d[None, :], mask=mask, other=0)
+        spread = tl.load(high + (head * high_pages + page)[:, None] * HIGH_ROW + d[None, :], mask=mask, other=0)
         if high.dtype.element_ty == tl.uint8:
             spread = spread_share(spread.to(tl.int32), 0.0, False)
         else:
@@ -56,21 +58,24 @@ def page_scores(
     batch, query_heads, _ = query.shape
     columns = table.shape[1]
     scores = query.new_empty((batch, heads, columns), dtype=torch.float32)
-    low_pages, high_pages = _pages_per_head(low), 0 if high is None else _pages_per_head(high)
+    low_row, low_pages = _layout(low)
+    high_row, high_pages = (0, 0) if high is None else _layout(high)
     if scores.numel():
         _scores_kernel[(triton.cdiv(columns, BLOCK_N) * batch * heads,)](
             query.contiguous(), low, high, table.contiguous(), lengths.contiguous(), scores,
             columns, low_pages, high_pages,
             HEADS=heads, G=query_heads // heads, BLOCK_G=max(MIN_HEADS, triton.next_power_of_2(query_heads // heads)),
-            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), BLOCK_N=BLOCK_N, CENTROID=high is None,
+            D=dim, BLOCK_D=max(16, triton.next_power_of_2(dim)), LOW_ROW=low_row, HIGH_ROW=high_row, BLOCK_N=BLOCK_N,
+            CENTROID=high is None,
             # Three products of tensor cores are as exact as one of float32, where operands had 16 bits to begin with.
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32x3",
         )  # fmt: skip
     return scores
 
 
-def _pages_per_head(summary: torch.Tensor) -> int:
-    dim = summary.shape[2]
-    if summary.stride(2) != 1 or (summary.shape[1] > 1 and summary.stride(1) != dim) or summary.stride(0) % dim:
-        raise ValueError(f"a summary of shape {tuple(summary.shape)} has strides {summary.stride()}: not contiguous")
-    return summary.stride(0) // dim
+def _layout(summary: torch.Tensor) -> tuple[int, int]:
+    """Return how far apart pages are, and heads in pages: least and largest values may lie beside each other."""
+    heads, row, channel = summary.stride()
+    if channel != 1 or row < summary.shape[2] or heads % row:
+        raise ValueError(f"a summary of shape {tuple(summary.shape)} has strides {summary.stride()}: not one of pages")
+    return row, heads // row

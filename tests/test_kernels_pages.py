@@ -146,7 +146,7 @@ def test_gather_from_an_empty_pool() -> None:
     assert gather_pages(pool, table[:, :0], lengths, nothing, torch.float16, backend=BACKEND).shape == (2, 2, 0, 16)
 
 
-@pytest.mark.parametrize("summary", ["centroid", "bounds", "half bounds", "spread"])
+@pytest.mark.parametrize("summary", ["centroid", "bounds", "half bounds", "bounds beside each other", "spread"])
 def test_page_scores(summary: str) -> None:
     torch.manual_seed(0)
     heads, pages, dim, groups, columns = 2, 50, 24, 3, 40
@@ -156,6 +156,8 @@ def test_page_scores(summary: str) -> None:
         high = None
     elif summary == "half bounds":
         low, high = low.half(), (low.half() + 1)
+    elif summary == "bounds beside each other":
+        low, high = torch.cat([low, high], dim=2).split(dim, dim=2)
     elif summary == "spread":
         low, high = low.half(), torch.randint(0, 160, low.shape, dtype=torch.uint8)
     lengths = torch.tensor([columns - 3, 0, 1], dtype=torch.int32)

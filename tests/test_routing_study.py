@@ -168,7 +168,7 @@ def test_results_reach_their_aim(results: dict[str, Any]) -> None:
 
 
 def test_adaptive_covers_what_it_is_asked_for(results: dict[str, Any]) -> None:
-    rows = [row for row in results["coverage"] if "target" in row]
+    rows = [row for row in results["coverage"] if row["policy"] == "adaptive" and "target" in row]
     assert {row["target"] for row in rows} == set(TARGETS)
     for row in rows:
-        assert -0.06 < row["covered_full"] - row["target"] < 0.01
+        assert abs(row["covered_full"] - row["target"]) < 0.03

@@ -48,6 +48,8 @@ class Part:
         By placement.
     samples, first : int
         Samples per task, and those before them that are left out, since another part has them.
+    label : str
+        Tells parts apart that differ in their rules alone.
     """
 
     kind: str
@@ -56,11 +58,12 @@ class Part:
     rules: dict[str, list[Rule]]
     samples: int
     first: int = 0
+    label: str = "shares"
 
     @property
     def name(self) -> str:
         """A name for a file."""
-        return f"{self.kind}-{self.length}-{self.page_size}-{self.first}"
+        return f"{self.kind}-{self.label}-{self.length}-{self.page_size}-{self.first}"
 
 
 def _rules(names: Iterable[str], shares: Iterable[float] = SHARES) -> list[Rule]:
@@ -74,7 +77,8 @@ def _key_cells(kind: str, length: int, page_size: int, samples: int, first: int 
 
 def plan(samples: int, coverage_samples: int) -> list[Part]:
     """Return what is measured: RULER with `samples` per task, the cells that matter with four times as many."""
-    others = _rules(("random", "oracle"), SHARES[1:3]) + [Rule("adaptive", 1.0, target) for target in TARGETS[1:3]]
+    others = _rules(("random", "oracle"), SHARES[1:3])
+    others += [Rule("adaptive_without_floor", 1.0, target) for target in TARGETS[1:3]]
     # The pages of "hash" are those of "sequential": only what looks at shards differs there.
     rules = {
         "expert": _rules(("page_bound", "adaptive")) + _rules(("expert_topk", "hierarchical"), SHARES[:3]) + others,
@@ -86,6 +90,10 @@ def plan(samples: int, coverage_samples: int) -> list[Part]:
         for length in LENGTHS
         for page_size in PAGE_SIZES
     ]
+    for length in LENGTHS:
+        for kind, number, some in (("coverage", coverage_samples, TARGETS), ("ruler", samples, TARGETS[1:])):
+            targets = [Rule("adaptive", 1.0, target) for target in some]
+            parts.append(Part(kind, length, 8, {"expert": targets, "sequential": targets}, number, label="targets"))
     return [
         *parts,
         Part("ruler", 2048, 8, rules, samples),
@@ -103,7 +111,6 @@ def coverage_rules(placement: str) -> list[Rule]:
         return _rules(("expert_topk", "hierarchical"))
     rules = _rules(("page_bound", "adaptive", "expert_topk", "random", "oracle"))
     rules += _rules(("hierarchical",)) if placement == "expert" else []
-    rules += [Rule("adaptive", 1.0, target) for target in TARGETS]
     names = ("page_bound", "adaptive", "oracle")
     return rules + [Rule(name, share, of_full=True) for name in names for share in SHARES[1:]]
 

@@ -15,7 +15,7 @@ from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer import PiKVLayer
-from pikv_hf.routing import Choice, Router, RoutingPolicy, make_routing
+from pikv_hf.routing import AdaptiveRouting, Choice, Router, RoutingPolicy, make_routing
 from pikv_hf.routing_view import RoutingView
 
 #: Newest tokens that stay in the window, sink tokens, and shards where there are several. Small, so that what is read
@@ -45,7 +45,7 @@ class Rule:
     Attributes
     ----------
     name : str
-        `"random"`, `"oracle"`, or one of :data:`pikv_hf.config.ROUTINGS`.
+        One of :data:`CONTROLS` or of :data:`pikv_hf.config.ROUTINGS`.
     share : float
         Of all pages, those included that are read in any case: what may be read.
     coverage : float
@@ -99,7 +99,22 @@ class Oracle(RoutingPolicy):
         return page_attention(self._layer, view.query, view.scale)[0][:, None]
 
 
-CONTROLS: dict[str, Callable[[PiKVConfig, PiKVLayer], RoutingPolicy]] = {"random": RandomPages, "oracle": Oracle}
+class WithoutFloor(AdaptiveRouting):
+    """Control: `adaptive` that stops at its target, however few pages these are."""
+
+    def __init__(self, config: PiKVConfig, layer: PiKVLayer) -> None:
+        super().__init__(config)
+
+    def enough(self, view: RoutingView, ranks: torch.Tensor) -> torch.Tensor | None:
+        """Return the fewest pages whose shares add up to the target."""
+        return self.covering(ranks)
+
+
+CONTROLS: dict[str, Callable[[PiKVConfig, PiKVLayer], RoutingPolicy]] = {
+    "random": RandomPages,
+    "oracle": Oracle,
+    "adaptive_without_floor": WithoutFloor,
+}
 
 
 def pages_of(layer: PiKVLayer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,10 +60,10 @@ class PiKVCache(Cache):
                 'placement="expert" needs the model\'s routers: use PiKVCache.for_model(model), '
                 'or placement="hash" with a config alone'
             )
-        if options.budget is not None and attachment is None:
+        if attachment is None and (options.budget is not None or options.routing != "all"):
+            given = f"budget={options.budget!r}" if options.budget is not None else f"routing={options.routing!r}"
             raise ValueError(
-                f"budget={options.budget!r} evicts tokens, which only PiKV's attention can pass over: use "
-                "PiKVCache.for_model(model)"
+                f"{given} passes over tokens, which only PiKV's attention can do: use PiKVCache.for_model(model)"
             )
         check_supported(config)
         self.pikv_config = options
@@ -74,6 +74,8 @@ class PiKVCache(Cache):
         bounded = sum(layer.sliding_window for layer in self.layers if not isinstance(layer, PiKVLayer))
         for layer in paged:
             layer.schedule = make_schedule(options, len(paged), bounded)
+            if layer.schedule is not None and attachment is not None:
+                layer.schedule.query_groups = attachment.query_groups(layer.layer_idx)
             layer.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx)
 
     @classmethod
@@ -113,9 +115,12 @@ class PiKVCache(Cache):
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
             )
         layer = self.layers[layer_idx]
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            check_fits(layer_idx, key_states, value_states, _held(layer))
-        return layer.update(key_states, value_states, *args, **kwargs)
+        if not isinstance(layer, DynamicSlidingWindowLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        check_fits(layer_idx, key_states, value_states, _held(layer))
+        result = layer.update(key_states, value_states, *args, **kwargs)
+        _let_go(layer)
+        return result
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of positions that the model has seen, padding and evicted tokens included.
@@ -310,6 +315,15 @@ def _held(layer: Any) -> Any:
         return None
     batch, heads, _, dim = layer.keys.shape
     return (batch, heads, dim, layer.values.shape[-1]), layer.keys.dtype, layer.keys.device
+
+
+def _let_go(layer: Any) -> None:
+    """Have a bounded layer hold on to no more than its window: it keeps a view of all that a call brought."""
+    for name in ("keys", "values"):
+        kept = getattr(layer, name)
+        window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
+        if kept.untyped_storage().nbytes() > window:
+            setattr(layer, name, kept.clone())
 
 
 def _copied(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:

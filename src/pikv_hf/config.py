@@ -64,7 +64,8 @@ class PiKVConfig:
     max_pages : int or float
         Of these pages, the most that a KV head reads in a step; a float is a share of them.
     coverage : float
-        Of `"adaptive"`: the share of the attention that the pages read are to take, as far as their bounds tell.
+        Of `"adaptive"`: the share of the attention to full pages that those read are to take, as far as their bounds
+        tell. It reads at least a quarter of `max_pages`.
     tier_cost : float
         Of `"cache_aware"`: how much higher the logits of a page in the slowest tier must be than those of a page in
         memory.
