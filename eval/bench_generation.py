@@ -173,7 +173,7 @@ def _generation_line(each: GenerationTiming) -> str:
 
 def _generation_table(done: list[GenerationTiming]) -> Table:
     table = _table("A long generation: ms per step, early and late; live bytes", "cache", "tokens", "early", "late")
-    for name in ("late/early", "early bytes", "most later", "at the end"):
+    for name in ("ratio", "bytes", "most", "at the end"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in done:
         sizes = (each.early_bytes, each.most_bytes, each.final_bytes)

@@ -165,15 +165,22 @@ def reuse_distance(pages: Pages, now: int) -> Pages:
     return _lowest_first(pages, lambda page: -page.distance(now))
 
 
-def pikv(pages: Pages, now: int, mass: float, recency: float, reuse: float, half_life: float) -> Pages:
-    """Let the page with the lowest weighted mean of mass, recency and reuse go."""
+def pikv(
+    pages: Pages, now: int, mass: float, recency: float, reuse: float, half_life: float, bound: float = 0.0
+) -> Pages:
+    """Let the page with the lowest weighted mean of mass, recency, reuse and, if known, rank by bound go."""
     shares, mean = _per_step(pages, now, Page.recent_per_step)
 
     def value(page: Page) -> float:
         by_mass = shares[page.number] / (shares[page.number] + mean) if mean else 0.0
         by_recency = 2 ** (-(now - page.last_use()) / half_life)
         by_reuse = 1 / (1 + page.distance(now) / half_life)
-        return (mass * by_mass + recency * by_recency + reuse * by_reuse) / (mass + recency + reuse)
+        total = mass * by_mass + recency * by_recency + reuse * by_reuse
+        if page.bound is None:
+            return total / (mass + recency + reuse)
+        lower = sum(other.bound < page.bound for other in pages)
+        total += bound * (lower / max(len(pages) - 1, 1))
+        return total / (mass + recency + reuse + bound)
 
     return _lowest_first(pages, value)
 

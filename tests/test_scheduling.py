@@ -22,6 +22,7 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("duo", {"little": 0.4}),
     ("two_queue", {"first_share": 0.6}),
     ("pikv", {"mass_weight": 2.0, "recency_weight": 0.0, "reuse_weight": 3.0, "half_life": 3.0}),
+    ("pikv", {"bound_weight": 7.0}),
 ]
 
 
@@ -86,7 +87,7 @@ def traces(draw: st.DrawFn) -> list[Step]:
 
 def order(name: str, policy: SchedulingPolicy, pages: slow.Pages, now: int, options: dict[str, Any]) -> slow.Pages:
     if isinstance(policy, PiKV):
-        terms = (policy.mass_weight, policy.recency_weight, policy.reuse_weight, policy.half_life)
+        terms = policy.mass_weight, policy.recency_weight, policy.reuse_weight, policy.half_life, policy.bound_weight
         return slow.pikv(pages, now, *terms)
     return slow.ORDERS[name](pages, now, **options)
 

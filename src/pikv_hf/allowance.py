@@ -66,7 +66,7 @@ class Allowance:
         """Return what may be needed while nothing can go: a page that leaves the window may begin one per shard."""
         pages = self._store()
         size = pages.plain.page_size
-        needed = -(-self._limit.least // size) + 1 + min(size, self._limit.shards)
+        needed = -(-self._limit.least // size) + 2 + min(size, self._limit.shards)
         beside = pages.most_beside + schedule.most_beside(pages.plain, rows)
         return rows * needed * pages.plain.full_page_bytes + beside
 

@@ -112,8 +112,6 @@ class LayerTokens(CacheLayerMixin):
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, self._shard_of())
         table = PageTable(writer, batch * self.heads if per_head else batch)
         if self.schedule is not None:
-            if self.attachment is not None and self.schedule.policy.wants_bounds:
-                self.schedule.query_groups = self.attachment.query_groups(self.layer_idx)
             self.schedule.prepare(table)
         if self.router is not None:
             pages.know_bounds()

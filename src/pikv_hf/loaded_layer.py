@@ -229,7 +229,7 @@ class SavedPaged:
         kind, options = self.schedule["policy"]
         if type(layer.schedule.policy).__name__ == kind:
             layer.schedule.policy = dataclasses.replace(layer.schedule.policy, **options)  # type: ignore[type-var]
-        if self.schedule["queries"] and layer.schedule.policy.wants_bounds:
+        if self.schedule["queries"] and layer.schedule.policy.reads_bounds:
             layer.schedule.queries = self._tensor("schedule.queries").to(device, copy=True)
 
     def _empty_store(self, device: torch.device, tiers: LayerTiers | None = None) -> PageStore:

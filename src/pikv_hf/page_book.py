@@ -191,10 +191,10 @@ class PageBook(ABC):
     def full_page_bytes(self) -> int:
         """Bytes by which a page makes the pool larger, with everything that is kept beside its keys and values."""
         tokens = (self.positions.element_size() + self.experts.element_size()) * self.page_size
-        ends = [] if self.bounds is None else self.bounds.tensors()
-        known = sum(each[:, :1].numel() * each.element_size() for each in ends)
-        used = 0 if self.usage is None else 4 * (len(self.usage.shares) + len(self.usage.steps))
-        return self.page_bytes + tokens + known + used + PAGE_NOTES
+        # Of a single page, which the pool need not have yet.
+        beside = [tensor for companion in self.companions() for tensor in companion.tensors()]
+        known = sum(each.shape[0] * each.shape[2:].numel() * each.element_size() for each in beside)
+        return self.page_bytes + tokens + known + PAGE_NOTES
 
     @property
     def host_bytes(self) -> int:

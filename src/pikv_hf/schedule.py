@@ -24,7 +24,14 @@ from .tiered_pool import TieredPool
 RECENT_QUERIES = 8
 
 # What is stored of a prompt before pages go to make room for the rest: a share of the budget, within limits.
-PIECE_SHARE, MAX_PIECE = 16, 2048
+PIECE_SHARE, MAX_PIECE = 32, 2048
+
+# Pools under a budget grow by this share of their size at a time: free pages take bytes too.
+GROWTH = 1 / 64
+
+# Options of `pikv` where pages are evicted. A tier wants the pages of the next steps, for which a half-life of 8 was
+# best; what is evicted is gone, and 64 lost the least attention (`options` in eval/results/page-traces.json).
+BUDGET_OPTIONS = {"half_life": 64.0, "bound_weight": 13.0}
 
 _Result = TypeVar("_Result")
 
@@ -70,7 +77,7 @@ class LayerSchedule:
     def most_beside(self, pool: PagePool, rows: int) -> int:
         """Return the most bytes that are kept beside the pages of a table of so many rows."""
         heads, _, _, dim = pool.keys.shape
-        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.wants_bounds else 0
+        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.reads_bounds else 0
         return queries * dim * pool.keys.element_size()
 
     def fork(self) -> "LayerSchedule":
@@ -114,7 +121,9 @@ class LayerSchedule:
         pages = table.pages
         if pages.plain.usage is None:
             pages.watch(self.now)
-            if self.policy.wants_bounds:
+            if self.limit is not None:
+                pages.plain.growth = min(pages.plain.growth, GROWTH)
+            if self.policy.reads_bounds:
                 pages.know_bounds()
         self._admit(table, len(table.rows))
 
@@ -128,7 +137,7 @@ class LayerSchedule:
 
     def observe(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds."""
-        if self.policy.wants_bounds:
+        if self.policy.reads_bounds:
             newest = query[:, :, -RECENT_QUERIES:].detach() * scale
             if self.queries is not None and self.queries.shape[0] == len(newest):
                 newest = torch.cat([self.queries, newest], dim=2)[:, :, -RECENT_QUERIES:]
@@ -359,7 +368,9 @@ def make_schedule(config: PiKVConfig, layers: int, sliding_tokens: int) -> Layer
     limit = LayerLimit.of(config, layers, sliding_tokens)
     if limit is None and config.tiers is None:
         return None
-    policy = make_policy(config.scheduler or ("lru" if limit is None else "pikv"))
+    name = config.scheduler or ("lru" if limit is None else "pikv")
+    options = BUDGET_OPTIONS if name == "pikv" and limit is not None else {}
+    policy = make_policy(name, **options)
     return LayerSchedule(policy, limit, config.sink_tokens, config.recent_window)
 
 

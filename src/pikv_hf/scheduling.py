@@ -80,12 +80,17 @@ class SchedulingPolicy(ABC):
     per_head : bool
         Whether every KV head should have pages of its own, so that heads may keep different pages.
     wants_bounds : bool
-        Whether it reads :attr:`PageView.bounds`.
+        Whether it reads :attr:`PageView.bounds`; see :attr:`reads_bounds`.
     """
 
     name: ClassVar[str]
     per_head: ClassVar[bool] = False
     wants_bounds: ClassVar[bool] = False
+
+    @property
+    def reads_bounds(self) -> bool:
+        """Whether it reads :attr:`PageView.bounds` with the options that it has."""
+        return self.wants_bounds
 
     @abstractmethod
     def priority(self, view: PageView) -> Floats:
@@ -412,14 +417,20 @@ class PiKV(SchedulingPolicy):
     alone, pairs, other ratios and half-lives from 4 to 64: `options` in `eval/results/page-traces.json`. Its tables
     compare policies on other samples.
 
+    Under a budget, where no page returns, a cache takes other options (:data:`pikv_hf.schedule.BUDGET_OPTIONS`): a
+    longer half-life, and a fourth term, the rank of a page among the others by the upper bound of recent queries'
+    logits (Quest's, arXiv 2406.10774), as the share of them with a lower one. The attention that a page gets says
+    little of a fact that was read once and is asked for much later; that its keys stand out does. See
+    `eval/results/budgets.json`.
+
     Pages below the threshold are surplus: what tiers may demote before they must. Misses mean that pages left too
     early, so a hit rate below the target lowers the threshold, and with it the pressure to evict; one above it raises
     it. (The published feedback has the sign the other way round.)
 
     Parameters
     ----------
-    mass_weight, recency_weight, reuse_weight : float
-        At least 0, not all 0; only their ratios matter.
+    mass_weight, recency_weight, reuse_weight, bound_weight : float
+        At least 0, not all 0; only their ratios matter. Where no bounds are known, the last does not count.
     half_life : float
         Steps, above 0: after as many without a use, recency and, at that distance, reuse are worth half.
     threshold : float
@@ -437,15 +448,21 @@ class PiKV(SchedulingPolicy):
     threshold: float = 0.1
     target_hit_rate: float = 0.9
     rate: float = 0.05
+    bound_weight: float = 0.0
 
     def __post_init__(self) -> None:
         for option in ("threshold", "target_hit_rate", "rate"):
             _check_range(self, option, 0, 1)
-        weights = self.mass_weight, self.recency_weight, self.reuse_weight
+        weights = self.mass_weight, self.recency_weight, self.reuse_weight, self.bound_weight
         if not (all(0 <= weight < np.inf for weight in weights) and any(weights)):
             raise ValueError(f"weights of scheduler 'pikv' must be finite, at least 0 and not all 0, got {weights}")
         if not 0 < self.half_life < np.inf:
             raise ValueError(f"half_life of scheduler 'pikv' must be above 0 and finite, got {self.half_life}")
+
+    @property
+    def reads_bounds(self) -> bool:
+        """Whether it reads :attr:`PageView.bounds` with the options that it has."""
+        return self.bound_weight > 0
 
     def priority(self, view: PageView) -> Floats:
         return self.utility(view)
@@ -456,8 +473,15 @@ class PiKV(SchedulingPolicy):
         mass = shares / (shares + (mean or 1.0))
         recency = np.exp2((view.last_use - view.step) / self.half_life)
         reuse = 1 / (1 + expected_distance(view) / self.half_life)
-        weights = self.mass_weight + self.recency_weight + self.reuse_weight
-        return (self.mass_weight * mass + self.recency_weight * recency + self.reuse_weight * reuse) / weights
+        terms = [(self.mass_weight, mass), (self.recency_weight, recency), (self.reuse_weight, reuse)]
+        if view.bounds is not None:
+            lower = np.searchsorted(np.sort(view.bounds), view.bounds)
+            terms.append((self.bound_weight, lower / max(len(view) - 1, 1)))
+        total = np.zeros(len(view))
+        for weight, term in terms:
+            total += weight * term
+        # All of nothing where only bounds have a weight, and none are known.
+        return total / (sum(weight for weight, _ in terms) or 1.0)
 
     def surplus(self, view: PageView) -> Integers:
         """Return the indices of pages whose utility is below the threshold, the least useful first, int64."""
