@@ -116,7 +116,8 @@ class PageStore:
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept, with the numbers that tables have of the pages."""
-        numbers = 8 * sum(int(pool.refcount.sum()) for pool in self.pools().values())
+        # A free page has none yet, and will.
+        numbers = 8 * sum(int(np.maximum(pool.refcount, 1).sum()) for pool in self.pools().values())
         return live_bytes(self.tensors()) + self.host_bytes + numbers
 
     # References
