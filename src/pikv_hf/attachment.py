@@ -123,10 +123,9 @@ class Attachment:
                 config._attn_implementation = ATTENTION_NAME
         if not self._handles:
             self._handles = [router.listen(self._receiver(index)) for index, router in self.routers.items()]
+            before = functools.partial(_before_attention, weakref.ref(self))
             for module in filter(None, [reference() for reference in self._attention.values()]):
-                self._handles.append(module.register_forward_pre_hook(_fit_mask, with_kwargs=True))
-                ahead = functools.partial(_read_ahead, weakref.ref(self))
-                self._handles.append(module.register_forward_pre_hook(ahead, with_kwargs=True))
+                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
 
     def undo(self) -> None:
         """Restore the attention implementations and remove the hooks."""
@@ -180,11 +179,12 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
 
 
-def _read_ahead(
+def _before_attention(
     attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+) -> Any:
     if (alive := attachment()) is not None:
         read_ahead(alive, module, args, kwargs)
+    return _fit_mask(module, args, kwargs)
 
 
 def attach(model: Any, placement: str = "expert") -> Attachment:
