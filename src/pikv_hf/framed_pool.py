@@ -5,7 +5,7 @@ import torch
 
 from .codecs import Codec
 from .kernels.page_codes import BITS, PageCodes
-from .page_book import PageIds, extended
+from .page_arrays import PageIds, extended
 from .page_bounds import PageBounds
 from .pages import PagePool
 from .sealed_pool import SealedPool

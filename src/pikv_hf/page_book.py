@@ -1,27 +1,21 @@
-"""What is known of the pages of a pool: who holds them, how many tokens they have, where these are in the sequence."""
+"""Who holds the pages of a pool: allocation, references, and undoing both."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from .page_bounds import PageBounds
-from .page_usage import PageUsage
+from .page_arrays import PageArrays, PageIds
 
 if TYPE_CHECKING:
     from .allowance import Allowance
 
-PageIds = npt.NDArray[np.int64]
+__all__ = ["MIN_GROWTH", "NoRoomError", "PageBook", "PageIds"]
 
 # A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
 MIN_GROWTH = 4
-
-# The most that the host keeps of a page: counts, errors, and its number in a table.
-PAGE_NOTES = 48
 
 
 class NoRoomError(Exception):
@@ -32,11 +26,8 @@ class NoRoomError(Exception):
         self.pool, self.pages = pool, pages
 
 
-class PageBook(ABC):
+class PageBook(PageArrays):
     """Allocation and reference counts of the pages of one layer on one device; a subclass keeps their K/V.
-
-    A page holds up to `page_size` tokens of one sequence, of all KV heads, in order of position. Page numbers stay
-    valid when the pool grows.
 
     Parameters
     ----------
@@ -52,64 +43,19 @@ class PageBook(ABC):
 
     Attributes
     ----------
-    positions : torch.Tensor
-        `(N, P)` int32, -1 in empty slots.
-    experts : torch.Tensor
-        `(N, P)` int16, the token's primary expert, -1 where unknown; `(N, 0)` where it is not kept.
-    refcount, count, shard, used : numpy.ndarray
-        `(N,)` int32 / int16 / int16 / bool: sequences that hold the page (0: free), tokens in it, its shard
-        (-1: window), whether it ever held tokens.
-    in_place : bool
-        Whether the K/V of a page lie at its number in :meth:`token_tensors`, neighbours beside each other.
     allocations : int
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
-    bounds, usage : PageBounds, PageUsage, optional
-        What routing and scheduling know of the pages, where there is any.
     allowance : Allowance, optional
         Returns the bytes by which the pool may grow; without one there is no limit.
     """
 
-    in_place = True
-
     def __init__(self, page_size: int, device: torch.device, growth: float, keeps_experts: bool = True) -> None:
-        self.page_size = page_size
-        self.device = device
+        super().__init__(page_size, device, keeps_experts)
         self.growth = growth
-        self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
-        self.experts = torch.full((0, page_size if keeps_experts else 0), -1, dtype=torch.int16, device=device)
-        self.refcount = np.zeros(0, dtype=np.int32)
-        self.count = np.zeros(0, dtype=np.int16)
-        self.shard = np.zeros(0, dtype=np.int16)
-        self.used = np.zeros(0, dtype=np.bool_)
         self.allocations = 0
-        self.bounds: PageBounds | None = None
-        self.usage: PageUsage | None = None
         self.allowance: Allowance | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
-
-    # What a subclass keeps of a page: tensors with the pages along dimension 1
-
-    @abstractmethod
-    def token_tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that hold K/V, `(H, N, ...)` each."""
-
-    def _page_tensors(self) -> list[torch.Tensor]:
-        """Return those of :meth:`token_tensors` that have an entry per page number."""
-        return self.token_tensors()
-
-    @abstractmethod
-    def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
-        """Take grown copies of :meth:`token_tensors`, in that order."""
-
-    @abstractmethod
-    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
-        """Return the keys, or the values, of the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)`."""
-
-    @property
-    def capacity(self) -> int:
-        """Pages allocated, free ones included."""
-        return len(self.refcount)
 
     @property
     def free_pages(self) -> int:
@@ -121,86 +67,10 @@ class PageBook(ABC):
         free[: len(self._spared)] &= ~self._spared
         return free
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that hold the pool's memory."""
-        beside = [tensor for companion in self.companions() for tensor in companion.tensors()]
-        return [*self.token_tensors(), self.positions, self.experts, *beside]
-
-    def companions(self) -> list[PageBounds | PageUsage]:
-        """Return what is known of the pages beyond their tokens."""
-        return [companion for companion in (self.bounds, self.usage) if companion is not None]
-
-    def watch(self, now: int) -> None:
-        """Keep statistics of use from step `now` on."""
-        if self.usage is None:
-            self.usage = PageUsage(self.device)
-            self.usage.now = now
-            self.usage.resize(self.capacity)
-            self.usage.reset(np.arange(self.capacity))
-
-    def know_bounds(self) -> None:
-        """Have a place for the bounds of all pages from now on, so that their bytes count."""
-        if self.bounds is None:
-            self.bounds = self._new_bounds()
-            self.bounds.resize(self.capacity)
-
-    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the bounds of the keys of all pages, known at least for those at `ids`.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            `(H, N, D)` least values, and `(H, N, D)` largest ones or codes of the spreads above the least, as
-            :func:`pikv_hf.kernels.page_scores.page_scores` takes them.
-        """
-        self.know_bounds()
-        assert self.bounds is not None
-        self.bounds.find(self, ids)
-        return self.bounds.low, self.bounds.high
-
-    def frames(self, pages: torch.Tensor) -> torch.Tensor:
-        """Return where the K/V of pages lie in :meth:`token_tensors`: at their numbers, in a pool without tiers."""
-        return pages
-
-    def frame_counts(self) -> torch.Tensor:
-        """Return the tokens in each page by where it lies, see :meth:`frames`, int32."""
-        return self.counts()
-
-    def prefetch(self, ids: PageIds) -> None:  # noqa: B027 (only tiers have anything to do)
-        """Begin to bring pages `(n,)` into fast memory; a pool without tiers has them there."""
-
-    def tier_costs(self) -> torch.Tensor | None:
-        """Return how slow each page is to reach, `(N,)` float32 from 0 (fast memory) to 1; None if all are in it."""
-        return None
-
-    @abstractmethod
-    def _new_bounds(self) -> PageBounds:
-        """Return the bounds of no pages."""
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of the keys and values of one page."""
-        return sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in self.token_tensors())
-
     @property
     def free_bytes(self) -> int:
         """Bytes of K/V in memory that no page uses."""
         return self.page_bytes * self.free_pages
-
-    @property
-    def full_page_bytes(self) -> int:
-        """Bytes by which a page makes the pool larger, with everything that is kept beside its keys and values."""
-        tokens = (self.positions.element_size() + self.experts.element_size()) * self.page_size
-        # Of a single page, which the pool need not have yet.
-        beside = [tensor for companion in self.companions() for tensor in companion.tensors()]
-        known = sum(each.shape[0] * each.shape[2:].numel() * each.element_size() for each in beside)
-        return self.page_bytes + tokens + known + PAGE_NOTES
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the bookkeeping kept outside of tensors."""
-        beside = sum(companion.host_bytes for companion in self.companions())
-        return self.refcount.nbytes + self.count.nbytes + self.shard.nbytes + self.used.nbytes + beside
 
     def reserve(self, pages: int) -> None:
         """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was.
@@ -222,52 +92,12 @@ class PageBook(ABC):
                 extra = min(extra, most)
             self._grow(extra)
 
-    def _grow(self, extra: int) -> None:
-        old = self.capacity
-        grown = [extended(tensor, extra, 1) for tensor in self._page_tensors()]
-        positions, experts = extended(self.positions, extra, 0), extended(self.experts, extra, 0)
-        if grown:
-            self._replace_tokens(grown)
-        self.positions, self.experts = positions, experts
-        self.positions[old:] = -1
-        self.experts[old:] = -1
-        self.refcount = np.append(self.refcount, np.zeros(extra, dtype=np.int32))
-        self.count = np.append(self.count, np.zeros(extra, dtype=np.int16))
-        self.shard = np.append(self.shard, np.full(extra, -1, dtype=np.int16))
-        self.used = np.append(self.used, np.zeros(extra, dtype=np.bool_))
-        for companion in self.companions():
-            companion.resize(self.capacity)
-
     def trim(self) -> None:
         """Give back the free pages at the end."""
         held = np.flatnonzero(~self._free())
         end = int(held[-1]) + 1 if len(held) else 0
         if end < self.capacity:
-            if trimmed := [tensor[:, :end].clone() for tensor in self._page_tensors()]:
-                self._replace_tokens(trimmed)
-            self.positions, self.experts = self.positions[:end].clone(), self.experts[:end].clone()
-            for name in self._notes():
-                setattr(self, name, getattr(self, name)[:end].copy())
-            for companion in self.companions():
-                companion.resize(end)
-
-    def _notes(self) -> list[str]:
-        """Return the names of the arrays with an entry per page."""
-        return ["refcount", "count", "shard", "used"]
-
-    def move_pages(self, sources: PageIds, targets: PageIds) -> None:
-        """Give pages `(n,)` other numbers, of pages that are free; those that they had are free then."""
-        source, target = self.index(sources), self.index(targets)
-        for tensor in self._page_tensors():
-            tensor.index_copy_(1, target, tensor.index_select(1, source))
-        self.positions[target], self.experts[target] = self.positions[source], self.experts[source]
-        for name in self._notes():
-            notes = getattr(self, name)
-            notes[targets] = notes[sources]
-        for companion in self.companions():
-            companion.move(source, target)
-        self.refcount[sources], self.count[sources] = 0, 0
-        self.allocations += 1
+            self._cut(end)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages, side by side where possible.
@@ -302,17 +132,6 @@ class PageBook(ABC):
         self.allocations += 1
         return ids
 
-    def wipe(self, ids: PageIds) -> None:
-        """Clear what earlier owners left in free pages; floating-point K/V too, since a masked NaN is a NaN."""
-        stale = ids[self.used[ids]]
-        if len(stale):
-            index = self.index(stale)
-            self.positions.index_fill_(0, index, -1)
-            self.experts.index_fill_(0, index, -1)
-            for tensor in self._page_tensors():
-                if tensor.is_floating_point():
-                    tensor.index_fill_(1, index, 0)
-
     def hold(self, ids: PageIds) -> None:
         """Add a reference to each page (a page number may repeat)."""
         np.add.at(self.refcount, ids, 1)
@@ -326,18 +145,8 @@ class PageBook(ABC):
     def copy_page(self, page: int) -> int:
         """Copy a page; the copy has a reference count of 1."""
         new = int(self.allocate(1, shard=int(self.shard[page]))[0])
-        for tensor in self._page_tensors():
-            tensor[:, new].copy_(tensor[:, page])
-        self.positions[new], self.experts[new] = self.positions[page], self.experts[page]
-        self.count[new] = self.count[page]
-        for companion in self.companions():
-            companion.copy(page, new)
+        self._copy_page(page, new)
         return new
-
-    def counts(self) -> torch.Tensor:
-        """Return the tokens in each page, `(N,)` int32 on the device; stale in free pages."""
-        # Always up to date in the positions, which a decoded token's slot is given when it is written.
-        return (self.positions >= 0).sum(dim=1, dtype=torch.int32)
 
     def own(self, page: int, holders: int) -> int:
         """Return a page with this one's content that only `holders` sequences hold; they swap it for theirs."""
@@ -348,18 +157,11 @@ class PageBook(ABC):
         self.refcount[page] -= holders
         return copy
 
-    def truncate(self, page: int, count: int) -> None:
-        """Forget the tokens of a page beyond the first `count`."""
-        self.count[page] = count
-        self.positions[page, count:] = -1
-        self.experts[page, count:] = -1
-        if self.bounds is not None:
-            # Other tokens may come in their place.
-            self.bounds.reset(np.array([page]))
-
-    def index(self, ids: npt.NDArray[np.integer]) -> torch.Tensor:
-        """Return host integers as an int64 tensor on the pool's device."""
-        return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
+    def move_pages(self, sources: PageIds, targets: PageIds) -> None:
+        """Give pages `(n,)` other numbers, of pages that are free; those that they had are free then."""
+        self._move_pages(sources, targets)
+        self.refcount[sources], self.count[sources] = 0, 0
+        self.allocations += 1
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -381,16 +183,6 @@ class PageBook(ABC):
             raise
         finally:
             self._spared = np.zeros(0, dtype=np.bool_)
-
-
-def extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
-    """Return a copy of a pool's tensor with `extra` more entries, zeros, along a dimension."""
-    shape = list(tensor.shape)
-    shape[dim] += extra
-    # Zeros, not empty memory: a slot without a token is masked, and 0 * NaN would still be NaN.
-    grown = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    return grown
 
 
 def _first_run(free: PageIds, pages: int) -> PageIds:

@@ -8,7 +8,7 @@ import torch
 from .scheduling import HALF_LIFE
 
 if TYPE_CHECKING:
-    from .page_book import PageIds
+    from .page_arrays import PageIds
 
 
 class PageUsage:
