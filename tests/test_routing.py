@@ -13,6 +13,7 @@ from test_layer_machine import EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM
 from transformers import DynamicCache
 
 import pikv_hf.attention
+import pikv_hf.page_attention
 from pikv_hf import PiKVCache, PiKVConfig, detach
 from pikv_hf.attention import attend
 from pikv_hf.config import CODECS, ROUTINGS
@@ -37,7 +38,7 @@ def routed_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         steps.append(choice.columns.shape[2])
         return attend_choice(index, choice, *rest, **more)
 
-    monkeypatch.setattr(pikv_hf.attention, "attend_choice", counting)
+    monkeypatch.setattr(pikv_hf.page_attention, "attend_choice", counting)
     return steps
 
 

@@ -1,7 +1,7 @@
 """The cache object that transformers talks to."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from .attachment import Attachment, check_supported, ensure_attached
 from .checks import check_fits, cropped_length
 from .config import PiKVConfig
 from .layer import PiKVLayer
+from .layout import Devices, Layout, attention_device, find_devices, process_layout
 from .memory import layer_memory
 from .report import MemoryReport
 from .schedule import make_schedule
@@ -36,6 +37,8 @@ class PiKVCache(Cache):
         Storage options.
     attachment : Attachment, optional
         The attached model; :meth:`for_model` passes it.
+    spread : Devices or Layout, optional
+        Where shards are, if not all where the layer's attention is; :meth:`for_model` passes it.
 
     Raises
     ------
@@ -50,7 +53,11 @@ class PiKVCache(Cache):
     """
 
     def __init__(
-        self, config: Any, pikv_config: PiKVConfig | None = None, attachment: Attachment | None = None
+        self,
+        config: Any,
+        pikv_config: PiKVConfig | None = None,
+        attachment: Attachment | None = None,
+        spread: Devices | Layout | None = None,
     ) -> None:
         options = PiKVConfig() if pikv_config is None else pikv_config
         if not isinstance(options, PiKVConfig):
@@ -68,18 +75,31 @@ class PiKVCache(Cache):
         check_supported(config)
         self.pikv_config = options
         self.attachment = attachment
-        super().__init__(layers=_make_layers(config, options, attachment))
+        super().__init__(layers=_make_layers(config, options, attachment, spread))
         paged = [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
-        self.tiers = None if options.tiers is None else Tiers(options, max(1, len(paged)))
+        parts = max((layer.layout.parts for layer in paged), default=1)
+        self.tiers = None if options.tiers is None else Tiers(options, max(1, len(paged)) * parts)
         bounded = sum(layer.sliding_window for layer in self.layers if not isinstance(layer, PiKVLayer))
         for layer in paged:
-            layer.schedule = make_schedule(options, len(paged), bounded)
-            if layer.schedule is not None and attachment is not None:
-                layer.schedule.query_groups = attachment.query_groups(layer.layer_idx)
-            layer.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx)
+            for part in layer.parts:
+                part.schedule = make_schedule(options, len(paged), bounded, parts)
+                if part.schedule is not None and attachment is not None:
+                    part.schedule.query_groups = attachment.query_groups(layer.layer_idx)
+                number = part.place.number
+                part.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx, number)
 
     @classmethod
-    def for_model(cls, model: Any, pikv_config: PiKVConfig | None = None, **options: Any) -> "PiKVCache":
+    def for_model(
+        cls,
+        model: Any,
+        pikv_config: PiKVConfig | None = None,
+        *,
+        devices: str | Sequence[str | int | torch.device] | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        process_group: str | None = None,
+        timeout: float = 600.0,
+        **options: Any,
+    ) -> "PiKVCache":
         """Attach a model and make a cache for it.
 
         Parameters
@@ -88,21 +108,36 @@ class PiKVCache(Cache):
             A decoder-only model.
         pikv_config : PiKVConfig, optional
             All options at once.
+        devices : "auto" or sequence of devices, optional
+            Spread the shards over these devices: attention to a page runs where it is, and only queries, outputs and
+            their log-sum-exps travel. `"auto"` takes all accelerators that `accelerate` sees. By default everything is
+            where the layer's attention is. See :func:`~pikv_hf.layout.find_devices`.
+        max_memory : mapping, optional
+            As for `accelerate`: what each device may give; shards are divided in these proportions.
+        process_group : "world", optional
+            Spread the shards over the processes that `torchrun` or `accelerate launch` started. Each runs the model on
+            the same inputs with the same seed, keeps its own shards, and gets the same tokens as one process would. All
+            of them must make the cache, and use it alike.
+        timeout : float
+            Seconds after which processes stop waiting for one that has died.
         **options
             Or single options of :class:`PiKVConfig`. `placement` is `"expert"` unless given.
 
         Raises
         ------
         TypeError, ValueError
-            For unknown or invalid options, unsupported models, and models without a known router unless
-            `placement="hash"`.
+            For unknown or invalid options, unsupported models, devices that there are not, and models without a known
+            router unless `placement="hash"`.
+        RuntimeError
+            If `process_group` is given, but not several processes were started.
         """
         if pikv_config is not None and options:
             raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
         config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
+        spread = _spread(model, devices, max_memory, process_group, timeout)
         attachment = ensure_attached(model, config.placement or "expert")
         attachment.caches_made += 1
-        return cls(model.config, config, attachment)
+        return cls(model.config, config, attachment, spread)
 
     # The protocol of transformers
 
@@ -279,7 +314,7 @@ class PiKVCache(Cache):
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
                 layer.settle_unless_held()
-        layers = tuple(layer_memory(index, layer) for index, layer in enumerate(self.layers))
+        layers = tuple(part for index, layer in enumerate(self.layers) for part in layer_memory(index, layer))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 
     def stats(self) -> CacheStats:
@@ -294,14 +329,42 @@ class PiKVCache(Cache):
         )
 
 
-def _make_layers(config: Any, options: PiKVConfig, attachment: Attachment | None) -> list[Any]:
+def _spread(
+    model: Any,
+    devices: str | Sequence[str | int | torch.device] | None,
+    max_memory: Mapping[Any, Any] | None,
+    process_group: str | None,
+    timeout: float,
+) -> Devices | Layout | None:
+    if devices is not None and process_group is not None:
+        raise ValueError(
+            f"give either devices or process_group, got devices={devices!r} and process_group={process_group!r}: "
+            "a process keeps its shards where its model is"
+        )
+    if process_group is not None:
+        return process_layout(process_group, timeout)
+    if devices is not None:
+        return find_devices(model, devices, max_memory)
+    if max_memory is not None:
+        raise ValueError(f'max_memory={max_memory!r} divides shards among devices; give devices="auto" or a list too')
+    return None
+
+
+def _make_layers(
+    config: Any, options: PiKVConfig, attachment: Attachment | None, spread: Devices | Layout | None
+) -> list[Any]:
     """Return a layer for each that `DynamicCache` would make: its sliding layers as they are, the others paged."""
     layers: list[Any] = []
+    modules = {} if attachment is None else attachment.attention_modules()
     for index, layer in enumerate(DynamicCache(config=config.get_text_config(decoder=True)).layers):
         if type(layer) is DynamicSlidingWindowLayer and options.sliding_layers == "bounded":
             layers.append(layer)
         elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            layers.append(PiKVLayer(index, options, attachment))
+            layout = spread
+            if isinstance(layout, Devices):
+                assert attachment is not None
+                layout = layout.around(attention_device(modules.get(index), attachment.model))
+            layers.append(PiKVLayer(index, options, attachment, layout))
         else:
             raise ValueError(
                 f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "

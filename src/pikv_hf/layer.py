@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from .checks import check_fits
-from .layer_tokens import LayerTokens
+from .layer_edits import LayerEdits
 from .pending import Pending
 from .store import MAX_OBSERVED
 
@@ -17,7 +17,7 @@ LAYER_ATTRIBUTE = "_pikv_layer"
 OBSERVED_POSITIONS = 8
 
 
-class PiKVLayer(LayerTokens):
+class PiKVLayer(LayerEdits):
     """The paged K/V of one attention layer.
 
     Parameters
@@ -28,6 +28,8 @@ class PiKVLayer(LayerTokens):
         Page size, window, shards.
     attachment : Attachment, optional
         The attached model. Without one, `update` returns dense K/V for any attention implementation.
+    layout : Layout, optional
+        Where its parts are; by default one, on the layer's own device.
     """
 
     def _clear(self) -> None:
@@ -129,15 +131,18 @@ class PiKVLayer(LayerTokens):
 
     def observe(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
-        if self.table is None or not self.table.pages.seals or self.lanes > 1:
+        if self.lanes > 1:
             # A page of a lane is of any head: no queries are those of all pages.
             return
         batch, _, new, dim = query.shape
-        if new == 1 and self.table.pages.queries is not None and self.seen % self.config.page_size:
-            # Pages fill now and then: looking at every decoded token would only cost time.
-            return
-        recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
-        self.table.pages.observe(recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone(), scale)
+        for table in self.tables():
+            pages = table.pages
+            if not pages.seals or (new == 1 and pages.queries is not None and self.seen % self.config.page_size):
+                # Pages fill now and then: looking at every decoded token would only cost time.
+                continue
+            recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
+            few = recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone()
+            pages.observe(few.to(table.pool.device), scale)
 
     def attend_ends(self) -> None:
         """Store the new tokens soon if no router is to be awaited."""
@@ -164,12 +169,18 @@ class PiKVLayer(LayerTokens):
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
-        assert self.table is not None
-        # Until pages change hands again, as many tokens as fit into a page may come.
-        self._enforce(headroom=self.config.page_size)
-        self._slots = self.table.pool.index(self._with_room(self.table.next_slots))
         keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
-        self.table.pool.write_newest(self._slots, keys.transpose(0, 1), values.transpose(0, 1), self.seen)
+        lanes = self.lanes
+        try:
+            for part in self.parts:
+                part.append(keys, values, lanes, self.seen)
+        except BaseException:
+            if len(self.parts) > 1:
+                # Those that have the token already let go of it.
+                for table in self.tables():
+                    table.crop(self.seen)
+            raise
+        self._note_evictions()
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
@@ -186,9 +197,10 @@ class PiKVLayer(LayerTokens):
             self.settle_marks()
             if self.pending is not None and not self.holds:
                 self._place(self.pending.experts)
-        elif self._slots is not None:
+        else:
             chosen = self._row_by_lane(experts.view(-1)).to(torch.int16)
-            self.table.pool.experts.view(-1).index_copy_(0, self._slots, chosen)
+            for part in self.parts:
+                part.record_experts(chosen)
 
     # Lengths
 
@@ -234,7 +246,7 @@ class PiKVLayer(LayerTokens):
 
     def fork(self) -> "PiKVLayer":
         """Return a copy that shares all pages until either side writes to them."""
-        twin = PiKVLayer(self.layer_idx, self.config, self.attachment)
+        twin = PiKVLayer(self.layer_idx, self.config, self.attachment, self.layout)
         self._copy_to(twin)
         for name in ("_reference_out", "_history_out", "_reference_lost"):
             setattr(twin, name, getattr(self, name))

@@ -26,6 +26,8 @@ class LayerLimit:
         Shards of the layer, at most.
     sliding_tokens : float
         Tokens of each sequence that bounded layers hold, this layer's part of them.
+    parts : int
+        Devices or processes that divide the tokens outside of the window evenly; bytes are those of one of them.
     """
 
     tokens: int | None
@@ -35,9 +37,10 @@ class LayerLimit:
     least: int
     shards: int
     sliding_tokens: float
+    parts: int = 1
 
     @classmethod
-    def of(cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0) -> "LayerLimit | None":
+    def of(cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0, parts: int = 1) -> "LayerLimit | None":
         """Divide a cache's budget by its paged layers; None if it has none.
 
         Parameters
@@ -48,6 +51,8 @@ class LayerLimit:
             Paged layers of the cache.
         sliding_tokens : int
             Tokens per sequence that all bounded sliding layers together hold at most.
+        parts : int
+            Devices or processes of each layer.
 
         Raises
         ------
@@ -59,14 +64,15 @@ class LayerLimit:
         budget = Budget.parse(config.budget)
         scope = config.budget_scope or ("cache" if budget.unit == "bytes" else "layer")
         size = config.page_size
-        least = -(-config.sink_tokens // size) * size + config.recent_window + 2 * size
+        least = -(-config.sink_tokens // size) * size + config.recent_window + 2 * size * parts
         amount = budget.amount / layers if scope == "cache" else budget.amount
         if budget.unit == "share":
-            return cls(None, budget.amount, None, scope == "shard", least, config.num_shards, 0.0)
+            return cls(None, budget.amount, None, scope == "shard", least, config.num_shards, 0.0, parts)
         if budget.unit == "bytes":
             sliding = sliding_tokens / layers if scope == "cache" else 0.0
             # A layer's shards have as much each; its window is beside them.
-            return cls(None, None, int(amount), scope == "shard", least, config.num_shards, sliding)
+            of_part = amount if scope == "shard" else amount / parts
+            return cls(None, None, int(of_part), scope == "shard", least, config.num_shards, sliding, parts)
         smallest = size if scope == "shard" else least
         if amount < smallest:
             of = f"{config.budget} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
@@ -74,7 +80,7 @@ class LayerLimit:
                 f"a budget of {of} leaves {int(amount)} tokens, but at least {smallest} are needed"
                 + ("" if scope == "shard" else f": sinks, a window of {config.recent_window} and two pages of {size}")
             )
-        return cls(int(amount), None, None, scope == "shard", least, config.num_shards, 0.0)
+        return cls(int(amount), None, None, scope == "shard", least, config.num_shards, 0.0, parts)
 
     def tokens_of(self, seen: int, shards: int) -> int | None:
         """Return the most tokens of a sequence, or of each of its shards, after `seen` positions; None if unlimited."""

@@ -10,13 +10,16 @@ from .sealed_pool import SealedPool
 from .table import PageTable
 
 
-def layer_memory(index: int, layer: Any) -> LayerMemory:
-    """Return the bytes and tokens of layer `index` of a cache, a :class:`PiKVLayer` or a bounded sliding layer."""
+def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
+    """Return the bytes and tokens of a layer, a :class:`PiKVLayer` or a bounded sliding one, part by part."""
     if not isinstance(layer, PiKVLayer):
-        return _sliding_memory(index, layer)
+        return [_sliding_memory(index, layer)]
     if layer.table is None:
-        return LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)
-    table = layer.table
+        return [LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)]
+    return [_part_memory(index, layer, number, table) for number, table in enumerate(layer.tables())]
+
+
+def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) -> LayerMemory:
     pages, plain = table.pages, table.pool
     pools = pages.pools()
     held = {name: table.distinct_pages(name) for name in pools}
@@ -24,28 +27,34 @@ def layer_memory(index: int, layer: Any) -> LayerMemory:
     values = live_bytes(
         [plain.values, *(t for p in pages.sealed.values() for t in p.values.tensors()), *pages.bases(False)]
     )
-    total = live_bytes(layer.storages()) + pages.host_bytes + table.host_bytes
-    pending = live_bytes(layer.storages()) - live_bytes(pages.tensors())
+    storages = layer.storages(number)
+    total = live_bytes(storages) + pages.host_bytes + table.host_bytes
+    pending = live_bytes(storages) - live_bytes(pages.tensors())
     shard_bytes, shard_tokens = np.zeros((2, table.num_shards), dtype=np.int64)
     for name, pool in pools.items():
         in_shard = held[name][pool.shard[held[name]] >= 0]
         np.add.at(shard_bytes, pool.shard[in_shard], pool.page_bytes)
         np.add.at(shard_tokens, pool.shard[in_shard], pool.count[in_shard])
+    in_window = plain.shard[held[""]] < 0
+    # Copies of the window are memory, but its tokens count once.
+    stored = sum(int(pool.count[held[name]].sum()) for name, pool in pools.items())
+    if not table.writer.reads_window:
+        stored -= int(plain.count[held[""][in_window]].sum())
     return LayerMemory(
         layer=index,
         kind="paged",
-        device=str(layer.device),
+        device=layer.parts[number].place.name or str(plain.device),
         keys=keys,
         values=values,
         metadata=total - keys - values - pending,
         total=total,
-        window=plain.page_bytes * int(np.count_nonzero(plain.shard[held[""]] < 0)),
+        window=plain.page_bytes * int(np.count_nonzero(in_window)),
         free=sum(pool.free_bytes for pool in pools.values()),
         pending=pending,
         shards=tuple(shard_bytes.tolist()),
         shard_tokens=tuple(shard_tokens.tolist()),
         tokens_seen=layer.seen,
-        tokens_stored=sum(int(pool.count[held[name]].sum()) for name, pool in pools.items()),
+        tokens_stored=stored,
         codecs=(_plain_codec(table, held[""]), *(_codec(pool, held[name]) for name, pool in pages.sealed.items())),
     )
 

@@ -158,6 +158,18 @@ class PagePool(PageBook):
         keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
         return FullPages(keys, values, self.positions[index], self.experts[index], self.shard[ids])
 
+    def adopt(self, contents: FullPages) -> PageIds:
+        """Take over full pages; return their numbers `(n,)`, yet without a holder."""
+        ids = self.allocate(contents.keys.shape[1])
+        # Free again until somebody holds them.
+        self.refcount[ids] = 0
+        index = self.index(ids)
+        self.keys.index_copy_(1, index, contents.keys)
+        self.values.index_copy_(1, index, contents.values)
+        self.positions[index], self.experts[index] = contents.positions, contents.experts
+        self.count[ids], self.shard[ids] = self.page_size, contents.shards
+        return ids
+
     def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
         """Return a copy of the keys, or the values, of the pages at `index` `(n,)`, `(H, n * P, D)`."""
         return (self.keys if keys else self.values).index_select(1, index).flatten(1, 2)

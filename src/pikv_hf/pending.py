@@ -41,3 +41,13 @@ class Pending:
         experts = None if self.experts is None else self.experts[rows]
         masses = None if self.masses is None else self.masses[rows]
         return Pending(self.keys[rows], self.values[rows], valid, self.vetted, experts, masses)
+
+    def to(self, device: torch.device) -> "Pending":
+        """Return the tokens on another device, or these if they are there."""
+        if self.keys.device == device:
+            return self
+        parts = [self.keys, self.values, self.valid, self.experts, self.masses]
+        keys, values, valid, experts, masses = (None if part is None else part.to(device) for part in parts)
+        assert keys is not None
+        assert values is not None
+        return Pending(keys, values, valid, self.vetted, experts, masses)

@@ -13,6 +13,8 @@ import torch
 if TYPE_CHECKING:
     from .attachment import Attachment
     from .layer import PiKVLayer
+    from .routing import Router
+    from .table import PageTable
 
 
 def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -37,12 +39,15 @@ def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwa
 
 def prefetch(layer: "PiKVLayer", query: torch.Tensor, scale: float) -> None:
     """Begin to fetch the pages that a layer would read for queries `(B, Hq, D)`; never fails for what it cannot get."""
-    table, router = layer.table, layer.router
-    if table is None or router is None or query.shape[0] != layer.batch:
-        return
+    for part in layer.parts:
+        if part.table is not None and part.router is not None and query.shape[0] == layer.batch:
+            _prefetch(part.table, part.router, query.to(part.device), scale, layer.seen + 1)
+
+
+def _prefetch(table: "PageTable", router: "Router", query: torch.Tensor, scale: float, seen: int) -> None:
     rows = query.reshape(len(table.rows), -1, query.shape[-1])
     index = table.index()
-    choice = router.choose(index, rows, scale, layer.seen + 1)
+    choice = router.choose(index, rows, scale, seen)
     if choice is None:
         return
     pages = index.pages.expand(len(choice.columns), -1, -1).gather(2, choice.columns)

@@ -92,7 +92,7 @@ class CodecMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LayerMemory:
-    """Bytes and tokens of one layer.
+    """Bytes and tokens of one layer, or of one of its parts where it has several.
 
     Attributes
     ----------
@@ -142,7 +142,7 @@ class MemoryReport:
     total : int
         Live bytes, equal to `cache.nbytes`.
     layers : tuple of LayerMemory
-        By layer.
+        By layer, and within it by device.
     """
 
     total: int
@@ -171,7 +171,10 @@ class MemoryReport:
     @property
     def per_layer(self) -> dict[int, int]:
         """Bytes by layer index."""
-        return {layer.layer: layer.total for layer in self.layers}
+        layers: dict[int, int] = {}
+        for layer in self.layers:
+            layers[layer.layer] = layers.get(layer.layer, 0) + layer.total
+        return layers
 
     @property
     def per_shard(self) -> tuple[int, ...]:

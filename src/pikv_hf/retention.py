@@ -1,10 +1,13 @@
 """From a layer's table, and what is pending, to a table of what is kept."""
 
+from collections.abc import Sequence
+
 import torch
 
 from .config import PiKVConfig
 from .eviction import AS_CONFIGURED, WIDTHS, CodedPages, ExactTokens, KeptTokens
 from .pending import Pending
+from .shard_map import GOLDEN
 from .table import PageTable
 from .tiers import LayerTiers
 from .writer import SequenceWriter, ShardOf
@@ -49,7 +52,13 @@ def with_exact_ends(widths: torch.Tensor, config: PiKVConfig) -> torch.Tensor:
 
 
 def kept_table(
-    table: PageTable, pending: Pending | None, widths: torch.Tensor, config: PiKVConfig, shard_of: ShardOf
+    table: PageTable,
+    pending: Pending | None,
+    widths: torch.Tensor,
+    config: PiKVConfig,
+    shard_of: ShardOf,
+    leaders: list[int],
+    split: bool,
 ) -> PageTable:
     """Return a table of its own for what is kept of a layer; the old one stays as it is.
 
@@ -65,14 +74,17 @@ def kept_table(
         Options of the cache.
     shard_of : callable
         Where later tokens go.
+    leaders : list of int
+        See :func:`leaders_of`.
+    split : bool
+        Whether heads keep different tokens, here or in another part of the layer.
     """
     batch, heads, columns = widths.shape
     was_split = table.pool.keys.shape[0] != heads
-    split = was_split or not torch.equal(widths, widths[:, :1].expand_as(widths))
     # A low-rank basis belongs to a head: pages of one head cannot share it.
     decoded = ["", "none"] + [name for name in table.pages.sealed if split and "lowrank" in name]
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
-    kept = KeptTokens(widths, _leaders(table, pending, widths), exact, config, split, table.pages.tiers)
+    kept = KeptTokens(widths, leaders, exact, config, split, table.pages.tiers)
     with kept.retired_on_error():
         if not split:
             kept.store.inherit(table.pages)
@@ -90,6 +102,7 @@ def assigned_table(
     config: PiKVConfig,
     shard_of: ShardOf,
     leaders: list[int],
+    split: bool,
     tiers: LayerTiers | None = None,
 ) -> PageTable:
     """Return a table of K/V from outside at positions 0..T-1.
@@ -99,7 +112,6 @@ def assigned_table(
     """
     every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
     held = every if held is None else held
-    split = not torch.equal(held, held[:, :1].expand_as(held))
     widths = with_exact_ends(held.to(torch.uint8) * AS_CONFIGURED, config)
     kept = KeptTokens(widths, leaders, ExactTokens(keys, values, held), config, split, tiers)
     with kept.retired_on_error():
@@ -149,9 +161,35 @@ def equal_rows(*parts: torch.Tensor | None, batch: int) -> list[int]:
     return leaders
 
 
-def _leaders(table: PageTable, pending: Pending | None, widths: torch.Tensor) -> list[int]:
+def leaders_of(table: PageTable, pending: Pending | None, widths: torch.Tensor) -> list[int]:
+    """Return for each row the first row with the same past and the same new tokens of which the same is kept."""
     batch = widths.shape[0]
     lanes = len(table.rows) // batch
     past = torch.tensor([id(row) for row in table.rows]).view(batch, lanes)
     new = () if pending is None else (pending.keys[:, :, -1], pending.valid, pending.keys, pending.values)
     return equal_rows(past, widths, *new, batch=batch)
+
+
+def shares_of(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> torch.Tensor:
+    """Divide what is kept of each KV head among parts, a page of it at a time.
+
+    Parameters
+    ----------
+    kept : torch.Tensor
+        `(B, H, T)` bool.
+    page_size : int
+        Tokens per page.
+    weights : sequence of float
+        The share of each part.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, H, T)` int64, the part of each token.
+    """
+    page = (kept.cumsum(dim=2) - 1).clamp_min(0) // page_size
+    total = sum(weights)
+    ends = torch.tensor([sum(weights[: n + 1]) / total for n in range(len(weights) - 1)], dtype=torch.float64)
+    # Of n pages each part gets its share, up to one page.
+    place = (page.double() + 0.5) * GOLDEN % 1.0
+    return torch.bucketize(place, ends.to(place.device), right=True)

@@ -43,6 +43,11 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
     """
     if not isinstance(layer, PiKVLayer):
         return _describe_sliding(index, layer)
+    if layer.layout.parts > 1:
+        raise ValueError(
+            f"layer {index} is spread over {layer.layout.parts} devices or processes; only a cache in one place can be "
+            "saved in this release"
+        )
     layer.settle_unless_held()
     _require_settled(layer)
     description: dict[str, Any] = {

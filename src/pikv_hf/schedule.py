@@ -287,7 +287,10 @@ class LayerSchedule:
                     evicted |= self._evict_tokens(table, rows, excess, seen, shard)
             else:
                 assert limit is not None
-                excess = _held(table, rows) + (headroom - limit) * lanes
+                # The window is in every part, and counts once; what is left is divided evenly.
+                window = sum(int(table.pool.count[row.window].sum()) for row in rows)
+                allowed = ((limit - headroom) * lanes - window) // self.limit.parts
+                excess = _held(table, rows) - window - allowed
                 evicted |= self._evict_tokens(table, rows, excess, seen)
         return evicted
 
@@ -357,15 +360,15 @@ class LayerSchedule:
         self.tokens_evicted += int(facts.view.tokens[which].sum())
 
 
-def make_schedule(config: PiKVConfig, layers: int, sliding_tokens: int) -> LayerSchedule | None:
-    """Return what schedules each of the paged layers of a cache, None if nothing has ever to go.
+def make_schedule(config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1) -> LayerSchedule | None:
+    """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
 
     Raises
     ------
     ValueError
         See :meth:`LayerLimit.of`.
     """
-    limit = LayerLimit.of(config, layers, sliding_tokens)
+    limit = LayerLimit.of(config, layers, sliding_tokens, parts)
     if limit is None and config.tiers is None:
         return None
     name = config.scheduler or ("lru" if limit is None else "pikv")

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from .config import PiKVConfig
 from .fingerprint import Fingerprint
+from .layout import attention_device
 from .loaded_layer import SavedPaged, SavedSliding
 from .saved_layer import describe_layer
 from .tensor_file import CacheFileError, Group, TensorFile, write_tensors
@@ -88,7 +88,7 @@ def load_cache(kind: "type[PiKVCache]", path: str | os.PathLike[str], model: Any
         assert cache.attachment is not None
         modules = cache.attachment.attention_modules()
         for index, (saved, layer) in enumerate(zip(layers, cache.layers, strict=True)):
-            saved.restore(layer, _device_of(modules.get(index), model))
+            saved.restore(layer, attention_device(modules.get(index), model))
     return cache
 
 
@@ -151,16 +151,3 @@ def _require_fitting(cache: "PiKVCache", layers: list[SavedPaged | SavedSliding]
     for index, (saved, layer) in enumerate(zip(layers, cache.layers, strict=True)):
         with _of_layer(index):
             saved.check_fits(layer)
-
-
-def _device_of(module: nn.Module | None, model: Any) -> torch.device:
-    """Return where an attention module computes, also if accelerate brings its parameters there only then."""
-    for parameter in () if module is None else module.parameters():
-        if parameter.device.type != "meta":
-            return parameter.device
-    for each in () if module is None else module.modules():
-        hook = getattr(each, "_hf_hook", None)
-        for part in getattr(hook, "hooks", (hook,)):
-            if (device := getattr(part, "execution_device", None)) is not None:
-                return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return torch.device(model.device)

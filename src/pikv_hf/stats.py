@@ -38,8 +38,9 @@ class CacheStats:
     @classmethod
     def of(cls, layers: list[LayerTokens], tiers: Any) -> "CacheStats":
         """Add up what the layers counted."""
-        counts = [layer.router.counts for layer in layers if layer.router is not None]
-        schedules = [layer.schedule for layer in layers if layer.schedule is not None]
+        parts = [part for layer in layers for part in layer.parts]
+        counts = [part.router.counts for part in parts if part.router is not None]
+        schedules = [part.schedule for part in parts if part.schedule is not None]
         return cls(
             routed_steps=sum(count.steps for count in counts),
             pages_held=sum(count.held for count in counts),

@@ -18,6 +18,9 @@ from .writer import SequenceWriter
 # Stands for the part of the plain pool that is always read.
 UNFILLED = "unfilled"
 
+# And for the window alone.
+WINDOW = "window"
+
 
 class PageTable:
     """The rows of one layer's cache over its pages.
@@ -159,6 +162,7 @@ class PageTable:
         positions: torch.Tensor,
         experts: torch.Tensor,
         valid: torch.Tensor | None,
+        leaders: list[int] | None = None,
     ) -> None:
         """Append the tokens of a prompt, a chunk or a draft.
 
@@ -172,8 +176,10 @@ class PageTable:
             `(B, Q)` int16.
         valid : torch.Tensor, optional
             `(B, Q)` bool, False for padding, which is not stored.
+        leaders : list of int, optional
+            What :meth:`identical_rows` says of them, if that is known.
         """
-        leaders = self._identical_rows(keys, values, valid)
+        leaders = self.identical_rows(keys, values, valid) if leaders is None else leaders
         picks = {row: slice(None) if valid is None else valid[row].nonzero().squeeze(1) for row in set(leaders)}
         with self.pages.transaction():
             parted = self._part(leaders)
@@ -190,7 +196,7 @@ class PageTable:
         self.rows[:] = rows
         self._changed()
 
-    def _identical_rows(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> list[int]:
+    def identical_rows(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> list[int]:
         """Return for each row the first row with the same past and the same new tokens.
 
         `generate(num_beams=n)` repeats its inputs before the prompt is run, so n rows of one prompt arrive as n equal
@@ -251,6 +257,15 @@ class PageTable:
         self.pages.pools()[name].release(pages)
         self._changed()
 
+    def add(self, sequence: SequencePages, name: str, pages: PageIds) -> None:
+        """Give full pages of a shard to a sequence, which may be several rows'."""
+        if name:
+            self.pages.give(sequence, name, pages)
+        else:
+            sequence.sealed = np.append(sequence.sealed, pages)
+            self.pool.hold(pages)
+        self._changed()
+
     def flush(self) -> bool:
         """Move every page that has left the recent window to the shards, once for all rows that share it.
 
@@ -293,15 +308,16 @@ class PageTable:
     def plan(self, name: str = "") -> ReadPlan:
         """Return how attention reads this table's pages of a pool; made anew only after pages changed hands.
 
-        `name` may be :data:`UNFILLED`, for the pages of the plain pool that are not full or in the window.
+        `name` may be :data:`UNFILLED`, for the pages of the plain pool that are not full or in the window, or
+        :data:`WINDOW`. A part that does not read its window has it only there.
         """
-        pool = self.pages.pools()["" if name == UNFILLED else name]
+        pool = self.pages.pools()["" if name in (UNFILLED, WINDOW) else name]
         plan, made_at = self._plans.get(name, (None, -1))
         if plan is None or (len(plan.bridged) and made_at != pool.allocations):
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
-            pages = [_pages_of(sequence, name) for sequence in self._sequences()]
+            pages = [self._pages_of(sequence, name) for sequence in self._sequences()]
             # Pages that may move are never read as neighbours.
             min_run = max(2, MIN_RUN_BYTES // pool.page_bytes) if pool.in_place else pool.capacity + 1
             free = pool.refcount == 0
@@ -320,7 +336,7 @@ class PageTable:
             `(B, n)` int32 page numbers and `(B,)` int32, how many of them count.
         """
         if name not in self._entries:
-            rows = [_pages_of(row, name) for row in self.rows]
+            rows = [self._pages_of(row, name) for row in self.rows]
             lengths = np.array([len(row) for row in rows], dtype=np.int32)
             numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
             for line, row in zip(numbers, rows, strict=True):
@@ -360,18 +376,27 @@ class PageTable:
             held[row, positions[positions >= 0].long()] = True
         return held
 
+    @property
+    def always_read(self) -> int:
+        """Pages that a step reads whatever routing says, over all rows."""
+        return sum(len(self._pages_of(row, UNFILLED)) for row in self.rows)
+
+    def _pages_of(self, sequence: SequencePages, name: str) -> PageIds:
+        """Return the pages of a sequence that attention reads; see :meth:`plan`."""
+        if name == WINDOW:
+            return np.asarray(sequence.window, dtype=np.int64)
+        pages = sequence.unfilled() if name == UNFILLED else sequence.pages(name)
+        # The window's come first in both.
+        return pages if name not in ("", UNFILLED) or self.writer.reads_window else pages[len(sequence.window) :]
+
     def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PageBook, torch.Tensor]]:
         """Yield each row's pages `(n,)` in each of the pools."""
         pools = self.pages.pools()
         for name in pools if names is None else names:
             if (pool := pools.get(name)) is not None:
                 for row, sequence in enumerate(self.rows):
-                    if len(pages := sequence.pages(name)):
+                    if len(pages := self._pages_of(sequence, name)):
                         yield row, pool, pool.index(pages)
-
-
-def _pages_of(sequence: SequencePages, name: str) -> PageIds:
-    return sequence.unfilled() if name == UNFILLED else sequence.pages(name)
 
 
 def _release_rows(pages: PageStore, rows: list[SequencePages]) -> None:

@@ -83,7 +83,7 @@ class Tiers:
     config : PiKVConfig
         Its `tiers` and `tier_directory`.
     layers : int
-        Paged layers, which divide the limits evenly.
+        Paged layers, times the parts of each, which divide the limits evenly.
 
     Attributes
     ----------
@@ -104,16 +104,16 @@ class Tiers:
         self._parent = config.tier_directory
         self._directory: Path | None = None
         self._numbers = itertools.count()
-        self._by_layer: dict[int, LayerTiers] = {}
+        self._by_layer: dict[tuple[int, int], LayerTiers] = {}
         self._worker: ThreadPoolExecutor | None = None
         # What is being read ahead of need, for any layer.
         self.readings: weakref.WeakSet[Reading] = weakref.WeakSet()
 
-    def layer(self, index: int) -> "LayerTiers":
-        """Return the part of a model layer; forks of a cache share it."""
-        if index not in self._by_layer:
-            self._by_layer[index] = LayerTiers(self, index)
-        return self._by_layer[index]
+    def layer(self, index: int, part: int = 0) -> "LayerTiers":
+        """Return what a part of a model layer has of them; forks of a cache share it."""
+        if (index, part) not in self._by_layer:
+            self._by_layer[index, part] = LayerTiers(self, index)
+        return self._by_layer[index, part]
 
     @property
     def worker(self) -> ThreadPoolExecutor:

@@ -8,6 +8,7 @@ import torch
 from .packing import pack_prompt
 from .page_book import PageIds
 from .sequence import SequencePages
+from .shard_map import ShardMap
 from .store import PageStore
 
 # Maps (positions, experts) of tokens, int32 and int16 `(n,)`, to their shards.
@@ -39,10 +40,30 @@ class SequenceWriter:
         self.recent_window = recent_window
         self.sink_pages = _pages_for(sink_tokens, self.pool.page_size)
         self._shard_of = shard_of
+        self._shard_map: ShardMap | None = None
+        self._part = 0
+        self._counts = False
+
+    @property
+    def reads_window(self) -> bool:
+        """Whether attention takes the window from here."""
+        return self._part == 0
+
+    def share(self, shard_map: ShardMap | None, part: int, counts: bool = True) -> None:
+        """Leave to other parts what `shard_map` gives them; `counts`: tell it what leaves the window."""
+        self._shard_map, self._part, self._counts = shard_map, part, counts
 
     def shards(self, positions: torch.Tensor, experts: torch.Tensor) -> np.ndarray:
-        """Return the shards of tokens, `(n,)`, on the host."""
-        return self._shard_of(positions, experts).cpu().numpy()
+        """Return the shards of tokens, `(n,)`, on the host; below 0 for those of other parts."""
+        shards = self._shard_of(positions, experts).cpu().numpy()
+        if self._shard_map is None:
+            return shards
+        return self._shard_map.own(shards, positions.cpu().numpy(), self._part)
+
+    def _note(self, shards: np.ndarray) -> None:
+        """Count tokens that leave the window."""
+        if self._shard_map is not None and self._counts:
+            self._shard_map.note(shards, self._part)
 
     def page_shards(self, page: int) -> np.ndarray:
         """Return the shards of a page's tokens, `(count,)`."""
@@ -81,10 +102,8 @@ class SequenceWriter:
     def pages_sealed(self, sequence: SequencePages, shards: np.ndarray) -> int:
         """Return how many pages :meth:`store` fills with tokens of these shards."""
         first, direct, leaving = self._divide(sequence, len(shards))
-        counts = np.bincount(
-            np.append(self._leaving_shards(sequence, leaving, shards[:first]), shards[first : first + direct]),
-            minlength=self.num_shards,
-        )
+        passing = np.append(self._leaving_shards(sequence, leaving, shards[:first]), shards[first : first + direct])
+        counts = np.bincount(passing[passing >= 0], minlength=self.num_shards)
         is_open = sequence.open >= 0
         counts[is_open] += self.pool.count[sequence.open[is_open]]
         return int((counts // self.pool.page_size).sum())
@@ -124,11 +143,16 @@ class SequenceWriter:
         if first:
             keys, values, positions, experts = tokens
             slots = self.pool.index(self._window_slots(sequence, first))
-            self.pool.write(slots, keys[:, :first], values[:, :first], positions[:first], experts[:first])
+            begun = keys[:, :first], values[:, :first], positions[:first], experts[:first]
+            self.pool.write(slots, *(part.to(self.pool.device) for part in begun))
             tokens = keys[:, first:], values[:, first:], positions[first:], experts[first:]
         for _ in range(leaving):
             self.flush_page([sequence], self.page_shards(sequence.window[self.sink_pages]))
         passing, staying = shards[first : first + direct], len(shards) - first - direct
+        if self._shard_map is not None:
+            self._note(passing)
+            tokens = self._without_others(tokens, passing)
+            passing = passing[passing >= 0]
         if self.pages.seals and direct:
             self.pages.seal([sequence])
             tokens = pack_prompt(self, sequence, passing, tokens)
@@ -136,6 +160,14 @@ class SequenceWriter:
         if len(passing) or staying:
             places = self.shard_slots([sequence], passing), self._window_slots(sequence, staying)
             self.pool.write(self.pool.index(np.concatenate(places)), *tokens)
+
+    def _without_others(self, tokens: tuple[torch.Tensor, ...], passing: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return this part's tokens and those of the window, on its device: no others travel."""
+        stays = np.concatenate([passing >= 0, np.ones(tokens[2].shape[0] - len(passing), dtype=np.bool_)])
+        index = torch.from_numpy(np.flatnonzero(stays)).to(tokens[2].device)
+        keys, values, positions, experts = tokens
+        mine = keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]
+        return tuple(part.to(self.pool.device, non_blocking=True) for part in mine)
 
     def _window_slots(self, sequence: SequencePages, tokens: int) -> PageIds:
         """Take the next window slots: the rest of the last page, then new pages."""
@@ -174,16 +206,18 @@ class SequenceWriter:
     def flush_page(self, group: list[SequencePages], shards: np.ndarray) -> None:
         """Move the oldest recent page, which all sequences of `group` share, to their shards, which they share too."""
         page = group[0].window[self.sink_pages]
-        slots = self.shard_slots(group, shards)
-        start = page * self.pool.page_size
-        self.pool.move(self.pool.index(np.arange(start, start + self.pool.page_size)), self.pool.index(slots))
+        self._note(shards)
+        mine = np.flatnonzero(shards >= 0)
+        if len(mine):
+            slots = self.shard_slots(group, shards[mine])
+            self.pool.move(self.pool.index(page * self.pool.page_size + mine), self.pool.index(slots))
         for sequence in group:
             del sequence.window[self.sink_pages]
         self.pool.release(np.full(len(group), page))
 
     def shard_pages_needed(self, sequence: SequencePages, holders: int, shards: np.ndarray) -> int:
         """Return how many pages tokens of these shards take, copies of open pages that others hold included."""
-        counts = np.bincount(shards, minlength=self.num_shards)
+        counts = np.bincount(shards[shards >= 0], minlength=self.num_shards)
         is_open = sequence.open >= 0
         room = np.zeros(self.num_shards, dtype=np.int64)
         room[is_open] = self.pool.page_size - self.pool.count[sequence.open[is_open]]
@@ -245,8 +279,12 @@ class SequenceWriter:
         for page in [*sequence.sealed.tolist(), *sequence.open[sequence.open >= 0].tolist()]:
             if page in kept and self.pool.count[kept[page]] == self.pool.page_size:
                 sealed.append(kept[page])
-            elif page in kept:
+            elif page in kept and open_pages[self.pool.shard[page]] < 0:
                 open_pages[self.pool.shard[page]] = kept[page]
+            elif page in kept:
+                # Of two parts one has given its pages of a shard to the other: it stays as it is, and is not packed.
+                self.pool.kept[kept[page]] = True
+                sealed.append(kept[page])
         window = [kept[page] for page in sequence.window if page in kept]
         packed = {name: ids.astype(np.int64) for name, ids in packed.items() if len(ids)}
         return SequencePages(window, open_pages, np.asarray(sealed, dtype=np.int64), packed)

@@ -1,0 +1,137 @@
+"""Shards to parts: which device, or which process, has the pages of which shard."""
+
+import numpy as np
+
+from .balancing import pack
+
+# Consecutive multiples of it, modulo 1, fill the unit interval evenly, and so does every arithmetic sequence of them.
+GOLDEN = (5**0.5 - 1) / 2
+
+#: Parts may hold this much more than their shares before shards are divided anew. What is due at most is 10%, with
+#: pages that are not full and pools that grow in steps.
+MAX_SKEW = 0.04
+
+#: Tokens per part below which nothing is divided anew: single pages would tip the scales.
+MIN_TOKENS = 512
+
+
+class ShardMap:
+    """Divides the shards of one layer among its parts so that each gets its share of the tokens.
+
+    Shards, each as long as its load, and parts, each as long as its weight, are laid side by side along the same line:
+    a shard is of the part beside it. Neighbouring shards stay together, parts are as full as they should be whatever
+    the loads, and at most `parts - 1` shards are divided, page by page of the sequence, between parts. (McNaughton's
+    wrap-around rule for scheduling on identical machines.)
+
+    All parts, also those of other processes, compute the same from the same tokens; nothing is exchanged.
+
+    Parameters
+    ----------
+    num_shards : int
+        Shards of the layer.
+    weights : sequence of float
+        The share of the tokens that each part is to get.
+    page_size : int
+        Tokens per page.
+    whole : bool
+        Never divide a shard, however unevenly that fills the parts.
+
+    Attributes
+    ----------
+    fractions : numpy.ndarray
+        `(S, G)`, the share of each shard that goes to each part.
+    loads : numpy.ndarray
+        `(S,)` int64, tokens of each shard so far.
+    placed : numpy.ndarray
+        `(G,)` float64, tokens of each part so far.
+    """
+
+    def __init__(self, num_shards: int, weights: "np.ndarray | list[float]", page_size: int, whole: bool) -> None:
+        self.weights = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+        self.num_shards, self.page_size, self.whole = num_shards, page_size, whole
+        self.loads = np.zeros(num_shards, dtype=np.int64)
+        self.placed = np.zeros(len(self.weights), dtype=np.float64)
+        self.divide(self.loads)
+
+    @property
+    def parts(self) -> int:
+        """G."""
+        return len(self.weights)
+
+    def divide(self, loads: np.ndarray, weights: np.ndarray | None = None) -> None:
+        """Divide the shards anew, by loads `(S,)` and, for the time being, by other weights `(G,)`."""
+        weights = self.weights if weights is None else weights / weights.sum()
+        # A shard without tokens has a place too, should one come.
+        lengths = loads + 1.0
+        if self.whole:
+            self.fractions = np.eye(self.parts)[pack(lengths, self.parts)]
+        else:
+            ends, edges = lengths.cumsum() / lengths.sum(), weights.cumsum()
+            starts = ends - lengths / lengths.sum()
+            shared = np.minimum(ends[:, None], edges) - np.maximum(starts[:, None], edges - weights)
+            shared = shared.clip(min=0)
+            self.fractions = shared / shared.sum(axis=1, keepdims=True)
+        self._ends = self.fractions.cumsum(axis=1)[:, :-1]
+
+    def own(self, shards: np.ndarray, positions: np.ndarray, part: int) -> np.ndarray:
+        """Return the shards of a part's own tokens, and codes below 0 for those of others.
+
+        Parameters
+        ----------
+        shards, positions : numpy.ndarray
+            `(n,)` integers, of tokens.
+        part : int
+            Whose they may be.
+
+        Returns
+        -------
+        numpy.ndarray
+            `(n,)` int64. A code tells :meth:`note` part and shard.
+        """
+        where = self._parts_of(shards, positions)
+        return np.where(where == part, shards, -1 - (where * self.num_shards + shards))
+
+    def _parts_of(self, shards: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        place = positions // self.page_size * GOLDEN % 1.0
+        return (self._ends[shards] <= place[:, None]).sum(axis=1)
+
+    def note(self, coded: np.ndarray, part: int) -> None:
+        """Count tokens that left the window, as :meth:`own` gave them to a part."""
+        others = -1 - coded
+        foreign = coded < 0
+        where = np.where(foreign, others // self.num_shards, part)
+        shards = np.where(foreign, others % self.num_shards, coded)
+        self.placed += np.bincount(where, minlength=self.parts)
+        self.loads += np.bincount(shards, minlength=self.num_shards)
+
+    @property
+    def skew(self) -> float:
+        """By how much the fullest part exceeds its share."""
+        total = self.placed.sum()
+        known = self.weights > 0
+        return float((self.placed[known] / self.weights[known]).max() / total - 1) if total else 0.0
+
+    def divide_if_skewed(self) -> bool:
+        """Divide the shards anew if parts are filled too unevenly; return whether that was so.
+
+        What comes next fills the parts that have too little, so that balance returns although nothing is moved.
+        """
+        total = self.placed.sum()
+        if self.whole or total < MIN_TOKENS * self.parts or self.skew <= MAX_SKEW:
+            return False
+        # As if a quarter more had come, and everything were even then.
+        missing = (self.weights * total * 1.25 - self.placed).clip(min=0)
+        self.divide(self.loads, missing)
+        return True
+
+    def rescale(self, share: float) -> None:
+        """Forget all but a share of what was counted: tokens are gone."""
+        self.placed *= share
+        self.loads = (self.loads * share).astype(np.int64)
+
+    def copy(self) -> "ShardMap":
+        """Return an independent map."""
+        twin = ShardMap.__new__(ShardMap)
+        twin.__dict__.update(self.__dict__)
+        twin.placed, twin.loads = self.placed.copy(), self.loads.copy()
+        return twin
