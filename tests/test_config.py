@@ -14,7 +14,7 @@ from pikv_hf import PiKVConfig
     recent_window=st.integers(0, 10**6),
     sink_tokens=st.integers(0, 10**4),
     num_shards=st.integers(1, 512),
-    placement=st.sampled_from([None, "expert", "hash"]),
+    placement=st.sampled_from([None, "expert", "balanced", "hash"]),
     sliding_layers=st.sampled_from(["bounded", "paged"]),
 )
 def test_round_trips(**options: Any) -> None:
@@ -33,7 +33,7 @@ def test_round_trips(**options: Any) -> None:
         ({"num_shards": True}, TypeError, "num_shards must be an int, got True"),
         ({"recent_window": -1}, ValueError, "recent_window must be at least 0, got -1"),
         ({"sink_tokens": "4"}, TypeError, "sink_tokens must be an int, got '4'"),
-        ({"placement": "experts"}, ValueError, "'expert', 'hash', got 'experts', did you mean 'expert'?"),
+        ({"placement": "experts"}, ValueError, "'expert', 'balanced', 'hash', got 'experts', did you mean 'expert'?"),
         ({"sliding_layers": "page"}, ValueError, "did you mean 'paged'?"),
         ({"num_shard": 4}, TypeError, "unknown option 'num_shard', did you mean 'num_shards'?"),
         ({"zzz": 4}, TypeError, r"unknown option 'zzz' \(known: page_size"),

@@ -221,20 +221,28 @@ def test_what_cannot_be_evaluated_is_named(options, message):
         evaluate_cache(**{**SMALL, "cache": "dynamic", **options})
 
 
-def test_two_processes_score_like_one(tmp_path):
+@pytest.mark.parametrize("shared", [False, True], ids=["samples divided", "one cache for both"])
+def test_two_processes_score_like_one(tmp_path, shared):
     # Without a GPU, --multi_gpu starts the processes and they talk through gloo; with --cpu there would be only one.
     given = ["ruler", "--length", "200", "--samples", "3", "--task", "niah_single_2", "--task", "vt", "--quiet"]
-    given += ["--press", "RandomPress", "--ratio", "0.25", "--threads", "1"]
+    given += ["--threads", "1"] if shared else ["--press", "RandomPress", "--ratio", "0.25", "--threads", "1"]
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "pikv_hf.eval", *given, "--output", str(tmp_path / "two")]
+    caches = ["--cache", "pikv:process_group=world"] if shared else []
+    command = [*launch, "-m", "pikv_hf.eval", *given, *caches, "--output", str(tmp_path / "two")]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     # Only one process reports.
     assert result.stdout.count("mean over tasks") == 1
-    CliRunner().invoke(app, ["eval", *given, "--output", str(tmp_path / "one")], catch_exceptions=False)
+    caches = ["--cache", "pikv"] if shared else []
+    CliRunner().invoke(app, ["eval", *given, *caches, "--output", str(tmp_path / "one")], catch_exceptions=False)
     one, two = (pd.read_csv(next((tmp_path / name).glob("*/predictions.csv"))) for name in ("one", "two"))
-    pd.testing.assert_frame_equal(two.drop(columns=TIMES), one.drop(columns=TIMES))
+    costs = [name for name in one if shared and name.startswith("kv_")]
+    pd.testing.assert_frame_equal(two.drop(columns=[*TIMES, *costs]), one.drop(columns=[*TIMES, *costs]))
+    if shared:
+        # Bytes are those of both processes: everything once, and the window twice.
+        assert (two["kv_bytes_end"] > one["kv_bytes_end"]).all()
+        assert (two["kv_bytes_end"] < 2 * one["kv_bytes_end"]).all()
     summary = json.loads(next((tmp_path / "two").glob("*/summary.json")).read_text())
     assert summary["processes"] == 2
 

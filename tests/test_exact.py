@@ -77,7 +77,7 @@ def test_every_family_beam_search(family_model: Any) -> None:
     assert torch.equal(generate(family_model, prompts(), cache, **options).sequences, expected.sequences)
 
 
-@pytest.mark.parametrize("placement", ["expert", "hash"])
+@pytest.mark.parametrize("placement", ["expert", "balanced", "hash"])
 @pytest.mark.parametrize("page_size", [8, 16, 32, 64])
 @pytest.mark.parametrize("num_shards", [1, 3, 8])
 def test_every_layout(qwen: Any, placement: str, page_size: int, num_shards: int) -> None:

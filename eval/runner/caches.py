@@ -1,4 +1,7 @@
-"""Caches by name: `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64,num_shards=4`."""
+"""Caches by name: `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64,num_shards=4`.
+
+Where a `pikv` cache keeps its shards is said alike: `pikv:devices=cuda:0+cuda:1`, `pikv:process_group=world`.
+"""
 
 import importlib.util
 from collections.abc import Callable
@@ -17,6 +20,9 @@ from pikv_hf.suggest import did_you_mean
 #: Backends of transformers' QuantizedCache: the module each needs, and the widths it knows.
 _BACKENDS = {"quanto": ("optimum.quanto", (2, 4)), "hqq": ("hqq", (1, 2, 3, 4, 8))}
 
+#: Arguments of `PiKVCache.for_model` beside the options of its configuration.
+_WHERE = ("devices", "process_group", "timeout")
+
 
 @dataclass(frozen=True, slots=True)
 class CacheFactory:
@@ -32,12 +38,15 @@ class CacheFactory:
         From a model to a new, empty cache.
     prepare : callable
         From a model to a context manager in which the cache works; it leaves the model as it was.
+    shared : bool
+        Whether all processes of the run keep one cache together, so that each of them reads every sample.
     """
 
     spec: str
     label: str
     make: Callable[[Any], Any]
     prepare: Callable[[Any], AbstractContextManager[Any]] = nullcontext
+    shared: bool = False
 
 
 def cache_factory(spec: str) -> CacheFactory:
@@ -81,9 +90,17 @@ def _quantized(spec: str, rest: str) -> CacheFactory:
 def _pikv(spec: str, rest: str) -> CacheFactory:
     with user_input(f"invalid cache {spec!r}"):
         options = dict(_option(part, spec) for part in rest.split(",") if part.strip())
-        config = PiKVConfig.from_dict(options)
+        where = {name: options[name] for name in _WHERE if name in options}
+        config = PiKVConfig.from_dict({name: value for name, value in options.items() if name not in where})
     label = " ".join(["PiKVCache", *(f"{name}={value}" for name, value in options.items())])
-    return CacheFactory(spec, label, lambda model: PiKVCache.for_model(model, config), attach)
+    if isinstance(devices := where.get("devices"), str) and devices != "auto":
+        where["devices"] = devices.split("+")
+
+    def make(model: Any) -> PiKVCache:
+        with user_input(f"invalid cache {spec!r}"):
+            return PiKVCache.for_model(model, config, **where)
+
+    return CacheFactory(spec, label, make, attach, shared="process_group" in where)
 
 
 def _option(part: str, spec: str) -> tuple[str, Any]:

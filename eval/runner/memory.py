@@ -23,10 +23,11 @@ def stored_bytes(cache: Any) -> int:
     """Return the bytes of the distinct storages that a cache keeps alive, whatever its kind.
 
     A view counts with the whole storage behind it, packed integers with their scales, a page pool with its free pages
-    and tables. What a press keeps elsewhere, such as kvpress's lists of masked tokens, is not part of the cache.
+    and tables. What a press keeps elsewhere, such as kvpress's lists of masked tokens, is not part of the cache. Of a
+    cache that several processes keep together it is the sum, for which all of them must call this.
     """
     if isinstance(cache, PiKVCache):
-        return cache.nbytes
+        return cache.total_nbytes
     return live_bytes(_tensors(cache.layers, set()))
 
 

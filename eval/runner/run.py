@@ -108,7 +108,7 @@ def run(
     subject = Subject(*load(), method)
     with method.cache.prepare(subject.model):
         plan = _plan(options, subject)
-        measured = _measure(plan.job, options, folder, overwrite, progress, method.label)
+        measured = _measure(plan.job, options, folder, overwrite, progress, method)
     metrics, summary = _metrics(plan, measured), _summary(plan, measured, options, subject)
     if folder is not None:
         if processes().is_main_process:
@@ -135,9 +135,12 @@ def _plan(options: EvalOptions, subject: Subject) -> _Plan:
 
 
 def _measure(
-    job: Job, options: EvalOptions, folder: ResultFolder | None, overwrite: bool, progress: bool, label: str
+    job: Job, options: EvalOptions, folder: ResultFolder | None, overwrite: bool, progress: bool, method: Method
 ) -> list[Row]:
-    """Return the rows of all items in their order; those that an interrupted run left are not measured again."""
+    """Return the rows of all items in their order; those that an interrupted run left are not measured again.
+
+    Processes divide the items, but where they keep one cache together each of them measures all, and one writes.
+    """
     state = processes()
     if folder is not None and overwrite and state.is_main_process:
         folder.clear()
@@ -146,13 +149,16 @@ def _measure(
     # Nobody may write before everybody has read.
     state.wait_for_everyone()
     missing = [item for item in job.items if item.id not in known]
-    mine = missing[state.process_index :: state.num_processes]
-    new, failure = _tried(lambda: _measure_mine(job, mine, options, folder, progress and state.is_main_process, label))
+    mine = missing if method.cache.shared else missing[state.process_index :: state.num_processes]
+    kept = folder if state.is_main_process or not method.cache.shared else None
+    shown = progress and state.is_main_process
+    new, failure = _tried(lambda: _measure_mine(job, mine, options, kept, shown, method.label))
     # A process that fails says so where the others wait for its rows.
     failures = [each for each in gather_object([failure and describe(failure)]) if each]
     if failures:
         raise failure or RuntimeError(failures[0])
-    rows = known | {row["id"]: row for row in gather_object(new)}
+    # Of rows that all processes have, those of the first are taken.
+    rows = known | {row["id"]: row for row in reversed(gather_object(new))}
     return [rows[item.id] for item in job.items]
 
 

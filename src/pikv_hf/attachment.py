@@ -137,13 +137,13 @@ class Attachment:
                 # A copy of an attached model starts out with this name and never had another.
                 config._attn_implementation = self._previous.get(id(config), "sdpa")
 
-    def require_routers(self, model: Any) -> None:
+    def require_routers(self, model: Any, placement: str = "expert") -> None:
         """Raise `ValueError` if no layer's routing can be read."""
         if not self.routers:
             raise ValueError(
                 f"no router found in {type(model).__name__}, whose layers hold "
                 f"{', '.join(_feed_forward_classes(model))}; "
-                'placement="expert" follows a Mixture-of-Experts router, use placement="hash" for other models'
+                f'placement="{placement}" follows a Mixture-of-Experts router, use placement="hash" for other models'
             )
 
     def stay(self) -> None:
@@ -197,14 +197,14 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
     ----------
     model : PreTrainedModel
         A decoder whose attention uses transformers' attention interface.
-    placement : {"expert", "hash"}
-        With `"expert"` the model must have routers that can be read.
+    placement : {"expert", "balanced", "hash"}
+        All but `"hash"` need routers that can be read.
 
     Raises
     ------
     ValueError
-        For encoder-decoder models, linear-attention layers, models outside of the attention interface and, with
-        `placement="expert"`, models without a known router.
+        For encoder-decoder models, linear-attention layers, models outside of the attention interface and, unless
+        `placement` is `"hash"`, models without a known router.
 
     Examples
     --------
@@ -231,8 +231,8 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
         attachment = Attachment(model)
     if not attachment.active:
         attachment._stays = True
-    if placement == "expert":
-        attachment.require_routers(model)
+    if placement != "hash":
+        attachment.require_routers(model, placement)
     attachment.activate()
     setattr(model, _MODEL_ATTRIBUTE, attachment)
     return attachment

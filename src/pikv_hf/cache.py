@@ -43,7 +43,7 @@ class PiKVCache(Cache):
     Raises
     ------
     ValueError
-        For unsupported architectures, or `placement="expert"` without an attached model.
+        For unsupported architectures, or a placement by experts without an attached model.
 
     Examples
     --------
@@ -62,9 +62,9 @@ class PiKVCache(Cache):
         options = PiKVConfig() if pikv_config is None else pikv_config
         if not isinstance(options, PiKVConfig):
             raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
-        if options.placement == "expert" and attachment is None:
+        if options.placement in ("expert", "balanced") and attachment is None:
             raise ValueError(
-                'placement="expert" needs the model\'s routers: use PiKVCache.for_model(model), '
+                f'placement="{options.placement}" needs the model\'s routers: use PiKVCache.for_model(model), '
                 'or placement="hash" with a config alone'
             )
         if attachment is None and (options.budget is not None or options.routing != "all"):
@@ -308,6 +308,12 @@ class PiKVCache(Cache):
         Forks share their storages; each of them reports the pages of all.
         """
         return self.memory_report().total
+
+    @property
+    def total_nbytes(self) -> int:
+        """:attr:`nbytes` of all processes that keep this cache together; all of them must ask."""
+        exchange = next((layer.layout.exchange for layer in self.layers if isinstance(layer, PiKVLayer)), None)
+        return self.nbytes if exchange is None else exchange.sum(self.nbytes)
 
     def memory_report(self) -> MemoryReport:
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""

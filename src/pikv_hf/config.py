@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from pikv_hf.budget import Budget, parse_bytes
 from pikv_hf.suggest import did_you_mean
 
-Placement = Literal["expert", "hash"]
+Placement = Literal["expert", "balanced", "hash"]
 SlidingLayers = Literal["bounded", "paged"]
 CodecName = Literal["none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto"]
 CODECS: tuple[str, ...] = get_args(CodecName)
@@ -40,9 +40,14 @@ class PiKVConfig:
         The first tokens of each sequence that never leave the window, rounded up to whole pages.
     num_shards : int
         Groups of experts; a token leaving the window moves to the shard of its primary expert.
-    placement : {"expert", "hash"}, optional
-        `"expert"` follows the model's own router, `"hash"` uses `(position // page_size) % num_shards`. By default
-        `"expert"` for an attached model and `"hash"` for a cache made from a config alone.
+    placement : {"expert", "balanced", "hash"}, optional
+        `"expert"` follows the model's own router: neighbouring experts form a shard. `"balanced"` follows it too, and
+        groups experts by what the first prompt brings of each, so that shards are about equally large. `"hash"` uses
+        `(position // page_size) % num_shards`. By default `"expert"` for an attached model and `"hash"` for a cache
+        made from a config alone.
+    hot_replicas : int
+        Of `"balanced"`: places in further shards for the experts with the most tokens, which then alternate between
+        their places. No token is stored twice.
     sliding_layers : {"bounded", "paged"}
         `"bounded"` keeps transformers' own sliding-window layers, which hold no more than the window but cannot be
         cropped once it is full. `"paged"` stores their whole history in pages, as assisted decoding needs.
@@ -97,6 +102,7 @@ class PiKVConfig:
     sink_tokens: int = 4
     num_shards: int = 8
     placement: Placement | None = None
+    hot_replicas: int = 0
     sliding_layers: SlidingLayers = "bounded"
     key_codec: str = "none"
     value_codec: str = "none"
@@ -113,7 +119,13 @@ class PiKVConfig:
     tier_directory: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("page_size", 1), ("recent_window", 0), ("sink_tokens", 0), ("num_shards", 1)):
+        for name, least in (
+            ("page_size", 1),
+            ("recent_window", 0),
+            ("sink_tokens", 0),
+            ("num_shards", 1),
+            ("hot_replicas", 0),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
@@ -124,6 +136,10 @@ class PiKVConfig:
             raise ValueError(f"page_size must be at most 4096, got {self.page_size}")
         if self.placement is not None:
             _one_of("placement", self.placement, get_args(Placement))
+        if self.hot_replicas and self.placement != "balanced":
+            raise ValueError(
+                f'hot_replicas={self.hot_replicas} are of placement="balanced", got placement={self.placement!r}'
+            )
         _one_of("sliding_layers", self.sliding_layers, get_args(SlidingLayers))
         _one_of("key_codec", self.key_codec, CODECS)
         _one_of("value_codec", self.value_codec, CODECS)

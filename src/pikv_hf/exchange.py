@@ -115,6 +115,17 @@ class Exchange:
             dist.all_reduce(result, group=self.group)
         return result.to(tensor.device).to(tensor.dtype)
 
+    def sum(self, number: int) -> int:
+        """Return the sum of an integer over all processes."""
+        result = self._movable(torch.tensor([number], dtype=torch.int64, device=self._device()))
+        with self._explained("a sum of bytes"):
+            dist.all_reduce(result, group=self.group)
+        return int(result)
+
+    def _device(self) -> torch.device:
+        on_gpu = dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
     def _header(self, layer_idx: int, seen: int, query: torch.Tensor) -> torch.Tensor:
         batch, _, queries, _ = query.shape
         header = torch.tensor([layer_idx, seen, batch, queries], dtype=torch.float32, device=query.device)

@@ -335,7 +335,7 @@ class LayerEdits(LayerTokens):
             part.copy_to(copy)
         if self.table is not None:
             twin.heads, twin.dtype, twin.device = self.heads, self.dtype, self.device
-        twin.shard_map = self.shard_map
+        twin.shard_map, twin._expert_loads = self.shard_map, self._expert_loads
         for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))
 

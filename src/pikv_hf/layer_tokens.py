@@ -13,7 +13,7 @@ from .layer_part import LayerPart
 from .layout import Layout
 from .page_moves import level
 from .pending import Pending
-from .placement import expert_placement, hash_placement
+from .placement import balanced_placement, expert_placement, hash_placement
 from .routing import Router, make_routing
 from .schedule import LayerSchedule
 from .shard_map import ShardMap
@@ -87,6 +87,8 @@ class LayerTokens(CacheLayerMixin):
         for part in self.parts:
             part.table = part.slots = None
         self.shard_map: ShardMap | None = None
+        # `(E,)` tokens of each expert in the first prompt, for balanced placement.
+        self._expert_loads: np.ndarray | None = None
         self.pending: Pending | None = None
         self.seen = self.dropped = 0
         self.holds = False
@@ -148,8 +150,13 @@ class LayerTokens(CacheLayerMixin):
 
     def _shard_of(self) -> ShardOf:
         if self.routed and self.attachment is not None:
-            num_experts = self.attachment.routers[self.layer_idx].num_experts
-            return expert_placement(num_experts, self.config.num_shards, self.layer_idx)
+            config, experts = self.config, self.attachment.routers[self.layer_idx].num_experts
+            if config.placement == "balanced":
+                loads = np.ones(experts) if self._expert_loads is None else self._expert_loads
+                return balanced_placement(
+                    loads, config.num_shards, config.page_size, self.layer_idx, config.hot_replicas
+                )
+            return expert_placement(experts, config.num_shards, self.layer_idx)
         return hash_placement(self.config.page_size, self.config.num_shards)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -244,7 +251,7 @@ class LayerTokens(CacheLayerMixin):
         masses = None
         if new.masses is not None:
             masses = new.masses.mean(dim=1) if self.lanes == 1 else new.masses.flatten(0, 1)
-        self._divide_shards(positions, experts, new.valid)
+        self._measure(positions, experts, new.valid)
         try:
             for first in range(0, new.tokens, piece := self._piece(new)):
                 self._store(tokens, valid, masses, slice(first, first + piece))
@@ -255,16 +262,27 @@ class LayerTokens(CacheLayerMixin):
         self._note_evictions()
         self._drop_pending()
 
-    def _divide_shards(self, positions: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Divide the shards by what the first prompt brings of each."""
-        assert self.table is not None
-        if self.shard_map is None or self.shard_map.placed.any():
+    def _measure(self, positions: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor | None) -> None:
+        """Group experts into shards, and divide these among the parts, by what the first prompt brings of each.
+
+        `positions` are `(Q,)`, `experts` and `valid` `(B, Q)`.
+        """
+        balances = self.config.placement == "balanced" and self.routed and self._expert_loads is None
+        divides = self.shard_map is not None and not self.shard_map.placed.any()
+        if not balances and not divides:
             return
         every = positions.expand(self.batch, -1)
         if valid is not None:
             every, experts = every[valid], experts[valid]
-        shards = self._shard_of()(every.flatten(), experts.flatten().to(torch.int16)).cpu().numpy()
-        self.shard_map.divide(np.bincount(shards, minlength=self.shard_map.num_shards))
+        every, experts = every.flatten(), experts.flatten()
+        if balances and len(experts) and self.attachment is not None:
+            known = self.attachment.routers[self.layer_idx].num_experts
+            self._expert_loads = np.bincount(experts.clamp_min(0).cpu().numpy(), minlength=known)
+            for table in self.tables():
+                table.writer.follow(self._shard_of())
+        if divides and self.shard_map is not None:
+            shards = self._shard_of()(every, experts.to(torch.int16)).cpu().numpy()
+            self.shard_map.divide(np.bincount(shards, minlength=self.shard_map.num_shards))
 
     def _piece(self, new: Pending) -> int:
         """Return how many of the new tokens to store before pages may have to go."""

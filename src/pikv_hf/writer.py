@@ -53,6 +53,10 @@ class SequenceWriter:
         """Leave to other parts what `shard_map` gives them; `counts`: tell it what leaves the window."""
         self._shard_map, self._part, self._counts = shard_map, part, counts
 
+    def follow(self, shard_of: ShardOf) -> None:
+        """Give later tokens to other shards than before."""
+        self._shard_of = shard_of
+
     def shards(self, positions: torch.Tensor, experts: torch.Tensor) -> np.ndarray:
         """Return the shards of tokens, `(n,)`, on the host; below 0 for those of other parts."""
         shards = self._shard_of(positions, experts).cpu().numpy()
