@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.eval.bench import geometry_model, timed
-from pikv_hf.eval.bench_view import _show
+from pikv_hf.eval.bench_view import show
 from pikv_hf.eval.demo_measure import total_bytes
 from pikv_hf.report import format_bytes
 
@@ -159,12 +159,12 @@ def _note(cache: PiKVCache, seen: list[int], *_: Any) -> None:
 
 def run_and_show_generation(timings: Iterable[GenerationTiming], threads: int, output: Path | None) -> None:
     """Run the benchmark, print it and write it down; see :func:`pikv_hf.eval.bench_view.run_and_show`."""
-    _show(timings, threads, output, _generation_line, _generation_table)
+    show(timings, threads, output, _generation_line, _generation_table)
 
 
 def run_and_show_chunks(timings: Iterable[ChunkedPrefill], threads: int, output: Path | None) -> None:
     """The same for prompts in chunks."""
-    _show(timings, threads, output, _chunks_line, _chunks_table)
+    show(timings, threads, output, _chunks_line, _chunks_table)
 
 
 def _generation_line(each: GenerationTiming) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pikv_hf import PiKVCache
 from pikv_hf.eval.bench import Timing, geometry_model, timed
-from pikv_hf.eval.bench_view import _show, _times
+from pikv_hf.eval.bench_view import _times, show
 from pikv_hf.report import format_bytes
 
 NEW_TOKENS = 16
@@ -160,7 +160,7 @@ def _forget(path: Path) -> None:
 
 def run_and_show_loads(timings: Iterable[LoadTiming], threads: int, output: Path | None) -> None:
     """Run the benchmark, print it and write it down; see :func:`pikv_hf.eval.bench_view.run_and_show`."""
-    _show(timings, threads, output, _line, _table)
+    show(timings, threads, output, _line, _table)
 
 
 def _line(each: LoadTiming) -> str:

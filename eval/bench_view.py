@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WIDTH = 100
 
 
-def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
+def run_andshow(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
     """Run benchmarks, print them and write them down.
 
     Parameters
@@ -34,21 +34,34 @@ def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path |
     output : Path, optional
         A JSON file to write, with machine, versions and command.
     """
-    _show(comparisons, threads, output, _line, _table)
+    show(comparisons, threads, output, _line, _table)
 
 
 def run_and_show_presses(timings: "Iterable[PressTiming]", threads: int, output: Path | None) -> None:
     """The same for presses."""
-    _show(timings, threads, output, _press_line, _press_table)
+    show(timings, threads, output, _press_line, _press_table)
 
 
-def _show(
+def show(
     cases: Iterable[Any],
     threads: int,
     output: Path | None,
     line: Callable[[Any], str],
     table: Callable[[list[Any]], Table],
 ) -> None:
+    """Run a benchmark: a line for each case as it comes, a table of all of them, and a file.
+
+    Parameters
+    ----------
+    cases : iterable of dataclass
+        What is measured as it is asked for.
+    threads : int
+        CPU threads.
+    output : Path, optional
+        A JSON file to write, with machine, versions and command.
+    line, table : callable
+        Show one case, and all of them.
+    """
     torch.set_num_threads(threads)
     console = Console(log_path=False, highlight=False)
     if not console.is_terminal:

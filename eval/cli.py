@@ -7,6 +7,7 @@ import typer
 
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.cli_eval import app as evaluation
+from pikv_hf.eval.cli_plan import plan
 from pikv_hf.eval.cli_report import app as report
 from pikv_hf.eval.demo_options import DemoOptions, tier_limits
 from pikv_hf.eval.errors import InputError, user_input
@@ -24,6 +25,7 @@ bench = typer.Typer(help="Measure the cache against transformers' DynamicCache i
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 app.add_typer(report, name="report")
+app.command()(plan)
 _DEFAULT = DemoOptions()
 
 
@@ -61,6 +63,9 @@ def demo(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as saved.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; by default a GPU if any.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
+    record_trace: Annotated[
+        Path | None, typer.Option(help="File for the primary expert of every token and layer, as pikv plan reads it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
     """Ask several questions about one text with transformers' DynamicCache and with PiKVCache, and compare.
@@ -78,6 +83,7 @@ def demo(
         "dtype": dtype,
         "device": device,
         "threads": threads,
+        "record_trace": record_trace,
     }
     storage = {
         "page_size": page_size,
@@ -246,6 +252,21 @@ def load(
     from pikv_hf.eval.bench_load import run_and_show_loads, run_load
 
     run_and_show_loads(run_load(tokens, names, layers, repeats, chunk, directory), threads, output)
+
+
+@bench.command()
+def processes(
+    count: Annotated[int, typer.Option("--processes", help="Gloo processes, of one thread each.")] = 2,
+    contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """One decoding step of one layer whose shards are spread over processes, against one process of one thread."""
+    if count < 2:
+        raise _failure(2, f"--processes must be at least 2, got {count}")
+    from pikv_hf.eval.bench_processes import run_and_show_processes, run_processes
+
+    run_and_show_processes(run_processes(count, contexts or (512, 4096, 32768, 131072), batches or (1,)), output)
 
 
 def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> "DemoResult":

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,12 +40,15 @@ class Exchange:
         Number of this process, and how many there are.
     collectives, bytes_sent : int
         Merges so far, and the bytes of this process's own results that each of the others received with them.
+    seconds : float
+        Time spent in them, waiting for others included; on CUDA only the time to launch them.
     """
 
     def __init__(self, group: Any, timeout: float) -> None:
         self.group, self.timeout = group, timeout
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
         self.collectives = self.bytes_sent = 0
+        self.seconds = 0.0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Exchange":
         return self
@@ -139,8 +143,10 @@ class Exchange:
     def _gather(self, payload: torch.Tensor, layer_idx: int) -> list[torch.Tensor]:
         mine = self._movable(payload)
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
+        started = time.perf_counter()
         with self._explained(f"layer {layer_idx}"):
             dist.all_gather(parts, mine, group=self.group)
+        self.seconds += time.perf_counter() - started
         return [part.to(payload.device) for part in parts]
 
     def _movable(self, tensor: torch.Tensor) -> torch.Tensor:
