@@ -74,9 +74,7 @@ def run_processes(
     for tokens in contexts:
         for batch in batches:
             with tempfile.TemporaryDirectory() as folder:
-                mp.start_processes(
-                    _measure, args=(processes, batch, tokens, seconds, folder), nprocs=processes, start_method="spawn"
-                )
+                mp.spawn(_measure, args=(processes, batch, tokens, seconds, folder), nprocs=processes)
                 yield torch.load(Path(folder) / "case.pt", weights_only=False)
 
 
@@ -94,7 +92,8 @@ def _measure(rank: int, processes: int, batch: int, tokens: int, seconds: float,
     attention = model.model.layers[0].self_attn
     exchange = shared.layers[0].layout.exchange
     steps = [_inputs(batch) for _ in range(64)]
-    alone, outs = [], []
+    alone: list[float] = []
+    outs: list[torch.Tensor] = []
     if whole is not None:
         # As many steps as fit into the time, at least one that fills a page.
         started = time.perf_counter()

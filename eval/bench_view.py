@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 WIDTH = 100
 
 
-def run_andshow(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
+def run_and_show(comparisons: Iterable[Comparison], threads: int, output: Path | None) -> None:
     """Run benchmarks, print them and write them down.
 
     Parameters

@@ -23,7 +23,9 @@ from pikv_hf.eval.demo_measure import (
 from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.demo_task import DemoTask, build_task
 from pikv_hf.eval.errors import user_input
+from pikv_hf.eval.recording import record_trace
 from pikv_hf.layer import PiKVLayer
+from pikv_hf.planning.traces import save_trace
 from pikv_hf.stats import CacheStats
 
 
@@ -120,10 +122,10 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
         options = dataclasses.asdict(self.options)
-        text = self.options.text
+        paths = {name: options[name] for name in ("text", "record_trace")}
         return {
             **dataclasses.asdict(self),
-            "options": {**options, "text": None if text is None else str(text)},
+            "options": {**options, **{name: None if path is None else str(path) for name, path in paths.items()}},
             "agree": self.agree,
         }
 
@@ -142,8 +144,13 @@ def run_demo(options: DemoOptions) -> DemoResult:
         _check_supported(task, options)
         # Before attaching: the baseline is the model as it is loaded, with transformers' own attention.
         dynamic = measure(task, dynamic_cache(task.model), options.max_new_tokens)
-        with attach(task.model, options.pikv.placement or "expert"):
-            pikv = measure(task, pikv_cache(task.model, options.pikv), options.max_new_tokens)
+        with attach(task.model, options.pikv.placement or "expert") as attached:
+            kind = pikv_cache(task.model, options.pikv)
+            pikv = measure(task, kind, options.max_new_tokens)
+            if options.record_trace is not None:
+                trace = record_trace(task, kind, attached.routers, options.max_new_tokens)
+                with user_input(f"cannot write --record-trace {options.record_trace}"):
+                    save_trace(trace, options.record_trace)
     pairs = zip(pikv.measurement.answers, dynamic.measurement.answers, strict=True)
     parted = [(index, first_difference(ours, theirs)) for index, (ours, theirs) in enumerate(pairs)]
     return DemoResult(

@@ -33,13 +33,15 @@ class DemoOptions:
         By default the first GPU, else the CPU.
     threads : int
         CPU threads of torch.
+    record_trace : Path, optional
+        File to write the routing of the run to; see :mod:`pikv_hf.planning.traces`.
     pikv : PiKVConfig
         Storage options of the PiKV cache.
 
     Raises
     ------
     InputError
-        For a number below 1, an unknown dtype, or a text without questions and the reverse.
+        For a number below 1, an unknown dtype, a text without questions and the reverse, or no folder for the trace.
     """
 
     model: str | None = None
@@ -51,6 +53,7 @@ class DemoOptions:
     dtype: str | None = None
     device: str | None = None
     threads: int = 2
+    record_trace: Path | None = None
     pikv: PiKVConfig = dataclasses.field(default_factory=PiKVConfig)
 
     def __post_init__(self) -> None:
@@ -63,6 +66,8 @@ class DemoOptions:
             raise InputError(f"--text {self.text} needs at least one --question")
         if self.questions and self.text is None:
             raise InputError("--question needs --text, the file that it is about")
+        if self.record_trace is not None and not self.record_trace.parent.is_dir():
+            raise InputError(f"--record-trace {self.record_trace}: no folder {self.record_trace.parent}")
 
 
 def tier_limits(text: str) -> dict[str, str | int | None]:

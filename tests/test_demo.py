@@ -174,7 +174,7 @@ def test_disagreement_is_reported_with_status_1(tiny, monkeypatch):
     ("arguments", "message"),
     [
         (("--page-size", "0"), "page_size must be at least 1, got 0"),
-        (("--placement", "experts"), "placement must be one of 'expert', 'hash', got 'experts'"),
+        (("--placement", "experts"), "placement must be one of 'expert', 'balanced', 'hash', got 'experts'"),
         (("--dtype", "int8"), "--dtype must be one of float32, float16, bfloat16, got 'int8'"),
         (("--device", "abacus"), "cannot use --device abacus"),
         (("--threads", "0"), "--threads must be at least 1, got 0"),

@@ -16,7 +16,7 @@ SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setup
 NOT_SOURCE = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "runs", "shared")
 
 # What the code reads at run time. Results are for people, and stay in the repository.
-DATA = ("reference_model/*", "report/*.jinja", "tasks/*/data/*")
+DATA = ("reference_model/*", "model_configs/*", "report/*.jinja", "tasks/*/data/*")
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys

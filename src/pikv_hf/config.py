@@ -46,8 +46,8 @@ class PiKVConfig:
         `(position // page_size) % num_shards`. By default `"expert"` for an attached model and `"hash"` for a cache
         made from a config alone.
     hot_replicas : int
-        Of `"balanced"`: places in further shards for the experts with the most tokens, which then alternate between
-        their places. No token is stored twice.
+        Of `"balanced"`: further places, in other shards, for the experts with the most tokens, which then alternate
+        between their places. No token is stored twice.
     sliding_layers : {"bounded", "paged"}
         `"bounded"` keeps transformers' own sliding-window layers, which hold no more than the window but cannot be
         cropped once it is full. `"paged"` stores their whole history in pages, as assisted decoding needs.

@@ -170,17 +170,25 @@ class PiKVLayer(LayerEdits):
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
         keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
-        lanes = self.lanes
+        for part, table in zip(self.parts, self.tables(), strict=True):
+            # Until pages change hands again, as many tokens as fit into a page may come.
+            part.enforce(self.lanes, self.seen, headroom=table.pool.page_size)
+        if any(table.is_at_page_end for table in self.tables()):
+            self._in_all_parts(lambda part, _: part.append(keys, values, self.seen))
+        else:
+            self._append_in_page(keys, values)
+        self._note_evictions()
+
+    def _append_in_page(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Write one decoded token per row where every part has a slot for it: no page changes hands."""
         try:
             for part in self.parts:
-                part.append(keys, values, lanes, self.seen)
+                part.append(keys, values, self.seen)
         except BaseException:
-            if len(self.parts) > 1:
-                # Those that have the token already let go of it.
-                for table in self.tables():
-                    table.crop(self.seen)
+            # Those that have the token already let go of it.
+            for table in self.tables():
+                table.crop(self.seen)
             raise
-        self._note_evictions()
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""

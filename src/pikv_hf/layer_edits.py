@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -295,14 +296,16 @@ class LayerEdits(LayerTokens):
     def _crop_tables(self, length: int) -> None:
         """Cut the tables of all parts, or none if one of them cannot be cut for want of memory."""
         tables = self.tables()
-        if len(tables) == 1:
-            self.parts[0].with_room(self.seen, lambda: tables[0].crop(length))
-            self._note_evictions()
-            return
-        twins = [table.fork() for table in tables]
-        for part, twin in zip(self.parts, twins, strict=True):
-            part.with_room(self.seen, functools.partial(twin.crop, length))
-        self._replace_tables(twins)
+        for part, table in zip(self.parts, tables, strict=True):
+            part.with_room(self.seen, functools.partial(table.reserve_crop, length))
+        self._note_evictions()
+        with ExitStack() as stack:
+            for table in tables:
+                # Copying a page that a slower tier has may fail.
+                stack.enter_context(table.pages.transaction())
+            cropped = [table.cropped(length) for table in tables]
+        for table, left in zip(tables, cropped, strict=True):
+            table.finish_crop(left, length)
 
     # Changing rows
 

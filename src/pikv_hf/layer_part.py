@@ -9,6 +9,7 @@ import torch
 from .config import PiKVConfig
 from .eviction import config_of_lanes
 from .layout import Place
+from .page_book import NoRoomError
 from .pages import PagePool
 from .pending import Pending
 from .retention import assigned_table, kept_table
@@ -80,13 +81,17 @@ class LayerPart:
         pool = PagePool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
         pages = PageStore(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
-        writer.share(shard_map, self.place.number)
+        self._share(writer, shard_map)
         table = PageTable(writer, batch * heads if per_head else batch)
         if self.schedule is not None:
             self.schedule.prepare(table)
         if self.router is not None:
             pages.know_bounds()
         return table
+
+    def _share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
+        # What leaves the window does so in all parts of a process: the first of them counts it.
+        writer.share(shard_map, self.place.number, counts=self.place.device is None)
 
     # Storing
 
@@ -102,14 +107,17 @@ class LayerPart:
         if self.schedule is not None and self.table is not None and self.table.is_at_page_end:
             self.schedule.enforce(self.table, lanes, seen, headroom)
 
+    def make_room(self, seen: int, error: NoRoomError) -> None:
+        """Evict what a pool of this part needs to go on; see :meth:`LayerSchedule.make_room`."""
+        assert self.schedule is not None
+        assert self.table is not None
+        self.schedule.make_room(self.table, seen, error)
+
     def store(
         self,
         tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         valid: torch.Tensor | None,
-        masses: torch.Tensor | None,
         leaders: list[int],
-        lanes: int,
-        seen: int,
     ) -> None:
         """Store new tokens: those of the window, and those that go straight to shards of this part.
 
@@ -119,28 +127,22 @@ class LayerPart:
             `(R, H', Q, D)`, `(R, H', Q, Dv)`, `(Q,)` int32 positions and `(R, Q)` int16 experts, by row of the table.
         valid : torch.Tensor, optional
             `(R, Q)` bool, False for padding.
-        masses : torch.Tensor, optional
-            `(R, Q)` float32, how they were attended to in their own call.
         leaders : list of int
             See :meth:`PageTable.store`.
-        lanes, seen : int
-            Rows per sequence, and positions of the layer, these included.
         """
         assert self.table is not None
-        table, (keys, values, positions, experts) = self.table, tokens
-        self.with_room(seen, lambda: table.store(keys, values, positions, experts, valid, leaders))
-        if self.schedule is not None:
-            if masses is not None:
-                self.schedule.credit(table, masses.to(self.device), int(positions[0]))
-            self.enforce(lanes, seen)
+        self.table.store(*tokens, valid, leaders)
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor, lanes: int, seen: int) -> None:
+    def credit(self, masses: torch.Tensor, start: int) -> None:
+        """Take how the tokens just stored, from position `start` on, were attended to in their own call, `(R, Q)`."""
+        if self.schedule is not None and self.table is not None:
+            self.schedule.credit(self.table, masses.to(self.device), start)
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
         """Write one decoded token per row, `(R, H', D)` and `(R, H', Dv)`, into the window."""
         assert self.table is not None
         table, pool = self.table, self.table.pool
-        # Until pages change hands again, as many tokens as fit into a page may come.
-        self.enforce(lanes, seen, headroom=pool.page_size)
-        self.slots = pool.index(self.with_room(seen, table.next_slots))
+        self.slots = pool.index(table.next_slots())
         keys, values = keys.to(pool.device, non_blocking=True), values.to(pool.device, non_blocking=True)
         pool.write_newest(self.slots, keys.transpose(0, 1), values.transpose(0, 1), seen)
 
@@ -172,7 +174,7 @@ class LayerPart:
         assert self.table is not None
         new = None if pending is None else pending.to(self.device)
         table = kept_table(self.table, new, widths.to(self.device), config, shard_of, leaders, split)
-        table.writer.share(shards, self.place.number)
+        self._share(table.writer, shards)
         return table
 
     def assigned(
@@ -189,7 +191,7 @@ class LayerPart:
         keys, values = (part.to(self.device) for part in tokens)
         held = None if held is None else held.to(self.device)
         table = assigned_table(keys, values, held, config, shard_of, leaders, split, self.tiers)
-        table.writer.share(shards, self.place.number)
+        self._share(table.writer, shards)
         return table
 
     # Changing rows

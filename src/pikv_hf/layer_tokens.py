@@ -1,6 +1,8 @@
 """The tokens of one attention layer: stored and waiting, in one part or in several."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from .checks import Held
 from .config import PiKVConfig
 from .layer_part import LayerPart
 from .layout import Layout
+from .page_book import NoRoomError
 from .page_moves import level
 from .pending import Pending
 from .placement import balanced_placement, expert_placement, hash_placement
@@ -232,13 +235,41 @@ class LayerTokens(CacheLayerMixin):
 
     def _flush(self) -> None:
         """Move what has left the window to its shards, and see to it that parts and budgets are kept."""
-        moved = [part.with_room(self.seen, table.flush) for part, table in zip(self.parts, self.tables(), strict=True)]
+        moved = any(table.is_ripe for table in self.tables())
+        if moved:
+            self._in_all_parts(lambda part, table: table.flush())
         for part in self.parts:
             part.enforce(self.lanes, self.seen)
         self._note_evictions()
-        if self.shard_map is not None and any(moved):
+        if self.shard_map is not None and moved:
             self.shard_map.divide_if_skewed()
             level(self.parts, self.shard_map)
+
+    def _in_all_parts(self, work: Callable[[LayerPart, PageTable], Any]) -> None:
+        """Do what may need new pages in all parts, or in none: what has left the window of one is in another.
+
+        Raises
+        ------
+        BudgetError
+            If the budget leaves no room for them, and nothing more can be evicted.
+        """
+        if len(self.parts) == 1:
+            (part,), (table,) = self.parts, self.tables()
+            part.with_room(self.seen, lambda: work(part, table))
+            return
+        while True:
+            at = self.parts[0]
+            try:
+                with ExitStack() as stack:
+                    for table in self.tables():
+                        stack.enter_context(table.transaction())
+                    if self.shard_map is not None:
+                        stack.enter_context(self.shard_map.transaction())
+                    for at, table in zip(self.parts, self.tables(), strict=True):
+                        work(at, table)
+                return
+            except NoRoomError as error:
+                at.make_room(self.seen, error)
 
     def _place(self, experts: torch.Tensor) -> None:
         assert self.table is not None
@@ -309,8 +340,11 @@ class LayerTokens(CacheLayerMixin):
         credit = None if masses is None else masses[:, part]
         # Rows are alike in all parts or in none.
         leaders = self.table.identical_rows(some[0], some[1], real)
+        self._in_all_parts(lambda part, _: part.store(some, real, leaders))
         for each in self.parts:
-            each.store(some, real, credit, leaders, self.lanes, self.seen)
+            if credit is not None:
+                each.credit(credit, int(some[2][0]))
+            each.enforce(self.lanes, self.seen)
 
     def _note_evictions(self) -> None:
         self.evicted |= any(part.schedule is not None and part.schedule.pages_evicted > 0 for part in self.parts)

@@ -9,7 +9,7 @@ from .page_book import PageIds
 from .pages import FullPages
 from .sealed_pool import SealedPool
 from .sequence import SequencePages
-from .shard_map import MAX_SKEW, MIN_TOKENS, ShardMap
+from .shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 from .table import PageTable
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
     excess = loads - weights * loads.sum()
     source, target = int(excess.argmax()), int(excess.argmin())
     bound = MAX_SKEW * loads.sum() / len(parts)
-    if loads.sum() < MIN_TOKENS * len(parts) or max(excess[source], -excess[target]) <= bound:
+    if loads.sum() < MIN_PAGES * shard_map.page_size * len(parts) or max(excess[source], -excess[target]) <= bound:
         return 0
     here, there = tables[source], tables[target]
     assert here is not None

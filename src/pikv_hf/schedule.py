@@ -192,12 +192,22 @@ class LayerSchedule:
             try:
                 return work()
             except NoRoomError as error:
-                if not self._free_pages(table, error.pool, error.pages, seen):
-                    raise BudgetError(
-                        f"the budget leaves no room for {error.pages} more pages of {error.pool.page_size} tokens for "
-                        f"{len(table.rows)} rows, and of what is stored only sinks, the last {self.recent_window} "
-                        "tokens and what other caches share are left, which may not be evicted"
-                    ) from None
+                self.make_room(table, seen, error)
+
+    def make_room(self, table: PageTable, seen: int, error: NoRoomError) -> None:
+        """Evict what a pool of the table needs to go on.
+
+        Raises
+        ------
+        BudgetError
+            If nothing more can be evicted.
+        """
+        if not self._free_pages(table, error.pool, error.pages, seen):
+            raise BudgetError(
+                f"the budget leaves no room for {error.pages} more pages of {error.pool.page_size} tokens for "
+                f"{len(table.rows)} rows, and of what is stored only sinks, the last {self.recent_window} "
+                "tokens and what other caches share are left, which may not be evicted"
+            ) from None
 
     def _free_pages(self, table: PageTable, pool: PageBook, pages: int, seen: int) -> bool:
         """Evict pages until a pool has so many more, of its own if it has any, else of the others."""

@@ -1,5 +1,8 @@
 """Shards to parts: which device, or which process, has the pages of which shard."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 
 from .balancing import pack
@@ -11,8 +14,8 @@ GOLDEN = (5**0.5 - 1) / 2
 #: pages that are not full and pools that grow in steps.
 MAX_SKEW = 0.04
 
-#: Tokens per part below which nothing is divided anew: single pages would tip the scales.
-MIN_TOKENS = 512
+#: Pages per part below which nothing is divided anew: single ones would tip the scales.
+MIN_PAGES = 8
 
 
 class ShardMap:
@@ -64,14 +67,19 @@ class ShardMap:
         # A shard without tokens has a place too, should one come.
         lengths = loads + 1.0
         if self.whole:
-            self.fractions = np.eye(self.parts)[pack(lengths, self.parts)]
+            # Parts that are to have nothing are no bins.
+            bins = np.flatnonzero(self.weights)
+            self.fractions = np.eye(self.parts)[bins[pack(lengths, len(bins))]]
         else:
             ends, edges = lengths.cumsum() / lengths.sum(), weights.cumsum()
             starts = ends - lengths / lengths.sum()
             shared = np.minimum(ends[:, None], edges) - np.maximum(starts[:, None], edges - weights)
             shared = shared.clip(min=0)
             self.fractions = shared / shared.sum(axis=1, keepdims=True)
-        self._ends = self.fractions.cumsum(axis=1)[:, :-1]
+        ends = self.fractions.cumsum(axis=1)
+        # Nothing is left for a part that comes after the last share, whatever rounding says.
+        ends[ends > 1 - 1e-9] = 1.0
+        self._ends = (ends + np.arange(self.num_shards)[:, None]).ravel()
 
     def own(self, shards: np.ndarray, positions: np.ndarray, part: int) -> np.ndarray:
         """Return the shards of a part's own tokens, and codes below 0 for those of others.
@@ -92,8 +100,10 @@ class ShardMap:
         return np.where(where == part, shards, -1 - (where * self.num_shards + shards))
 
     def _parts_of(self, shards: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        place = positions // self.page_size * GOLDEN % 1.0
-        return (self._ends[shards] <= place[:, None]).sum(axis=1)
+        # Below 1 also once a shard's number is added.
+        place = np.minimum(positions // self.page_size * GOLDEN % 1.0, 1 - 1e-9)
+        # One search for all shards: shard s has the numbers from s to s + 1.
+        return np.searchsorted(self._ends, shards + place, side="right") - shards * self.parts
 
     def note(self, coded: np.ndarray, part: int) -> None:
         """Count tokens that left the window, as :meth:`own` gave them to a part."""
@@ -117,7 +127,7 @@ class ShardMap:
         What comes next fills the parts that have too little, so that balance returns although nothing is moved.
         """
         total = self.placed.sum()
-        if self.whole or total < MIN_TOKENS * self.parts or self.skew <= MAX_SKEW:
+        if self.whole or total < MIN_PAGES * self.page_size * self.parts or self.skew <= MAX_SKEW:
             return False
         # As if a quarter more had come, and everything were even then.
         missing = (self.weights * total * 1.25 - self.placed).clip(min=0)
@@ -129,9 +139,12 @@ class ShardMap:
         self.placed *= share
         self.loads = (self.loads * share).astype(np.int64)
 
-    def copy(self) -> "ShardMap":
-        """Return an independent map."""
-        twin = ShardMap.__new__(ShardMap)
-        twin.__dict__.update(self.__dict__)
-        twin.placed, twin.loads = self.placed.copy(), self.loads.copy()
-        return twin
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Forget what was counted if the block raises."""
+        before = self.placed.copy(), self.loads.copy()
+        try:
+            yield
+        except BaseException:
+            self.placed, self.loads = before
+            raise

@@ -3,6 +3,7 @@
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -114,6 +115,19 @@ class PageTable:
     def distinct_pages(self, pool: str = "") -> PageIds:
         """Return the page numbers of a pool that any row holds, sorted."""
         return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool) for s in self._sequences())]))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of rows, counts and references if the block raises."""
+        copies = {id(sequence): sequence.copy() for sequence in self._sequences()}
+        before = [copies[id(row)] for row in self.rows]
+        try:
+            with self.pages.transaction():
+                yield
+        except BaseException:
+            self.rows[:] = before
+            self._changed()
+            raise
 
     # Adding and removing tokens
 
@@ -266,6 +280,11 @@ class PageTable:
             self.pool.hold(pages)
         self._changed()
 
+    @property
+    def is_ripe(self) -> bool:
+        """Whether :meth:`flush` has anything to do."""
+        return self._unsealed or any(map(self.writer.is_ripe, self._sequences()))
+
     def flush(self) -> bool:
         """Move every page that has left the recent window to the shards, once for all rows that share it.
 
@@ -281,6 +300,9 @@ class PageTable:
             shards = {key: writer.page_shards(key[0]) for key in groups}
             needed = [writer.shard_pages_needed(g[0], len(g), shards[key]) for key, g in groups.items()]
             self.pool.reserve(sum(needed))
+            # Once, however the rows that share a page go on: in all parts of a layer it is counted alike.
+            for page_shards in {key[0]: shards[key] for key in groups}.values():
+                writer.note(page_shards)
             for key, group in groups.items():
                 writer.flush_page(group, shards[key])
             self._changed()
@@ -293,12 +315,23 @@ class PageTable:
 
     def crop(self, length: int) -> None:
         """Forget every token at position `length` or later."""
-        sequences = self._sequences()
-        for name, pool in self.pages.pools().items():
-            pool.reserve(sum(self.writer.copies_needed(sequence, length, name) for sequence in sequences))
+        self.reserve_crop(length)
         with self.pages.transaction():
             # Copying a page that a slower tier has may fail.
-            cropped = {id(sequence): self.writer.cropped(sequence, length) for sequence in sequences}
+            cropped = self.cropped(length)
+        self.finish_crop(cropped, length)
+
+    def reserve_crop(self, length: int) -> None:
+        """Make room for the copies that :meth:`crop` needs of pages that others hold too."""
+        for name, pool in self.pages.pools().items():
+            pool.reserve(sum(self.writer.copies_needed(sequence, length, name) for sequence in self._sequences()))
+
+    def cropped(self, length: int) -> dict[int, SequencePages]:
+        """Return by identity what is left of each sequence, in a transaction: it takes over the references."""
+        return {id(sequence): self.writer.cropped(sequence, length) for sequence in self._sequences()}
+
+    def finish_crop(self, cropped: dict[int, SequencePages], length: int) -> None:
+        """Replace the sequences by what :meth:`cropped` has left of them, which cannot be undone."""
         for sequence in cropped.values():
             self.writer.wipe_cut(sequence, length)
         self._replace(cropped)

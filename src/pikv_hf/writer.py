@@ -64,7 +64,7 @@ class SequenceWriter:
             return shards
         return self._shard_map.own(shards, positions.cpu().numpy(), self._part)
 
-    def _note(self, shards: np.ndarray) -> None:
+    def note(self, shards: np.ndarray) -> None:
         """Count tokens that leave the window."""
         if self._shard_map is not None and self._counts:
             self._shard_map.note(shards, self._part)
@@ -151,10 +151,12 @@ class SequenceWriter:
             self.pool.write(slots, *(part.to(self.pool.device) for part in begun))
             tokens = keys[:, first:], values[:, first:], positions[first:], experts[first:]
         for _ in range(leaving):
-            self.flush_page([sequence], self.page_shards(sequence.window[self.sink_pages]))
+            leaving_shards = self.page_shards(sequence.window[self.sink_pages])
+            self.note(leaving_shards)
+            self.flush_page([sequence], leaving_shards)
         passing, staying = shards[first : first + direct], len(shards) - first - direct
         if self._shard_map is not None:
-            self._note(passing)
+            self.note(passing)
             tokens = self._without_others(tokens, passing)
             passing = passing[passing >= 0]
         if self.pages.seals and direct:
@@ -210,7 +212,6 @@ class SequenceWriter:
     def flush_page(self, group: list[SequencePages], shards: np.ndarray) -> None:
         """Move the oldest recent page, which all sequences of `group` share, to their shards, which they share too."""
         page = group[0].window[self.sink_pages]
-        self._note(shards)
         mine = np.flatnonzero(shards >= 0)
         if len(mine):
             slots = self.shard_slots(group, shards[mine])

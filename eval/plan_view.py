@@ -1,0 +1,109 @@
+"""How a plan is shown: tables of at most 100 columns that read without colour, or JSON."""
+
+import json
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pikv_hf.planning.plan import Layout, Row
+from pikv_hf.planning.recommend import Plan, describe
+from pikv_hf.report import format_bytes
+
+WIDTH = 100
+
+
+def table(title: str, *columns: str) -> Table:
+    """Return an empty table whose first column is text and whose other columns are figures."""
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(columns):
+        made.add_column(name, justify="right" if index else "left", no_wrap=True)
+    return made
+
+
+def print_plan_json(plan: Plan) -> None:
+    """Print the plan as one JSON object."""
+    print(json.dumps(plan.to_dict()))
+
+
+def print_plan(plan: Plan, console: Console | None = None) -> None:
+    """Print the plan as tables and sentences."""
+    if console is None:
+        console = Console(highlight=False)
+        console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
+    parts: list[RenderableType] = [_heading(plan), _memory(plan.chosen), _time(plan.chosen)]
+    parts += [_capacity(plan.chosen), _advice(plan)]
+    for part in parts:
+        console.print(part)
+        console.print()
+
+
+def _heading(plan: Plan) -> Text:
+    work, model = plan.layout.workload, plan.layout.workload.model
+    paged = len(model.paged_layers)
+    sliding = f", {len(model.layers) - paged} of them sliding" if paged < len(model.layers) else ""
+    each = plan.chosen.per_token
+    kept = ""
+    if each.stored != each.plain:
+        kept = f", {_small(each.stored)} as {describe(plan.chosen.workload.options).partition(',')[0]}"
+    title = f"{model.name}: context {work.tokens:,}, batch {work.batch}, up to {work.devices} x {work.device.name}"
+    return Text.assemble(
+        (f"{title}\n", "bold"),
+        f"{model.params / 1e9:.1f}B parameters, {model.active_params() / 1e9:.1f}B of them per token, "
+        f"{format_bytes(model.weight_bytes)}; {len(model.layers)} layers{sliding}. A token takes "
+        f"{_small(each.plain)} per paged layer as it comes{kept}, and {each.bookkeeping:.1f} B of bookkeeping.",
+    )
+
+
+def _small(size: float) -> str:
+    return f"{size:,.0f} B" if size < 10_000 else format_bytes(size)
+
+
+def _memory(layout: Layout) -> Table:
+    work = layout.workload
+    title = f"Memory of the fullest device ({describe(work.options)}), {format_bytes(work.usable)} usable"
+    shown = table(title, "devices", "weights", "K/V", "together", "fits", "longest context", "largest batch")
+    for row in layout.rows:
+        sizes = format_bytes(row.weight_bytes), format_bytes(row.kv.total), format_bytes(row.needed)
+        most = f"{row.max_context:,}" if row.max_context else "-", f"{row.max_batch:,}" if row.max_batch else "-"
+        shown.add_row(_name(row), *sizes, "yes" if row.fits else "no", *most)
+    return shown
+
+
+def _time(layout: Layout) -> Table:
+    title = "A decoding step, estimated: milliseconds of the whole batch, bytes of a device per token"
+    columns = "weights", "attention", "exchange", "overhead", "step", "tokens/s", "read", "sent"
+    shown = table(title, "devices", *columns)
+    for row in layout.rows:
+        step = row.step
+        spent = [f"{x * 1e3:.1f}" for x in (step.weights, step.attention, step.exchange, step.overhead, step.total)]
+        moved = format_bytes(row.read_bytes), format_bytes(row.sent_bytes)
+        shown.add_row(str(row.devices), *spent, f"{row.tokens_per_second:,.0f}", *moved)
+    return shown
+
+
+def _name(row: Row) -> str:
+    if row.devices == 1:
+        return "1"
+    return f"{row.devices} processes" if row.mode == "processes" else f"{row.devices} in one process"
+
+
+def _capacity(layout: Layout) -> Text:
+    room, shards = layout.capacity, layout.workload.options.num_shards
+    return Text(
+        f"Shards: of {shards}, the most loaded gets {room.load:.1%} of a sequence, {room.expected:,.0f} tokens per "
+        f"layer; S = {room.tokens:,} (z = {room.z:g}) is too few with probability {_probability(room.overflow)}, for "
+        f"any shard at most {_probability(room.any_overflow)}."
+    )
+
+
+def _probability(chance: float) -> str:
+    return f"{chance:.2%}" if chance >= 1e-4 else f"{chance:.0e}"
+
+
+def _advice(plan: Plan) -> Text:
+    text = Text(plan.recommendation, style="bold")
+    for note in plan.notes:
+        text.append(f"\n- {note}", style="not bold")
+    return text

@@ -1,0 +1,138 @@
+"""What the attention of a decoding step reads and computes in one layer."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from pikv_hf.config import PiKVConfig
+
+from .cache_memory import is_packed, packed_page_bytes, uses_bounds
+from .model_shape import DTYPE_BYTES, LayerShape
+from .page_counts import page_counts, shard_loads
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """Of one layer, step and device, over all rows.
+
+    Attributes
+    ----------
+    bytes_read : float
+        K/V as they came, and bounds of pages; without codes.
+    scattered_bytes : float
+        Of these, and of codes, what lies scattered because routing chose it.
+    coded : tuple of (str, float, float, float)
+        Codec, packed numbers, their bytes, and the operations of products with them.
+    flops : float
+        Of all other products.
+    logits : float
+        Products of a query and a key that no coded kernel makes.
+    """
+
+    bytes_read: float
+    scattered_bytes: float
+    coded: tuple[tuple[str, float, float, float], ...]
+    flops: float
+    logits: float
+
+    @property
+    def stored_bytes(self) -> float:
+        """Bytes read from memory, codes included."""
+        return self.bytes_read + sum(stored for _, _, stored, _ in self.coded)
+
+
+def layer_work(
+    layer: LayerShape,
+    tokens: int,
+    batch: int,
+    options: PiKVConfig,
+    dtype: str,
+    *,
+    share: float = 1.0,
+    loads: Sequence[float] | None = None,
+) -> AttentionWork:
+    """Return what a step reads of one layer's stored tokens.
+
+    Parameters
+    ----------
+    layer : LayerShape
+        Heads and dims.
+    tokens, batch : int
+        Stored tokens of each row, and rows.
+    options : PiKVConfig
+        Codecs, routing, pages.
+    dtype : str
+        Of K/V.
+    share : float
+        The part of the tokens outside of the window that this device keeps; it reads the window too.
+    loads : sequence of float, optional
+        Shares of the tokens by shard.
+    """
+    element, size = DTYPE_BYTES[dtype], options.page_size
+    if layer.sliding is not None:
+        kept = min(tokens, layer.sliding)
+        return _plain(layer, batch, kept, 0.0, element)
+    counts = page_counts(tokens, options, shard_loads(layer, options, loads), layer.experts, share)
+    read = chosen_pages(counts.full, options)
+    routed = read < counts.full
+    always = (counts.window + counts.open) * size
+    if not is_packed(options):
+        # Where nothing is chosen, full pages lie side by side with the others and are read with them.
+        scattered = read * size if routed else 0.0
+        work = _plain(layer, batch, always + read * size, scattered, element)
+    else:
+        work = _with_codes(layer, batch, always, read, routed, options, dtype)
+    if not routed:
+        return work
+    ranked = batch * counts.full
+    bounds = ranked * layer.kv_heads * layer.key_dim * (2 * element if uses_bounds(options) else 3)
+    return dataclasses.replace(
+        work,
+        bytes_read=work.bytes_read + bounds,
+        flops=work.flops + 4 * ranked * layer.query_heads * layer.key_dim,
+    )
+
+
+def chosen_pages(full: float, options: PiKVConfig) -> float:
+    """Return how many of a row's full pages a KV head reads in a step, at most."""
+    if options.routing == "all":
+        return full
+    most = options.max_pages
+    return min(full, most) if isinstance(most, int) else math.ceil(full * most)
+
+
+def _plain(layer: LayerShape, batch: int, tokens: float, scattered: float, element: int) -> AttentionWork:
+    per_token = layer.width * element
+    products = batch * layer.query_heads * tokens
+    return AttentionWork(
+        bytes_read=batch * tokens * per_token,
+        scattered_bytes=batch * scattered * per_token,
+        coded=(),
+        flops=2 * products * (layer.key_dim + layer.value_dim),
+        logits=products,
+    )
+
+
+def _with_codes(
+    layer: LayerShape, batch: int, always: float, read: float, routed: bool, options: PiKVConfig, dtype: str
+) -> AttentionWork:
+    element, pages = DTYPE_BYTES[dtype], batch * read
+    work = _plain(layer, batch, always, 0.0, element)
+    stored = pages * packed_page_bytes(layer, options, dtype) / (layer.key_dim + layer.value_dim)
+    tokens, coded, as_they_are, dims = pages * options.page_size, [], 0.0, 0
+    for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim)):
+        if name in ("none", "lowrank"):
+            # Coefficients of a low-rank basis, and numbers as they came, are read like any others.
+            as_they_are, dims = as_they_are + stored * dim, dims + dim
+        else:
+            kernel = "int4" if name == "auto" else name
+            numbers = tokens * layer.kv_heads * dim
+            coded.append((kernel, numbers, stored * dim, 2 * tokens * layer.query_heads * dim))
+    return dataclasses.replace(
+        work,
+        bytes_read=work.bytes_read + as_they_are,
+        scattered_bytes=stored * (layer.key_dim + layer.value_dim) if routed else 0.0,
+        coded=tuple(coded),
+        flops=work.flops + 2 * tokens * layer.query_heads * dims,
+        logits=work.logits + (tokens * layer.query_heads if dims else 0.0),
+    )

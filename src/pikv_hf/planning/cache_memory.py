@@ -1,0 +1,302 @@
+"""The bytes of a `PiKVCache`, predicted: pages, scales, bookkeeping and what is kept beside them.
+
+The counts follow what `pages.py`, `sealed_pool.py` and `writer.py` allocate, and sizes are asked of the codecs
+themselves, so that a change of the format shows here too; `eval/results/plan-validation.json` compares both.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from pikv_hf.budget import Budget
+from pikv_hf.codecs import FIT_TOKENS_PER_DIM, Codec
+from pikv_hf.config import PiKVConfig
+from pikv_hf.layer_limit import LayerLimit
+from pikv_hf.pages import GROWTH as PLAIN_GROWTH
+from pikv_hf.schedule import GROWTH as BUDGET_GROWTH
+from pikv_hf.sealed_pool import GROWTH as SEALED_GROWTH
+from pikv_hf.store import MAX_OBSERVED
+
+from .model_shape import LayerShape, ModelShape
+from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads
+
+# Bytes that the host keeps of a page: count, references, shard, whether it was used; whether it stays as it is, or its
+# errors; and its number in the table of the sequence that holds it.
+_PLAIN_NOTES, _SEALED_NOTES, _TABLE_ENTRY = 10, 29, 8
+# Statistics of use: two shares and four steps of 4 bytes.
+_USAGE = 24
+# Queries that errors are judged by are those of so many newest positions.
+_OBSERVED_POSITIONS = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheBytes:
+    """What a cache, or one layer or part of it, takes.
+
+    Attributes
+    ----------
+    window : float
+        K/V of sinks and recent window, and of bounded sliding layers.
+    shards : float
+        K/V of all other pages in use, scales included.
+    free : float
+        K/V of pages that pools have allocated and do not use.
+    metadata : float
+        Positions, expert ids, bookkeeping, bounds for routing, bases, observed queries.
+    """
+
+    window: float = 0.0
+    shards: float = 0.0
+    free: float = 0.0
+    metadata: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes of all."""
+        return self.window + self.shards + self.free + self.metadata
+
+    def __add__(self, other: "CacheBytes") -> "CacheBytes":
+        return CacheBytes(
+            self.window + other.window,
+            self.shards + other.shards,
+            self.free + other.free,
+            self.metadata + other.metadata,
+        )
+
+
+def stored_tokens(tokens: int, batch: int, layer: LayerShape, model: ModelShape, options: PiKVConfig) -> int:
+    """Return how many of `tokens` tokens of a sequence a paged layer keeps within the budget of the options.
+
+    Raises
+    ------
+    ValueError
+        If the budget is less than what is never evicted.
+    """
+    paged = max(1, len(model.paged_layers))
+    bounded = sum(each.sliding or 0 for each in model.layers)
+    limit = LayerLimit.of(options, paged, bounded)
+    if limit is None:
+        return tokens
+    most = limit.tokens_of(tokens, options.num_shards)
+    if most is not None:
+        return min(tokens, most * options.num_shards if limit.per_shard else most)
+    assert limit.total_bytes is not None
+    return _tokens_within(limit.total_bytes, tokens, batch, layer, model, options)
+
+
+def _tokens_within(
+    budget: int, tokens: int, batch: int, layer: LayerShape, model: ModelShape, options: PiKVConfig
+) -> int:
+    """Return the most tokens of each sequence whose layer takes at most so many bytes."""
+    free = dataclasses.replace(options, budget=None, budget_scope=None, scheduler=None)
+    low, high = 0, tokens
+    while low < high:
+        middle = (low + high + 1) // 2
+        if layer_bytes(layer, middle, batch, free, model.dtype).total <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def layer_bytes(
+    layer: LayerShape,
+    tokens: int,
+    batch: int,
+    options: PiKVConfig,
+    dtype: str,
+    *,
+    generated: int = 0,
+    loads: Sequence[float] | None = None,
+    share: float = 1.0,
+) -> CacheBytes:
+    """Return the bytes of one layer after a prompt of `tokens - generated` tokens and `generated` decoded ones.
+
+    Parameters
+    ----------
+    layer : LayerShape
+        Heads and dims.
+    tokens : int
+        Stored tokens of each row.
+    batch : int
+        Rows that share nothing.
+    options : PiKVConfig
+        How they are stored.
+    dtype : str
+        Of K/V.
+    generated : int
+        Tokens decoded one at a time, for which pools have grown.
+    loads : sequence of float, optional
+        Shares of the tokens by shard; equal ones by default.
+    share : float
+        The part of the tokens outside of the window that is kept here.
+
+    Raises
+    ------
+    ValueError
+        For negative sizes, or more generated tokens than there are.
+    """
+    if not 0 <= generated <= tokens or batch < 1:
+        raise ValueError(f"0 <= generated <= tokens and batch >= 1, got {generated}, {tokens} and {batch}")
+    element = getattr(torch, dtype).itemsize
+    if layer.sliding is not None:
+        kept = min(tokens, layer.sliding + bool(generated))
+        return CacheBytes(window=float(batch * kept * layer.width * element))
+    shares = shard_loads(layer, options, loads)
+    now = page_counts(tokens, options, shares, layer.experts, share)
+    first = page_counts(tokens - generated, options, shares, layer.experts, share)
+    packs = _packs(options, layer, now)
+    plain_page = options.page_size * layer.width * element
+    sealed_page = packed_page_bytes(layer, options, dtype) if packs else plain_page
+    held = now.window + now.open + (0 if packs else now.full)
+    begun = first.window + (min(first.open + first.full, options.num_shards) if packs else first.open + first.full)
+    slow = BUDGET_GROWTH if options.budget is not None else PLAIN_GROWTH
+    flushes = round((now.tokens - first.tokens) / share / options.page_size)
+    plain = batch * begun
+    if generated:
+        plain = plain_pages(plain, batch * held, batch, flushes, now, options, slow, bool(layer.experts))
+    sealed = grown(batch * first.full, batch * now.full, SEALED_GROWTH) if packs else 0.0
+    return CacheBytes(
+        window=batch * now.window * plain_page,
+        shards=batch * (now.open * plain_page + now.full * sealed_page),
+        free=max(0.0, plain - batch * held) * plain_page + max(0.0, sealed - batch * now.full * packs) * sealed_page,
+        metadata=_metadata(
+            layer, batch, options, element, plain, sealed, batch * (now.window + now.open + now.full), generated
+        ),
+    )
+
+
+def cache_bytes(
+    model: ModelShape,
+    tokens: int,
+    batch: int,
+    options: PiKVConfig,
+    *,
+    generated: int = 0,
+    loads: Sequence[float] | None = None,
+    share: float = 1.0,
+    sliding_share: float = 1.0,
+) -> CacheBytes:
+    """Return the bytes of a whole cache, or of the part that one of several devices keeps.
+
+    The parameters are those of :func:`layer_bytes`; `tokens` are those seen, of which a budget keeps some.
+    `sliding_share` is the part of the bounded sliding layers that is here, on average.
+    """
+    total, known = CacheBytes(), dict[LayerShape, CacheBytes]()
+    for layer in model.layers:
+        if layer not in known:
+            kept = tokens if layer.sliding is not None else stored_tokens(tokens, batch, layer, model, options)
+            # Under a budget pools are full, and whatever comes takes the place of what goes.
+            new = min(generated, kept) if kept == tokens else 0
+            known[layer] = layer_bytes(
+                layer, kept, batch, options, model.dtype, generated=new, loads=loads, share=share
+            )
+        total += known[layer]
+    return total
+
+
+def part_bytes(
+    model: ModelShape,
+    tokens: int,
+    batch: int,
+    options: PiKVConfig,
+    parts: int,
+    *,
+    processes: bool = True,
+    imbalance: float = 0.0,
+    generated: int = 0,
+) -> CacheBytes:
+    """Return the bytes of one of several parts of a cache: the window, and an equal share of everything else.
+
+    Parameters
+    ----------
+    model, tokens, batch, options, generated
+        As in :func:`cache_bytes`.
+    parts : int
+        Devices or processes that share the pages.
+    processes : bool
+        Whether every part belongs to a process of its own, which has all sliding layers; else these are divided.
+    imbalance : float
+        By how much the fullest part exceeds its equal share; 0 for the average.
+
+    Raises
+    ------
+    ValueError
+        If there are no parts.
+    """
+    if parts < 1:
+        raise ValueError(f"parts must be at least 1, got {parts}")
+    share = 1.0 if parts == 1 else min(1.0, (1 + imbalance) / parts)
+    sliding = 1.0 if processes else 1 / parts
+    return cache_bytes(model, tokens, batch, options, generated=generated, share=share, sliding_share=sliding)
+
+
+def packed_page_bytes(layer: LayerShape, options: PiKVConfig, dtype: str) -> int:
+    """Return the bytes of the codes of a page, scales included, of all KV heads."""
+    total = 0
+    for name, dim, keys in ((options.key_codec, layer.key_dim, True), (options.value_codec, layer.value_dim, False)):
+        rank = min(dim, options.rank or max(1, dim // 4)) if "lowrank" in name else 0
+        # What "auto" will choose is not known before: it is counted as the int4 that it mostly chose.
+        codec = Codec("int4" if name == "auto" else name, keys, rank)
+        codes = codec.empty(layer.kv_heads, options.page_size, dim, getattr(torch, dtype), torch.device("meta"))
+        total += sum(t.element_size() * t.shape[0] * int(np.prod(t.shape[2:])) for t in codes.tensors())
+    return total
+
+
+def is_packed(options: PiKVConfig) -> bool:
+    """Return whether full pages are packed by a codec."""
+    return options.key_codec != "none" or options.value_codec != "none"
+
+
+def uses_bounds(options: PiKVConfig) -> bool:
+    """Return whether routing keeps bounds beside pages: integer codes of keys tell them."""
+    return options.routing != "all" and options.key_codec not in ("int8", "int4", "int2", "auto")
+
+
+def _packs(options: PiKVConfig, layer: LayerShape, counts: PageCounts) -> bool:
+    if not is_packed(options):
+        return False
+    lowrank = [
+        dim for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim))
+        if "lowrank" in name
+    ]  # fmt: skip
+    return all(counts.full * options.page_size >= FIT_TOKENS_PER_DIM * dim for dim in lowrank)
+
+
+def _metadata(
+    layer: LayerShape,
+    batch: int,
+    options: PiKVConfig,
+    element: int,
+    plain: float,
+    sealed: float,
+    held: float,
+    generated: int,
+) -> float:
+    size = options.page_size
+    total = plain * (6 * size + _PLAIN_NOTES) + sealed * (4 * size + _SEALED_NOTES) + held * _TABLE_ENTRY
+    if options.budget is not None:
+        total += (plain + sealed) * _USAGE
+    if uses_bounds(options):
+        total += (sealed or plain) * (2 * layer.key_dim * layer.kv_heads * element + 1)
+    if is_packed(options):
+        # Those of the prompt's end, later those of the steps that filled a page.
+        seen = 1 if generated > size else _OBSERVED_POSITIONS
+        queries = batch * (layer.query_heads // layer.kv_heads) * seen
+        total += layer.kv_heads * min(MAX_OBSERVED, queries) * layer.key_dim * element
+        for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim)):
+            if "lowrank" in name:
+                total += layer.kv_heads * dim * min(dim, options.rank or max(1, dim // 4)) * element
+    return total
+
+
+def budget_text(options: PiKVConfig) -> str:
+    """Return a budget as one reads it: `"25% of the tokens"`, `"4,096 tokens"`, `"2GiB"`."""
+    if options.budget is None:
+        return "none"
+    budget = Budget.parse(options.budget)
+    if budget.unit == "share":
+        return f"{budget.amount:.0%} of the tokens"
+    return f"{int(budget.amount):,} tokens" if budget.unit == "tokens" else str(options.budget)

@@ -1,0 +1,178 @@
+"""Measuring the CPU at hand, so that a plan can be made for it: memory, softmax, unpacking, and the cost of a call.
+
+Each figure comes from a small measurement of its own, on tensors made for it: the times of caches of some length, which
+a plan predicts from them, are not looked at.
+"""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pikv_hf.config import PiKVConfig
+from pikv_hf.kernels.coded_attention import coded_attention
+from pikv_hf.kernels.page_codes import KINDS, Kind
+from pikv_hf.kernels.seal_pages import seal_pages
+
+from .hardware import DEVICES, Device, KernelRates
+
+#: Bytes that are read for the bandwidth, keys and values each: several times what a processor caches.
+BUFFER_BYTES = 256 << 20
+
+# Heads and dims of what is measured: four KV heads of 128 channels, eight queries each.
+_HEADS, _DIM, _GROUP, _PAGE = 4, 128, 8, 32
+
+
+def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Device:
+    """Return the device `"cpu"` with what this machine does, in some seconds, on as many threads as torch now has.
+
+    Parameters
+    ----------
+    buffer_bytes : int
+        Read for the bandwidth, keys and values each.
+    repeats : int
+        Of each measurement; medians count.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to repeat or to read.
+    """
+    if repeats < 1 or buffer_bytes < 4 * _HEADS * _DIM:
+        raise ValueError(f"repeats must be at least 1 and buffer_bytes at least 2048, got {repeats} and {buffer_bytes}")
+    import psutil
+
+    overhead, routed = step_overheads(repeats)
+    codes: dict[str, float] = {kind: code_rate(kind, repeats) for kind in KINDS if kind != "none"}
+    rates = KernelRates(
+        logits=softmax_rate(repeats),
+        # The residual of a low-rank part is int4; its coefficients are few beside it.
+        codes={**codes, "lowrank+int4": codes["int4"]},
+        copies=DEVICES["cpu"].rates.copies,
+        routed_overhead=routed,
+    )
+    return dataclasses.replace(
+        DEVICES["cpu"],
+        memory=psutil.virtual_memory().total,
+        bandwidth=read_bandwidth(buffer_bytes, repeats),
+        flops=product_rate(repeats),
+        overhead=overhead,
+        rates=rates,
+    )
+
+
+@torch.no_grad()
+def read_bandwidth(buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> float:
+    """Return the bytes per second at which products of few queries with long keys and values read memory."""
+    tokens = buffer_bytes // (4 * _HEADS * _DIM)
+    # Written, or the system would give out the same page of zeros again and again.
+    keys, values = (torch.ones(_HEADS, tokens, _DIM) for _ in range(2))
+    query, weights = torch.ones(_HEADS, _GROUP, _DIM), torch.ones(_HEADS, _GROUP, tokens)
+    out = torch.empty_like(weights)
+
+    def read() -> None:
+        torch.bmm(query, keys.transpose(1, 2), out=out)
+        torch.bmm(weights, values)
+
+    return 2 * keys.numel() * keys.element_size() / _median_seconds(read, repeats)
+
+
+@torch.no_grad()
+def softmax_rate(repeats: int = 7) -> float:
+    """Return the logits per second that attention turns into weights: in four passes."""
+    logits = torch.randn(_HEADS, _GROUP, 1 << 16)
+
+    def softmax() -> None:
+        logits.sub_(logits.amax(dim=-1, keepdim=True)).exp_()
+        logits.sum(dim=-1)
+
+    return logits.numel() / _median_seconds(softmax, repeats)
+
+
+@torch.no_grad()
+def product_rate(repeats: int = 7) -> float:
+    """Return the operations per second of large products in float32."""
+    matrix = torch.randn(1024, 1024)
+    return 2 * 1024**3 / _median_seconds(lambda: matrix @ matrix, repeats)
+
+
+@torch.no_grad()
+def code_rate(kind: Kind, repeats: int = 7, pages: int = 192) -> float:
+    """Return the packed numbers per second that attention reads, of a pool of few pages and no cache around it."""
+    tokens = torch.randn(_HEADS, pages, _PAGE, _DIM)
+    keys, values = seal_pages(tokens, kind, keys=True), seal_pages(tokens, kind, keys=False)
+    query = torch.randn(_HEADS, _GROUP, _DIM)
+    return 2 * tokens.numel() / _median_seconds(lambda: coded_attention(query, keys, values, 1.0), repeats)
+
+
+@torch.no_grad()
+def step_overheads(repeats: int = 7) -> tuple[float, float]:
+    """Return the seconds of a layer's step on a cache of next to nothing, and by how much routing lengthens it."""
+    plain = _tiny_step(PiKVConfig())
+    routed = _tiny_step(PiKVConfig(routing="page_bound", max_pages=2))
+    steps = 16 * repeats
+    # In turn, so that a busy moment meets both.
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(steps):
+        for taken, step in zip(seconds, (plain, routed), strict=True):
+            started = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - started)
+    alone, chosen = (statistics.median(each) for each in seconds)
+    return alone, max(0.0, chosen - alone)
+
+
+def _tiny_step(options: PiKVConfig) -> Callable[[], None]:
+    """Return a decoding step of one layer with tiny heads and some 400 tokens."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    from pikv_hf.attention import pikv_attention_forward
+    from pikv_hf.cache import PiKVCache
+
+    heads, queries, dim, experts = 2, 4, 16, 8
+    model: Any = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            moe_intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=queries,
+            num_key_value_heads=heads,
+            head_dim=dim,
+            num_experts=experts,
+            num_experts_per_tok=2,
+        )
+    ).eval()
+    cache: Any = PiKVCache.for_model(model, options)
+    layer, attention = cache.layers[0], model.model.layers[0].self_attn
+
+    def store(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        key = torch.randn(1, heads, tokens, dim)
+        updated: tuple[torch.Tensor, torch.Tensor] = cache.update(key, torch.randn_like(key), 0)
+        return updated
+
+    def step() -> None:
+        keys, values = store(1)
+        pikv_attention_forward(attention, torch.randn(1, queries, 1, dim), keys, values, None, scaling=dim**-0.5)
+        layer.record_experts(torch.randint(0, experts, (1,)))
+
+    store(400)
+    layer.attend_begins(None)
+    layer.record_experts(torch.randint(0, experts, (400,)))
+    # The model lives as long as its layers are asked for their experts.
+    step.__dict__["model"] = model
+    return step
+
+
+def _median_seconds(work: Callable[[], Any], repeats: int) -> float:
+    work()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return max(statistics.median(seconds), 1e-9)
