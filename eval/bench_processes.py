@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from rich import box
 from rich.table import Table
+from torch.multiprocessing.spawn import spawn
 
 from pikv_hf import PiKVCache
 from pikv_hf.attention import pikv_attention_forward
@@ -74,7 +74,7 @@ def run_processes(
     for tokens in contexts:
         for batch in batches:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_measure, args=(processes, batch, tokens, seconds, folder), nprocs=processes)
+                spawn(_measure, args=(processes, batch, tokens, seconds, folder), nprocs=processes)
                 yield torch.load(Path(folder) / "case.pt", weights_only=False)
 
 

@@ -54,12 +54,15 @@ def demo(
     recent_window: Annotated[int, typer.Option(help="Newest tokens, not in a shard.")] = _DEFAULT.pikv.recent_window,
     sink_tokens: Annotated[int, typer.Option(help="First tokens, not in a shard.")] = _DEFAULT.pikv.sink_tokens,
     num_shards: Annotated[int, typer.Option(help="Groups of experts.")] = _DEFAULT.pikv.num_shards,
-    placement: Annotated[str, typer.Option(help="expert (by router) or hash (by position).")] = "expert",
+    placement: Annotated[str, typer.Option(help="expert or balanced (by router), or hash (by position).")] = "expert",
     tiers: Annotated[
         str | None, typer.Option(help="Where pages go that do not fit: cpu=4MiB,disk keeps 4 MiB in memory.")
     ] = None,
     routing: Annotated[str, typer.Option(help="Which pages a step reads: all, or a policy.")] = _DEFAULT.pikv.routing,
     max_pages: Annotated[int, typer.Option(help="The most full pages that it reads.")] = int(_DEFAULT.pikv.max_pages),
+    cache_devices: Annotated[
+        str | None, typer.Option(help="Where the shards are: auto, or cuda:0,cuda:1,cpu; by default with the model.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as saved.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; by default a GPU if any.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = _DEFAULT.threads,
@@ -83,6 +86,7 @@ def demo(
         "dtype": dtype,
         "device": device,
         "threads": threads,
+        "cache_devices": tuple(part.strip() for part in cache_devices.split(",")) if cache_devices else (),
         "record_trace": record_trace,
     }
     storage = {

@@ -17,6 +17,7 @@ from pikv_hf.eval.demo_measure import (
     dynamic_cache,
     first_difference,
     largest_difference,
+    make_pikv,
     measure,
     pikv_cache,
 )
@@ -26,6 +27,7 @@ from pikv_hf.eval.errors import user_input
 from pikv_hf.eval.recording import record_trace
 from pikv_hf.layer import PiKVLayer
 from pikv_hf.planning.traces import save_trace
+from pikv_hf.report import LayerMemory
 from pikv_hf.stats import CacheStats
 
 
@@ -85,6 +87,8 @@ class DemoResult:
         Where answers differ.
     spread : tuple of LayerSpread
         Where PiKV put the context's tokens; paged layers only.
+    per_device : dict of str to int
+        Bytes of PiKV's cache by device, with what it shares with all questions' copies.
     stats : CacheStats
         What PiKV's routing read, its scheduler evicted and its tiers moved, over all questions' copies.
     """
@@ -103,6 +107,7 @@ class DemoResult:
     logit_difference: float
     disagreements: tuple[Disagreement, ...]
     spread: tuple[LayerSpread, ...]
+    per_device: dict[str, int]
     stats: CacheStats
 
     @property
@@ -145,7 +150,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         # Before attaching: the baseline is the model as it is loaded, with transformers' own attention.
         dynamic = measure(task, dynamic_cache(task.model), options.max_new_tokens)
         with attach(task.model, options.pikv.placement or "expert") as attached:
-            kind = pikv_cache(task.model, options.pikv)
+            kind = pikv_cache(task.model, options.pikv, options.cache_devices)
             pikv = measure(task, kind, options.max_new_tokens)
             if options.record_trace is not None:
                 trace = record_trace(task, kind, attached.routers, options.max_new_tokens)
@@ -168,6 +173,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
         logit_difference=largest_difference(pikv, dynamic),
         disagreements=tuple(Disagreement(question, token) for question, token in parted if token is not None),
         spread=tuple(token_spread(pikv.context)),
+        per_device=pikv.context.memory_report().per_device,
         stats=pikv.context.stats(),
     )
 
@@ -179,25 +185,34 @@ def versions() -> dict[str, str]:
 
 def token_spread(cache: PiKVCache) -> Iterator[LayerSpread]:
     """Yield how each paged layer's tokens spread over shards and experts."""
-    for layer, memory in zip(cache.layers, cache.memory_report().layers, strict=True):
+    parts: dict[int, list[LayerMemory]] = {}
+    for part in cache.memory_report().layers:
+        parts.setdefault(part.layer, []).append(part)
+    for index, layer in enumerate(cache.layers):
         if isinstance(layer, PiKVLayer):
-            window = memory.tokens_stored - sum(memory.shard_tokens)
-            yield LayerSpread(memory.layer, window, memory.shard_tokens, _expert_tokens(layer))
+            of_shards = np.sum([part.shard_tokens for part in parts[index]], axis=0)
+            stored = sum(part.tokens_stored for part in parts[index])
+            shards = tuple(int(tokens) for tokens in np.atleast_1d(of_shards))
+            yield LayerSpread(index, stored - sum(shards), shards, _expert_tokens(layer))
 
 
 def _expert_tokens(layer: PiKVLayer) -> tuple[int, ...]:
     if not layer.routed or layer.attachment is None or layer.table is None:
         return ()
-    pool, held = layer.table.pool, layer.table.distinct_pages()
-    experts, positions = (tensor.cpu().numpy()[held] for tensor in (pool.experts, pool.positions))
-    known = experts[(positions >= 0) & (experts >= 0)]
-    return tuple(np.bincount(known, minlength=layer.attachment.routers[layer.layer_idx].num_experts).tolist())
+    counts = np.zeros(layer.attachment.routers[layer.layer_idx].num_experts, dtype=np.int64)
+    for table in layer.tables():
+        pool, held = table.pool, table.distinct_pages()
+        if not table.writer.reads_window:
+            held = held[pool.shard[held] >= 0]
+        experts, positions = (tensor.cpu().numpy()[held] for tensor in (pool.experts, pool.positions))
+        counts += np.bincount(experts[(positions >= 0) & (experts >= 0)], minlength=len(counts))
+    return tuple(counts.tolist())
 
 
 def _check_supported(task: DemoTask, options: DemoOptions) -> None:
     """Refuse a model that PiKV cannot serve before the baseline takes its time."""
     with user_input(f"cannot use {task.name} with PiKVCache"), attach(task.model, options.pikv.placement or "expert"):
-        PiKVCache.for_model(task.model, options.pikv)
+        make_pikv(task.model, options.pikv, options.cache_devices)
 
 
 @contextmanager

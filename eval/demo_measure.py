@@ -115,9 +115,15 @@ def dynamic_cache(model: Any) -> CacheKind:
     return CacheKind("DynamicCache", lambda: DynamicCache(config=model.config), copy.deepcopy)
 
 
-def pikv_cache(model: Any, config: PiKVConfig) -> CacheKind:
-    """PiKV's cache, forked for each question."""
-    return CacheKind("PiKVCache", lambda: PiKVCache.for_model(model, config), PiKVCache.fork)
+def pikv_cache(model: Any, config: PiKVConfig, devices: tuple[str, ...] = ()) -> CacheKind:
+    """PiKV's cache, on these devices if any are named, forked for each question."""
+    return CacheKind("PiKVCache", lambda: make_pikv(model, config, devices), PiKVCache.fork)
+
+
+def make_pikv(model: Any, config: PiKVConfig, devices: tuple[str, ...]) -> PiKVCache:
+    """Return a cache whose shards are on these devices; `("auto",)` and `()` as in `PiKVCache.for_model`."""
+    where = "auto" if devices == ("auto",) else list(devices)
+    return PiKVCache.for_model(model, config, devices=where if devices else None)
 
 
 @torch.no_grad()
@@ -162,7 +168,7 @@ def total_bytes(caches: Sequence[Any]) -> int:
     others = [layer for layer in layers if not isinstance(layer, PiKVLayer) and layer.is_initialized]
     tensors = [tensor for layer in paged for tensor in layer.storages()]
     tensors += [tensor for layer in others for tensor in (layer.keys, layer.values)]
-    tables = [layer.table for layer in paged if layer.table is not None]
+    tables = [table for layer in paged for table in layer.tables()]
     stores = {id(table.pages): table.pages for table in tables}
     host = sum(pages.host_bytes for pages in stores.values()) + sum(table.host_bytes for table in tables)
     return live_bytes(tensors) + host

@@ -37,6 +37,8 @@ class DemoOptions:
         File to write the routing of the run to; see :mod:`pikv_hf.planning.traces`.
     pikv : PiKVConfig
         Storage options of the PiKV cache.
+    cache_devices : tuple of str
+        Devices of its shards, or `("auto",)`; by default where the model is.
 
     Raises
     ------
@@ -55,6 +57,7 @@ class DemoOptions:
     threads: int = 2
     record_trace: Path | None = None
     pikv: PiKVConfig = dataclasses.field(default_factory=PiKVConfig)
+    cache_devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("tokens", "max_new_tokens", "threads"):

@@ -41,6 +41,8 @@ def print_result(result: DemoResult, console: Console | None = None) -> None:
         console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
     plain = console.options.ascii_only
     parts: list[RenderableType] = [_heading(result), _answers(result, plain), _verdict(result), _costs(result)]
+    if len(result.per_device) > 1:
+        parts.append(_devices(result))
     if result.spread:
         parts += [_shards(result, plain), _layers(result.spread, plain)]
     if result.stats.tiers is not None:
@@ -133,6 +135,14 @@ def _costs(result: DemoResult) -> Group:
             table.add_row(label, *map(form, amounts), f"{amounts[1] / amounts[0]:.3f}")
     note = "Memory is counted from live storages; what copies share counts once. Times are of this run."
     return Group(table, note)
+
+
+def _devices(result: DemoResult) -> Group:
+    """Return the bytes of PiKV's cache on each device."""
+    table, total = _table("Memory by device", "", "memory", "share"), sum(result.per_device.values())
+    for device, held in result.per_device.items():
+        table.add_row(device, format_bytes(held), f"{held / total:.1%}")
+    return Group(table, "Of PiKVCache, with all questions open. Each device has its shards and a copy of the window.")
 
 
 # Where the tokens are

@@ -147,7 +147,7 @@ class BudgetMachine(RuleBasedStateMachine):
     def within_budget(self, twin: Twin) -> None:
         layer = twin.layer
         if self.unit == "bytes":
-            assert layer_memory(0, layer).total <= self.limit * self.forks(twin)
+            assert sum(part.total for part in layer_memory(0, layer)) <= self.limit * self.forks(twin)
         elif self.unit == "shard":
             over = shard_holdings(layer) > self.limit
             assert not over.any() or self.kept_apart, "a shard holds more than its budget"

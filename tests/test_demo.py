@@ -132,6 +132,18 @@ def test_unknown_tiers_are_refused(tiny):
     assert "'ram'" in run("--model", tiny, *SHORT, "--tiers", "ram=1MiB", status=2).output
 
 
+def test_shards_on_several_devices_change_no_answer(tiny):
+    arguments = ("--model", tiny, *SHORT, "--page-size", "8", "--cache-devices", "cpu:0,cpu:1")
+    found = run_json(*arguments)
+    assert found["agree"]
+    assert set(found["per_device"]) == {"cpu:0", "cpu:1"}
+    assert min(found["per_device"].values()) > 0.3 * sum(found["per_device"].values())
+    for layer in found["spread"]:
+        assert sum(layer["shard_tokens"]) + layer["window_tokens"] == found["context_tokens"]
+        assert sum(layer["expert_tokens"]) == found["context_tokens"]
+    assert "Memory by device" in run(*arguments).stdout
+
+
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}<bos>VAR {{ m.content }} here\n{% endfor %}"])
 def test_own_text(tmp_path, text, template):
     model = save_tiny(tmp_path / "model", template)
@@ -154,13 +166,13 @@ def test_tables_are_at_most_100_columns_wide(tiny, text, shards):
 
 
 def test_disagreement_is_reported_with_status_1(tiny, monkeypatch):
-    def forgetful(model, config):
+    def forgetful(model, config, devices):
         def copy(cache: PiKVCache) -> PiKVCache:
             for layer in cache.layers:
                 layer.table.pool.values.zero_()
             return cache.fork()
 
-        return CacheKind("PiKVCache", pikv_cache(model, config).make, copy)
+        return CacheKind("PiKVCache", pikv_cache(model, config, devices).make, copy)
 
     monkeypatch.setattr(demo, "pikv_cache", forgetful)
     result = run("--model", tiny, "--json", *SHORT, status=1)

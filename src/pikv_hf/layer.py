@@ -5,8 +5,10 @@ from typing import Any
 import torch
 
 from .checks import check_fits
+from .exchange import leaves_others
 from .layer_edits import LayerEdits
 from .pending import Pending
+from .replicas import prompt_mark
 from .store import MAX_OBSERVED
 
 # The attribute of a returned key tensor by which the attention function finds the layer.
@@ -43,6 +45,7 @@ class PiKVLayer(LayerEdits):
 
     # Updating
 
+    @leaves_others
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,6 +69,8 @@ class PiKVLayer(LayerEdits):
         """
         check_fits(self.layer_idx, key_states, value_states, self._held())
         in_place = self._reads_in_place()
+        if self.leads and self.layout.exchange is not None and key_states.shape[2] > 1:
+            self.prompt_mark, self.agreed = prompt_mark(key_states), None
         if self.attachment is not None and not self._reference_lost:
             self.attachment.reads(self, prompt=not self.seen)
         holds = self.holds
@@ -190,6 +195,7 @@ class PiKVLayer(LayerEdits):
                 table.crop(self.seen)
             raise
 
+    @leaves_others
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
         assert self.table is not None

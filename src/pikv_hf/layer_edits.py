@@ -10,6 +10,7 @@ import torch
 
 from .assignment import HandedOut, is_selection
 from .checks import check_fits, cropped_length
+from .exchange import leaves_others
 from .layer_tokens import LayerTokens
 from .retention import checked_widths, equal_rows, leaders_of, shares_of, with_exact_ends
 from .table import PageTable
@@ -82,6 +83,9 @@ class LayerEdits(LayerTokens):
         self._interrupt()
         self._drop_pending()
         self._replace_tables(tables)
+        if self.shard_map is not None:
+            self.shard_map.rescale(0)
+            self.shard_map.add_evenly(float(every.sum()) / self.heads)
         self.evicted = held is not None and not bool(held.all())
         self.seen = self._assigned = keys.shape[2]
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
@@ -139,6 +143,7 @@ class LayerEdits(LayerTokens):
         if self.pending is not None and self.pending.experts is not None:
             self._place(self.pending.experts)
 
+    @leaves_others
     def keep(self, kept: torch.Tensor) -> None:
         """Evict tokens, each KV head its own, and keep the others in the widths given; frees their memory.
 
@@ -169,7 +174,9 @@ class LayerEdits(LayerTokens):
         tables = self._kept_tables(widths)
         self._interrupt()
         if self.shard_map is not None:
+            new = 0 if self.pending is None else self.pending.tokens
             self.shard_map.rescale(float((widths > 0).float().mean()))
+            self.shard_map.add_evenly(float((widths[:, :, self.seen - new :] > 0).sum()) / self.heads)
         self._drop_pending()
         self._replace_tables(tables)
         self.evicted |= bool((widths == 0).any())
@@ -272,6 +279,7 @@ class LayerEdits(LayerTokens):
             f"{self._assigned} tokens were assigned from outside, and which ones is not known"
         )
 
+    @leaves_others
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
         if length >= self.seen or self.table is None:
@@ -309,6 +317,7 @@ class LayerEdits(LayerTokens):
 
     # Changing rows
 
+    @leaves_others
     def select(self, indices: Sequence[int]) -> None:
         """Replace the rows of the batch by those at `indices`. No token is copied."""
         if self.table is None:
@@ -339,6 +348,7 @@ class LayerEdits(LayerTokens):
         if self.table is not None:
             twin.heads, twin.dtype, twin.device = self.heads, self.dtype, self.device
         twin.shard_map, twin._expert_loads = self.shard_map, self._expert_loads
+        twin.leads, twin.prompt_mark, twin.agreed = self.leads, self.prompt_mark, self.agreed
         for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))
 

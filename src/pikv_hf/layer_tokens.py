@@ -11,6 +11,7 @@ from transformers.cache_utils import CacheLayerMixin
 from .assignment import HandedOut
 from .checks import Held
 from .config import PiKVConfig
+from .exchange import leaves_others
 from .layer_part import LayerPart
 from .layout import Layout
 from .page_book import NoRoomError
@@ -55,6 +56,8 @@ class LayerTokens(CacheLayerMixin):
         New tokens that wait for the layer's router, or for a press.
     seen, dropped : int
         Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
+    leads : bool
+        Whether it is the cache's first, in which processes make sure that they have the same tokens.
     holds : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
     """
@@ -74,6 +77,7 @@ class LayerTokens(CacheLayerMixin):
         self.attachment = attachment
         self.layout = Layout() if layout is None else layout
         self.routed = attachment is not None and config.placement != "hash" and layer_idx in attachment.routers
+        self.leads = False
         self.parts = [LayerPart(place, router=self._new_router()) for place in self.layout.places]
         if config.tiers is not None:
             # The cache replaces them by parts of its own, so that its layers share limits and counters.
@@ -107,6 +111,9 @@ class LayerTokens(CacheLayerMixin):
         self._handed: dict[str, HandedOut] = {}
         self._staged: torch.Tensor | None = None
         self._returns = False
+        # Of the last prompt, and the shape of the queries of the last merge, where processes agree on them.
+        self.prompt_mark: torch.Tensor | None = None
+        self.agreed: torch.Size | None = None
         self._checkpoint: tuple[int, list[tuple[PageTable, set[str]]]] | None = None
 
     # The first part, which is all there is on one device
@@ -216,6 +223,7 @@ class LayerTokens(CacheLayerMixin):
         """Evict what kvpress's head-wise presses have only marked on the attention module."""
         raise NotImplementedError
 
+    @leaves_others
     def settle(self) -> None:
         """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
         if self._staged is not None:
@@ -241,7 +249,12 @@ class LayerTokens(CacheLayerMixin):
         for part in self.parts:
             part.enforce(self.lanes, self.seen)
         self._note_evictions()
-        if self.shard_map is not None and moved:
+        if moved:
+            self._balance()
+
+    def _balance(self) -> None:
+        """See to it that parts are about as full as they should be."""
+        if self.shard_map is not None:
             self.shard_map.divide_if_skewed()
             level(self.parts, self.shard_map)
 
@@ -292,14 +305,16 @@ class LayerTokens(CacheLayerMixin):
             raise
         self._note_evictions()
         self._drop_pending()
+        self._balance()
 
     def _measure(self, positions: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor | None) -> None:
-        """Group experts into shards, and divide these among the parts, by what the first prompt brings of each.
+        """Group experts into shards, and divide these among the parts, by what a prompt brings of each.
 
-        `positions` are `(Q,)`, `experts` and `valid` `(B, Q)`.
+        Groups are those of the first prompt. `positions` are `(Q,)`, `experts` and `valid` `(B, Q)`.
         """
+        assert self.table is not None
         balances = self.config.placement == "balanced" and self.routed and self._expert_loads is None
-        divides = self.shard_map is not None and not self.shard_map.placed.any()
+        divides = self.shard_map is not None and self.shard_map.is_to_plan(positions.shape[0])
         if not balances and not divides:
             return
         every = positions.expand(self.batch, -1)
@@ -313,7 +328,9 @@ class LayerTokens(CacheLayerMixin):
                 table.writer.follow(self._shard_of())
         if divides and self.shard_map is not None:
             shards = self._shard_of()(every, experts.to(torch.int16)).cpu().numpy()
-            self.shard_map.divide(np.bincount(shards, minlength=self.shard_map.num_shards))
+            # Rows that have been the same so far may go on to be.
+            rows = len({id(row) for row in self.table.rows}) / len(self.table.rows)
+            self.shard_map.plan(np.bincount(shards, minlength=self.shard_map.num_shards) * rows)
 
     def _piece(self, new: Pending) -> int:
         """Return how many of the new tokens to store before pages may have to go."""
@@ -411,12 +428,12 @@ class LayerTokens(CacheLayerMixin):
             fresh &= self.pending.valid[:, None]
         return fresh
 
-    def storages(self, part: int = 0) -> list[torch.Tensor]:
-        """Return the tensors that hold the memory of one of the parts; pending tokens are with the first."""
-        each = self.parts[part]
-        held = [] if each.table is None else each.table.pages.tensors()
-        if each.schedule is not None:
-            held += each.schedule.tensors()
+    def storages(self, part: int | None = None) -> list[torch.Tensor]:
+        """Return the tensors that hold the memory of one of the parts, or of all; what is pending is the first's."""
+        held = []
+        for each in self.parts if part is None else [self.parts[part]]:
+            held += [] if each.table is None else each.table.pages.tensors()
+            held += [] if each.schedule is None else each.schedule.tensors()
         return held if self.pending is None or part else [*held, self.pending.keys, self.pending.values]
 
     def padding(self) -> list[int]:

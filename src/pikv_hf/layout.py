@@ -104,6 +104,8 @@ def find_devices(
     """
     from accelerate.utils import get_max_memory
 
+    if max_memory is not None and not isinstance(max_memory, Mapping):
+        raise TypeError(f"max_memory must be a mapping from devices to bytes, got {max_memory!r}")
     if isinstance(devices, str):
         if devices != "auto":
             raise ValueError(f'devices must be "auto" or a list of devices, got {devices!r}')
@@ -112,8 +114,10 @@ def find_devices(
         accelerators = [name for name in names if name != "cpu"]
         wanted = [name for name in names if max_memory is not None and name in map(_name, max_memory)] or accelerators
         names = wanted or ["cpu"]
-    else:
+    elif isinstance(devices, Sequence):
         names = [_name(device) for device in devices]
+    else:
+        raise TypeError(f'devices must be "auto" or a list of devices, got {devices!r}')
     if not names:
         raise ValueError("devices must name at least one device, got an empty list")
     if len(set(names)) < len(names):
@@ -126,10 +130,10 @@ def find_devices(
 
 
 def _weights(names: list[str], max_memory: Mapping[Any, Any] | None) -> tuple[float, ...]:
-    from accelerate.utils import convert_file_size_to_int, get_max_memory
+    from accelerate.utils import get_max_memory
 
     if max_memory is not None:
-        given = {_name(key): float(convert_file_size_to_int(value)) for key, value in max_memory.items()}
+        given = {_name(key): _bytes(key, value) for key, value in max_memory.items()}
         if missing := [name for name in names if name not in given]:
             raise ValueError(f"max_memory says nothing of {missing[0]!r}, only of {', '.join(given)}")
         weights = tuple(given[name] for name in names)
@@ -145,6 +149,17 @@ def _weights(names: list[str], max_memory: Mapping[Any, Any] | None) -> tuple[fl
     return weights
 
 
+def _bytes(key: Any, value: Any) -> float:
+    from accelerate.utils import convert_file_size_to_int
+
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f'max_memory must be bytes or a text like "10GiB", got {value!r} for {key!r}')
+    try:
+        return float(convert_file_size_to_int(value))
+    except ValueError:
+        raise ValueError(f'max_memory must be bytes or a text like "10GiB", got {value!r} for {key!r}') from None
+
+
 def _name(device: Any) -> str:
     if isinstance(device, int) and not isinstance(device, bool):
         return f"{_accelerator()}:{device}"
@@ -152,7 +167,10 @@ def _name(device: Any) -> str:
         raise TypeError(f"a device must be a name, a number or a torch.device, got {device!r}")
     if str(device) == "disk":
         return "disk"
-    known = torch.device(device)
+    try:
+        known = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{device!r} is no device that torch knows: {str(error).splitlines()[0]}") from None
     return str(known) if known.index is not None or known.type == "cpu" else f"{known.type}:0"
 
 
@@ -162,6 +180,8 @@ def _accelerator() -> str:
 
 
 def _check_exists(name: str) -> None:
+    if name == "disk":
+        raise ValueError("attention cannot compute on the device 'disk'; tiers={\"disk\": None} keeps pages there")
     device = torch.device(name)
     if device.type == "cpu":
         return

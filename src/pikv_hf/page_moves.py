@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from .page_book import PageIds
 from .pages import FullPages
@@ -11,6 +12,7 @@ from .sealed_pool import SealedPool
 from .sequence import SequencePages
 from .shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 from .table import PageTable
+from .tiers import TierFull
 
 if TYPE_CHECKING:
     from .layer_part import LayerPart
@@ -46,7 +48,11 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
     for name, pages in _movable(here, shard_map.fractions[:, numbers[target]]):
         taken = pages[: wanted - moved]
         if len(taken):
-            _move(here, there, name, taken)
+            try:
+                _move(here, there, name, taken)
+            except (MemoryError, torch.OutOfMemoryError, TierFull):
+                # They are well where they are.
+                break
             moved += len(taken)
     if moved:
         # Counts go with the pages, so that balance is judged by where tokens are.
@@ -109,6 +115,9 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
             ),
         )
         there.pool.kept[ids] = here.pool.kept[pages]
+    known, known_there = pool.usage, there.pages.pools()[target].usage
+    if known is not None and known_there is not None:
+        known_there.take(known, index, there.pages.pools()[target].index(ids))
     number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
     for old, new in _pairs(here, there):
         held = np.array([number[page] for page in old.full(name).tolist() if page in number], dtype=np.int64)

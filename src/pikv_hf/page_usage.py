@@ -71,8 +71,8 @@ class PageUsage:
 
     def take(self, other: "PageUsage", source: torch.Tensor, index: torch.Tensor) -> None:
         """Take over the statistics of pages `source` of another pool for pages `index`, both `(n,)`."""
-        self.shares[:, index] = other.shares[:, source]
-        self.steps[:, index] = other.steps[:, source]
+        self.shares[:, index] = other.shares[:, source].to(self.shares.device)
+        self.steps[:, index] = other.steps[:, source].to(self.steps.device)
 
     def spread(self, source: torch.Tensor, index: torch.Tensor, tokens: int, held: torch.Tensor) -> None:
         """Follow tokens to other pages, each with its part of its page's attention and of the steps that this took.

@@ -12,7 +12,13 @@ GOLDEN = (5**0.5 - 1) / 2
 
 #: Parts may hold this much more than their shares before shards are divided anew. What is due at most is 10%, with
 #: pages that are not full and pools that grow in steps.
-MAX_SKEW = 0.04
+MAX_SKEW = 0.03
+
+#: Shards are divided anew as if this share of what is there was to come, and everything to be even then.
+AHEAD = 0.1
+
+#: Pages of tokens after which a count weighs half: what is to come is like what came last, whatever came before.
+HALF_LIFE = 32
 
 #: Pages per part below which nothing is divided anew: single ones would tip the scales.
 MIN_PAGES = 8
@@ -47,6 +53,8 @@ class ShardMap:
         `(S,)` int64, tokens of each shard so far.
     placed : numpy.ndarray
         `(G,)` float64, tokens of each part so far.
+    recent : numpy.ndarray
+        `(S,)` float64, tokens of each shard, those of the last pages most.
     """
 
     def __init__(self, num_shards: int, weights: "np.ndarray | list[float]", page_size: int, whole: bool) -> None:
@@ -54,6 +62,7 @@ class ShardMap:
         self.num_shards, self.page_size, self.whole = num_shards, page_size, whole
         self.loads = np.zeros(num_shards, dtype=np.int64)
         self.placed = np.zeros(len(self.weights), dtype=np.float64)
+        self.recent = np.zeros(num_shards, dtype=np.float64)
         self.divide(self.loads)
 
     @property
@@ -80,6 +89,16 @@ class ShardMap:
         # Nothing is left for a part that comes after the last share, whatever rounding says.
         ends[ends > 1 - 1e-9] = 1.0
         self._ends = (ends + np.arange(self.num_shards)[:, None]).ravel()
+
+    def is_to_plan(self, tokens: int) -> bool:
+        """Return whether so many new tokens of each row are worth a plan of their own."""
+        return not self.placed.any() or tokens >= MIN_PAGES * self.page_size * self.parts
+
+    def plan(self, coming: np.ndarray) -> None:
+        """Divide the shards so that parts are as full as they should be once `(S,)` more tokens have come."""
+        missing = (self.weights * (self.placed.sum() + coming.sum()) - self.placed).clip(min=0)
+        if coming.any() and not (self.whole and self.placed.any()):
+            self.divide(coming, missing)
 
     def own(self, shards: np.ndarray, positions: np.ndarray, part: int) -> np.ndarray:
         """Return the shards of a part's own tokens, and codes below 0 for those of others.
@@ -112,7 +131,12 @@ class ShardMap:
         where = np.where(foreign, others // self.num_shards, part)
         shards = np.where(foreign, others % self.num_shards, coded)
         self.placed += np.bincount(where, minlength=self.parts)
-        self.loads += np.bincount(shards, minlength=self.num_shards)
+        counts = np.bincount(shards, minlength=self.num_shards)
+        self.loads += counts
+        if len(coded):
+            # As if they had come one by one, in any order: a prompt weighs no more than its last pages.
+            lives = np.log(2) * len(coded) / (HALF_LIFE * self.page_size)
+            self.recent = self.recent * np.exp(-lives) + counts * (1 - np.exp(-lives)) / lives
 
     @property
     def skew(self) -> float:
@@ -129,10 +153,13 @@ class ShardMap:
         total = self.placed.sum()
         if self.whole or total < MIN_PAGES * self.page_size * self.parts or self.skew <= MAX_SKEW:
             return False
-        # As if a quarter more had come, and everything were even then.
-        missing = (self.weights * total * 1.25 - self.placed).clip(min=0)
-        self.divide(self.loads, missing)
+        missing = (self.weights * total * (1 + AHEAD) - self.placed).clip(min=0)
+        self.divide(self.recent, missing)
         return True
+
+    def add_evenly(self, tokens: float) -> None:
+        """Count tokens that parts got by their weights, whatever their shards."""
+        self.placed += self.weights * tokens
 
     def rescale(self, share: float) -> None:
         """Forget all but a share of what was counted: tokens are gone."""
@@ -142,9 +169,9 @@ class ShardMap:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Forget what was counted if the block raises."""
-        before = self.placed.copy(), self.loads.copy()
+        before = self.placed.copy(), self.loads.copy(), self.recent
         try:
             yield
         except BaseException:
-            self.placed, self.loads = before
+            self.placed, self.loads, self.recent = before
             raise
