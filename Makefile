@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed.stamp
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench gpu-check baseline codecs presses routing budgets test-browser clean
+.PHONY: help demo test check format bench gpu-check baseline codecs presses routing budgets plan test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,13 @@ routing: $(INSTALLED) ## Measure what routing covers and costs, and its tables i
 	$(EXPERIMENT).routing_study --output eval/results/routing.json
 	$(BIN)/pikv bench decode --routing page_bound --batch 1 --tokens 16384 --tokens 131072 --codec none --codec int4 \
 	  --output eval/results/bench-routing-cpu.json
+
+plan: $(INSTALLED) ## Validate the plan against caches and benchmarks here, simulate many devices, study placements
+	$(BIN)/python -P -m pikv_hf.eval.plan_validation --output eval/results/plan-validation.json
+	$(BIN)/pikv plan --model Qwen/Qwen3-30B-A3B --context 131072 --batch 8 --devices H200 --simulate \
+	  --output eval/results/simulation-qwen3-30b-a3b.json --plot eval/results/simulation-qwen3-30b-a3b.png
+	$(EXPERIMENT).placement_study --output eval/results/placement.json
+	$(BIN)/pikv bench processes --output eval/results/bench-processes-cpu.json
 
 budgets: $(INSTALLED) ## Measure budgets: access traces, accuracy under each scheduler, constant memory and time
 	$(EXPERIMENT).page_traces --output eval/results/page-traces.json

@@ -141,8 +141,9 @@ def _workload(
             raise ValueError(f"--calibrate measures a CPU, but --devices is {device.name}")
     with user_input("cannot use --model"):
         shape = shape_of(load_config(model, MODEL_CONFIGS), model, dtype, weights)
-    with user_input("invalid option"):
+    with user_input(f"cannot use --trace {trace}"):
         loads = None if trace is None else trace_loads(trace, options.num_shards)
+    with user_input("invalid option"):
         workload = Workload(shape, context, batch, device, number, options, loads=loads, **given)
     if calibrate:
         from pikv_hf.planning.calibration import calibrated_cpu

@@ -160,7 +160,10 @@ def _attend_parts(
     """
     exchange = layer.layout.exchange
     routes = query.shape[2] == 1 and mask is None and layer.pending is None
-    with nullcontext() if exchange is None else exchange.joined(layer.layer_idx, query, _value_dim(layer)):
+    if exchange is not None:
+        exchange.agree(layer.layer_idx, layer.seen, query, _value_dim(layer), layer.prompt_mark)
+        layer.prompt_mark = None
+    with nullcontext() if exchange is None else exchange.joined(layer.layer_idx, query):
         results: list[tuple[torch.Tensor, torch.Tensor]] = []
         # A CPU is waited for while it computes: accelerators begin before.
         for index in sorted(range(len(layer.parts)), key=lambda number: layer.parts[number].device.type == "cpu"):
@@ -177,7 +180,7 @@ def _attend_parts(
             merged = home[0]
             for part_out, part_lse in home[1:]:
                 merged = merge_pair(*merged, part_out, part_lse)
-    return merged if exchange is None else exchange.merge(layer.layer_idx, layer.seen, query, *merged)
+    return merged if exchange is None else exchange.merge(layer.layer_idx, layer.seen, query, *merged, layer.leads)
 
 
 def _value_dim(layer: PiKVLayer) -> int:

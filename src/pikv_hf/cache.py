@@ -77,12 +77,16 @@ class PiKVCache(Cache):
         self.attachment = attachment
         super().__init__(layers=_make_layers(config, options, attachment, spread))
         paged = [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
+        for layer in paged[:1]:
+            layer.leads = True
         parts = max((layer.layout.parts for layer in paged), default=1)
         self.tiers = None if options.tiers is None else Tiers(options, max(1, len(paged)) * parts)
         bounded = sum(layer.sliding_window for layer in self.layers if not isinstance(layer, PiKVLayer))
         for layer in paged:
             for part in layer.parts:
-                part.schedule = make_schedule(options, len(paged), bounded, parts)
+                part.schedule = make_schedule(
+                    options, len(paged), bounded, parts, layer.layout.share(part.place.number)
+                )
                 if part.schedule is not None and attachment is not None:
                     part.schedule.query_groups = attachment.query_groups(layer.layer_idx)
                 number = part.place.number
@@ -134,7 +138,11 @@ class PiKVCache(Cache):
         if pikv_config is not None and options:
             raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
         config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
-        spread = _spread(model, devices, max_memory, process_group, timeout)
+        return cls._over(_spread(model, devices, max_memory, process_group, timeout), model, config)
+
+    @classmethod
+    def _over(cls, spread: Devices | Layout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
+        """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
         attachment = ensure_attached(model, config.placement or "expert")
         attachment.caches_made += 1
         return cls(model.config, config, attachment, spread)
@@ -259,6 +267,9 @@ class PiKVCache(Cache):
         Only pages in use are written, shared ones once. The file is in the safetensors format, with checksums and a
         fingerprint of the model, and appears, or replaces an older one, when all of it is on disk.
 
+        All devices of a process write into the one file. Of several processes, all of which must call this, each
+        writes one of its own, `<path>.<rank>-of-<processes>`; when it returns all of them are there.
+
         Parameters
         ----------
         path : path-like
@@ -270,14 +281,27 @@ class PiKVCache(Cache):
             If new tokens wait for a press or a router, or the cache has no model: it was made from a config alone.
         OSError
             If the file could not be written; an older one is as it was.
+        ProcessError
+            If another process could not write its file; older ones are as they were.
         """
         save_cache(self, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Any, **options: Any) -> "PiKVCache":
-        """Attach a model and return the cache that :meth:`save` wrote, each layer on its attention's device.
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: Any,
+        *,
+        devices: str | Sequence[str | int | torch.device] | None = None,
+        max_memory: Mapping[Any, Any] | None = None,
+        process_group: str | None = None,
+        timeout: float = 600.0,
+        **options: Any,
+    ) -> "PiKVCache":
+        """Attach a model and return the cache that :meth:`save` wrote.
 
-        All checksums and all bookkeeping are checked before anything is built.
+        All checksums and all bookkeeping are checked before anything is built. Each layer comes to its attention's
+        device, or to as many devices, or processes, as it was saved on.
 
         Parameters
         ----------
@@ -285,6 +309,9 @@ class PiKVCache(Cache):
             The file.
         model : PreTrainedModel
             The model that the cache was saved with, or one with the same config, dtype and weights.
+        devices, max_memory, process_group, timeout
+            Where the parts of the cache go, as in :meth:`for_model`. Devices may be others than those that it was saved
+            on; what they may give says how later tokens are divided.
         **options
             Options of :class:`PiKVConfig` to be others from now on, as far as they do not lay out pages: `routing`,
             `budget`, `scheduler`, `tiers`, and those that belong to them.
@@ -293,13 +320,16 @@ class PiKVCache(Cache):
         ------
         ValueError
             If the file is no saved cache, of another layout version, damaged or cut off, or was saved with another
-            model; what differs is named.
+            model or in another number of parts, or if files of several processes are of different saves; what differs
+            is named.
         TypeError
             For unknown options.
         OSError
             If it cannot be read.
+        ProcessError
+            If another process could not load its part.
         """
-        return load_cache(cls, path, model, **options)
+        return load_cache(cls, path, model, _spread(model, devices, max_memory, process_group, timeout), options)
 
     @property
     def nbytes(self) -> int:
@@ -346,6 +376,11 @@ def _spread(
         raise ValueError(
             f"give either devices or process_group, got devices={devices!r} and process_group={process_group!r}: "
             "a process keeps its shards where its model is"
+        )
+    if process_group is not None and max_memory is not None:
+        raise ValueError(
+            f"max_memory={max_memory!r} divides shards among devices, but process_group={process_group!r} divides them "
+            "evenly among processes"
         )
     if process_group is not None:
         return process_layout(process_group, timeout)

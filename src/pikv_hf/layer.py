@@ -69,8 +69,8 @@ class PiKVLayer(LayerEdits):
         """
         check_fits(self.layer_idx, key_states, value_states, self._held())
         in_place = self._reads_in_place()
-        if self.leads and self.layout.exchange is not None and key_states.shape[2] > 1:
-            self.prompt_mark, self.agreed = prompt_mark(key_states), None
+        if self.leads and self.layout.exchange is not None and (key_states.shape[2] > 1 or not self.seen):
+            self.prompt_mark = prompt_mark(key_states)
         if self.attachment is not None and not self._reference_lost:
             self.attachment.reads(self, prompt=not self.seen)
         holds = self.holds

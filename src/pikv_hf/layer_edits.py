@@ -173,7 +173,7 @@ class LayerEdits(LayerTokens):
         widths = with_exact_ends(widths.to(self.device), self.config)
         tables = self._kept_tables(widths)
         self._interrupt()
-        if self.shard_map is not None:
+        if self.shard_map is not None and widths.numel():
             new = 0 if self.pending is None else self.pending.tokens
             self.shard_map.rescale(float((widths > 0).float().mean()))
             self.shard_map.add_evenly(float((widths[:, :, self.seen - new :] > 0).sum()) / self.heads)
@@ -197,7 +197,7 @@ class LayerEdits(LayerTokens):
             mine = widths
             if own is not None:
                 # What is stored stays in the part that has it; what is new is divided.
-                held = part.table.held(stored).to(self.device).view(self.batch, -1, stored)
+                held = part.table.held(stored).to(self.device).view(self.batch, self.lanes, stored)
                 mine = widths * torch.cat([held.expand(-1, self.heads, -1), own], dim=2)
             table = part.kept(self.pending, mine, self.config, self._shard_of(), self.shard_map, leaders, split)
             part.fit(table, self.heads // table.pool.keys.shape[0], self.seen)
@@ -348,7 +348,7 @@ class LayerEdits(LayerTokens):
         if self.table is not None:
             twin.heads, twin.dtype, twin.device = self.heads, self.dtype, self.device
         twin.shard_map, twin._expert_loads = self.shard_map, self._expert_loads
-        twin.leads, twin.prompt_mark, twin.agreed = self.leads, self.prompt_mark, self.agreed
+        twin.leads, twin.prompt_mark = self.leads, self.prompt_mark
         for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
             setattr(twin, name, getattr(self, name))
 

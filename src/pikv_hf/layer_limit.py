@@ -26,8 +26,9 @@ class LayerLimit:
         Shards of the layer, at most.
     sliding_tokens : float
         Tokens of each sequence that bounded layers hold, this layer's part of them.
-    parts : int
-        Devices or processes that divide the tokens outside of the window evenly; bytes are those of one of them.
+    part_share : float
+        What one device or process of several may hold of the tokens outside of the window. Bytes are its own, an equal
+        share: each has a window too.
     """
 
     tokens: int | None
@@ -37,10 +38,12 @@ class LayerLimit:
     least: int
     shards: int
     sliding_tokens: float
-    parts: int = 1
+    part_share: float = 1.0
 
     @classmethod
-    def of(cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0, parts: int = 1) -> "LayerLimit | None":
+    def of(
+        cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0, parts: int = 1, share: float = 1.0
+    ) -> "LayerLimit | None":
         """Divide a cache's budget by its paged layers; None if it has none.
 
         Parameters
@@ -53,6 +56,8 @@ class LayerLimit:
             Tokens per sequence that all bounded sliding layers together hold at most.
         parts : int
             Devices or processes of each layer.
+        share : float
+            Of the tokens outside of the window, for one of them.
 
         Raises
         ------
@@ -67,12 +72,12 @@ class LayerLimit:
         least = -(-config.sink_tokens // size) * size + config.recent_window + 2 * size * parts
         amount = budget.amount / layers if scope == "cache" else budget.amount
         if budget.unit == "share":
-            return cls(None, budget.amount, None, scope == "shard", least, config.num_shards, 0.0, parts)
+            return cls(None, budget.amount, None, scope == "shard", least, config.num_shards, 0.0, share)
         if budget.unit == "bytes":
             sliding = sliding_tokens / layers if scope == "cache" else 0.0
             # A layer's shards have as much each; its window is beside them.
             of_part = amount if scope == "shard" else amount / parts
-            return cls(None, None, int(of_part), scope == "shard", least, config.num_shards, sliding, parts)
+            return cls(None, None, int(of_part), scope == "shard", least, config.num_shards, sliding, share)
         smallest = size if scope == "shard" else least
         if amount < smallest:
             of = f"{config.budget} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
@@ -80,7 +85,7 @@ class LayerLimit:
                 f"a budget of {of} leaves {int(amount)} tokens, but at least {smallest} are needed"
                 + ("" if scope == "shard" else f": sinks, a window of {config.recent_window} and two pages of {size}")
             )
-        return cls(int(amount), None, None, scope == "shard", least, config.num_shards, 0.0, parts)
+        return cls(int(amount), None, None, scope == "shard", least, config.num_shards, 0.0, share)
 
     def tokens_of(self, seen: int, shards: int) -> int | None:
         """Return the most tokens of a sequence, or of each of its shards, after `seen` positions; None if unlimited."""

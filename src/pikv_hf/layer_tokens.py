@@ -111,9 +111,8 @@ class LayerTokens(CacheLayerMixin):
         self._handed: dict[str, HandedOut] = {}
         self._staged: torch.Tensor | None = None
         self._returns = False
-        # Of the last prompt, and the shape of the queries of the last merge, where processes agree on them.
+        # Of a prompt that the processes have not agreed on yet.
         self.prompt_mark: torch.Tensor | None = None
-        self.agreed: torch.Size | None = None
         self._checkpoint: tuple[int, list[tuple[PageTable, set[str]]]] | None = None
 
     # The first part, which is all there is on one device
@@ -266,7 +265,7 @@ class LayerTokens(CacheLayerMixin):
         BudgetError
             If the budget leaves no room for them, and nothing more can be evicted.
         """
-        if len(self.parts) == 1:
+        if len(self.parts) == 1 and self.shard_map is None:
             (part,), (table,) = self.parts, self.tables()
             part.with_room(self.seen, lambda: work(part, table))
             return

@@ -1,6 +1,7 @@
 """Where a cache keeps its shards: devices of this process, or one part in each of several processes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,10 @@ class Layout:
     def parts(self) -> int:
         """How many parts there are, in all processes."""
         return len(self.weights)
+
+    def share(self, number: int) -> float:
+        """Return what share of the tokens outside of the window a part is to have."""
+        return self.weights[number] / sum(self.weights)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -210,7 +215,7 @@ def process_layout(process_group: str, timeout: float) -> Layout:
     """
     if process_group != "world":
         raise ValueError(f'process_group must be "world", got {process_group!r}')
-    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or timeout <= 0:
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     exchange = join_processes(float(timeout))
     return Layout((Place(exchange.rank),), (1.0,) * exchange.ranks, exchange)

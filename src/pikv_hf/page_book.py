@@ -165,24 +165,28 @@ class PageBook(PageArrays):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Undo every change of counts and references if the block raises.
+        """Undo every change of counts, references and statistics if the block raises.
 
         K/V need no undo: a block only writes to slots that no count covered at its start.
         """
         before = self.refcount.copy(), self.count.copy(), self.shard.copy()
-        self._spared = before[0] > 0
+        known = None if self.usage is None else self.usage.snapshot()
+        outer, self._spared = self._spared, before[0] > 0
+        self._spared[: len(outer)] |= outer
         try:
             yield
         except BaseException:
             self.refcount[: len(before[0])], self.count[: len(before[1])], self.shard[: len(before[2])] = before
             self.refcount[len(before[0]) :] = 0
             self.count[len(before[0]) :] = 0
+            if known is not None and self.usage is not None:
+                self.usage.restore(known)
             beyond = torch.arange(self.page_size, device=self.device) >= self.index(self.count)[:, None]
             self.positions.masked_fill_(beyond, -1)
             self.experts.masked_fill_(beyond[:, : self.experts.shape[1]], -1)
             raise
         finally:
-            self._spared = np.zeros(0, dtype=np.bool_)
+            self._spared = outer
 
 
 def _first_run(free: PageIds, pages: int) -> PageIds:

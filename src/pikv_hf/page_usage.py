@@ -53,6 +53,15 @@ class PageUsage:
             new[:, :kept] = old[:, :kept]
             setattr(self, name, new)
 
+    def snapshot(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what :meth:`restore` needs."""
+        return self.shares.clone(), self.steps.clone()
+
+    def restore(self, known: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Forget what has changed since a :meth:`snapshot`; pages may have been added."""
+        kept = min(known[0].shape[1], self.shares.shape[1])
+        self.shares[:, :kept], self.steps[:, :kept] = (each[:, :kept] for each in known)
+
     def reset(self, ids: "PageIds") -> None:
         """Begin anew with pages that get other tokens."""
         index = torch.from_numpy(np.ascontiguousarray(ids)).to(self.steps.device)

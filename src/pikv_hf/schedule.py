@@ -297,9 +297,9 @@ class LayerSchedule:
                     evicted |= self._evict_tokens(table, rows, excess, seen, shard)
             else:
                 assert limit is not None
-                # The window is in every part, and counts once; what is left is divided evenly.
+                # The window is in every part, and counts once; of what is left each has its share.
                 window = sum(int(table.pool.count[row.window].sum()) for row in rows)
-                allowed = ((limit - headroom) * lanes - window) // self.limit.parts
+                allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
                 excess = _held(table, rows) - window - allowed
                 evicted |= self._evict_tokens(table, rows, excess, seen)
         return evicted
@@ -370,7 +370,9 @@ class LayerSchedule:
         self.tokens_evicted += int(facts.view.tokens[which].sum())
 
 
-def make_schedule(config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1) -> LayerSchedule | None:
+def make_schedule(
+    config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1, share: float = 1.0
+) -> LayerSchedule | None:
     """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
 
     Raises
@@ -378,7 +380,7 @@ def make_schedule(config: PiKVConfig, layers: int, sliding_tokens: int, parts: i
     ValueError
         See :meth:`LayerLimit.of`.
     """
-    limit = LayerLimit.of(config, layers, sliding_tokens, parts)
+    limit = LayerLimit.of(config, layers, sliding_tokens, parts, share)
     if limit is None and config.tiers is None:
         return None
     name = config.scheduler or ("lru" if limit is None else "pikv")

@@ -85,6 +85,9 @@ class ShardMap:
             shared = np.minimum(ends[:, None], edges) - np.maximum(starts[:, None], edges - weights)
             shared = shared.clip(min=0)
             self.fractions = shared / shared.sum(axis=1, keepdims=True)
+        self._note_ends()
+
+    def _note_ends(self) -> None:
         ends = self.fractions.cumsum(axis=1)
         # Nothing is left for a part that comes after the last share, whatever rounding says.
         ends[ends > 1 - 1e-9] = 1.0
@@ -165,6 +168,16 @@ class ShardMap:
         """Forget all but a share of what was counted: tokens are gone."""
         self.placed *= share
         self.loads = (self.loads * share).astype(np.int64)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what :meth:`resume` needs to go on alike: `fractions`, `loads`, `placed` and `recent`."""
+        return {"fractions": self.fractions, "loads": self.loads, "placed": self.placed, "recent": self.recent}
+
+    def resume(self, fractions: np.ndarray, loads: np.ndarray, placed: np.ndarray, recent: np.ndarray) -> None:
+        """Go on as another map of so many shards and parts did, with its :meth:`state`; weights may be others."""
+        self.fractions, self.loads = fractions.copy(), loads.copy()
+        self.placed, self.recent = placed.copy(), recent.copy()
+        self._note_ends()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

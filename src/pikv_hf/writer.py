@@ -97,11 +97,12 @@ class SequenceWriter:
         first, direct, leaving = self._divide(sequence, len(shards))
         window = _pages_for(first, size) + _pages_for(len(shards) - first - direct, size)
         leaving_shards = self._leaving_shards(sequence, leaving, shards[:first])
-        needed = self.shard_pages_needed(sequence, 1, np.append(leaving_shards, shards[first : first + direct]))
+        passing = np.append(leaving_shards, shards[first : first + direct])
+        needed = self.shard_pages_needed(sequence, 1, passing)
         if not self.pages.seals:
             return window + needed
         # Most pages are packed without passing through this pool; nothing hangs on this number being right.
-        return window + min(needed, self.num_shards)
+        return window + min(needed, len(np.unique(passing[passing >= 0])))
 
     def pages_sealed(self, sequence: SequencePages, shards: np.ndarray) -> int:
         """Return how many pages :meth:`store` fills with tokens of these shards."""

@@ -98,7 +98,7 @@ def chosen_pages(full: float, options: PiKVConfig) -> float:
     if options.routing == "all":
         return full
     most = options.max_pages
-    return min(full, most) if isinstance(most, int) else math.ceil(full * most)
+    return min(full, most if isinstance(most, int) else math.ceil(full * most))
 
 
 def _plain(layer: LayerShape, batch: int, tokens: float, scattered: float, element: int) -> AttentionWork:

@@ -190,9 +190,8 @@ def cache_bytes(
             kept = tokens if layer.sliding is not None else stored_tokens(tokens, batch, layer, model, options)
             # Under a budget pools are full, and whatever comes takes the place of what goes.
             new = min(generated, kept) if kept == tokens else 0
-            known[layer] = layer_bytes(
-                layer, kept, batch, options, model.dtype, generated=new, loads=loads, share=share
-            )
+            part = layer_bytes(layer, kept, batch, options, model.dtype, generated=new, loads=loads, share=share)
+            known[layer] = part if layer.sliding is None else CacheBytes(window=part.window * sliding_share)
         total += known[layer]
     return total
 

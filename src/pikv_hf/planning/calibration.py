@@ -22,6 +22,9 @@ from .hardware import DEVICES, Device, KernelRates
 #: Bytes that are read for the bandwidth, keys and values each: several times what a processor caches.
 BUFFER_BYTES = 256 << 20
 
+# What is passed through between steps of a tiny cache.
+_PASSED_BYTES = 64 << 20
+
 # Heads and dims of what is measured: four KV heads of 128 channels, eight queries each.
 _HEADS, _DIM, _GROUP, _PAGE = 4, 128, 8, 32
 
@@ -45,7 +48,7 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
         raise ValueError(f"repeats must be at least 1 and buffer_bytes at least 2048, got {repeats} and {buffer_bytes}")
     import psutil
 
-    overhead, routed = step_overheads(repeats)
+    overhead, routed, coded = step_overheads(repeats)
     codes: dict[str, float] = {kind: code_rate(kind, repeats) for kind in KINDS if kind != "none"}
     rates = KernelRates(
         logits=softmax_rate(repeats),
@@ -53,6 +56,7 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
         codes={**codes, "lowrank+int4": codes["int4"]},
         copies=DEVICES["cpu"].rates.copies,
         routed_overhead=routed,
+        coded_overhead=coded,
     )
     return dataclasses.replace(
         DEVICES["cpu"],
@@ -104,25 +108,39 @@ def code_rate(kind: Kind, repeats: int = 7, pages: int = 192) -> float:
     """Return the packed numbers per second that attention reads, of a pool of few pages and no cache around it."""
     tokens = torch.randn(_HEADS, pages, _PAGE, _DIM)
     keys, values = seal_pages(tokens, kind, keys=True), seal_pages(tokens, kind, keys=False)
-    query = torch.randn(_HEADS, _GROUP, _DIM)
-    return 2 * tokens.numel() / _median_seconds(lambda: coded_attention(query, keys, values, 1.0), repeats)
+    query, few = torch.randn(_HEADS, _GROUP, _DIM), pages // 4
+    some = keys.narrow(0, few), values.narrow(0, few)
+    # What a call takes in any case is no matter of how much it reads.
+    whole = _median_seconds(lambda: coded_attention(query, keys, values, 1.0), repeats)
+    part = _median_seconds(lambda: coded_attention(query, *some, 1.0), repeats)
+    numbers = 2 * tokens.numel()
+    return numbers * (1 - few / pages) / max(whole - part, whole / 4)
 
 
 @torch.no_grad()
-def step_overheads(repeats: int = 7) -> tuple[float, float]:
-    """Return the seconds of a layer's step on a cache of next to nothing, and by how much routing lengthens it."""
-    plain = _tiny_step(PiKVConfig())
-    routed = _tiny_step(PiKVConfig(routing="page_bound", max_pages=2))
-    steps = 16 * repeats
-    # In turn, so that a busy moment meets both.
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(steps):
-        for taken, step in zip(seconds, (plain, routed), strict=True):
+def step_overheads(repeats: int = 7) -> tuple[float, float, float]:
+    """Return the seconds of a layer's step on a cache of next to nothing, and what routing and packed pages add to it.
+
+    Between steps memory is passed through that takes the place of all in the processor's caches, as the weights of a
+    model's other layers do.
+    """
+    kinds = (
+        PiKVConfig(),
+        PiKVConfig(routing="page_bound", max_pages=2),
+        PiKVConfig(key_codec="int4", value_codec="int4"),
+    )
+    steps = [_tiny_step(options) for options in kinds]
+    seconds: list[list[float]] = [[] for _ in steps]
+    passed = torch.zeros(_PASSED_BYTES // 4)
+    for _ in range(4 * repeats):
+        # In turn, so that a busy moment meets all of them.
+        for taken, step in zip(seconds, steps, strict=True):
+            passed.add_(1)
             started = time.perf_counter()
             step()
             taken.append(time.perf_counter() - started)
-    alone, chosen = (statistics.median(each) for each in seconds)
-    return alone, max(0.0, chosen - alone)
+    plain, routed, coded = (statistics.median(each) for each in seconds)
+    return plain, max(0.0, routed - plain), max(0.0, coded - plain)
 
 
 def _tiny_step(options: PiKVConfig) -> Callable[[], None]:

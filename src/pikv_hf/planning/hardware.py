@@ -26,8 +26,8 @@ class KernelRates:
     copies : float
         Times that memory is passed to attend to scattered pages: 1 where a kernel looks pages up, 3 where they are
         read, written side by side and read again.
-    routed_overhead : float
-        Seconds by which routing lengthens a layer's step, whatever it ranks and reads.
+    routed_overhead, coded_overhead : float
+        Seconds by which routing, and a pool of packed pages, lengthen a layer's step, whatever they read.
     """
 
     logits: float = math.inf
@@ -35,6 +35,7 @@ class KernelRates:
     coded_share: float = 1.0
     copies: float = 1.0
     routed_overhead: float = 0.0
+    coded_overhead: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ _EAGER = 0.6e-3
 # three times as many: a middle.
 _GPU_RATES = KernelRates(coded_share=0.5)
 # A CPU: the softmax and unpacking of a few cores; see above for copies.
-_CPU_RATES = KernelRates(1e9, dict.fromkeys(("int8", "int4", "int2", "fp8", "lowrank+int4"), 1.2e9), 1.0, 3.0, 2e-3)
+_CPU_RATES = KernelRates(
+    1e9, dict.fromkeys(("int8", "int4", "int2", "fp8", "lowrank+int4"), 1.2e9), 1.0, 3.0, 2e-3, 1e-3
+)
 # Per message between GPUs of a node: peer to peer over NVLink or Infinity Fabric, and through the host over PCIe.
 _DIRECT, _PCIE = 4e-6, 10e-6
 

@@ -61,10 +61,19 @@ def page_counts(
     if by_position:
         return PageCounts(window, 0.0, outside / size * share, round(outside * share))
     if share < 1:
-        # Of the shards those that are here, each with its whole load.
-        loads = uniform_loads(max(1, round(len(loads) * share)))
+        return _part_counts(window, outside * share, max(1.0, len(loads) * share), size)
     began, full = expected_pages(round(outside * share), loads, size)
     return PageCounts(window, began - full, full, round(outside * share))
+
+
+def _part_counts(window: float, tokens: float, shards: float, size: int) -> PageCounts:
+    """Return the pages of one of several parts, which has some of the shards or a fraction of one.
+
+    How many tokens come here is as random as the last page's remainder, which is as likely to be anything.
+    """
+    open_pages = min(shards * (size - 1) / size, tokens)
+    full = max(0.0, tokens / size - open_pages / 2)
+    return PageCounts(window, open_pages, full, round(tokens))
 
 
 def shard_loads(layer: LayerShape, options: PiKVConfig, loads: Sequence[float] | None) -> tuple[float, ...]:

@@ -97,7 +97,7 @@ class Row:
     tokens_per_second : float
         Of all rows together.
     sent_bytes : float
-        That a device sends, per token.
+        That a device sends on average, per token.
     read_bytes : float
         That the fullest device reads from memory, per token: weights and K/V.
     """
@@ -247,7 +247,7 @@ def _row(workload: Workload, devices: int, mode: Mode) -> Row:
         max_batch=_largest(lambda rows: fits(workload.tokens, rows), _MOST_ROWS),
         step=step,
         tokens_per_second=batch / step.total,
-        sent_bytes=sent_bytes(model, batch, devices) / batch,
+        sent_bytes=sent_bytes(model, batch, devices, mode) / batch,
         read_bytes=_read_bytes(workload, devices, mode) / batch,
     )
 

@@ -164,17 +164,19 @@ def _reason(asked: Layout, exact: Layout, chosen: Layout, row: Row) -> str:
         before = best_row(exact)
         assert before is not None
         return f"the codec saves {_saving(row, before):.0%} of a step, {_ms(before)} without it"
-    each_device = "" if row.devices == 1 else " on each"
-    room = f"it takes {format_bytes(row.needed)} of {format_bytes(row.usable)}{each_device}"
+    where = "" if row.devices == 1 else " on each"
+    room = f"it takes {format_bytes(row.needed)} of {format_bytes(row.usable)}{where}"
     fewer = [each for each in chosen.rows if each.devices < row.devices]
     reasons = [room]
     if chosen is not asked:
         most = asked.rows[-1]
         lacking = format_bytes(most.needed - most.usable)
-        reasons.append(f"without the codec {_devices(most.devices)} would lack {lacking} each")
+        each_device = "" if most.devices == 1 else " each"
+        reasons.append(f"without the codec {_devices(most.devices)} would lack {lacking}{each_device}")
     if fewer and not fewer[-1].fits:
         lacking = format_bytes(fewer[-1].needed - fewer[-1].usable)
-        reasons.append(f"{_devices(fewer[-1].devices)} would lack {lacking}{'' if len(fewer) == 1 else ' each'}")
+        each_device = "" if fewer[-1].devices == 1 else " each"
+        reasons.append(f"{_devices(fewer[-1].devices)} would lack {lacking}{each_device}")
     elif fewer:
         reasons.append(f"a step takes {_ms(row)} instead of {_ms(fewer[-1])} on {fewer[-1].devices}")
     more = [each for each in chosen.rows if each.devices > row.devices]

@@ -126,8 +126,11 @@ def layer_seconds(
     This is what `pikv bench decode` times. `share` is the part of the tokens outside of the window that is kept here.
     """
     work = layer_work(layer, tokens, batch, options, dtype, share=share, loads=loads)
-    routed = device.rates.routed_overhead if options.routing != "all" and layer.sliding is None else 0.0
-    return work_seconds(work, device) + device.overhead + routed
+    more = 0.0
+    if layer.sliding is None:
+        more += device.rates.routed_overhead if options.routing != "all" else 0.0
+        more += device.rates.coded_overhead if work.coded else 0.0
+    return work_seconds(work, device) + device.overhead + more
 
 
 def step_time(
@@ -195,7 +198,7 @@ def exchange_seconds(
     if mode == "processes":
         return collective_seconds(results, devices, device)
     # One process: queries to each other device, its results back, all through the links of the layer's own device.
-    queries = batch * layer.query_heads * layer.key_dim * element_size
+    queries = _query_bytes(layer, batch, element_size)
     return (devices - 1) * (2 * device.link_latency + (queries + results) / device.link_bandwidth)
 
 
@@ -203,9 +206,20 @@ def _launches(devices: int, mode: Mode) -> float:
     return MERGE_SHARE if mode == "processes" else MERGE_SHARE + LAUNCH_SHARE * (devices - 1)
 
 
-def sent_bytes(model: ModelShape, batch: int, devices: int) -> int:
-    """Return the bytes that one device sends in a step of `processes` mode; they do not depend on the context."""
-    return sum((devices - 1) * result_bytes(layer, batch) for layer in model.paged_layers) if devices > 1 else 0
+def sent_bytes(model: ModelShape, batch: int, devices: int, mode: Mode = "processes") -> float:
+    """Return the bytes that a device sends in a step, on average; they do not depend on the context.
+
+    A ring passes on what comes: each of G processes sends G - 1 results per layer. In one process each device sends its
+    results to the layer's own, and that its queries to each of the others.
+    """
+    if mode == "processes":
+        return float(sum((devices - 1) * result_bytes(layer, batch) for layer in model.paged_layers))
+    each = sum(result_bytes(x, batch) + _query_bytes(x, batch, model.element_size) for x in model.paged_layers)
+    return (devices - 1) / devices * each
+
+
+def _query_bytes(layer: LayerShape, batch: int, element_size: int) -> int:
+    return batch * layer.query_heads * layer.key_dim * element_size
 
 
 def crossover(
