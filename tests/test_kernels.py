@@ -158,7 +158,7 @@ def test_a_masked_history_is_read_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
     """A sliding layer's chunk over a long history gives the same in one piece and in many."""
     from families import FAMILIES
 
-    from pikv_hf import PiKVCache, attention
+    from pikv_hf import PiKVCache, page_attention
 
     model = FAMILIES["mixtral_sliding"].build(num_hidden_layers=1)
     ids = torch.randint(2, 190, (2, 300))
@@ -170,7 +170,7 @@ def test_a_masked_history_is_read_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
             return model(ids[:, 280:], past_key_values=cache).logits
 
     whole = logits()
-    monkeypatch.setattr(attention, "MAX_LOGITS", 2000)
+    monkeypatch.setattr(page_attention, "MAX_LOGITS", 2000)
     torch.testing.assert_close(logits(), whole, atol=1e-5, rtol=1e-5)
 
 

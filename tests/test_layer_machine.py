@@ -279,5 +279,5 @@ class LayerMachine(RuleBasedStateMachine):
                         assert shard < 0 or shard == by_position[position] * self.num_shards // EXPERTS
 
 
-LayerMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=25)
+LayerMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=25)
 TestLayerMachine = LayerMachine.TestCase

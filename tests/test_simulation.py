@@ -54,6 +54,7 @@ class SlowLayer:
         self.moved = self.replans = 0
         self.plan = routes(np.ones(EXPERTS), devices, OPTIONS.bound)
         self.map = ShardMap(EXPERTS, [1.0] * devices, OPTIONS.page_size, whole=False)
+        self.came: list[int] = []
 
     def device_of(self, position: int, expert: int) -> int:
         one = torch.tensor([position]), torch.tensor([expert])
@@ -72,10 +73,12 @@ class SlowLayer:
         self.held[expert, self.device_of(position, expert)].append(position)
 
     def is_of(self, part: int, position: int, expert: int) -> bool:
-        coded = self.map.own(np.array([expert]), np.array([position]), part)
-        if coded[0] >= 0:
-            self.map.note(coded, part)
-        return bool(coded[0] >= 0)
+        one = np.array([expert]), np.array([position])
+        own = bool(self.map.own(*one, part)[0] >= 0)
+        if own:
+            # Counted together, as they come together: what came last counts most.
+            self.came += self.map.own(*one, -1).tolist()
+        return own
 
     def loads(self) -> list[int]:
         loads = [0] * self.devices
@@ -85,6 +88,8 @@ class SlowLayer:
 
     def settle(self) -> None:
         if self.placement == "divided":
+            self.map.note(np.array(self.came), -1)
+            self.came = []
             self.replans += self.map.divide_if_skewed()
             return
         loads, page = self.loads(), OPTIONS.page_size

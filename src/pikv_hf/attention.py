@@ -8,6 +8,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .carrying import carried
 from .kernels import causal_attention, merge_pair
 from .kernels.merge_partials import merge_sinks
 from .layer import LAYER_ATTRIBUTE, PiKVLayer
@@ -161,25 +162,25 @@ def _attend_parts(
     exchange = layer.layout.exchange
     routes = query.shape[2] == 1 and mask is None and layer.pending is None
     if exchange is not None:
-        exchange.agree(layer.layer_idx, layer.seen, query, _value_dim(layer), layer.prompt_mark)
+        exchange.agree(layer.layer_idx, layer.seen, query, _value_dim(layer), layer.prompt_mark, layer.leads)
         layer.prompt_mark = None
     with nullcontext() if exchange is None else exchange.joined(layer.layer_idx, query):
+        # First of all, since a CPU waits for what its copies come after.
+        there = [carried(query, part.device) for part in layer.parts]
+        hidden = [None if mask is None else carried(mask, part.device) for part in layer.parts]
         results: list[tuple[torch.Tensor, torch.Tensor]] = []
-        # A CPU is waited for while it computes: accelerators begin before.
+        # Accelerators begin while a CPU computes.
         for index in sorted(range(len(layer.parts)), key=lambda number: layer.parts[number].device.type == "cpu"):
             part, table = layer.parts[index], layer.parts[index].table
             assert table is not None
-            there = query.to(part.device, non_blocking=True)
-            hidden = None if mask is None else mask.to(part.device, non_blocking=True)
             # A call with several new tokens has many queries, which together look everywhere.
             router = part.router if routes else None
-            results.append(attend_pages(table, there, hidden, scale, softcap, router, layer.seen, masses[index]))
-        merged = results[0]
-        if len(results) > 1:
-            home = [(out.to(query.device), lse.to(query.device)) for out, lse in results]
-            merged = home[0]
-            for part_out, part_lse in home[1:]:
-                merged = merge_pair(*merged, part_out, part_lse)
+            given = table, there[index], hidden[index], scale, softcap, router, layer.seen, masses[index]
+            results.append(attend_pages(*given))
+        home = [(carried(out, query.device), carried(lse, query.device)) for out, lse in results]
+        merged = home[0]
+        for other in home[1:]:
+            merged = merge_pair(*merged, *other)
     return merged if exchange is None else exchange.merge(layer.layer_idx, layer.seen, query, *merged, layer.leads)
 
 

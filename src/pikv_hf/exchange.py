@@ -58,6 +58,9 @@ class Exchange:
         self.seconds = 0.0
         # Of each message, in float32 numbers.
         self._size = AGREEMENT
+        # What the processes said with the last merge, until it is looked at: on a GPU that would wait for it.
+        self._said: tuple[torch.Tensor, int, torch.dtype] | None = None
+        self._defers = dist.get_backend(group) == "nccl"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Exchange":
         return self
@@ -129,7 +132,13 @@ class Exchange:
     # Collectives
 
     def agree(
-        self, layer_idx: int, seen: int, query: torch.Tensor, value_dim: int, prompt: torch.Tensor | None
+        self,
+        layer_idx: int,
+        seen: int,
+        query: torch.Tensor,
+        value_dim: int,
+        prompt: torch.Tensor | None,
+        leads: bool = True,
     ) -> None:
         """See to it that all processes are about to merge results of one size, after the same prompt.
 
@@ -147,6 +156,8 @@ class Exchange:
             Dv.
         prompt : torch.Tensor, optional
             `(4,)` float32 :func:`~pikv_hf.replicas.prompt_mark` of a prompt's keys that were not agreed on yet.
+        leads : bool
+            As for :meth:`merge`.
 
         Raises
         ------
@@ -155,9 +166,10 @@ class Exchange:
         """
         size = max(AGREEMENT, HEADER + query[..., 0].numel() * (1 + value_dim))
         if size != self._size or prompt is not None:
-            said = agreement_of(layer_idx, seen, query, value_dim, prompt)
-            parts = self._gather(said, f"layer {layer_idx}")
-            self._check(parts, layer_idx, query, precise=prompt is not None)
+            self._look()
+            said = agreement_of(layer_idx, seen, query, value_dim, prompt, leads)
+            self._note(self._gather(said, f"layer {layer_idx}"), layer_idx, query.dtype)
+            self._look()
             self._size = size
 
     def merge(
@@ -167,9 +179,11 @@ class Exchange:
         query: torch.Tensor,
         out: torch.Tensor,
         lse: torch.Tensor,
-        precise: bool = False,
+        leads: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Merge what the processes have attended to; the result is the same, bit by bit, in all of them.
+
+        On a GPU what other processes say beside it is looked at before the next merge.
 
         Parameters
         ----------
@@ -179,19 +193,21 @@ class Exchange:
             `(B, Hq, Q, D)`.
         out, lse : torch.Tensor
             `(B, Hq, Q, Dv)` and `(B, Hq, Q)`, float32, over this process's own pages.
-        precise : bool
-            Whether queries depend on little but their tokens, as in the first layer: then a single other token among
-            many is noticed, also where processes compute on different hardware.
+        leads : bool
+            Whether this is the first of the layers, where queries depend on little but their tokens: they are compared
+            there, so that a single other token among many is noticed.
 
         Raises
         ------
         ProcessError
             If another process has died, raised, does not answer in time or attends with other queries.
         """
-        header = header_of(layer_idx, seen, query)
-        payload = torch.cat([header, lse.flatten(), out.flatten()])
+        self._look()
+        payload = torch.cat([header_of(layer_idx, seen, query, leads), lse.flatten(), out.flatten()])
         parts = self._gather(payload, f"layer {layer_idx}")
-        self._check(parts, layer_idx, query, precise)
+        self._note(parts, layer_idx, query.dtype)
+        if not self._defers:
+            self._look()
         self.collectives += 1
         result: tuple[torch.Tensor, torch.Tensor] | None = None
         for part in parts:
@@ -252,16 +268,22 @@ class Exchange:
             self._part(f"it got no answer at {where}: {cause}")
             raise ProcessError(f"{me} got no answer from all others at {where}: {cause} ({_said(error)})") from error
 
-    def _check(self, parts: list[torch.Tensor], layer_idx: int, query: torch.Tensor, precise: bool) -> None:
-        """Raise if a process failed, or is not where this one is."""
+    def _note(self, parts: list[torch.Tensor], layer_idx: int, dtype: torch.dtype) -> None:
         # One transfer for all of them.
-        table = torch.stack([part[:AGREEMENT] for part in parts]).tolist()
+        self._said = torch.stack([part[:AGREEMENT] for part in parts]), layer_idx, dtype
+
+    def _look(self) -> None:
+        """Raise if a process has failed, or was not where this one is."""
+        if self._said is None:
+            return
+        (said, layer_idx, dtype), self._said = self._said, None
+        table = said.tolist()
         mine = table[self.rank]
         for rank, other in enumerate(table):
             if other[INTENT] == FAILS:
                 reason = _read(self._key(f"failed/{rank}")) or "its own error says why"
                 raise ProcessError(f"rank {self.rank}: rank {rank} failed at layer {layer_idx}: {reason}")
-            if wrong := difference(mine, other, query.dtype, precise):
+            if wrong := difference(mine, other, dtype):
                 raise ProcessError(f"ranks {self.rank} and {rank}, at layer {layer_idx}, {wrong}")
 
 

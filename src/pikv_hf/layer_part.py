@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 
+from .carrying import carried
 from .config import PiKVConfig
 from .eviction import config_of_lanes
 from .layout import Place
@@ -143,14 +144,14 @@ class LayerPart:
         assert self.table is not None
         table, pool = self.table, self.table.pool
         self.slots = pool.index(table.next_slots())
-        keys, values = keys.to(pool.device, non_blocking=True), values.to(pool.device, non_blocking=True)
+        keys, values = carried(keys, pool.device), carried(values, pool.device)
         pool.write_newest(self.slots, keys.transpose(0, 1), values.transpose(0, 1), seen)
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts `(R,)` int16 of the tokens of :meth:`append`."""
         if self.slots is not None and self.table is not None:
             known = self.table.pool.experts.view(-1)
-            known.index_copy_(0, self.slots, experts.to(known.device, non_blocking=True))
+            known.index_copy_(0, self.slots, carried(experts, known.device))
 
     # Replacing the table
 

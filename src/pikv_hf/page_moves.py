@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .carrying import carried
 from .page_book import PageIds
 from .pages import FullPages
 from .sealed_pool import SealedPool
@@ -93,9 +94,9 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
     """Move full pages of a pool between tables with the same rows."""
     pool, device = here.pages.pools()[name], there.pool.device
     index = pool.index(pages)
-    positions = pool.positions[index].to(device, non_blocking=True)
+    positions = carried(pool.positions[index], device)
     if isinstance(pool, SealedPool):
-        keys, values = (codes.map(lambda part: part.to(device, non_blocking=True)) for codes in pool.codes_at(index))
+        keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
         target, ids = there.pages.adopt(pool, pages, keys, values)
         book = there.pages.sealed[target]
         book.positions[book.index(ids)] = positions
@@ -106,10 +107,10 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
             "",
             there.pool.adopt(
                 FullPages(
-                    contents.keys.to(device, non_blocking=True),
-                    contents.values.to(device, non_blocking=True),
+                    carried(contents.keys, device),
+                    carried(contents.values, device),
                     positions,
-                    contents.experts.to(device, non_blocking=True),
+                    carried(contents.experts, device),
                     contents.shards,
                 )
             ),

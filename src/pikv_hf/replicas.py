@@ -23,18 +23,18 @@ _PROMPT_TOKENS = HEADER + 2
 _PROMPT = slice(HEADER + 3, AGREEMENT)
 _QUERIES = slice(INTENT + 1, HEADER)
 
-# Projections of the same vectors differ between processes by rounding alone, of one other among them by about 1. After
-# many layers rounding may come to several percent of each vector.
-SAME, ROUGHLY_SAME = 0.1, 0.2
+# Projections of the same vectors differ between processes by rounding alone, of one other among them by about 1.
+SAME = 0.1
 
 # Vectors whose copies in float32 are made at a time.
 _PIECE = 4096
 
 
-def header_of(layer_idx: int, seen: int, query: torch.Tensor) -> torch.Tensor:
-    """Return what a process says of a call: `(8,)` float32, see :data:`HEADER`."""
+def header_of(layer_idx: int, seen: int, query: torch.Tensor, looks: bool = True) -> torch.Tensor:
+    """Return what a process says of a call: `(8,)` float32, see :data:`HEADER`; zeros for queries unless it looks."""
     counts = torch.tensor([layer_idx, seen, query.shape[0], query.shape[2], MERGES], dtype=torch.float32)
-    return torch.cat([counts.to(query.device), fingerprint(query)])
+    counts = counts.to(query.device)
+    return torch.cat([counts, fingerprint(query) if looks else counts.new_zeros(PROJECTIONS)])
 
 
 def prompt_mark(keys: torch.Tensor) -> torch.Tensor:
@@ -86,28 +86,25 @@ def _angles(size: int, device: str) -> torch.Tensor:
     return angles.float().to(device)
 
 
-def tolerance(count: float, dtype: torch.dtype, precise: bool) -> float:
+def tolerance(count: float, dtype: torch.dtype) -> float:
     """Return by how much the projections of the same `count` vectors may differ from process to process.
 
-    On the same hardware they do not at all. On other hardware rounding adds up over vectors and over layers: `precise`
-    is for the first layer, where one other vector among many is to be noticed.
+    On the same hardware they do not at all. On other hardware rounding adds up over vectors.
     """
-    root = math.sqrt(max(1.0, count))
-    rounding = SAME + 2 * torch.finfo(dtype).eps * root
-    return rounding if precise else max(ROUGHLY_SAME * root, rounding)
+    return SAME + 2 * torch.finfo(dtype).eps * math.sqrt(max(1.0, count))
 
 
 def agreement_of(
-    layer_idx: int, seen: int, query: torch.Tensor, value_dim: int, prompt: torch.Tensor | None
+    layer_idx: int, seen: int, query: torch.Tensor, value_dim: int, prompt: torch.Tensor | None, looks: bool = True
 ) -> torch.Tensor:
     """Return what a process says before it merges results of another size: `(14,)` float32, see :data:`AGREEMENT`."""
-    header = header_of(layer_idx, seen, query)
+    header = header_of(layer_idx, seen, query, looks)
     header[INTENT] = AGREES
     mark = header.new_zeros(1 + PROJECTIONS) if prompt is None else prompt.to(header.device)
     return torch.cat([header, header.new_tensor([query.shape[1], value_dim]), mark])
 
 
-def difference(mine: list[float], other: list[float], dtype: torch.dtype, precise: bool) -> str:
+def difference(mine: list[float], other: list[float], dtype: torch.dtype) -> str:
     """Return in which way two headers, or agreements, are not of the same call; empty if they are."""
     counts = [
         f"{name} {mine[at]:.0f} here and {other[at]:.0f} there"
@@ -120,9 +117,9 @@ def difference(mine: list[float], other: list[float], dtype: torch.dtype, precis
         return f"do different things: {', '.join(counts)}; give all ranks the same inputs"
     if mine[INTENT] == AGREES:
         tokens = mine[_PROMPT_TOKENS]
-        if tokens != other[_PROMPT_TOKENS] or _far(mine[_PROMPT], other[_PROMPT], tolerance(tokens, dtype, precise)):
+        if tokens != other[_PROMPT_TOKENS] or _far(mine[_PROMPT], other[_PROMPT], tolerance(tokens, dtype)):
             return "have read different prompts, or have different weights; give all ranks the same inputs"
-    if _far(mine[_QUERIES], other[_QUERIES], tolerance(mine[2] * mine[3], dtype, precise)):
+    if _far(mine[_QUERIES], other[_QUERIES], tolerance(mine[2] * mine[3], dtype)):
         return (
             "attend with different queries, so they have read or sampled different tokens; give all ranks the same "
             "inputs and the same seed"

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from .carrying import carried
 from .packing import pack_prompt
 from .page_book import PageIds
 from .sequence import SequencePages
@@ -174,7 +175,7 @@ class SequenceWriter:
         index = torch.from_numpy(np.flatnonzero(stays)).to(tokens[2].device)
         keys, values, positions, experts = tokens
         mine = keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]
-        return tuple(part.to(self.pool.device, non_blocking=True) for part in mine)
+        return tuple(carried(part, self.pool.device) for part in mine)
 
     def _window_slots(self, sequence: SequencePages, tokens: int) -> PageIds:
         """Take the next window slots: the rest of the last page, then new pages."""
