@@ -5,6 +5,7 @@ themselves, so that a change of the format shows here too; `eval/results/plan-va
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +21,7 @@ from pikv_hf.sealed_pool import GROWTH as SEALED_GROWTH
 from pikv_hf.store import MAX_OBSERVED
 
 from .model_shape import LayerShape, ModelShape
-from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads
+from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads, shards_of_part
 
 # Bytes that the host keeps of a page: count, references, shard, whether it was used; whether it stays as it is, or its
 # errors; and its number in the table of the sequence that holds it.
@@ -151,7 +152,9 @@ def layer_bytes(
     plain_page = options.page_size * layer.width * element
     sealed_page = packed_page_bytes(layer, options, dtype) if packs else plain_page
     held = now.window + now.open + (0 if packs else now.full)
-    begun = first.window + (min(first.open + first.full, options.num_shards) if packs else first.open + first.full)
+    # A prompt's pages are packed before they are stored: the plain pool has room for one per shard.
+    most = shards_of_part(options.num_shards, share) if packs else math.inf
+    begun = first.window + min(first.open + first.full, most)
     slow = BUDGET_GROWTH if options.budget is not None else PLAIN_GROWTH
     flushes = round((now.tokens - first.tokens) / share / options.page_size)
     plain = batch * begun

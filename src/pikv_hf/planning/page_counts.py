@@ -61,9 +61,14 @@ def page_counts(
     if by_position:
         return PageCounts(window, 0.0, outside / size * share, round(outside * share))
     if share < 1:
-        return _part_counts(window, outside * share, max(1.0, len(loads) * share), size)
+        return _part_counts(window, outside * share, shards_of_part(len(loads), share), size)
     began, full = expected_pages(round(outside * share), loads, size)
     return PageCounts(window, began - full, full, round(outside * share))
+
+
+def shards_of_part(shards: int, share: float) -> float:
+    """Return of how many shards a part has pages, on average: one is divided at each boundary between parts."""
+    return shards * share + 1 - share
 
 
 def _part_counts(window: float, tokens: float, shards: float, size: int) -> PageCounts:
