@@ -283,7 +283,7 @@ ON_FOUR = [
 ]
 NOT_EIGHT = (
     *("greedy-qwen3_moe", "greedy-olmoe", "greedy-gpt_oss-paged", "greedy-hash"),
-    *("sampling-rows", "beam-mla", "chunks"),
+    *("sampling-rows", "beam-mla", "chunks", "copies"),
 )
 #: What does not depend on which pages tokens share is as in one place.
 AS_IN_ONE = [

@@ -237,5 +237,5 @@ class BudgetMachine(RuleBasedStateMachine):
             assert bool((pool.usage.shares >= 0).all())
 
 
-BudgetMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=20)
+BudgetMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20)
 TestBudgetMachine = BudgetMachine.TestCase

@@ -200,5 +200,5 @@ class EvictionMachine(RuleBasedStateMachine):
             assert ((pool.positions[pool.index(in_use)] >= 0).sum(dim=1).numpy() == pool.count[in_use]).all()
 
 
-EvictionMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
+EvictionMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestEvictionMachine = EvictionMachine.TestCase

@@ -53,5 +53,5 @@ class SavedLayerMachine(LayerMachine):
             assert all(torch.equal(old, new) for old, new in zip(keys_and_values, twin.layer.dense(), strict=True))
 
 
-SavedLayerMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20)
+SavedLayerMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=20)
 TestSavedLayerMachine = SavedLayerMachine.TestCase

@@ -105,7 +105,7 @@ class TieredEvictionMachine(Tiered, EvictionMachine):
         gc.collect()
 
 
-TieredLayerMachine.TestCase.settings = settings(max_examples=20, stateful_step_count=20)
-TieredEvictionMachine.TestCase.settings = settings(max_examples=15, stateful_step_count=15)
+TieredLayerMachine.TestCase.settings = settings(max_examples=14, stateful_step_count=20)
+TieredEvictionMachine.TestCase.settings = settings(max_examples=10, stateful_step_count=15)
 TestTieredLayers = TieredLayerMachine.TestCase
 TestTieredEviction = TieredEvictionMachine.TestCase
