@@ -12,7 +12,7 @@ from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_hf import PiKVCache, detach
-from pikv_hf.attention import pikv_attention_forward
+from pikv_hf.integration.attention_function import pikv_attention_forward
 
 # The geometry of Qwen3-30B-A3B's attention.
 QUERY_HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128

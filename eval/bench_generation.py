@@ -16,7 +16,7 @@ from pikv_hf import PiKVCache, detach
 from pikv_hf.eval.bench import geometry_model, timed
 from pikv_hf.eval.bench_view import show
 from pikv_hf.eval.demo_measure import total_bytes
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 # Steps whose times are averaged: those after the first STEPS, and the last.
 STEPS = 512

@@ -14,7 +14,7 @@ from rich.table import Table
 from pikv_hf import PiKVCache
 from pikv_hf.eval.bench import Timing, geometry_model, timed
 from pikv_hf.eval.bench_view import _times, show
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 NEW_TOKENS = 16
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
 from pikv_hf import PiKVCache
-from pikv_hf.attention import pikv_attention_forward
 from pikv_hf.eval.bench import HEAD_DIM, KV_HEADS, QUERY_HEADS, Timing, geometry_model, timed
 from pikv_hf.eval.bench_view import show
-from pikv_hf.report import format_bytes
+from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.reports.memory_report import format_bytes
 
 _EXPERTS = 32
 

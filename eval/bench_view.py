@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 from .bench import Comparison
 from .provenance import provenance

@@ -155,7 +155,7 @@ def _workload(
 def trace_loads(path: Path, shards: int) -> tuple[float, ...]:
     """Return the shares of the shards of the layer that is loaded most unevenly in a routing trace."""
     from pikv_hf.planning.capacity import measured_loads
-    from pikv_hf.planning.traces import load_trace
+    from pikv_hf.planning.simulate.routing_trace import load_trace
 
     return max((measured_loads(counts.tolist(), shards) for counts in load_trace(path).loads()), key=max)
 

@@ -25,10 +25,10 @@ from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.demo_task import DemoTask, build_task
 from pikv_hf.eval.errors import user_input
 from pikv_hf.eval.recording import record_trace
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.planning.traces import save_trace
-from pikv_hf.report import LayerMemory
-from pikv_hf.stats import CacheStats
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.planning.simulate.routing_trace import save_trace
+from pikv_hf.reports.cache_stats import CacheStats
+from pikv_hf.reports.memory_report import LayerMemory
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

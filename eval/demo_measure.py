@@ -14,8 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from pikv_hf import PiKVCache, PiKVConfig
 from pikv_hf.eval.demo_task import DemoTask, Prompt
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.report import live_bytes
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.reports.memory_report import live_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

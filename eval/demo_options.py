@@ -34,7 +34,7 @@ class DemoOptions:
     threads : int
         CPU threads of torch.
     record_trace : Path, optional
-        File to write the routing of the run to; see :mod:`pikv_hf.planning.traces`.
+        File to write the routing of the run to; see :mod:`pikv_hf.planning.simulate.routing_trace`.
     pikv : PiKVConfig
         Storage options of the PiKV cache.
     cache_devices : tuple of str

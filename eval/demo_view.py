@@ -11,8 +11,8 @@ from rich.text import Text
 
 from pikv_hf.eval.demo import DemoResult, LayerSpread
 from pikv_hf.eval.demo_measure import Answer
-from pikv_hf.report import format_bytes
-from pikv_hf.stats import tier_tables
+from pikv_hf.reports.cache_stats import tier_tables
+from pikv_hf.reports.memory_report import format_bytes
 
 WIDTH = 100
 _BAR_WIDTH = 40

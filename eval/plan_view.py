@@ -9,7 +9,7 @@ from rich.text import Text
 
 from pikv_hf.planning.plan import Layout, Row
 from pikv_hf.planning.recommend import Plan, describe
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 WIDTH = 100
 

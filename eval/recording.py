@@ -8,8 +8,8 @@ import torch
 from pikv_hf.eval.demo_measure import CacheKind
 from pikv_hf.eval.demo_task import DemoTask
 from pikv_hf.eval.errors import InputError
-from pikv_hf.experts import LayerRouter
-from pikv_hf.planning.traces import RoutingTrace
+from pikv_hf.integration.expert_router import LayerRouter
+from pikv_hf.planning.simulate.routing_trace import RoutingTrace
 
 
 class Recorder:
@@ -64,7 +64,7 @@ def record_trace(task: DemoTask, kind: CacheKind, routers: dict[int, LayerRouter
     kind : CacheKind
         The cache; the model is attached if it needs that.
     routers : dict of int to LayerRouter
-        Of the model, see :attr:`pikv_hf.attachment.Attachment.routers`.
+        Of the model, see :attr:`pikv_hf.integration.attachment.Attachment.routers`.
     max_new_tokens : int
         Limit of each answer.
 

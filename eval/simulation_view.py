@@ -13,9 +13,9 @@ from pikv_hf.eval.errors import InputError, user_input
 from pikv_hf.eval.experiments.results import write_rows
 from pikv_hf.planning.model_shape import ModelShape
 from pikv_hf.planning.plan import Workload
-from pikv_hf.planning.simulated_outcome import Outcome, Simulation, SimulationOptions
-from pikv_hf.planning.simulation import COUNTS, simulate
-from pikv_hf.planning.traces import RoutingTrace, load_trace, synthetic_trace
+from pikv_hf.planning.simulate.outcome import Outcome, Simulation, SimulationOptions
+from pikv_hf.planning.simulate.routing_trace import RoutingTrace, load_trace, synthetic_trace
+from pikv_hf.planning.simulate.simulation import COUNTS, simulate
 
 #: Of traces that are made up: how often a token goes where the one before went, and the seed.
 STICKINESS, SEED = 0.3, 0
@@ -51,7 +51,7 @@ def make_trace(shape: ModelShape, context: int, file: Path | None, skew: float |
     context : int
         Tokens of the made-up trace.
     file : Path, optional
-        As :func:`~pikv_hf.planning.traces.save_trace` wrote it.
+        As :func:`~pikv_hf.planning.simulate.routing_trace.save_trace` wrote it.
     skew : float, optional
         Of the made-up trace, by default 1.
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import QuantizedCache, StaticCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.attachment import attach
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.masks import new_tokens_valid
+from pikv_hf.integration.attachment import attach
+from pikv_hf.integration.mask_function import new_tokens_valid
+from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.budget import Budget, Given
 from pikv_hf.presses.observation import is_watched, unwatch, watch
 from pikv_hf.presses.routing import is_routed, unwatch_routers

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_hf.layer import PiKVLayer
+from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.base import LayerView
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from pikv_hf.attachment import attach
+from pikv_hf.integration.attachment import attach
 from pikv_hf.presses.observation import attention_mass, is_watched, observed, unwatch, watch
 
 

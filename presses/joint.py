@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache
 
-from pikv_hf.attachment import attachment_of
+from pikv_hf.integration.attachment import attachment_of
 from pikv_hf.presses.base import LayerView, ObservingPress
 
 

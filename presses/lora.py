@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pikv_hf.codecs import FIT_TOKENS_PER_DIM, fit_basis
+from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, fit_basis
 from pikv_hf.config import PiKVConfig
 from pikv_hf.presses.base import LayerView, ObservingPress
 

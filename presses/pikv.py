@@ -9,7 +9,7 @@ from torch import nn
 
 from pikv_hf.kernels import open_pages, seal_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.layer import PiKVLayer
+from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.base import LayerView
 from pikv_hf.presses.earlier import Earlier
 from pikv_hf.presses.joint import JointPress

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from pikv_hf.attachment import attachment_of
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.placement import expert_placement, hash_placement
+from pikv_hf.integration.attachment import attachment_of
+from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.base import LayerView
 from pikv_hf.presses.joint import JointPress
 from pikv_hf.presses.query_aware import QueryAwarePress
 from pikv_hf.presses.routing import routing_of, watch_routers
+from pikv_hf.sharding.placement import expert_placement, hash_placement
 
 
 @dataclass

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pikv_hf.attachment import ensure_attached
-from pikv_hf.experts import Lazy
+from pikv_hf.integration.attachment import ensure_attached
+from pikv_hf.integration.expert_router import Lazy
 from pikv_hf.presses.observation import Observer
 
 _ATTRIBUTE, _BELOW = "_pikv_routing", "_pikv_routing_below"

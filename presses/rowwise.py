@@ -10,7 +10,7 @@ import torch
 from kvpress import BasePress
 from torch import nn
 
-from pikv_hf.assignment import token_hashes
+from pikv_hf.layer.kv_assignment import token_hashes
 from pikv_hf.presses.base import LayerView, ObservingPress, hold, view_of
 
 

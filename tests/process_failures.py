@@ -13,10 +13,10 @@ import torch
 from families import FAMILIES, prompts
 from press_runs import ids_of
 
-import pikv_hf.attention
+import pikv_hf.integration.attention_function
 from pikv_hf import PiKVCache
-from pikv_hf.allowance import BudgetError
-from pikv_hf.layer_part import LayerPart
+from pikv_hf.layer.layer_part import LayerPart
+from pikv_hf.scheduling.growth_limit import BudgetError
 
 #: Seconds; long enough for four groups at once on two cores, as the others wait only where nothing comes at all.
 TIMEOUT = 8.0
@@ -212,7 +212,10 @@ FAILURES: dict[str, Failure] = {
     "budget": Failure(3, lambda rank: patched(rank, LayerPart, "enforce", BudgetError("its own budget"), 25)),
     "memory-error": Failure(2, lambda rank: patched(rank, LayerPart, "append", MemoryError("its own memory"), 25)),
     "attends": Failure(
-        3, lambda rank: patched(rank, pikv_hf.attention, "attend_pages", ValueError("its own attention"), 7, again=True)
+        3,
+        lambda rank: patched(
+            rank, pikv_hf.integration.attention_function, "attend_pages", ValueError("its own attention"), 7, again=True
+        ),
     ),
     "again": Failure(
         2, lambda rank: patched(rank, LayerPart, "enforce", BudgetError("its own budget"), 25, again=True)

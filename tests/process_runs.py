@@ -24,7 +24,7 @@ from press_runs import PRESSES, ids_of, padded, read
 from process_failures import FAILURES
 from transformers import DynamicCache
 
-import pikv_hf.table
+import pikv_hf.page_table.page_table
 from pikv_hf import PiKVCache
 from pikv_hf.config import CODECS, ROUTINGS, SCHEDULERS
 
@@ -467,7 +467,7 @@ def scenarios_of(world: int) -> dict[str, Scenario]:
 def main(folder: Path, only: list[str]) -> None:
     """Run everything, or what is named."""
     torch.set_num_threads(1)
-    pikv_hf.table.MIN_RUN_BYTES = 1
+    pikv_hf.page_table.page_table.MIN_RUN_BYTES = 1
     everything = {**EXACT, **ASSISTED, **STORED, **MEMORY, **TRAFFIC}
 
     def chosen(names: Iterable[str]) -> list[str]:

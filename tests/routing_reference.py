@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from test_layer_machine import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 
-from pikv_hf.attention import pikv_attention_forward
 from pikv_hf.config import PiKVConfig
+from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.kernels.page_codes import BITS, SPREAD_ONE, SPREAD_STEPS
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.routing import Choice
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.routing.policies import Choice
 
 SMALL = {"page_size": 4, "recent_window": 6, "sink_tokens": 4, "num_shards": 3}
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from families import FAMILIES
 from torch.multiprocessing.spawn import start_processes
 
-from pikv_hf import PiKVCache, serialization
-from pikv_hf.rank_files import rank_file
+from pikv_hf import PiKVCache
+from pikv_hf.serialization import save_load as serialization
+from pikv_hf.serialization.rank_files import rank_file
 
 RANKS = 2
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 5, "rank": 4}

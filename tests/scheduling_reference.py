@@ -1,6 +1,6 @@
 """Scheduling policies, slow and obvious: lists and loops over the raw trace, one victim after the other.
 
-Nothing is shared with `pikv_hf.scheduling`; every statistic is worked out anew from what happened.
+Nothing is shared with `pikv_hf.scheduling.policies.registry`; every statistic is worked out anew from what happened.
 """
 
 import dataclasses

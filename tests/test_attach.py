@@ -11,7 +11,7 @@ from families import FAMILIES, prompts
 from transformers import DynamicCache, StaticCache
 
 from pikv_hf import PiKVCache, PiKVConfig, attach, detach
-from pikv_hf.attachment import attachment_of
+from pikv_hf.integration.attachment import attachment_of
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jetmoe", "mixtral_sliding"])

@@ -8,8 +8,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pikv_hf.balancing import balanced_replicas, balanced_shards, bin_loads, imbalance, pack, replicate
-from pikv_hf.placement import balanced_placement, expert_placement
+from pikv_hf.sharding.load_balancing import balanced_replicas, balanced_shards, bin_loads, imbalance, pack, replicate
+from pikv_hf.sharding.placement import balanced_placement, expert_placement
 
 WEIGHTS = st.lists(st.integers(0, 1000), min_size=1, max_size=40)
 

@@ -13,12 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from test_eviction_machine import ATTENTION, Twin, reference_attention
 from test_layer_machine import EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 
-from pikv_hf.allowance import BudgetError
-from pikv_hf.attention import attend, pikv_attention_forward
 from pikv_hf.config import SCHEDULERS, PiKVConfig
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.memory import layer_memory
-from pikv_hf.schedule import make_schedule
+from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.reports.memory_measure import layer_memory
+from pikv_hf.scheduling.growth_limit import BudgetError
+from pikv_hf.scheduling.page_scheduler import make_schedule
 
 NAMES = ("keys", "values", "held", "packed")
 

@@ -18,12 +18,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pikv_hf import PiKVCache, attach
-from pikv_hf.allowance import BudgetError
-from pikv_hf.attention import attend
 from pikv_hf.config import SCHEDULERS
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.schedule import LayerSchedule
-from pikv_hf.scheduling import PageView, SchedulingPolicy
+from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.scheduling.growth_limit import BudgetError
+from pikv_hf.scheduling.page_scheduler import LayerSchedule
+from pikv_hf.scheduling.policies.registry import PageView, SchedulingPolicy
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
 #: Sinks, window and two pages of SMALL.
@@ -262,7 +262,7 @@ def test_heads_keep_different_tokens(scheduler: str) -> None:
 @pytest.mark.parametrize("capacity", [16, 20, 33])
 def test_lru_without_uses_is_a_circular_buffer_per_shard(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """PiKV's shards of capacity S: the newest S tokens of each, as whole pages."""
-    monkeypatch.setattr("pikv_hf.page_usage.PageUsage.use", lambda self, index, hit: None)
+    monkeypatch.setattr("pikv_hf.pages.usage_counters.PageUsage.use", lambda self, index, hit: None)
     model = shared_model()
     cache = make_cache(model, budget=capacity, budget_scope="shard", scheduler="lru")
     layer, ids = cache.layers[0], ids_of(190)

@@ -19,7 +19,14 @@ from pikv_hf.eval.experiments import codec_costs, codec_report, data
 from pikv_hf.eval.experiments.attention_error import PAGE, WINDOW, Subject
 from pikv_hf.eval.experiments.codec_costs import CHOICES, Choice, Measured, Packed, Reader, measure_errors
 from pikv_hf.eval.experiments.codec_report import NOT_MEASURED, codec_table
-from pikv_hf.eval.experiments.data import GEOMETRIES, OBSERVED, QUERIES, AttentionInput, random_inputs, reference_inputs
+from pikv_hf.eval.experiments.data import (
+    GEOMETRIES,
+    OBSERVED,
+    QUERIES,
+    AttentionInput,
+    random_inputs,
+    reference_inputs,
+)
 from pikv_hf.eval.experiments.results import write_rows
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed
 from pikv_hf.eval.gpu.bench import as_row

@@ -9,13 +9,13 @@ import torch
 from families import FAMILIES, prompts
 
 from pikv_hf import PiKVCache, detach
-from pikv_hf.attention import attend
-from pikv_hf.codecs import fit_basis
+from pikv_hf.codecs.codec import fit_basis
+from pikv_hf.codecs.page_encoder import GUARD, Sealer
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench import filled_pikv, geometry_model
-from pikv_hf.report import live_bytes
-from pikv_hf.sealed_pool import SealedPool
-from pikv_hf.sealing import GUARD, Sealer
+from pikv_hf.integration.attention_function import attend
+from pikv_hf.pages.packed_pool import SealedPool
+from pikv_hf.reports.memory_report import live_bytes
 
 SMALL = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
 LOSSY = [name for name in CODECS if name != "none"]

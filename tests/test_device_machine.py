@@ -13,13 +13,13 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from test_eviction_machine import ATTENTION, EvictionMachine, Twin, reference_attention
 from test_layer_machine import EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 
-from pikv_hf.attention import pikv_attention_forward
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.layout import Layout, Place
-from pikv_hf.memory import layer_memory
-from pikv_hf.page_arrays import PageArrays
-from pikv_hf.report import live_bytes
+from pikv_hf.distributed.device_layout import Layout, Place
+from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.pages.page_storage import PageArrays
+from pikv_hf.reports.memory_measure import layer_memory
+from pikv_hf.reports.memory_report import live_bytes
 
 #: The share of the tokens that each part is to get; the first has nothing but the window where it is 0.
 WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0), (1.0,) * 7]
@@ -66,7 +66,10 @@ class DeviceMachine(EvictionMachine):
         layer = PiKVLayer(0, config, FakeAttachment(), layout_of(weights))
         self.twins = [self.empty(layer, batch)]
         # A few tokens are enough for shards to be divided anew, and for pages to move.
-        self.patches = [mock.patch("pikv_hf.shard_map.MIN_PAGES", 1), mock.patch("pikv_hf.page_moves.MIN_PAGES", 1)]
+        self.patches = [
+            mock.patch("pikv_hf.sharding.shard_map.MIN_PAGES", 1),
+            mock.patch("pikv_hf.layer.page_migration.MIN_PAGES", 1),
+        ]
         for patch in self.patches:
             patch.start()
 

@@ -14,10 +14,10 @@ from test_exact import assert_same, generate, reference
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, detach
-from pikv_hf.allowance import BudgetError
 from pikv_hf.config import CODECS, ROUTINGS, SCHEDULERS
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.layout import Place, find_devices
+from pikv_hf.distributed.device_layout import Place, find_devices
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.scheduling.growth_limit import BudgetError
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 #: Of families whose layers differ from one to the next.

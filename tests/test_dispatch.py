@@ -11,8 +11,8 @@ from families import FAMILIES, prompts
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.layout import attention_device
+from pikv_hf.distributed.device_layout import attention_device
+from pikv_hf.layer.layer import PiKVLayer
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 DEVICES = ["cpu:0", "cpu:1"]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from test_layer_machine import CHANGE, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 
-from pikv_hf.attention import attend, pikv_attention_forward
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer import PiKVLayer
+from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.layer.layer import PiKVLayer
 
 ATTENTION = torch.nn.Module()
 ATTENTION.num_key_value_groups = GROUPS

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from press_runs import ids_of, shared_model
 
 from pikv_hf import PiKVCache
-from pikv_hf.exchange import Exchange, ProcessError
+from pikv_hf.distributed.lockstep import AGREEMENT, HEADER, difference, fingerprint, header_of, prompt_mark
+from pikv_hf.distributed.process_exchange import Exchange, ProcessError
 from pikv_hf.kernels import partial_attention
-from pikv_hf.replicas import AGREEMENT, HEADER, difference, fingerprint, header_of, prompt_mark
 
 HEADS, DIM, VALUE_DIM = 4, 16, 8
 
@@ -281,7 +281,7 @@ def test_another_row_is_noticed(rows: int) -> None:
 def test_long_calls_are_looked_at_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = torch.randn(3, HEADS, 50, DIM)
     whole = fingerprint(vectors)
-    monkeypatch.setattr("pikv_hf.replicas._PIECE", 21)
+    monkeypatch.setattr("pikv_hf.distributed.lockstep._PIECE", 21)
     torch.testing.assert_close(fingerprint(vectors), whole, atol=1e-4, rtol=0)
 
 

@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from pikv_hf.codecs.page_encoder import GUARD
 from pikv_hf.eval.experiments import codec_schemes, low_rank
 from pikv_hf.eval.experiments.attention_error import PAGE, WINDOW, Subject
-from pikv_hf.eval.experiments.data import DIFFICULT, QUERIES, AttentionInput, difficult, random_inputs, reference_inputs
+from pikv_hf.eval.experiments.data import (
+    DIFFICULT,
+    QUERIES,
+    AttentionInput,
+    difficult,
+    random_inputs,
+    reference_inputs,
+)
 from pikv_hf.eval.experiments.guard import guard_by_rule, guard_pages, page_errors
 from pikv_hf.eval.experiments.low_rank import FITS, Fit, byte_share, decode, fit_basis, project, rank_of_equal_bytes
 from pikv_hf.eval.experiments.schemes import (
@@ -26,7 +34,6 @@ from pikv_hf.eval.experiments.schemes import (
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind
 from pikv_hf.kernels.seal_pages import seal_pages
-from pikv_hf.sealing import GUARD
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results"
 EXACT = 1e-6

@@ -8,8 +8,8 @@ from families import FAMILIES, prompts
 from torch import nn
 
 from pikv_hf import PiKVCache, attach
-from pikv_hf.experts import experts_from_output, primary_experts
-from pikv_hf.layer import PiKVLayer
+from pikv_hf.integration.expert_router import experts_from_output, primary_experts
+from pikv_hf.layer.layer import PiKVLayer
 
 ROUTED = [name for name, family in FAMILIES.items() if family.routed]
 

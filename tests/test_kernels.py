@@ -158,7 +158,8 @@ def test_a_masked_history_is_read_in_bounded_pieces(monkeypatch: pytest.MonkeyPa
     """A sliding layer's chunk over a long history gives the same in one piece and in many."""
     from families import FAMILIES
 
-    from pikv_hf import PiKVCache, page_attention
+    from pikv_hf import PiKVCache
+    from pikv_hf.attention import paged_attention as page_attention
 
     model = FAMILIES["mixtral_sliding"].build(num_hidden_layers=1)
     ids = torch.randint(2, 190, (2, 300))

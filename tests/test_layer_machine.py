@@ -11,10 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pikv_hf.attention import attend, pikv_attention_forward
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.report import live_bytes
+from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.reports.memory_report import live_bytes
 
 HEADS, GROUPS, KEY_DIM, VALUE_DIM, EXPERTS = 2, 3, 8, 6, 5
 SCALE = 0.7

@@ -13,11 +13,11 @@ from test_budget_machine import budgeted_layer
 from test_layer_machine import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM
 
 from pikv_hf import PiKVCache
-from pikv_hf.attention import attend, pikv_attention_forward
+from pikv_hf.attention.attention_mass import OBSERVED
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.page_masses import OBSERVED
-from pikv_hf.scheduling import HALF_LIFE
+from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.scheduling.policies.registry import HALF_LIFE
 
 # A budget that is never reached: nothing goes unless a test says so.
 SMALL = {"page_size": 4, "recent_window": 6, "sink_tokens": 4, "num_shards": 3, "budget": 4096, "scheduler": "h2o"}
@@ -384,7 +384,7 @@ def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
 
 
 def test_tokens_of_several_times_make_a_page_of_their_mean_age() -> None:
-    from pikv_hf.page_usage import PageUsage
+    from pikv_hf.pages.usage_counters import PageUsage
 
     usage = PageUsage(torch.device("cpu"))
     usage.resize(4)

@@ -14,16 +14,16 @@ from test_device_machine import layout_of, no_memory_for
 from test_layer_machine import FakeAttachment
 
 from pikv_hf import PiKVCache
-from pikv_hf.attention import attend
+from pikv_hf.codecs.page_encoder import Sealer
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.layout import Layout
-from pikv_hf.memory import layer_memory
-from pikv_hf.page_book import MIN_GROWTH
-from pikv_hf.page_moves import MOVES, level
-from pikv_hf.schedule import make_schedule
-from pikv_hf.sealing import Sealer
-from pikv_hf.shard_map import ShardMap
+from pikv_hf.distributed.device_layout import Layout
+from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.page_migration import MOVES, level
+from pikv_hf.pages.page_allocator import MIN_GROWTH
+from pikv_hf.reports.memory_measure import layer_memory
+from pikv_hf.scheduling.page_scheduler import make_schedule
+from pikv_hf.sharding.shard_map import ShardMap
 
 HEADS, DIM, EXPERTS = 2, 16, 8
 SMALL: dict[str, Any] = {"page_size": 16, "recent_window": 64, "sink_tokens": 4, "num_shards": 8}
@@ -81,7 +81,7 @@ def everything_to_part(number: int) -> Iterator[None]:
     def own(self: ShardMap, shards: np.ndarray, positions: np.ndarray, part: int) -> np.ndarray:
         return shards if part == number else -1 - (number * self.num_shards + shards)
 
-    with mock.patch.object(ShardMap, "own", own), mock.patch("pikv_hf.layer_tokens.level", return_value=0):
+    with mock.patch.object(ShardMap, "own", own), mock.patch("pikv_hf.layer.layer_store.level", return_value=0):
         yield
 
 
@@ -132,7 +132,7 @@ def test_a_router_whose_favourite_changes(parts: int, at_a_time: int) -> None:
     """Even at first, then one expert takes most, then another one; balance is looked at all along."""
     reader, one, tokens = Reader((1.0,) * parts), Reader(None), 1600 if at_a_time == 1 else 3000
     moves = []
-    with mock.patch("pikv_hf.layer_tokens.level", side_effect=lambda *given: moves.append(level(*given))):
+    with mock.patch("pikv_hf.layer.layer_store.level", side_effect=lambda *given: moves.append(level(*given))):
         for chances in (EVEN, FAVOURITE, OTHER):
             for each in (reader, one):
                 each.read(tokens, chances, at_a_time=tokens if chances is EVEN else at_a_time)
@@ -289,7 +289,7 @@ def test_rows_that_share_pages_go_on_sharing() -> None:
     reader = uneven()
     reader.layer.batch_repeat_interleave(3)
     reader.batch, reader.keys = 3, reader.keys.repeat_interleave(3, dim=0)
-    with mock.patch("pikv_hf.layer_tokens.level", return_value=0):
+    with mock.patch("pikv_hf.layer.layer_store.level", return_value=0):
         reader.read(120, at_a_time=1)
     while level(reader.layer.parts, reader.layer.shard_map):
         pass

@@ -30,7 +30,7 @@ from pikv_hf.eval.experiments.page_traces import (
     steps_of,
 )
 from pikv_hf.eval.tasks import reference
-from pikv_hf.scheduling import POLICIES, make_policy
+from pikv_hf.scheduling.policies.registry import POLICIES, make_policy
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results" / "page-traces.json"
 

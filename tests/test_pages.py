@@ -7,10 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_hf import PiKVConfig
-from pikv_hf.attention import attend
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.pages import PagePool
-from pikv_hf.read_plan import make_plan
+from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.page_table.read_plan import make_plan
+from pikv_hf.pages.plain_pool import PagePool
 
 
 def pool() -> PagePool:

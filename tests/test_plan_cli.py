@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from pikv_hf.eval.cli import app
 from pikv_hf.eval.cli_plan import MODEL_CONFIGS, parse_budget, parse_routing
 from pikv_hf.planning.capacity import measured_loads
-from pikv_hf.planning.traces import RoutingTrace, save_trace
+from pikv_hf.planning.simulate.routing_trace import RoutingTrace, save_trace
 
 QWEN = ("--model", "Qwen/Qwen3-30B-A3B", "--context", "131072", "--batch", "8", "--devices", "8xH200")
 

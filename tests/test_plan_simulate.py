@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from pikv_hf.eval.cli import app
 from pikv_hf.eval.simulation_view import amount
-from pikv_hf.planning.simulated_placements import PLACEMENTS
-from pikv_hf.planning.simulation import COUNTS
-from pikv_hf.planning.traces import save_trace, synthetic_trace
+from pikv_hf.planning.simulate.placements import PLACEMENTS
+from pikv_hf.planning.simulate.routing_trace import save_trace, synthetic_trace
+from pikv_hf.planning.simulate.simulation import COUNTS
 
 EXPERTS, LAYERS = 8, 2
 

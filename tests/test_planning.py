@@ -16,7 +16,6 @@ from pikv_hf import PiKVConfig
 from pikv_hf.eval.bench import _decode_inputs, _our_step, filled_pikv, geometry_model
 from pikv_hf.eval.cli_plan import MODEL_CONFIGS
 from pikv_hf.eval.plan_validation_memory import filled, memory_cells, part_cells, part_errors, small_model
-from pikv_hf.placement import expert_placement
 from pikv_hf.planning.cache_memory import cache_bytes, packed_page_bytes, part_bytes
 from pikv_hf.planning.calibration import calibrated_cpu
 from pikv_hf.planning.capacity import expected_pages, measured_loads, shard_capacity, uniform_loads
@@ -32,6 +31,7 @@ from pikv_hf.planning.step_time import (
     sent_bytes,
     step_time,
 )
+from pikv_hf.sharding.placement import expert_placement
 
 # Parameters, layers, paged ones, KV heads, dims of keys and values.
 BUNDLED = {

@@ -7,8 +7,8 @@ import torch
 from families import FAMILIES, prompts
 
 from pikv_hf import PiKVCache
-from pikv_hf.attention import OBSERVER_ATTRIBUTE
-from pikv_hf.prefetching import predicted_query
+from pikv_hf.integration.attention_function import OBSERVER_ATTRIBUTE
+from pikv_hf.integration.prefetch import predicted_query
 
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -63,9 +63,9 @@ def test_guesses_change_no_token(guess: str, monkeypatch: pytest.MonkeyPatch) ->
         return torch.randn(hidden.shape[0], attention.config.num_attention_heads, attention.head_dim)
 
     if guess == "nonsense":
-        monkeypatch.setattr("pikv_hf.prefetching.predicted_query", replaced)
+        monkeypatch.setattr("pikv_hf.integration.prefetch.predicted_query", replaced)
     elif guess == "error":
-        monkeypatch.setattr("pikv_hf.prefetching._normed", replaced)
+        monkeypatch.setattr("pikv_hf.integration.prefetch._normed", replaced)
     cache = PiKVCache.for_model(model, **routed, tiers={"cpu": "48KiB", "disk": None})
     tiered = model.generate(**inputs, past_key_values=cache, **GREEDY)
     assert torch.equal(tiered, plain)

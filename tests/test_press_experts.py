@@ -8,7 +8,7 @@ from families import FAMILIES
 from press_runs import attached, held_by, ids_of, padded, read, shared_model
 from transformers import DynamicCache
 
-from pikv_hf.attachment import attach
+from pikv_hf.integration.attachment import attach
 from pikv_hf.presses import ExpertPress, PyramidPress, QueryAwarePress
 from pikv_hf.presses.expert import dealt, expert_importance
 from pikv_hf.presses.pyramid import shards_of, shares

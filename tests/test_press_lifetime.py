@@ -11,7 +11,7 @@ from press_runs import PRESSES, attached, held_by, ids_of, read
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.attachment import attachment_of, detach
+from pikv_hf.integration.attachment import attachment_of, detach
 from pikv_hf.presses import ExpertPress, PyramidPress, QueryAwarePress
 
 #: The attachment, which is only looked up again, what kvpress's wrapper of attention functions sets in any forward

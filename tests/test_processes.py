@@ -14,7 +14,7 @@ from process_failures import FAILURES, TIMEOUT
 from process_runs import ALIKE, AS_IN_ONE, ASSISTED, EXACT, MEMORY, SMALL, STORED, TRAFFIC, scenarios_of, small_model
 
 from pikv_hf import PiKVCache
-from pikv_hf.replicas import AGREEMENT, HEADER
+from pikv_hf.distributed.lockstep import AGREEMENT, HEADER
 
 WORLDS = (2, 4, 8)
 

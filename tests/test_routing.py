@@ -12,16 +12,16 @@ from routing_reference import choose, chosen, dense_attention, full_pages, grow,
 from test_layer_machine import EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM
 from transformers import DynamicCache
 
-import pikv_hf.attention
-import pikv_hf.page_attention
+import pikv_hf.attention.paged_attention
+import pikv_hf.integration.attention_function
 from pikv_hf import PiKVCache, PiKVConfig, detach
-from pikv_hf.attention import attend
+from pikv_hf.attention.routed_attention import attend_choice
 from pikv_hf.config import CODECS, ROUTINGS
+from pikv_hf.integration.attention_function import attend
 from pikv_hf.kernels.page_codes import BITS, spread_values
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.report import live_bytes
-from pikv_hf.routed import attend_choice
-from pikv_hf.routing import make_routing
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.reports.memory_report import live_bytes
+from pikv_hf.routing.policies import make_routing
 
 SMALL = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 # Goes through the routed path and chooses every page.
@@ -38,7 +38,7 @@ def routed_steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         steps.append(choice.columns.shape[2])
         return attend_choice(index, choice, *rest, **more)
 
-    monkeypatch.setattr(pikv_hf.page_attention, "attend_choice", counting)
+    monkeypatch.setattr(pikv_hf.attention.paged_attention, "attend_choice", counting)
     return steps
 
 
@@ -238,7 +238,9 @@ def test_equal_pages() -> None:
     layer = slow.make_layer(routing="page_bound", max_pages=5)
     keys = torch.ones(1, HEADS, 100, KEY_DIM)
     got = layer.update(keys, torch.randn(1, HEADS, 100, VALUE_DIM))
-    pikv_hf.attention.pikv_attention_forward(slow.ATTENTION, torch.randn(1, HEADS * GROUPS, 100, KEY_DIM), *got, None)
+    pikv_hf.integration.attention_function.pikv_attention_forward(
+        slow.ATTENTION, torch.randn(1, HEADS * GROUPS, 100, KEY_DIM), *got, None
+    )
     layer.record_experts(torch.randint(0, EXPERTS, (100,)))
     layer.settle()
     query = queries(layer)

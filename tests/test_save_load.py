@@ -21,16 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from pikv_hf import PiKVCache, PiKVConfig, detach, tensor_file
-from pikv_hf.attachment import attachment_of
+from pikv_hf import PiKVCache, PiKVConfig, detach
 from pikv_hf.config import CODECS
 from pikv_hf.eval.cli import app
-from pikv_hf.fingerprint import Fingerprint
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.saved_layer import STATE
-from pikv_hf.saved_pages import companions, most_pages, page_notes
-from pikv_hf.serialization import FORMAT, LAYOUT
-from pikv_hf.tensor_file import CacheFileError, Group, TensorFile, write_tensors
+from pikv_hf.integration.attachment import attachment_of
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.serialization import tensor_file
+from pikv_hf.serialization.layer_writer import STATE
+from pikv_hf.serialization.model_fingerprint import Fingerprint
+from pikv_hf.serialization.pool_records import companions, most_pages, page_notes
+from pikv_hf.serialization.save_load import FORMAT, LAYOUT
+from pikv_hf.serialization.tensor_file import CacheFileError, Group, TensorFile, write_tensors
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3, "rank": 4}
 EXPECTED = {"format": FORMAT, "layout": LAYOUT}
@@ -637,7 +638,7 @@ def test_files_that_are_no_saved_cache(saved: Path, tmp_path: Path) -> None:
 
 
 def test_another_layout(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pikv_hf.serialization.LAYOUT", "7")
+    monkeypatch.setattr("pikv_hf.serialization.save_load.LAYOUT", "7")
     with pytest.raises(CacheFileError, match=f"its layout is '{LAYOUT}', this release reads '7'"):
         PiKVCache.load(saved, shared_model("gpt_oss"))
 
@@ -787,7 +788,7 @@ def test_the_format_is_safetensors(saved: Path) -> None:
 
 
 def test_a_page_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pikv_hf.saved_pages.CHUNK_PAGES", 3)
+    monkeypatch.setattr("pikv_hf.serialization.pool_records.CHUNK_PAGES", 3)
     model = shared_model()
     round_trip(model, read(model, new_cache(model, **both("int2"))), tmp_path)
 

@@ -12,11 +12,11 @@ from hypothesis.stateful import rule
 from test_layer_machine import FakeAttachment, LayerMachine
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.loaded_layer import SavedPaged
-from pikv_hf.saved_layer import describe_layer
-from pikv_hf.tensor_file import TensorFile, write_tensors
-from pikv_hf.tiers import Tiers
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.serialization.layer_loader import SavedPaged
+from pikv_hf.serialization.layer_writer import describe_layer
+from pikv_hf.serialization.tensor_file import TensorFile, write_tensors
+from pikv_hf.tiers.tier_limits import Tiers
 
 KIND = {"format": "machine", "layout": "1"}
 

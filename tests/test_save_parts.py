@@ -22,13 +22,13 @@ from test_layer_machine import FakeAttachment
 from test_save_load import both, go_on, new_cache, read, rewritten, set_tensor, shared_model
 
 from pikv_hf import PiKVCache
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.loaded_layer import SavedPaged
-from pikv_hf.saved_layer import STATE, describe_layer
-from pikv_hf.saved_pages import page_notes
-from pikv_hf.serialization import FORMAT, LAYOUT, PARTS_LAYOUT
-from pikv_hf.table import PageTable
-from pikv_hf.tensor_file import CacheFileError, TensorFile, write_tensors
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.page_table.page_table import PageTable
+from pikv_hf.serialization.layer_loader import SavedPaged
+from pikv_hf.serialization.layer_writer import STATE, describe_layer
+from pikv_hf.serialization.pool_records import page_notes
+from pikv_hf.serialization.save_load import FORMAT, LAYOUT, PARTS_LAYOUT
+from pikv_hf.serialization.tensor_file import CacheFileError, TensorFile, write_tensors
 
 KIND = {"format": "machine", "layout": "1"}
 
@@ -36,8 +36,8 @@ KIND = {"format": "machine", "layout": "1"}
 @pytest.fixture(autouse=True)
 def _few_tokens_count(monkeypatch: pytest.MonkeyPatch) -> None:
     # Shards are divided anew, and pages moved, in caches of little more than a hundred tokens too.
-    monkeypatch.setattr("pikv_hf.shard_map.MIN_PAGES", 1)
-    monkeypatch.setattr("pikv_hf.page_moves.MIN_PAGES", 1)
+    monkeypatch.setattr("pikv_hf.sharding.shard_map.MIN_PAGES", 1)
+    monkeypatch.setattr("pikv_hf.layer.page_migration.MIN_PAGES", 1)
 
 
 def names(devices: int, first: int = 0) -> list[str]:

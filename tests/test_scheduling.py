@@ -11,7 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_hf.config import SchedulerName
-from pikv_hf.scheduling import HALF_LIFE, POLICIES, PageView, PiKV, SchedulingPolicy, leaving, make_policy
+from pikv_hf.scheduling.policies.registry import (
+    HALF_LIFE,
+    POLICIES,
+    PageView,
+    PiKV,
+    SchedulingPolicy,
+    leaving,
+    make_policy,
+)
 
 SHARES = (0.0, 0.0, 0.0625, 0.125, 0.25, 0.5)
 OPTIONS: list[tuple[str, dict[str, Any]]] = [

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_hf.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
+from pikv_hf.sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 
 LOADS = st.lists(st.one_of(st.just(0), st.integers(0, 50), st.integers(0, 10**7)), min_size=1, max_size=40)
 WEIGHTS = st.lists(st.one_of(st.just(0.0), st.floats(0.05, 20)), min_size=1, max_size=9).filter(sum)

@@ -10,13 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_hf import shard_map
-from pikv_hf.balancing import imbalance
-from pikv_hf.placement import expert_placement, hash_placement
 from pikv_hf.planning.hardware import find_device
 from pikv_hf.planning.model_shape import LayerShape, ModelShape
-from pikv_hf.planning.simulated_outcome import Outcome, SimulationOptions
-from pikv_hf.planning.simulated_placements import (
+from pikv_hf.planning.simulate.outcome import Outcome, SimulationOptions
+from pikv_hf.planning.simulate.placements import (
     PLACEMENTS,
     BalancedPlaced,
     devices_per_expert,
@@ -27,9 +24,12 @@ from pikv_hf.planning.simulated_placements import (
     shared_bits,
     top_share,
 )
-from pikv_hf.planning.simulation import simulate
-from pikv_hf.planning.traces import RoutingTrace, synthetic_trace
-from pikv_hf.shard_map import ShardMap
+from pikv_hf.planning.simulate.routing_trace import RoutingTrace, synthetic_trace
+from pikv_hf.planning.simulate.simulation import simulate
+from pikv_hf.sharding import shard_map
+from pikv_hf.sharding.load_balancing import imbalance
+from pikv_hf.sharding.placement import expert_placement, hash_placement
+from pikv_hf.sharding.shard_map import ShardMap
 
 EXPERTS, LAYERS = 8, 3
 OPTIONS = SimulationOptions(context=700, page_size=4, recent_window=16, sink_tokens=3, check_every=100)

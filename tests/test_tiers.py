@@ -13,12 +13,13 @@ import torch
 from families import FAMILIES, VOCAB, prompts
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
-from pikv_hf import PiKVCache, page_file, tiered_pool
+from pikv_hf import PiKVCache
 from pikv_hf.config import CODECS
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.page_file import HEADER_BYTES, PageFileError, Records
-from pikv_hf.report import live_bytes
-from pikv_hf.tiers import TierFull
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.reports.memory_report import live_bytes
+from pikv_hf.tiers import page_file, tiered_pool
+from pikv_hf.tiers.page_file import HEADER_BYTES, PageFileError, Records
+from pikv_hf.tiers.tier_limits import TierFull
 
 LAYOUT = {"page_size": 8, "recent_window": 16, "num_shards": 2}
 LENGTH, STEPS = 200, 24

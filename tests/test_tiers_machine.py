@@ -10,7 +10,7 @@ from hypothesis.stateful import initialize, invariant, rule
 from test_eviction_machine import EvictionMachine
 from test_layer_machine import CODECS, HEADS, KEY_DIM, VALUE_DIM, LayerMachine
 
-from pikv_hf.report import live_bytes
+from pikv_hf.reports.memory_report import live_bytes
 
 # Bytes of a token in a page of float32.
 TOKEN = HEADS * (KEY_DIM + VALUE_DIM) * 4

@@ -15,7 +15,7 @@ from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.demo_task import build_task
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.recording import Recorder
-from pikv_hf.planning.traces import RoutingTrace, load_trace, save_trace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import RoutingTrace, load_trace, save_trace, synthetic_trace
 
 
 def trace_of(rows: list[list[int]], num_experts: int = 4, **more: Any) -> RoutingTrace:

@@ -15,8 +15,8 @@ from pikv_hf.eval.synthetic.words import FILLERS, KEYS
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.scheduling import Floats, PageView, SchedulingPolicy
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.scheduling.policies.registry import Floats, PageView, SchedulingPolicy
 
 #: Small pages and window, so that budgets of so short texts leave something to choose.
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 32, "sink_tokens": 4}

@@ -18,15 +18,7 @@ import torch
 from rich.console import Console
 
 from pikv_hf.config import SCHEDULERS
-from pikv_hf.eval.experiments.budget_runs import (
-    GENERATED,
-    NEEDLES,
-    OPTIONS,
-    PROMPT,
-    RANDOM,
-    Generator,
-    ruler_samples,
-)
+from pikv_hf.eval.experiments.budget_runs import GENERATED, NEEDLES, OPTIONS, PROMPT, RANDOM, Generator, ruler_samples
 from pikv_hf.eval.experiments.results import show_table, write_rows
 from pikv_hf.eval.tasks import reference
 

@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 
 from pikv_hf import PiKVCache
-from pikv_hf.attention import attend
 from pikv_hf.eval.bench import HEAD_DIM, filled_pikv, geometry_model
 from pikv_hf.eval.reference import load_reference_model
 from pikv_hf.eval.tasks import reference
-from pikv_hf.report import CodecMemory, live_bytes
+from pikv_hf.integration.attention_function import attend
+from pikv_hf.reports.memory_report import CodecMemory, live_bytes
 
 from .attention_error import Subject, root_mean_square
 from .data import GEOMETRIES, QUERIES, random_inputs, reference_inputs

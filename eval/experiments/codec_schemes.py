@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from pikv_hf.codecs.page_encoder import GUARD
 from pikv_hf.kernels.page_codes import CARRIED_ERROR
-from pikv_hf.sealing import GUARD
 
 from .attention_error import METRIC, PAGE, Subject, root_mean_square
 from .codec_tables import show

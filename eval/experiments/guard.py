@@ -1,7 +1,7 @@
 """The page guard: a page whose error is large against its own size is stored in the next wider kind.
 
 It catches what no format with ranges over a page can hold, such as one token a hundred times larger than the others.
-What ships is :mod:`pikv_hf.sealing`, which is used here as it is. The rule tried first judged values as keys are
+What ships is :mod:`pikv_hf.codecs.page_encoder`, which is used here as it is. The rule tried first judged values as keys are
 judged, by what they deviate from the mean of their channel. It gave up on pages of equal values, whose deviation is
 nothing, although the codes held them well.
 """
@@ -10,11 +10,11 @@ import dataclasses
 
 import torch
 
+from pikv_hf.codecs.page_encoder import GUARD, LADDER, Sealer
 from pikv_hf.config import PiKVConfig
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.kernels.seal_pages import seal_pages
-from pikv_hf.sealing import GUARD, LADDER, Sealer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,7 +27,16 @@ from pikv_hf.eval.reference import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.scheduling import HALF_LIFE, POLICIES, Floats, Integers, PageView, SchedulingPolicy, leaving, make_policy
+from pikv_hf.scheduling.policies.registry import (
+    HALF_LIFE,
+    POLICIES,
+    Floats,
+    Integers,
+    PageView,
+    SchedulingPolicy,
+    leaving,
+    make_policy,
+)
 
 #: Tokens per page, of the newest that no policy may touch, per chunk of the context, and in all after the context.
 PAGE, WINDOW, CHUNK, DECODED = 16, 128, 128, 320
@@ -61,7 +70,7 @@ class Trace:
     Attributes
     ----------
     born, newest, lane : numpy.ndarray
-        `(n,)` int64, as in :class:`~pikv_hf.scheduling.PageView`.
+        `(n,)` int64, as in :class:`~pikv_hf.scheduling.policies.registry.PageView`.
     shares, used : numpy.ndarray
         `(S, n)` float64 and bool: the share of the attention, and whether it was a use; nothing up to `born`.
     counted : int

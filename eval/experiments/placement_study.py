@@ -15,13 +15,12 @@ import torch
 from rich.console import Console
 
 from pikv_hf import PiKVConfig, attach
-from pikv_hf.balancing import imbalance
 from pikv_hf.eval.demo_measure import pikv_cache
 from pikv_hf.eval.demo_options import DemoOptions
 from pikv_hf.eval.demo_task import build_task
 from pikv_hf.eval.experiments.results import show_table, write_rows
 from pikv_hf.eval.recording import record_trace
-from pikv_hf.planning.simulated_placements import (
+from pikv_hf.planning.simulate.placements import (
     PLACEMENTS,
     Placed,
     devices_per_expert,
@@ -30,7 +29,8 @@ from pikv_hf.planning.simulated_placements import (
     shared_bits,
     top_share,
 )
-from pikv_hf.planning.traces import RoutingTrace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import RoutingTrace, synthetic_trace
+from pikv_hf.sharding.load_balancing import imbalance
 
 #: Numbers of devices, powers of two and others.
 COUNTS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)

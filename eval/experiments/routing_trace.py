@@ -14,9 +14,9 @@ from pikv_hf.eval.reference import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.layer import PiKVLayer
-from pikv_hf.routing import AdaptiveRouting, Choice, Router, RoutingPolicy, make_routing
-from pikv_hf.routing_view import RoutingView
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.routing.policies import AdaptiveRouting, Choice, Router, RoutingPolicy, make_routing
+from pikv_hf.routing.routing_view import RoutingView
 
 #: Newest tokens that stay in the window, sink tokens, and shards where there are several. Small, so that what is read
 #: in any case leaves room to choose even at 1,024 tokens.

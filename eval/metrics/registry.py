@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.metrics.base import SampleMetric
 from pikv_hf.eval.metrics.classification import Classification
 from pikv_hf.eval.metrics.edit_similarity import EditSimilarity
@@ -9,7 +10,6 @@ from pikv_hf.eval.metrics.retrieval import Count, Retrieval
 from pikv_hf.eval.metrics.rouge_l import RougeL
 from pikv_hf.eval.metrics.string_match import StringMatchAll, StringMatchPart
 from pikv_hf.eval.metrics.token_f1 import TokenF1
-from pikv_hf.suggest import did_you_mean
 
 METRICS: dict[str, Callable[[], SampleMetric]] = {
     "string_match_all": StringMatchAll,

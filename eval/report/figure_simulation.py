@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from pikv_hf.eval.report.style import GREY, SMALL, figure, series_style
-from pikv_hf.planning.simulated_outcome import Outcome, Simulation
+from pikv_hf.planning.simulate.outcome import Outcome, Simulation
 
 #: Legend entries; those of formulas are lines without markers.
 LABELS = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pikv_hf.eval.report.groups import Entry, Group
 from pikv_hf.eval.report.summary import Provenance
 from pikv_hf.eval.report.table import NOTHING, header_cells, interval, percent, row_cells, times
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 #: Columns of the page's table that `table.md` does not have; the share is of `DynamicCache` in the model's own dtype.
 _MEASURED = (

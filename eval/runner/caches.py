@@ -14,8 +14,8 @@ import yaml
 from transformers import DynamicCache, QuantizedCache
 
 from pikv_hf import PiKVCache, PiKVConfig, attach
+from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError, user_input
-from pikv_hf.suggest import did_you_mean
 
 #: Backends of transformers' QuantizedCache: the module each needs, and the widths it knows.
 _BACKENDS = {"quanto": ("optimum.quanto", (2, 4)), "hqq": ("hqq", (1, 2, 3, 4, 8))}

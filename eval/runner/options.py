@@ -8,9 +8,9 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError, user_input
 from pikv_hf.eval.runner.fingerprint import fingerprint
-from pikv_hf.suggest import did_you_mean
 
 SUITES = ("ruler", "longbench", "perplexity", "needle")
 WORDINGS = ("auto", "ruler", "reference")

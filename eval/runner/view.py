@@ -11,7 +11,7 @@ from rich.table import Table
 from pikv_hf.eval.runner.api import FailedRun
 from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.run import EvalResult
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 
 def show(result: EvalResult) -> None:

@@ -9,10 +9,10 @@ credit there, only an exact match counts.
 import random
 from collections.abc import Sequence
 
+from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.synthetic import make_sample
 from pikv_hf.eval.tasks.sample import EvalSample, Scores
-from pikv_hf.suggest import did_you_mean
 
 #: RULER's name, and task and haystack of :mod:`pikv_hf.eval.synthetic`.
 _TASKS: dict[str, tuple[str, str]] = {

@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .attachment import attach, detach
     from .cache import PiKVCache
     from .config import PiKVConfig
-    from .report import MemoryReport
+    from .integration.attachment import attach, detach
+    from .reports.memory_report import MemoryReport
 
 __all__ = ["MemoryReport", "PiKVCache", "PiKVConfig", "__version__", "attach", "detach"]
 
 _MODULES = {
-    "MemoryReport": "report",
+    "MemoryReport": "reports.memory_report",
     "PiKVCache": "cache",
     "PiKVConfig": "config",
-    "attach": "attachment",
-    "detach": "attachment",
+    "attach": "integration.attachment",
+    "detach": "integration.attachment",
 }
 
 

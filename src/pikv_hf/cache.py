@@ -8,17 +8,17 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from .attachment import Attachment, check_supported, ensure_attached
-from .checks import check_fits, cropped_length
 from .config import PiKVConfig
-from .layer import PiKVLayer
-from .layout import Devices, Layout, attention_device, find_devices, process_layout
-from .memory import layer_memory
-from .report import MemoryReport
-from .schedule import make_schedule
-from .serialization import load_cache, save_cache
-from .stats import CacheStats
-from .tiers import Tiers
+from .distributed.device_layout import Devices, Layout, attention_device, find_devices, process_layout
+from .integration.attachment import Attachment, check_supported, ensure_attached
+from .layer.input_checks import check_fits, cropped_length
+from .layer.layer import PiKVLayer
+from .reports.cache_stats import CacheStats
+from .reports.memory_measure import layer_memory
+from .reports.memory_report import MemoryReport
+from .scheduling.page_scheduler import make_schedule
+from .serialization.save_load import load_cache, save_cache
+from .tiers.tier_limits import Tiers
 
 
 class PiKVCache(Cache):
@@ -115,7 +115,7 @@ class PiKVCache(Cache):
         devices : "auto" or sequence of devices, optional
             Spread the shards over these devices: attention to a page runs where it is, and only queries, outputs and
             their log-sum-exps travel. `"auto"` takes all accelerators that `accelerate` sees. By default everything is
-            where the layer's attention is. See :func:`~pikv_hf.layout.find_devices`.
+            where the layer's attention is. See :func:`~pikv_hf.distributed.device_layout.find_devices`.
         max_memory : mapping, optional
             As for `accelerate`: what each device may give; shards are divided in these proportions.
         process_group : "world", optional

@@ -5,8 +5,8 @@ import json
 import math
 from typing import Any, Literal, get_args
 
-from pikv_hf.budget import Budget, parse_bytes
-from pikv_hf.suggest import did_you_mean
+from pikv_hf.common.budget import Budget, parse_bytes
+from pikv_hf.common.suggest import did_you_mean
 
 Placement = Literal["expert", "balanced", "hash"]
 SlidingLayers = Literal["bounded", "paged"]
@@ -63,7 +63,7 @@ class PiKVConfig:
         Of the low-rank codecs, at most the head dim; by default a quarter of it.
     routing : str
         Which full pages outside of the window a decoding step reads: `"all"`, or those that a policy of
-        :mod:`pikv_hf.routing` chooses for each KV head: `"page_bound"`, `"expert_topk"`, `"cache_aware"`, `"adaptive"`,
+        :mod:`pikv_hf.routing.policies` chooses for each KV head: `"page_bound"`, `"expert_topk"`, `"cache_aware"`, `"adaptive"`,
         `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with several new
         tokens read everything.
     max_pages : int or float
@@ -81,7 +81,7 @@ class PiKVConfig:
         What the budget is of. By default bytes are of the cache, which divides them evenly among its layers; tokens are
         of each layer; a share is the same for all.
     scheduler : str, optional
-        Which pages go first, by a policy of :mod:`pikv_hf.scheduling`: `"h2o"`, `"lru"`, `"lru_plus"`,
+        Which pages go first, by a policy of :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`, `"lru_plus"`,
         `"streaming_llm"`, `"quest"`, `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default
         `"pikv"` where there is a budget, and `"lru"` where there are only tiers.
     tiers : dict, optional

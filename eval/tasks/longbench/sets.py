@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from pikv_hf.suggest import did_you_mean
+from pikv_hf.common.suggest import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

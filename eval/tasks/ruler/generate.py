@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.tasks.ruler.coded_words import coded_words_problem
 from pikv_hf.eval.tasks.ruler.common_words import common_words_problem
 from pikv_hf.eval.tasks.ruler.counting import TokenCounter
@@ -20,7 +21,6 @@ from pikv_hf.eval.tasks.ruler.question_sets import QuestionSet, read_hotpotqa, r
 from pikv_hf.eval.tasks.ruler.templates import MAX_NEW_TOKENS, TASKS, family
 from pikv_hf.eval.tasks.ruler.variables import variable_problem
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.suggest import did_you_mean
 
 # Tokens written and encoded at once: enough for all cores, little enough to hold.
 _BATCH_TOKENS = 400_000

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from pikv_hf.budget import Budget
-from pikv_hf.codecs import FIT_TOKENS_PER_DIM, Codec
+from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec
+from pikv_hf.common.budget import Budget
 from pikv_hf.config import PiKVConfig
-from pikv_hf.layer_limit import LayerLimit
-from pikv_hf.pages import GROWTH as PLAIN_GROWTH
-from pikv_hf.schedule import GROWTH as BUDGET_GROWTH
-from pikv_hf.sealed_pool import GROWTH as SEALED_GROWTH
-from pikv_hf.store import MAX_OBSERVED
+from pikv_hf.page_table.layer_pools import MAX_OBSERVED
+from pikv_hf.pages.packed_pool import GROWTH as SEALED_GROWTH
+from pikv_hf.pages.plain_pool import GROWTH as PLAIN_GROWTH
+from pikv_hf.scheduling.layer_budget import LayerLimit
+from pikv_hf.scheduling.page_scheduler import GROWTH as BUDGET_GROWTH
 
 from .model_shape import LayerShape, ModelShape
 from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads, shards_of_part

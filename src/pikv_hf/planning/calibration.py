@@ -147,8 +147,8 @@ def _tiny_step(options: PiKVConfig) -> Callable[[], None]:
     """Return a decoding step of one layer with tiny heads and some 400 tokens."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from pikv_hf.attention import pikv_attention_forward
     from pikv_hf.cache import PiKVCache
+    from pikv_hf.integration.attention_function import pikv_attention_forward
 
     heads, queries, dim, experts = 2, 4, 16, 8
     model: Any = Qwen3MoeForCausalLM(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pikv_hf.suggest import did_you_mean
+from pikv_hf.common.suggest import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pikv_hf.suggest import did_you_mean
+from pikv_hf.common.suggest import did_you_mean
 
 #: Bits per weight of storage formats; mxfp4 has a scale of 8 bits per 32 weights (OCP Microscaling Formats, 2023).
 WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.5, "mxfp4": 4.25}
@@ -193,7 +193,7 @@ def shape_of(config: Any, name: str, dtype: str | None = None, weights: str | No
     ValueError
         For an unknown dtype, and models whose state is not a K/V cache.
     """
-    from pikv_hf.attachment import check_supported
+    from pikv_hf.integration.attachment import check_supported
 
     check_supported(config)
     text = config.get_text_config(decoder=True)

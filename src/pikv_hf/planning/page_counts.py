@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.page_book import MIN_GROWTH
+from pikv_hf.pages.page_allocator import MIN_GROWTH
 
 from .capacity import expected_pages, uniform_loads
 from .model_shape import LayerShape

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.report import format_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 from .cache_memory import budget_text
 from .plan import RESERVE, Copies, Layout, Row, Workload, lay_out

@@ -1,0 +1,87 @@
+"""Reading ahead: while one layer computes, the pages that routing will want in the next are brought into fast memory.
+
+The hidden states of neighbouring layers are alike, so that what goes into one layer's attention, taken through the next
+layer's query projection, is close to the query that is to come: the idea of InfiniGen (Lee et al., arXiv 2406.19707),
+without its offline rotation.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..layer.layer import PiKVLayer
+    from ..page_table.page_table import PageTable
+    from ..routing.policies import Router
+    from .attachment import Attachment
+
+
+def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a layer's attention decodes one token: have the next paged layer fetch what it is likely to read."""
+    cache = kwargs.get("past_key_values")
+    if getattr(cache, "tiers", None) is None:
+        return
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    if not isinstance(hidden, torch.Tensor) or hidden.shape[1] != 1:
+        return
+    modules, layers = attachment.attention_modules(), cache.layers  # type: ignore[union-attr]
+    following = next(
+        (index for index in range(module.layer_idx + 1, len(layers)) if hasattr(layers[index], "router")), -1
+    )
+    if following < 0 or following not in modules or layers[following].router is None:
+        return
+    layer, attention = layers[following], modules[following]
+    query = predicted_query(attention, hidden, kwargs.get("position_embeddings"))
+    if query is not None:
+        prefetch(layer, query, float(getattr(attention, "scaling", query.shape[-1] ** -0.5)))
+
+
+def prefetch(layer: "PiKVLayer", query: torch.Tensor, scale: float) -> None:
+    """Begin to fetch the pages that a layer would read for queries `(B, Hq, D)`; never fails for what it cannot get."""
+    for part in layer.parts:
+        if part.table is not None and part.router is not None and query.shape[0] == layer.batch:
+            _prefetch(part.table, part.router, query.to(part.device), scale, layer.seen + 1)
+
+
+def _prefetch(table: "PageTable", router: "Router", query: torch.Tensor, scale: float, seen: int) -> None:
+    rows = query.reshape(len(table.rows), -1, query.shape[-1])
+    index = table.index()
+    choice = router.choose(index, rows, scale, seen)
+    if choice is None:
+        return
+    pages = index.pages.expand(len(choice.columns), -1, -1).gather(2, choice.columns)
+    counted = torch.ones_like(pages, dtype=torch.bool) if choice.taken is None else choice.taken
+    for name, pool in index.pools.items():
+        part = index.columns[name]
+        mine = counted & (choice.columns >= part.start) & (choice.columns < part.stop)
+        pool.prefetch(torch.unique(pages[mine]).cpu().numpy())
+
+
+@torch.no_grad()
+def predicted_query(attention: Any, hidden: torch.Tensor, rotation: Any) -> torch.Tensor | None:
+    """Return the queries `(B, Hq, D)` that an attention module would make of `hidden` `(B, 1, E)`.
+
+    Only for modules with one query projection, an optional norm of queries, and rotary embeddings of their own module:
+    None for others, such as multi-head latent attention.
+    """
+    projection, dim = getattr(attention, "q_proj", None), getattr(attention, "head_dim", None)
+    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+    if projection is None or dim is None or rotate is None or not isinstance(rotation, tuple):
+        return None
+    try:
+        query = projection(hidden.to(next(projection.parameters()).device))
+        query = _normed(query, getattr(attention, "q_norm", None), dim).transpose(1, 2)
+        turned, _ = rotate(query, query, *(part.to(query.device) for part in rotation))
+    except (RuntimeError, TypeError, ValueError):
+        # A guess of another architecture's making; the step itself does not depend on it.
+        return None
+    return turned[:, :, 0] if turned.shape == query.shape else None
+
+
+def _normed(query: torch.Tensor, norm: Any, dim: int) -> torch.Tensor:
+    """Return `(B, 1, Hq * D)` as `(B, 1, Hq, D)`, normed over all heads or within each, as the norm's size tells."""
+    if norm is not None and getattr(norm, "weight", query).numel() == query.shape[-1]:
+        return norm(query).unflatten(-1, (-1, dim))
+    heads = query.unflatten(-1, (-1, dim))
+    return heads if norm is None else norm(heads)

@@ -1,0 +1,134 @@
+"""Moving full pages from parts of a layer that hold too much to parts on other devices that hold too little."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..common.tensors import carried
+from ..page_table.page_table import PageTable
+from ..page_table.sequence_pages import SequencePages
+from ..pages.packed_pool import SealedPool
+from ..pages.page_allocator import PageIds
+from ..pages.plain_pool import FullPages
+from ..sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
+from ..tiers.tier_limits import TierFull
+
+if TYPE_CHECKING:
+    from .layer_part import LayerPart
+
+#: Pages of a layer that move at most while its tokens move on by a page: about as long as a step takes, copies to a
+#: GPU run beside it.
+MOVES = 32
+
+
+def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
+    """Move some full pages from the fullest part to the emptiest, if these are too far apart; return how many.
+
+    Tokens stay where they are in their sequences, shards and pages; nothing is encoded again. Parts that evict keep to
+    budgets of their own, and are left alone. Pages that other caches hold too would take memory twice: they stay.
+    """
+    tables = [part.table for part in parts]
+    if shard_map.whole or len(parts) < 2 or any(part.schedule is not None and part.schedule.limit for part in parts):
+        return 0
+    numbers = [part.place.number for part in parts]
+    weights = shard_map.weights[numbers] / shard_map.weights[numbers].sum()
+    loads = np.array([0 if table is None else _tokens_outside(table) for table in tables], dtype=np.float64)
+    excess = loads - weights * loads.sum()
+    source, target = int(excess.argmax()), int(excess.argmin())
+    bound = MAX_SKEW * loads.sum() / len(parts)
+    if loads.sum() < MIN_PAGES * shard_map.page_size * len(parts) or max(excess[source], -excess[target]) <= bound:
+        return 0
+    here, there = tables[source], tables[target]
+    assert here is not None
+    assert there is not None
+    size = here.pool.page_size
+    wanted = min(MOVES, int(min(excess[source], -excess[target]) // size))
+    moved = 0
+    for name, pages in _movable(here, shard_map.fractions[:, numbers[target]]):
+        taken = pages[: wanted - moved]
+        if len(taken):
+            try:
+                _move(here, there, name, taken)
+            except (MemoryError, torch.OutOfMemoryError, TierFull):
+                # They are well where they are.
+                break
+            moved += len(taken)
+    if moved:
+        # Counts go with the pages, so that balance is judged by where tokens are.
+        shard_map.placed[numbers[source]] -= moved * size
+        shard_map.placed[numbers[target]] += moved * size
+    return moved
+
+
+def _tokens_outside(table: PageTable) -> int:
+    """Return the tokens in the pages of the shards, shared ones counted once."""
+    tokens = 0
+    for name, pool in table.pages.pools().items():
+        ids = table.distinct_pages(name)
+        tokens += int(pool.count[ids[pool.shard[ids] >= 0]].sum())
+    return tokens
+
+
+def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[str, PageIds]]:
+    """Return full pages by pool, those of shards that the target is to have `(S,)` shares of first."""
+    found = []
+    sequences = list({id(row): row for row in table.rows}.values())
+    for name, pool in table.pages.pools().items():
+        if isinstance(pool, SealedPool) and any(
+            codec.basis is not None for codec in (pool.key_codec, pool.value_codec)
+        ):
+            # A basis is fitted in each part anew.
+            continue
+        own = np.zeros(pool.capacity, dtype=np.int64)
+        for sequence in sequences:
+            own[sequence.full(name)] += 1
+        pages = np.flatnonzero((own > 0) & (own == pool.refcount) & (pool.count == pool.page_size))
+        order = np.argsort(-preferred[pool.shard[pages]], kind="stable")
+        found.append((name, pages[order]))
+    return found
+
+
+def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
+    """Move full pages of a pool between tables with the same rows."""
+    pool, device = here.pages.pools()[name], there.pool.device
+    index = pool.index(pages)
+    positions = carried(pool.positions[index], device)
+    if isinstance(pool, SealedPool):
+        keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
+        target, ids = there.pages.adopt(pool, pages, keys, values)
+        book = there.pages.sealed[target]
+        book.positions[book.index(ids)] = positions
+        book.count[ids] = pool.count[pages]
+    else:
+        contents = here.pool.full_pages(pages)
+        target, ids = (
+            "",
+            there.pool.adopt(
+                FullPages(
+                    carried(contents.keys, device),
+                    carried(contents.values, device),
+                    positions,
+                    carried(contents.experts, device),
+                    contents.shards,
+                )
+            ),
+        )
+        there.pool.kept[ids] = here.pool.kept[pages]
+    known, known_there = pool.usage, there.pages.pools()[target].usage
+    if known is not None and known_there is not None:
+        known_there.take(known, index, there.pages.pools()[target].index(ids))
+    number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
+    for old, new in _pairs(here, there):
+        held = np.array([number[page] for page in old.full(name).tolist() if page in number], dtype=np.int64)
+        if len(held):
+            there.add(new, target, held)
+    for old, _ in _pairs(here, there):
+        here.drop(old, name, np.intersect1d(old.full(name), pages))
+    here.compact(name)
+
+
+def _pairs(here: PageTable, there: PageTable) -> list[tuple[SequencePages, SequencePages]]:
+    """Return the distinct sequences of two parts, which have the same rows alike."""
+    return list({id(row): (row, twin) for row, twin in zip(here.rows, there.rows, strict=True)}.values())

@@ -1,0 +1,195 @@
+"""From a layer's table, and what is pending, to a table of what is kept."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import PiKVConfig
+from ..page_table.compaction import AS_CONFIGURED, WIDTHS, CodedPages, ExactTokens, KeptTokens
+from ..page_table.page_table import PageTable
+from ..page_table.sequence_writer import SequenceWriter, ShardOf
+from ..sharding.shard_map import GOLDEN
+from ..tiers.tier_limits import LayerTiers
+from .pending_tokens import Pending
+
+
+def checked_widths(kept: torch.Tensor, shape: tuple[int, int, int], where: str) -> torch.Tensor:
+    """Return what is to be kept as `(B, H, T)` uint8 widths.
+
+    Parameters
+    ----------
+    kept : torch.Tensor
+        `(B, H, T)`: bool, or integers 0 (evict), 2, 4, 8 or 16 bits.
+    shape : tuple of int
+        What is expected.
+    where : str
+        For the message.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For another shape, dtype or width.
+    """
+    if tuple(kept.shape) != shape:
+        raise ValueError(f"{where}: expected (batch, heads, tokens) = {shape} of what to keep, got {tuple(kept.shape)}")
+    if kept.dtype == torch.bool:
+        return kept.to(torch.uint8) * AS_CONFIGURED
+    if kept.is_floating_point() or kept.is_complex():
+        raise TypeError(f"{where}: what to keep must be bool or integer widths in bits, got {kept.dtype}")
+    known = {0, *WIDTHS}
+    if bad := set(torch.unique(kept).tolist()) - known:
+        raise ValueError(f"{where}: widths must be among {sorted(known)} bits, got {sorted(bad)[0]}")
+    return kept.to(torch.uint8)
+
+
+def with_exact_ends(widths: torch.Tensor, config: PiKVConfig) -> torch.Tensor:
+    """Keep sinks and recent window exact where the codecs decide, and everything where there is none."""
+    columns = torch.arange(widths.shape[-1], device=widths.device)
+    exact = (columns < config.sink_tokens) | (columns >= widths.shape[-1] - config.recent_window)
+    if config.key_codec == config.value_codec == "none":
+        exact = torch.ones_like(exact)
+    return widths.where(~(exact & (widths == AS_CONFIGURED)), 16)
+
+
+def kept_table(
+    table: PageTable,
+    pending: Pending | None,
+    widths: torch.Tensor,
+    config: PiKVConfig,
+    shard_of: ShardOf,
+    leaders: list[int],
+    split: bool,
+) -> PageTable:
+    """Return a table of its own for what is kept of a layer; the old one stays as it is.
+
+    Parameters
+    ----------
+    table : PageTable
+        What is stored.
+    pending : Pending, optional
+        The newest tokens.
+    widths : torch.Tensor
+        `(B, H, T)` uint8, see :class:`KeptTokens`.
+    config : PiKVConfig
+        Options of the cache.
+    shard_of : callable
+        Where later tokens go.
+    leaders : list of int
+        See :func:`leaders_of`.
+    split : bool
+        Whether heads keep different tokens, here or in another part of the layer.
+    """
+    batch, heads, columns = widths.shape
+    was_split = table.pool.keys.shape[0] != heads
+    # A low-rank basis belongs to a head: pages of one head cannot share it.
+    decoded = ["", "none"] + [name for name in table.pages.sealed if split and "lowrank" in name]
+    exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
+    kept = KeptTokens(widths, leaders, exact, config, split, table.pages.tiers)
+    with kept.retired_on_error():
+        if not split:
+            kept.store.inherit(table.pages)
+        kept.add_exact()
+        for name, pool in table.pages.sealed.items():
+            if name not in decoded:
+                kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
+    return _table_of(kept, config, shard_of)
+
+
+def assigned_table(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    held: torch.Tensor | None,
+    config: PiKVConfig,
+    shard_of: ShardOf,
+    leaders: list[int],
+    split: bool,
+    tiers: LayerTiers | None = None,
+) -> PageTable:
+    """Return a table of K/V from outside at positions 0..T-1.
+
+    `keys` and `values` are `(B, H, T, D)` and `(B, H, T, Dv)`; `held` `(B, H, T)` is False where there is no token,
+    None if there is one everywhere.
+    """
+    every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    held = every if held is None else held
+    widths = with_exact_ends(held.to(torch.uint8) * AS_CONFIGURED, config)
+    kept = KeptTokens(widths, leaders, ExactTokens(keys, values, held), config, split, tiers)
+    with kept.retired_on_error():
+        kept.add_exact()
+    return _table_of(kept, config, shard_of)
+
+
+def _table_of(kept: KeptTokens, config: PiKVConfig, shard_of: ShardOf) -> PageTable:
+    for pool in kept.store.pools().values():
+        pool.trim()
+    # The sinks are among what is kept: later tokens have none of their own.
+    writer = SequenceWriter(kept.store, config.num_shards, config.recent_window, 0, shard_of)
+    return PageTable.of(writer, kept.rows)
+
+
+def _exact_tokens(
+    table: PageTable, pending: Pending | None, shape: tuple[int, int, int], names: list[str]
+) -> ExactTokens:
+    batch, heads, columns = shape
+    stored = columns - (0 if pending is None else pending.tokens)
+    new_held = None
+    if pending is not None:
+        new_held = torch.ones((batch, heads, pending.tokens), dtype=torch.bool, device=pending.keys.device)
+        if pending.valid is not None:
+            new_held &= pending.valid[:, None]
+        if not stored:
+            return ExactTokens(pending.keys, pending.values, new_held)
+    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.dense(stored, names))
+    held = table.held(stored, names).view(batch, len(table.rows) // batch, stored).expand(batch, heads, stored)
+    if pending is None or new_held is None:
+        return ExactTokens(keys, values, held)
+    return ExactTokens(
+        torch.cat([keys, pending.keys], dim=2),
+        torch.cat([values, pending.values], dim=2),
+        torch.cat([held, new_held], dim=2),
+    )
+
+
+def equal_rows(*parts: torch.Tensor | None, batch: int) -> list[int]:
+    """Return for each row of `(B, ...)` tensors the first row that equals it in all of them."""
+    leaders = list(range(batch))
+    for row in range(1, batch):
+        for other in dict.fromkeys(leaders[:row]):
+            if all(part is None or torch.equal(part[row], part[other]) for part in parts):
+                leaders[row] = other
+                break
+    return leaders
+
+
+def leaders_of(table: PageTable, pending: Pending | None, widths: torch.Tensor) -> list[int]:
+    """Return for each row the first row with the same past and the same new tokens of which the same is kept."""
+    batch = widths.shape[0]
+    lanes = len(table.rows) // batch
+    past = torch.tensor([id(row) for row in table.rows]).view(batch, lanes)
+    new = () if pending is None else (pending.keys[:, :, -1], pending.valid, pending.keys, pending.values)
+    return equal_rows(past, widths, *new, batch=batch)
+
+
+def shares_of(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> torch.Tensor:
+    """Divide what is kept of each KV head among parts, a page of it at a time.
+
+    Parameters
+    ----------
+    kept : torch.Tensor
+        `(B, H, T)` bool.
+    page_size : int
+        Tokens per page.
+    weights : sequence of float
+        The share of each part.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, H, T)` int64, the part of each token.
+    """
+    page = (kept.cumsum(dim=2) - 1).clamp_min(0) // page_size
+    total = sum(weights)
+    ends = torch.tensor([sum(weights[: n + 1]) / total for n in range(len(weights) - 1)], dtype=torch.float64)
+    # Of n pages each part gets its share, up to one page.
+    place = (page.double() + 0.5) * GOLDEN % 1.0
+    return torch.bucketize(place, ends.to(place.device), right=True)

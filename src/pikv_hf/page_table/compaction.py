@@ -1,0 +1,265 @@
+"""Keeping some of a layer's tokens, each lane its own, in the width chosen for it, and freeing the rest.
+
+A table whose rows hold all KV heads becomes one whose rows are *lanes*, one (sequence, KV head) each, as soon as heads
+keep different tokens; the pages of a lane have one head. Pages that a codec has packed are never packed again: what is
+evicted leaves its page, and the page goes with its last token.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ..config import PiKVConfig
+from ..kernels.page_codes import PageCodes, reordered
+from ..pages.packed_pool import SealedPool
+from ..pages.page_allocator import PageIds
+from ..pages.plain_pool import FullPages, PagePool
+from ..tiers.tier_limits import LayerTiers
+from .layer_pools import PageStore
+from .sequence_pages import SequencePages
+
+#: The codec of each width in bits of K and V.
+WIDTHS = {2: "int2", 4: "int4", 8: "int8", 16: "none"}
+
+#: Stands for a token that is kept in the codecs of the configuration.
+AS_CONFIGURED = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ExactTokens:
+    """Tokens as the model made them, by column of the sequence.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        `(B, H, T, D)` and `(B, H, T, Dv)`.
+    held : torch.Tensor
+        `(B, H, T)` bool, which of them are there.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    held: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CodedPages:
+    """Pages of one pool that hold some of the tokens.
+
+    Attributes
+    ----------
+    pool : SealedPool
+        Where they are.
+    rows : list of numpy.ndarray
+        For each row of the old table, its pages there.
+    """
+
+    pool: SealedPool
+    rows: Sequence[PageIds]
+
+
+def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
+    """Return the options for pages of single heads.
+
+    A low-rank basis belongs to a head, and pages of lanes are of any head: what comes is kept as it is.
+    """
+    if "lowrank" not in config.key_codec + config.value_codec:
+        return config
+    codecs = ["none" if "lowrank" in codec else codec for codec in (config.key_codec, config.value_codec)]
+    return dataclasses.replace(config, key_codec=codecs[0], value_codec=codecs[1])
+
+
+class KeptTokens:
+    """A store of its own for what a layer keeps.
+
+    Parameters
+    ----------
+    widths : torch.Tensor
+        `(B, H, T)` uint8: 0 evicts a token, 2, 4, 8 or 16 are bits, :data:`AS_CONFIGURED` leaves it to the codecs.
+    leaders : list of int
+        For each of the B rows the first row with the same tokens, kept alike.
+    exact : ExactTokens
+        What is not packed yet.
+    config : PiKVConfig
+        Page size and codecs.
+    split : bool
+        Whether rows become lanes of one head.
+    tiers : LayerTiers, optional
+        Where full pages may go.
+    """
+
+    def __init__(
+        self,
+        widths: torch.Tensor,
+        leaders: list[int],
+        exact: ExactTokens,
+        config: PiKVConfig,
+        split: bool,
+        tiers: LayerTiers | None = None,
+    ) -> None:
+        self.leaders = leaders
+        self.batch, self.heads, self.columns = widths.shape
+        self.split = split
+        self.page_heads = 1 if split else self.heads
+        self._widths, self._exact = widths, exact
+        self._leading = list(dict.fromkeys(leaders))
+        if split:
+            config = config_of_lanes(config)
+        keys, values = exact.keys, exact.values
+        dims = keys.shape[-1], values.shape[-1]
+        pool = PagePool(self.page_heads, *dims, config.page_size, keys.dtype, keys.device)
+        self.store = PageStore(pool, config, tiers)
+        lanes = self.heads if split else 1
+        self._sequences = {
+            (row, lane): SequencePages.empty(config.num_shards) for row in self._leading for lane in range(lanes)
+        }
+        self._num_shards = config.num_shards
+
+    @property
+    def rows(self) -> list[SequencePages]:
+        """The rows of the new table."""
+        lanes = range(self.heads if self.split else 1)
+        return [self._sequences[leader, lane] for leader in self.leaders for lane in lanes]
+
+    @contextmanager
+    def retired_on_error(self) -> Iterator[None]:
+        """Leave nothing of the new store in any tier if the block raises."""
+        try:
+            yield
+        except BaseException:
+            for pool in self.store.sealed.values():
+                pool.retire()
+            raise
+
+    # Tokens that no codec has packed
+
+    def add_exact(self) -> None:
+        """Store the exact tokens that are kept, a page at a time, lane by lane and width by width."""
+        wanted = self._widths.where(self._exact.held, 0)
+        wanted = self._of_leaders(wanted)
+        for width in torch.unique(wanted).tolist():
+            if width:
+                self._add_width(wanted == width, width)
+
+    def _of_leaders(self, per_head: torch.Tensor) -> torch.Tensor:
+        """Turn `(B, H, T)` into `(lanes, T)`: the rows, or the heads of the rows, that lead."""
+        leading = per_head[self._leading]
+        return leading.flatten(0, 1) if self.split else leading[:, 0]
+
+    def _add_width(self, kept: torch.Tensor, width: int) -> None:
+        size = self.store.plain.page_size
+        columns, counts, lanes = paged_columns(kept, size)
+        keys, values = (self._pages(part, columns, lanes) for part in (self._exact.keys, self._exact.values))
+        inside = torch.arange(size, device=columns.device) < counts[:, None]
+        positions = columns.where(inside, -1).to(torch.int32)
+        shards = np.arange(len(columns)) % self._num_shards
+        pages = FullPages(keys, values, positions, positions[:, :0].to(torch.int16), shards)
+        numbers, owners = counts.cpu().numpy(), lanes.cpu().numpy()
+        left = np.ones(len(columns), dtype=np.bool_)
+        if width != AS_CONFIGURED:
+            self._give(self.store.pack(pages, WIDTHS[width]), numbers, owners)
+            return
+        if self.store.is_ready(len(columns)):
+            packed = self.store.pack(pages)
+            self._give(packed, numbers, owners)
+            for which, _ in packed.values():
+                left[which] = False
+        if left.any():
+            rest = pages if left.all() else pages.pick(np.flatnonzero(left))
+            self._give(self.store.pack(rest, "none"), numbers[left], owners[left])
+
+    def _pages(self, tokens: torch.Tensor, columns: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
+        """Return pages `(page_heads, n, P, D)` of the tokens `(B, H, T, D)` in these columns `(n, P)`."""
+        leading = torch.tensor(self._leading, device=tokens.device)
+        if self.split:
+            first = (leading[lanes // self.heads] * self.heads + lanes % self.heads)[None]
+        else:
+            first = leading[lanes] * self.heads + torch.arange(self.heads, device=tokens.device)[:, None]
+        index = first[:, :, None] * tokens.shape[2] + columns
+        return tokens.reshape(-1, tokens.shape[-1]).index_select(0, index.view(-1)).view(*index.shape, -1)
+
+    def _give(self, packed: dict[str, tuple[np.ndarray, PageIds]], counts: np.ndarray, owners: np.ndarray) -> None:
+        """Hand packed pages, `counts` `(n,)` tokens in each, to the lanes `owners` `(n,)` that they belong to."""
+        lanes = list(self._sequences)
+        for name, (which, ids) in packed.items():
+            self.store.sealed[name].count[ids] = counts[which]
+            for owner in np.unique(owners[which]):
+                self.store.give(self._sequences[lanes[owner]], name, ids[owners[which] == owner])
+
+    # Pages that a codec has packed
+
+    def add_coded(self, coded: CodedPages, was_split: bool) -> None:
+        """Take over packed pages without what is evicted from them."""
+        pool, kept_by_lane = coded.pool, self._of_leaders(self._widths > 0)
+        lanes_each = self.heads if self.split else 1
+        pages, of_heads, owners = [], [], []
+        for lane, (row, head) in enumerate(self._sequences):
+            ids = coded.rows[row * lanes_each + head] if was_split else coded.rows[row]
+            pages.append(ids)
+            of_heads.append(np.full(len(ids), head))
+            owners.append(np.full(len(ids), lane))
+        numbers, heads, owner = np.concatenate(pages), np.concatenate(of_heads), np.concatenate(owners)
+        positions = pool.positions[pool.index(numbers)]
+        lanes = pool.index(owner)[:, None]
+        kept = kept_by_lane[lanes, positions.clamp_min(0).long()] & (positions >= 0)
+        counts = kept.sum(dim=1).cpu().numpy()
+        stays = np.flatnonzero(counts)
+        for block in np.split(stays, range(step := pool.block_pages(), len(stays), step)) if len(stays) else []:
+            index = pool.index(block)
+            order = torch.argsort(~kept[index], dim=1, stable=True)
+            keys, values = _picked(pool, numbers[block], heads[block], self.page_heads)
+            if (counts[block] < pool.count[numbers[block]]).any():
+                keys, values = reordered(keys, order), reordered(values, order)
+            name, ids = self.store.adopt(pool, numbers[block], keys, values)
+            book = self.store.sealed[name]
+            book.positions[book.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
+            self._give({name: (np.arange(len(block)), ids)}, counts[block], owner[block])
+
+
+def _picked(pool: SealedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
+    """Return copies of pages `(n,)`, of those heads `(n,)` of them alone if pages of one head are wanted."""
+    if not pool.in_place:
+        keys, values = pool.codes_at(pool.index(ids))
+        index, pages = pool.index(np.arange(len(ids))), len(ids)
+    else:
+        keys, values, index, pages = pool.keys, pool.values, pool.index(ids), pool.capacity
+    if keys.heads != page_heads:
+        index = pool.index(heads) * pages + index
+    picked = [_lanes_of(codes, page_heads).pick(index) for codes in (keys, values)]
+    return picked[0], picked[1]
+
+
+def _lanes_of(codes: PageCodes, heads: int) -> PageCodes:
+    """View pages `(H, N, ...)` as pages of one head `(1, H * N, ...)`, or leave them."""
+    return codes if codes.heads == heads else codes.map(lambda part: part.reshape(1, -1, *part.shape[2:]))
+
+
+def paged_columns(kept: torch.Tensor, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Divide the kept tokens of lanes into pages, in order of their columns.
+
+    Parameters
+    ----------
+    kept : torch.Tensor
+        `(L, T)` bool.
+    page_size : int
+        P.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        `(n, P)` int64 columns, a page's last token repeated where it is not full; `(n,)` tokens in each page; `(n,)`
+        the lane of each.
+    """
+    columns = kept.nonzero()[:, 1]
+    tokens = kept.sum(dim=1)
+    pages = (tokens + page_size - 1) // page_size
+    owner = torch.repeat_interleave(torch.arange(len(kept), device=kept.device), pages)
+    first_page, first_token = pages.cumsum(0) - pages, tokens.cumsum(0) - tokens
+    within = torch.arange(len(owner), device=kept.device) - first_page[owner]
+    counts = (tokens[owner] - within * page_size).clamp(max=page_size)
+    start = first_token[owner] + within * page_size
+    places = torch.minimum(torch.arange(page_size, device=kept.device), counts[:, None] - 1)
+    return columns[start[:, None] + places], counts, owner

@@ -1,0 +1,327 @@
+"""All pages of one layer on one device: those that keep tokens as they came, and those that codecs packed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..codecs.codec import Codec
+from ..codecs.page_encoder import Encoded, Sealer
+from ..config import PiKVConfig
+from ..kernels.page_codes import PageCodes
+from ..pages.packed_pool import SealedPool, pool_name
+from ..pages.page_allocator import PageBook, PageIds
+from ..pages.plain_pool import FullPages, PagePool
+from ..reports.memory_report import live_bytes
+from ..tiers.tier_limits import LayerTiers
+from ..tiers.tiered_pool import TieredPool
+
+if TYPE_CHECKING:
+    from ..scheduling.growth_limit import Allowance
+    from .sequence_pages import SequencePages
+
+
+# The most queries of each KV head by which errors are judged.
+MAX_OBSERVED = 64
+
+
+class PageStore:
+    """The pools of a layer.
+
+    Parameters
+    ----------
+    plain : PagePool
+        Window, open pages, and full pages that no codec took.
+    config : PiKVConfig
+        Codecs and error budget.
+    tiers : LayerTiers, optional
+        Where full pages may go. Those that no codec packs then have a pool of their own too.
+
+    Attributes
+    ----------
+    sealed : dict
+        Pools of packed pages by their name; each is made when the first page comes.
+    queries : torch.Tensor or None
+        `(H, m, D)`, the last queries that attended, by which errors are judged.
+    query_scale : float
+        Factor on their logits.
+    """
+
+    def __init__(self, plain: PagePool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
+        if tiers is not None:
+            tiers.check_device(plain.device)
+            tiers.check_limit(plain.page_bytes)
+        self.plain = plain
+        self.tiers = tiers
+        self.sealed: dict[str, SealedPool] = {}
+        self.queries: torch.Tensor | None = None
+        self.query_scale = 1.0
+        self.config = config
+        self._sealers: tuple[Sealer, Sealer] | None = None
+        if tiers is not None or config.key_codec != "none" or config.value_codec != "none":
+            self._sealers = (Sealer(config.key_codec, True, config), Sealer(config.value_codec, False, config))
+
+    @property
+    def seals(self) -> bool:
+        """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
+        return self._sealers is not None
+
+    def pools(self) -> dict[str, PageBook]:
+        """Return all pools; the plain one is `""`."""
+        return {"": self.plain, **self.sealed}
+
+    def bases(self, keys: bool) -> list[torch.Tensor]:
+        """Return what the codecs of keys, or of values, keep beside the pages."""
+        if self._sealers is None:
+            return []
+        codecs = self._sealers[0 if keys else 1].codecs.values()
+        return [codec.basis for codec in codecs if codec.basis is not None]
+
+    def set_bases(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
+        """Give low-rank codecs their bases `(H, D, rank)` instead of having them fitted."""
+        dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
+        for sealer, basis, dim in zip(self._sealers or (), (keys, values), dims, strict=False):
+            codec = sealer.codec(sealer.rungs[0], dim)
+            if codec.is_lowrank and basis is not None:
+                codec.basis = basis
+
+    def inherit(self, other: "PageStore") -> None:
+        """Go on with the bases that another store of these heads has fitted: its pages may move here."""
+        for mine, theirs in zip(self._sealers or (), other._sealers or (), strict=False):
+            mine.codecs.update({name: codec for name, codec in theirs.codecs.items() if codec.basis is not None})
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor that holds this layer's stored tokens or serves them."""
+        held = [tensor for pool in self.pools().values() for tensor in pool.tensors()]
+        return [*held, *self.bases(True), *self.bases(False), *([] if self.queries is None else [self.queries])]
+
+    @property
+    def most_beside(self) -> int:
+        """The most bytes that are kept beside pages: queries to judge errors by, and bases of low-rank codecs."""
+        heads, _, _, dim = self.plain.keys.shape
+        size, most = self.plain.keys.element_size(), 0
+        if self._sealers is not None:
+            most = heads * MAX_OBSERVED * dim * size
+            for sealer, width in zip(self._sealers, (dim, self.plain.values.shape[-1]), strict=True):
+                most += heads * width * min(width, sealer.codec(sealer.rungs[0], width).rank) * size
+        return most
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return sum(pool.host_bytes for pool in self.pools().values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is kept, with the numbers that tables have of the pages."""
+        # A free page has none yet, and will.
+        numbers = 8 * sum(int(np.maximum(pool.refcount, 1).sum()) for pool in self.pools().values())
+        return live_bytes(self.tensors()) + self.host_bytes + numbers
+
+    # References
+
+    def hold(self, sequence: "SequencePages") -> None:
+        """Add a reference to every page of a sequence."""
+        for name, pool in self.pools().items():
+            pool.hold(sequence.pages(name))
+
+    def release(self, sequence: "SequencePages") -> None:
+        """Drop a reference to every page of a sequence."""
+        for name, pool in self.pools().items():
+            pool.release(sequence.pages(name))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of counts and references, in all pools, if the block raises."""
+        before = dict(self.sealed)
+        with ExitStack() as stack:
+            for pool in self.pools().values():
+                stack.enter_context(pool.transaction())
+            try:
+                yield
+            except BaseException:
+                made, self.sealed = self.sealed, before
+                for name in made.keys() - before.keys():
+                    made[name].retire()
+                raise
+
+    # Packing
+
+    def observe(self, queries: torch.Tensor, scale: float) -> None:
+        """Remember queries `(H, m, D)` to judge errors by."""
+        self.queries, self.query_scale = queries, scale
+
+    def is_ready(self, pages: int) -> bool:
+        """Return whether so many full pages could be packed now."""
+        tokens, dims = pages * self.plain.page_size, (self.plain.keys.shape[-1], self.plain.values.shape[-1])
+        return self._sealers is not None and all(
+            sealer.is_ready(tokens, dim) for sealer, dim in zip(self._sealers, dims, strict=True)
+        )
+
+    def seal(self, sequences: Sequence["SequencePages"]) -> None:
+        """Pack the full pages of sequences, once for all of those that share them.
+
+        Everything that may fail happens before anything changes.
+        """
+        full = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.sealed for s in sequences)]))
+        full = full[~self.plain.kept[full]]
+        if not len(full) or not self.is_ready(len(full)):
+            return
+        packed = self.pack(self.plain.full_pages(full))
+        self.plain.kept[full] = True
+        for name, (which, ids) in packed.items():
+            leaving = full[which]
+            self.plain.kept[leaving] = False
+            pool = self.sealed[name]
+            if self.plain.usage is not None and pool.usage is not None:
+                pool.usage.take(self.plain.usage, self.plain.index(leaving), pool.index(ids))
+            for sequence in sequences:
+                moving = np.isin(sequence.sealed, leaving)
+                old = sequence.sealed[moving]
+                sequence.sealed = sequence.sealed[~moving]
+                # In the order in which the sequence had them.
+                self.give(sequence, name, ids[np.searchsorted(leaving, old)])
+                self.plain.release(old)
+
+    def give(self, sequence: "SequencePages", name: str, ids: PageIds) -> None:
+        """Add packed pages to a sequence."""
+        sequence.packed = {**sequence.packed, name: np.append(sequence.pages(name), ids)}
+        self.sealed[name].hold(ids)
+
+    def pack(self, pages: FullPages, codec: str | None = None) -> dict[str, tuple[np.ndarray, PageIds]]:
+        """Encode full pages.
+
+        Parameters
+        ----------
+        pages : FullPages
+            What to encode.
+        codec : str, optional
+            One of `LADDER`, to put all pages into it, whatever its error; by default the configured codecs.
+
+        Returns
+        -------
+        dict
+            By name of the pool: which of the pages it took, ascending, and their numbers there, yet without a holder.
+            Pages that no codec could hold well enough are in none.
+        """
+        guarded = codec is None
+        sealers = self._sealers if codec is None else (self._sealer(codec, True), self._sealer(codec, False))
+        assert sealers is not None
+        keys = sealers[0].encode(pages.keys, self.queries, self.query_scale, guarded)
+        values = sealers[1].encode(pages.values, None, 1.0, guarded)
+        every = codec is not None or self.tiers is not None
+        pairs = [_Batch(k, v) for k in keys for v in values if every or not k.codec.name == v.codec.name == "none"]
+        batches = [batch for batch in pairs if len(batch.which)]
+        for batch in batches:
+            self._pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
+        packed = {}
+        for batch in batches:
+            pool = self._pool(batch.keys.codec, batch.values.codec)
+            ids = pool.allocate(len(batch.which))
+            # Free again at once: should the rest fail, nothing is lost, and nobody else allocates in between.
+            pool.refcount[ids] = 0
+            # Before the pages are written: tiers have a file for each shard.
+            pool.shard[ids] = pages.shards[batch.which]
+            pool.put(ids, *batch.codes(pool))
+            index, source = pool.index(ids), pool.index(batch.which)
+            pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
+            packed[pool.name] = batch.which, ids
+        for name, (_, ids) in packed.items():
+            self.sealed[name].count[ids] = self.plain.page_size
+        return packed
+
+    def _sealer(self, codec: str, keys: bool) -> Sealer:
+        return Sealer(codec, keys, self.config)
+
+    def adopt(self, source: SealedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes) -> tuple[str, PageIds]:
+        """Take over encoded pages of another store.
+
+        Parameters
+        ----------
+        source : SealedPool
+            Where they come from; its codecs go on to decode them.
+        pages : numpy.ndarray
+            `(n,)`, their numbers there, for what is known of their errors.
+        keys, values : PageCodes
+            n pages in this store's heads.
+
+        Returns
+        -------
+        tuple
+            Name of the pool, and the pages' numbers `(n,)` there, yet without a holder or tokens.
+        """
+        pool = self._pool(source.key_codec, source.value_codec)
+        ids = pool.allocate(len(pages))
+        pool.refcount[ids] = 0
+        pool.shard[ids] = source.shard[pages]
+        # Errors are sums over heads.
+        share = np.array([*[self.plain.keys.shape[0] / source.keys.heads] * 4, 1.0], dtype=np.float32)
+        pool.put(ids, keys.tensors(), values.tensors(), source.errors[pages] * share)
+        return pool.name, ids
+
+    def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
+        name = pool_name(key_codec, value_codec)
+        if name not in self.sealed:
+            if self.tiers is None:
+                self.sealed[name] = SealedPool(self.plain, key_codec, value_codec)
+            else:
+                self.sealed[name] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
+            self._prepare(self.sealed[name])
+        return self.sealed[name]
+
+    def _prepare(self, pool: PageBook) -> None:
+        pool.allowance = self.plain.allowance
+        if self.plain.usage is not None:
+            pool.watch(self.plain.usage.now)
+        if self.plain.bounds is not None:
+            pool.know_bounds()
+
+    def limit(self, allowance: "Allowance") -> None:
+        """Let pools grow only by the bytes that `allowance` returns."""
+        self.plain.allowance = allowance
+        for pool in self.sealed.values():
+            self._prepare(pool)
+
+    def know_bounds(self) -> None:
+        """Have a place for the bounds of all pages from now on."""
+        for pool in self.pools().values():
+            pool.know_bounds()
+
+    def watch(self, now: int) -> None:
+        """Keep statistics of use of all pages, from step `now` on."""
+        for pool in self.pools().values():
+            pool.watch(now)
+
+    def forget_pools(self, known: set[str]) -> None:
+        """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
+        for name in set(self.sealed) - known:
+            if not self.sealed[name].refcount.any():
+                pool = self.sealed.pop(name)
+                pool.retire()
+                for sealer, codec in zip(self._sealers or (), (pool.key_codec, pool.value_codec), strict=False):
+                    if sealer.codecs.get(codec.name) is codec:
+                        del sealer.codecs[codec.name]
+
+    def reserve_sealed(self, pages: int) -> None:
+        """Make room for packed pages of a prompt, where it is known which codec will take them."""
+        if self._sealers is not None and all(sealer.name != "auto" for sealer in self._sealers):
+            dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
+            codecs = [s.codec(s.rungs[0], dim) for s, dim in zip(self._sealers, dims, strict=True)]
+            self._pool(*codecs).reserve(pages)
+
+
+class _Batch:
+    """Pages whose keys went to one codec and whose values went to one codec."""
+
+    def __init__(self, keys: Encoded, values: Encoded) -> None:
+        self.keys, self.values = keys, values
+        self.which, self._in_keys, self._in_values = np.intersect1d(keys.which, values.which, return_indices=True)
+
+    def codes(self, pool: SealedPool) -> tuple[list[torch.Tensor], list[torch.Tensor], np.ndarray]:
+        keys, values = self.keys.errors, self.values.errors
+        k, v = self._in_keys, self._in_values
+        errors = np.stack([keys.energy[k], keys.lost[k], values.energy[v], values.lost[v], keys.logits[k]], axis=1)
+        picked = self.keys.codes.pick(pool.index(k)), self.values.codes.pick(pool.index(v))
+        return picked[0].tensors(), picked[1].tensors(), errors

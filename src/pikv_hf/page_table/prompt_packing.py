@@ -1,0 +1,104 @@
+"""Packing the tokens of a prompt that pass straight to their shards, without storing them as they come first."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ..pages.plain_pool import FullPages, PagePool
+from .sequence_pages import SequencePages
+
+if TYPE_CHECKING:
+    from .sequence_writer import SequenceWriter
+
+# So many pages are packed at a time.
+CHUNK_PAGES = 128
+
+
+def pack_prompt(
+    writer: "SequenceWriter", sequence: SequencePages, shards: np.ndarray, tokens: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Move the first tokens to their shards and pack the pages that they fill; return the other tokens."""
+    for start in range(0, len(shards), step := CHUNK_PAGES * writer.pool.page_size):
+        chunk = shards[start : start + step]
+        whole, before, after = _divide_by_pages(writer.pool, sequence, chunk)
+        if not writer.pages.is_ready(len(whole)):
+            whole, before, after = whole[:0], np.arange(len(chunk)), after[:0]
+        _pass(writer, sequence, chunk, before, start, tokens)
+        writer.pages.seal([sequence])
+        if len(whole):
+            _pack(writer, sequence, chunk[whole[:, 0]], writer.pool.index(start + whole), tokens)
+        _pass(writer, sequence, chunk, after, start, tokens)
+    keys, values, positions, experts = tokens
+    rest = slice(len(shards), None)
+    return keys[:, rest], values[:, rest], positions[rest], experts[rest]
+
+
+def _divide_by_pages(
+    pool: PagePool, sequence: SequencePages, shards: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Divide tokens, as their numbers: whole pages `(n, P)`, what fills open pages before, what is left after."""
+    size = pool.page_size
+    whole, before, after = [np.zeros((0, size), dtype=np.int64)], [], []
+    for shard in np.unique(shards):
+        mine, page = np.flatnonzero(shards == shard), int(sequence.open[shard])
+        filling = min(len(mine), size - int(pool.count[page])) if page >= 0 else 0
+        end = filling + (len(mine) - filling) // size * size
+        before.append(mine[:filling])
+        whole.append(mine[filling:end].reshape(-1, size))
+        after.append(mine[end:])
+    return np.concatenate(whole), np.concatenate(before), np.concatenate(after)
+
+
+def _pass(
+    writer: "SequenceWriter",
+    sequence: SequencePages,
+    shards: np.ndarray,
+    which: np.ndarray,
+    start: int,
+    tokens: tuple[torch.Tensor, ...],
+) -> None:
+    """Write some tokens of a chunk that begins at `start` to the open pages of their shards."""
+    if len(which):
+        slots = writer.pool.index(writer.shard_slots([sequence], shards[which]))
+        picked = _picked(tokens, writer.pool.index(start + which))
+        writer.pool.write(slots, *picked)
+
+
+def _pack(
+    writer: "SequenceWriter",
+    sequence: SequencePages,
+    shards: np.ndarray,
+    index: torch.Tensor,
+    tokens: tuple[torch.Tensor, ...],
+) -> None:
+    """Pack tokens that fill pages on their own: `index` `(n, P)` are their numbers, `shards` `(n,)` the pages'."""
+    keys, values, positions, experts = _picked(tokens, index.view(-1))
+    shape = index.shape
+    contents = FullPages(
+        keys.unflatten(1, shape), values.unflatten(1, shape), positions.view(shape), experts.view(shape), shards
+    )
+    left = np.ones(len(shards), dtype=np.bool_)
+    for name, (which, ids) in writer.pages.pack(contents).items():
+        writer.pages.give(sequence, name, ids)
+        left[which] = False
+    if left.any():
+        _keep(writer.pool, sequence, contents, np.flatnonzero(left))
+
+
+def _keep(pool: PagePool, sequence: SequencePages, contents: FullPages, which: np.ndarray) -> None:
+    """Store full pages as they are."""
+    ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards[which]])
+    pool.count[ids], pool.kept[ids] = pool.page_size, True
+    slots = (ids[:, None] * pool.page_size + np.arange(pool.page_size)).reshape(-1)
+    index = pool.index(which)
+    keys, values = contents.keys.index_select(1, index), contents.values.index_select(1, index)
+    positions, experts = contents.positions[index].view(-1), contents.experts[index].view(-1)
+    pool.write(pool.index(slots), keys.flatten(1, 2), values.flatten(1, 2), positions, experts)
+    sequence.sealed = np.append(sequence.sealed, ids)
+
+
+def _picked(tokens: tuple[torch.Tensor, ...], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return some of the tokens: keys and values `(H, n, D)`, positions and experts `(n,)`."""
+    keys, values, positions, experts = tokens
+    return keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]

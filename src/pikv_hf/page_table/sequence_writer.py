@@ -1,0 +1,320 @@
+"""Adding tokens to sequences, moving them from window to shards, removing them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..common.tensors import carried
+from ..pages.page_allocator import PageIds
+from ..sharding.shard_map import ShardMap
+from .layer_pools import PageStore
+from .prompt_packing import pack_prompt
+from .sequence_pages import SequencePages
+
+# Maps (positions, experts) of tokens, int32 and int16 `(n,)`, to their shards.
+ShardOf = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class SequenceWriter:
+    """Adds tokens to sequences, moves them from window to shards, and removes them.
+
+    Tokens enter the window. Whole pages leave it, oldest first, once `recent_window` newer tokens are there, and their
+    tokens move to the open pages of their shards. A page that other sequences hold too is copied before it is written.
+
+    Parameters
+    ----------
+    pages : PageStore
+        Where pages come from.
+    num_shards, recent_window, sink_tokens : int
+        As in :class:`~pikv_hf.PiKVConfig`.
+    shard_of : callable
+        Maps `(positions, experts)` of tokens to shards.
+    """
+
+    def __init__(
+        self, pages: PageStore, num_shards: int, recent_window: int, sink_tokens: int, shard_of: ShardOf
+    ) -> None:
+        self.pages = pages
+        self.pool = pages.plain
+        self.num_shards = num_shards
+        self.recent_window = recent_window
+        self.sink_pages = _pages_for(sink_tokens, self.pool.page_size)
+        self._shard_of = shard_of
+        self._shard_map: ShardMap | None = None
+        self._part = 0
+        self._counts = False
+
+    @property
+    def reads_window(self) -> bool:
+        """Whether attention takes the window from here."""
+        return self._part == 0
+
+    def share(self, shard_map: ShardMap | None, part: int, counts: bool = True) -> None:
+        """Leave to other parts what `shard_map` gives them; `counts`: tell it what leaves the window."""
+        self._shard_map, self._part, self._counts = shard_map, part, counts
+
+    def follow(self, shard_of: ShardOf) -> None:
+        """Give later tokens to other shards than before."""
+        self._shard_of = shard_of
+
+    def shards(self, positions: torch.Tensor, experts: torch.Tensor) -> np.ndarray:
+        """Return the shards of tokens, `(n,)`, on the host; below 0 for those of other parts."""
+        shards = self._shard_of(positions, experts).cpu().numpy()
+        if self._shard_map is None:
+            return shards
+        return self._shard_map.own(shards, positions.cpu().numpy(), self._part)
+
+    def note(self, shards: np.ndarray) -> None:
+        """Count tokens that leave the window."""
+        if self._shard_map is not None and self._counts:
+            self._shard_map.note(shards, self._part)
+
+    def page_shards(self, page: int) -> np.ndarray:
+        """Return the shards of a page's tokens, `(count,)`."""
+        count = int(self.pool.count[page])
+        return self.shards(self.pool.positions[page, :count], self.pool.experts[page, :count])
+
+    # Into the window
+
+    def has_room(self, sequence: SequencePages) -> bool:
+        """Return whether the sequence alone holds a window page with a free slot."""
+        if not sequence.window:
+            return False
+        tail = sequence.window[-1]
+        return bool(self.pool.count[tail] < self.pool.page_size and self.pool.refcount[tail] == 1)
+
+    def make_room(self, sequence: SequencePages) -> None:
+        """Give a sequence a window page with a free slot that it alone holds. Allocates one page at most."""
+        tail = sequence.window[-1] if sequence.window else -1
+        if tail >= 0 and self.pool.count[tail] < self.pool.page_size:
+            sequence.window[-1] = self.pool.own(tail, holders=1)
+        else:
+            sequence.window.append(int(self.pool.allocate(1, after=tail)[0]))
+
+    def pages_needed(self, sequence: SequencePages, shards: np.ndarray) -> int:
+        """Return how many pages :meth:`store` allocates at most for tokens of these shards."""
+        size = self.pool.page_size
+        first, direct, leaving = self._divide(sequence, len(shards))
+        window = _pages_for(first, size) + _pages_for(len(shards) - first - direct, size)
+        leaving_shards = self._leaving_shards(sequence, leaving, shards[:first])
+        passing = np.append(leaving_shards, shards[first : first + direct])
+        needed = self.shard_pages_needed(sequence, 1, passing)
+        if not self.pages.seals:
+            return window + needed
+        # Most pages are packed without passing through this pool; nothing hangs on this number being right.
+        return window + min(needed, len(np.unique(passing[passing >= 0])))
+
+    def pages_sealed(self, sequence: SequencePages, shards: np.ndarray) -> int:
+        """Return how many pages :meth:`store` fills with tokens of these shards."""
+        first, direct, leaving = self._divide(sequence, len(shards))
+        passing = np.append(self._leaving_shards(sequence, leaving, shards[:first]), shards[first : first + direct])
+        counts = np.bincount(passing[passing >= 0], minlength=self.num_shards)
+        is_open = sequence.open >= 0
+        counts[is_open] += self.pool.count[sequence.open[is_open]]
+        return int((counts // self.pool.page_size).sum())
+
+    def _leaving_shards(self, sequence: SequencePages, pages: int, new: np.ndarray) -> np.ndarray:
+        """Return the shards of the tokens in the oldest recent pages, the last of which new tokens may have to fill."""
+        held = [self.page_shards(page) for page in sequence.window[self.sink_pages :][:pages]]
+        return np.concatenate([*held, new])[: pages * self.pool.page_size]
+
+    def _divide(self, sequence: SequencePages, new: int) -> tuple[int, int, int]:
+        """Divide new tokens: how many fill up the page (or sink pages) begun, how many pass straight to the shards.
+
+        The third number is the window pages that leave in between.
+        """
+        size = self.pool.page_size
+        held = int(self.pool.count[sequence.window].sum()) if sequence.window else 0
+        sink_room = max(0, self.sink_pages * size - held)
+        first = min(new, sink_room or -held % size)
+        recent = max(0, held + new - self.sink_pages * size)
+        leaving = max(0, recent - self.recent_window) // size
+        full = max(0, (held + first) // size - self.sink_pages)
+        return first, min(max(0, leaving - full) * size, new - first), min(leaving, full)
+
+    def store(self, sequence: SequencePages, shards: np.ndarray, *tokens: torch.Tensor) -> None:
+        """Append tokens of known shards.
+
+        Parameters
+        ----------
+        sequence : SequencePages
+            Changed in place.
+        shards : numpy.ndarray
+            `(n,)`.
+        *tokens : torch.Tensor
+            `(H, n, D)` keys, `(H, n, Dv)` values, `(n,)` int32 positions, `(n,)` int16 experts.
+        """
+        first, direct, leaving = self._divide(sequence, len(shards))
+        if first:
+            keys, values, positions, experts = tokens
+            slots = self.pool.index(self._window_slots(sequence, first))
+            begun = keys[:, :first], values[:, :first], positions[:first], experts[:first]
+            self.pool.write(slots, *(part.to(self.pool.device) for part in begun))
+            tokens = keys[:, first:], values[:, first:], positions[first:], experts[first:]
+        for _ in range(leaving):
+            leaving_shards = self.page_shards(sequence.window[self.sink_pages])
+            self.note(leaving_shards)
+            self.flush_page([sequence], leaving_shards)
+        passing, staying = shards[first : first + direct], len(shards) - first - direct
+        if self._shard_map is not None:
+            self.note(passing)
+            tokens = self._without_others(tokens, passing)
+            passing = passing[passing >= 0]
+        if self.pages.seals and direct:
+            self.pages.seal([sequence])
+            tokens = pack_prompt(self, sequence, passing, tokens)
+            passing = passing[:0]
+        if len(passing) or staying:
+            places = self.shard_slots([sequence], passing), self._window_slots(sequence, staying)
+            self.pool.write(self.pool.index(np.concatenate(places)), *tokens)
+
+    def _without_others(self, tokens: tuple[torch.Tensor, ...], passing: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """Return this part's tokens and those of the window, on its device: no others travel."""
+        stays = np.concatenate([passing >= 0, np.ones(tokens[2].shape[0] - len(passing), dtype=np.bool_)])
+        index = torch.from_numpy(np.flatnonzero(stays)).to(tokens[2].device)
+        keys, values, positions, experts = tokens
+        mine = keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]
+        return tuple(carried(part, self.pool.device) for part in mine)
+
+    def _window_slots(self, sequence: SequencePages, tokens: int) -> PageIds:
+        """Take the next window slots: the rest of the last page, then new pages."""
+        slots = [np.zeros(0, dtype=np.int64)]
+        if tokens and sequence.window and self.pool.count[sequence.window[-1]] < self.pool.page_size:
+            self.make_room(sequence)
+            tail = sequence.window[-1]
+            slots.append(self._fill([tail], min(tokens, self.pool.page_size - int(self.pool.count[tail]))))
+            tokens -= len(slots[-1])
+        if tokens:
+            after = sequence.window[-1] if sequence.window else -1
+            new = self.pool.allocate(_pages_for(tokens, self.pool.page_size), after=after).tolist()
+            sequence.window += new
+            slots.append(self._fill(new, tokens))
+        return np.concatenate(slots)
+
+    def _fill(self, pages: list[int], tokens: int) -> PageIds:
+        """Count `tokens` more tokens into `pages`, of which only the first may hold some; return their slots."""
+        size = self.pool.page_size
+        ids = np.asarray(pages, dtype=np.int64)
+        offset = int(self.pool.count[ids[0]])
+        places = offset + np.arange(tokens)
+        self.pool.count[ids] = np.clip(offset + tokens - size * np.arange(len(ids)), 0, size)
+        return ids[places // size] * size + places % size
+
+    # From the window to the shards
+
+    def is_ripe(self, sequence: SequencePages) -> bool:
+        """Return whether a page has left the recent window."""
+        recent = sequence.window[self.sink_pages :]
+        size = self.pool.page_size
+        if len(recent) * size < self.recent_window + size:
+            return False
+        return (len(recent) - 1) * size + int(self.pool.count[recent[-1]]) >= self.recent_window + size
+
+    def flush_page(self, group: list[SequencePages], shards: np.ndarray) -> None:
+        """Move the oldest recent page, which all sequences of `group` share, to their shards, which they share too."""
+        page = group[0].window[self.sink_pages]
+        mine = np.flatnonzero(shards >= 0)
+        if len(mine):
+            slots = self.shard_slots(group, shards[mine])
+            self.pool.move(self.pool.index(page * self.pool.page_size + mine), self.pool.index(slots))
+        for sequence in group:
+            del sequence.window[self.sink_pages]
+        self.pool.release(np.full(len(group), page))
+
+    def shard_pages_needed(self, sequence: SequencePages, holders: int, shards: np.ndarray) -> int:
+        """Return how many pages tokens of these shards take, copies of open pages that others hold included."""
+        counts = np.bincount(shards[shards >= 0], minlength=self.num_shards)
+        is_open = sequence.open >= 0
+        room = np.zeros(self.num_shards, dtype=np.int64)
+        room[is_open] = self.pool.page_size - self.pool.count[sequence.open[is_open]]
+        copies = (counts[is_open] > 0) & (self.pool.refcount[sequence.open[is_open]] != holders)
+        new = np.maximum(counts - room + self.pool.page_size - 1, 0) // self.pool.page_size
+        return int(new.sum() + copies.sum())
+
+    def shard_slots(self, group: list[SequencePages], shards: np.ndarray) -> PageIds:
+        """Take a slot for each token in the open page of its shard, the same for all sequences of `group`."""
+        slots = np.empty(len(shards), dtype=np.int64)
+        open_pages, sealed = group[0].open.copy(), []
+        for shard in np.unique(shards):
+            tokens = np.flatnonzero(shards == shard)
+            pages = self._shard_room(int(open_pages[shard]), int(shard), len(tokens), len(group))
+            slots[tokens] = self._fill(pages, len(tokens))
+            is_full = self.pool.count[pages[-1]] == self.pool.page_size
+            sealed += pages if is_full else pages[:-1]
+            open_pages[shard] = -1 if is_full else pages[-1]
+        for sequence in group:
+            sequence.open = open_pages.copy()
+            if sealed:
+                sequence.sealed = np.append(sequence.sealed, np.asarray(sealed, dtype=np.int64))
+        return slots
+
+    def _shard_room(self, open_page: int, shard: int, tokens: int, holders: int) -> list[int]:
+        """Return pages that `holders` sequences alone hold, with room for more tokens of a shard."""
+        pages = [self.pool.own(open_page, holders)] if open_page >= 0 else []
+        room = self.pool.page_size - int(self.pool.count[pages[0]]) if pages else 0
+        if tokens > room:
+            new = self.pool.allocate(_pages_for(tokens - room, self.pool.page_size), shard=shard)
+            self.pool.refcount[new] = holders
+            pages += new.tolist()
+        return pages
+
+    # Removing tokens
+
+    def tokens_before(self, sequence: SequencePages, length: int, pool: str = "") -> PageIds:
+        """Return for each of the sequence's pages in a pool how many of its tokens lie before position `length`."""
+        book = self.pages.pools()[pool]
+        positions = book.positions[book.index(sequence.pages(pool))]
+        return ((positions >= 0) & (positions < length)).sum(dim=1).cpu().numpy()
+
+    def copies_needed(self, sequence: SequencePages, length: int, pool: str) -> int:
+        """Return how many pages of a pool :meth:`cropped` copies at most."""
+        ids, keep = sequence.pages(pool), self.tokens_before(sequence, length, pool)
+        book = self.pages.pools()[pool]
+        return int(((keep > 0) & (keep < book.count[ids]) & (book.refcount[ids] > 1)).sum())
+
+    def cropped(self, sequence: SequencePages, length: int) -> SequencePages:
+        """Return the sequence with only its tokens before position `length`; it takes over the references.
+
+        Counts are up to date; :meth:`wipe_cut` then clears what pages have beyond them, which could not be undone.
+        """
+        packed = {name: np.array(list(self._cut(sequence, length, name).values())) for name in sequence.packed}
+        kept = self._cut(sequence, length, "")
+        # Pages of a shard follow one another in time, so at most one page per shard is left partly filled.
+        open_pages = np.full(self.num_shards, -1, dtype=np.int64)
+        sealed = []
+        for page in [*sequence.sealed.tolist(), *sequence.open[sequence.open >= 0].tolist()]:
+            if page in kept and self.pool.count[kept[page]] == self.pool.page_size:
+                sealed.append(kept[page])
+            elif page in kept and open_pages[self.pool.shard[page]] < 0:
+                open_pages[self.pool.shard[page]] = kept[page]
+            elif page in kept:
+                # Of two parts one has given its pages of a shard to the other: it stays as it is, and is not packed.
+                self.pool.kept[kept[page]] = True
+                sealed.append(kept[page])
+        window = [kept[page] for page in sequence.window if page in kept]
+        packed = {name: ids.astype(np.int64) for name, ids in packed.items() if len(ids)}
+        return SequencePages(window, open_pages, np.asarray(sealed, dtype=np.int64), packed)
+
+    def wipe_cut(self, sequence: SequencePages, length: int) -> None:
+        """Forget the tokens of a sequence that :meth:`cropped` no longer counts."""
+        for name, book in self.pages.pools().items():
+            ids = sequence.pages(name)
+            last = book.positions[book.index(ids)].amax(dim=1).cpu().numpy() if len(ids) else ids
+            for page in ids[last >= length].tolist():
+                book.truncate(page, int(book.count[page]))
+
+    def _cut(self, sequence: SequencePages, length: int, pool: str) -> dict[int, int]:
+        """Release the pages of a pool that lie beyond `length`, shorten others; return old and new page numbers."""
+        book, ids, keep = self.pages.pools()[pool], sequence.pages(pool), self.tokens_before(sequence, length, pool)
+        kept = {int(page): int(page) for page in ids[keep > 0]}
+        for page, count in zip(ids.tolist(), keep.tolist(), strict=True):
+            if 0 < count < book.count[page]:
+                kept[page] = book.own(page, holders=1)
+                book.count[kept[page]] = count
+        book.release(ids[keep == 0])
+        return kept
+
+
+def _pages_for(tokens: int, page_size: int) -> int:
+    return (tokens + page_size - 1) // page_size

@@ -1,0 +1,96 @@
+"""What routing knows of a page without reading it: the least and largest value of each key channel."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from .page_storage import PageArrays, PageIds
+
+# Keys are read this many bytes at a time to find their bounds.
+BLOCK_BYTES = 32 * 1024 * 1024
+
+
+class PageBounds:
+    """The bounds of the pages of a pool, found when first asked for. The index of Quest (arXiv 2406.10774).
+
+    Parameters
+    ----------
+    heads, dim : int
+        Of the keys.
+    dtype, device
+        Of the keys: a bound is one of their values, so that it costs no precision.
+
+    Attributes
+    ----------
+    ends : torch.Tensor
+        `(H, N, 2 * D)`, the least values, then the largest.
+    known : numpy.ndarray
+        `(N,)` bool, the pages whose bounds have been found.
+    """
+
+    def __init__(self, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.dim = dim
+        self.ends = torch.zeros((heads, 0, 2 * dim), dtype=dtype, device=device)
+        self.known = np.zeros(0, dtype=np.bool_)
+
+    @property
+    def low(self) -> torch.Tensor:
+        """`(H, N, D)` view."""
+        return self.ends[..., : self.dim]
+
+    @property
+    def high(self) -> torch.Tensor:
+        """`(H, N, D)` view."""
+        return self.ends[..., self.dim :]
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold memory."""
+        return [self.ends]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes kept outside of tensors."""
+        return self.known.nbytes
+
+    def resize(self, pages: int) -> None:
+        """Follow the pool to another number of pages."""
+        kept = min(pages, self.ends.shape[1])
+        ends = self.ends.new_zeros((self.ends.shape[0], pages, self.ends.shape[2]))
+        ends[:, :kept] = self.ends[:, :kept]
+        self.ends = ends
+        self.known = np.append(self.known[:kept], np.zeros(pages - kept, dtype=np.bool_))
+
+    def reset(self, ids: "PageIds") -> None:
+        """Forget the bounds of pages that get other tokens."""
+        self.known[ids] = False
+
+    def copy(self, page: int, new: int) -> None:
+        """Let a copied page have the bounds of the page it is a copy of."""
+        self.ends[:, new] = self.ends[:, page]
+        self.known[new] = self.known[page]
+
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Follow pages `(n,)` to other numbers."""
+        self.ends.index_copy_(1, target, self.ends.index_select(1, source))
+        self.known[target.cpu().numpy()] = self.known[source.cpu().numpy()]
+
+    def set(self, index: torch.Tensor, ids: "PageIds", keys: torch.Tensor) -> None:
+        """Take the bounds of full pages from their keys `(H, n, P, D)`."""
+        self.ends.index_copy_(1, index, torch.cat([keys.amin(dim=2), keys.amax(dim=2)], dim=-1))
+        self.known[ids] = True
+
+    def find(self, pool: "PageArrays", ids: "PageIds") -> None:
+        """Read the pages among `ids` whose bounds are unknown; slots without a token do not count."""
+        missing = np.unique(ids[~self.known[ids]])
+        step = max(1, BLOCK_BYTES // max(1, pool.page_bytes))
+        for start in range(0, len(missing), step):
+            block = missing[start : start + step]
+            index = pool.index(block)
+            keys = pool.decoded(index, True).unflatten(1, (len(block), pool.page_size))
+            empty = (pool.positions[index] < 0)[..., None]
+            low = keys.masked_fill(empty, torch.inf).amin(dim=2)
+            high = keys.masked_fill(empty, -torch.inf).amax(dim=2)
+            self.ends.index_copy_(1, index, torch.cat([low, high], dim=-1))
+            self.known[block] = True

@@ -1,0 +1,140 @@
+"""The pool of pages that a codec packed."""
+
+import numpy as np
+import torch
+
+from ..codecs.codec import Codec
+from ..kernels import gather_pages
+from ..kernels.page_codes import BITS, PageCodes
+from .key_bounds import PageBounds
+from .page_allocator import PageBook, PageIds
+from .plain_pool import PagePool
+
+# These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
+GROWTH = 1 / 64
+
+
+class SealedPool(PageBook):
+    """Full pages of one layer on one device, encoded once and immutable; cropping only lowers their counts.
+
+    Parameters
+    ----------
+    plain : PagePool
+        The layer's pool of pages as they came, for shapes, dtype and device.
+    key_codec, value_codec : Codec
+        What the pages are encoded with.
+
+    Attributes
+    ----------
+    keys, values : PageCodes
+        N pages.
+    errors : numpy.ndarray
+        `(N, 5)` float32: energy and lost energy of keys, of values, and the mean square error of logits.
+    """
+
+    def __init__(self, plain: PagePool, key_codec: Codec, value_codec: Codec) -> None:
+        super().__init__(plain.page_size, plain.device, GROWTH, keeps_experts=False)
+        heads, dtype = plain.keys.shape[0], plain.keys.dtype
+        self.dtype = dtype
+        self._key_dim = plain.keys.shape[-1]
+        self.key_codec, self.value_codec = key_codec, value_codec
+        size, device = plain.page_size, plain.device
+        self.keys = key_codec.empty(heads, size, plain.keys.shape[-1], dtype, device)
+        self.values = value_codec.empty(heads, size, plain.values.shape[-1], dtype, device)
+        self.errors = np.zeros((0, 5), dtype=np.float32)
+
+    @property
+    def name(self) -> str:
+        """See :func:`pool_name`."""
+        return pool_name(self.key_codec, self.value_codec)
+
+    def token_tensors(self) -> list[torch.Tensor]:
+        """Return all parts of the codes of keys, then of values."""
+        return [*self.keys.tensors(), *self.values.tensors()]
+
+    def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
+        parts = iter(tensors)
+        self.keys = self.keys.map(lambda _: next(parts))
+        self.values = self.values.map(lambda _: next(parts))
+
+    def _grow(self, extra: int) -> None:
+        super()._grow(extra)
+        self.errors = np.append(self.errors, np.zeros((extra, 5), dtype=np.float32), axis=0)
+
+    def _notes(self) -> list[str]:
+        return [*super()._notes(), "errors"]
+
+    def know_bounds(self) -> None:
+        """Have a place for bounds, where codes do not tell them."""
+        if not self._codes_tell:
+            super().know_bounds()
+
+    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the bounds of the keys of all pages; integer codes are counted from them."""
+        if not self._codes_tell:
+            return super().key_bounds(ids)
+        assert self.keys.floor is not None
+        assert self.keys.spread is not None
+        return self.keys.floor, self.keys.spread
+
+    @property
+    def _codes_tell(self) -> bool:
+        return self.in_place and self.keys.kind in BITS and self.keys.latent is None
+
+    def _new_bounds(self) -> PageBounds:
+        return PageBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return super().host_bytes + self.errors.nbytes
+
+    def put(self, ids: PageIds, keys: list[torch.Tensor], values: list[torch.Tensor], errors: np.ndarray) -> None:
+        """Store encoded pages.
+
+        Parameters
+        ----------
+        ids : numpy.ndarray
+            `(n,)` allocated pages.
+        keys, values : list of torch.Tensor
+            The parts of the codes of n pages, `(H, n, ...)` each.
+        errors : numpy.ndarray
+            `(n, 5)`.
+        """
+        index = self.index(ids)
+        for held, new in zip(self.token_tensors(), [*keys, *values], strict=True):
+            held.index_copy_(1, index, new)
+        self.errors[ids] = errors
+
+    def copy_page(self, page: int) -> int:
+        """Copy a page; the copy has a reference count of 1."""
+        new = super().copy_page(page)
+        self.errors[new] = self.errors[page]
+        return new
+
+    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+        """Return the keys, or the values, of the pages at `index` `(n,)`, decoded into `(H, n * P, D)`."""
+        codes, codec = (self.keys, self.key_codec) if keys else (self.values, self.value_codec)
+        return self._gathered(codes, codec, index, self.counts())
+
+    def retire(self) -> None:
+        """Give back what tiers hold of this pool, which is not used again; an error may still refer to it."""
+
+    def block_pages(self) -> int:
+        """Return how many pages to copy at a time: all, where they are in memory anyway."""
+        return max(1, self.capacity)
+
+    def codes_at(self, index: torch.Tensor) -> tuple[PageCodes, PageCodes]:
+        """Return copies of the codes of keys and of values of the pages at `index` `(n,)`."""
+        return self.keys.pick(index), self.values.pick(index)
+
+    def _gathered(self, codes: PageCodes, codec: Codec, index: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)
+        dtype = self.dtype if codec.basis is None else torch.float32
+        return codec.from_code_space(gather_pages(codes, table, lengths, counts, dtype)[0]).to(self.dtype)
+
+
+def pool_name(key_codec: Codec, value_codec: Codec) -> str:
+    """Return `"int4"`, or `"int4/int2"` where keys and values differ."""
+    names = key_codec.name, value_codec.name
+    return names[0] if names[0] == names[1] else "/".join(names)

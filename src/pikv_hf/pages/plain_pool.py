@@ -1,0 +1,179 @@
+"""The pool of pages that keep their tokens as they came."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from ..kernels import append_tokens, gather_dense
+from .key_bounds import PageBounds
+from .page_allocator import PageBook, PageIds
+
+GROWTH = 1 / 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FullPages:
+    """The contents of n full pages.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        `(H, n, P, D)` and `(H, n, P, Dv)`.
+    positions, experts : torch.Tensor
+        `(n, P)` int32 and int16.
+    shards : numpy.ndarray
+        `(n,)`, the shard of each page.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    experts: torch.Tensor
+    shards: np.ndarray
+
+    def pick(self, which: np.ndarray) -> "FullPages":
+        """Return copies of the pages at `which` `(m,)`."""
+        index = torch.from_numpy(which).to(self.positions.device)
+        keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        return FullPages(keys, values, self.positions[index], self.experts[index], self.shards[which])
+
+
+class PagePool(PageBook):
+    """Pages of one layer on one device, in the model's dtype.
+
+    The K/V of slots beyond a page's count are finite, so that a masked slot never turns a sum into NaN.
+
+    Parameters
+    ----------
+    num_heads, key_dim, value_dim : int
+        KV heads and the head dims of keys and values, which may differ.
+    page_size : int
+        Tokens per page.
+    dtype : torch.dtype
+        Of keys and values.
+    device : torch.device
+        Where the pages live.
+
+    Attributes
+    ----------
+    keys, values : torch.Tensor
+        `(H, N, P, D)` and `(H, N, P, Dv)`. Heads come first, so that neighbouring pages are one contiguous block per
+        head and attention reads them without a copy.
+    kept : numpy.ndarray
+        `(N,)` bool, the full pages that were to be packed and that no codec could hold well enough.
+    """
+
+    def __init__(
+        self, num_heads: int, key_dim: int, value_dim: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(page_size, device, GROWTH)
+        self.keys = torch.zeros((num_heads, 0, page_size, key_dim), dtype=dtype, device=device)
+        self.values = torch.zeros((num_heads, 0, page_size, value_dim), dtype=dtype, device=device)
+        self.kept = np.zeros(0, dtype=np.bool_)
+
+    def token_tensors(self) -> list[torch.Tensor]:
+        """Return keys and values."""
+        return [self.keys, self.values]
+
+    def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
+        self.keys, self.values = tensors
+
+    def _grow(self, extra: int) -> None:
+        super()._grow(extra)
+        self.kept = np.append(self.kept, np.zeros(extra, dtype=np.bool_))
+
+    def _notes(self) -> list[str]:
+        return [*super()._notes(), "kept"]
+
+    def _new_bounds(self) -> PageBounds:
+        return PageBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
+
+    def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
+        """Take free pages; see :meth:`PageBook.allocate`."""
+        ids = super().allocate(pages, after, shard)
+        self.kept[ids] = False
+        return ids
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return super().host_bytes + self.kept.nbytes
+
+    def write(
+        self,
+        slots: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor,
+        experts: torch.Tensor,
+    ) -> None:
+        """Store tokens; the caller has counted them.
+
+        Parameters
+        ----------
+        slots : torch.Tensor
+            `(n,)` int64, `page * page_size + offset`.
+        keys, values : torch.Tensor
+            `(H, n, D)` and `(H, n, Dv)`.
+        positions, experts : torch.Tensor
+            `(n,)` int32 and int16.
+        """
+        append_tokens(self.keys, slots, keys)
+        append_tokens(self.values, slots, values)
+        self.positions.view(-1).index_copy_(0, slots, positions)
+        self.experts.view(-1).index_copy_(0, slots, experts)
+
+    def write_newest(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Store one decoded token per slot, all at one position, their experts yet unknown. See :meth:`write`."""
+        append_tokens(self.keys, slots, keys)
+        append_tokens(self.values, slots, values)
+        self.positions.view(-1).index_fill_(0, slots, position)
+
+    def move(self, sources: torch.Tensor, slots: torch.Tensor) -> None:
+        """Copy tokens from one set of slots to another, both `(n,)` int64."""
+        keys, values = self.flat_keys, self.flat_values
+        positions, experts = self.positions.view(-1), self.experts.view(-1)
+        self.write(
+            slots, keys.index_select(1, sources), values.index_select(1, sources), positions[sources], experts[sources]
+        )
+        if self.usage is not None:
+            pages = slots // self.page_size
+            held = (self.positions[pages] >= 0).sum(dim=1)
+            self.usage.spread(sources // self.page_size, pages, self.page_size, held)
+
+    @property
+    def flat_keys(self) -> torch.Tensor:
+        """`(H, N * P, D)` view of the keys, one row per slot."""
+        return self.keys.view(self.keys.shape[0], -1, self.keys.shape[-1])
+
+    @property
+    def flat_values(self) -> torch.Tensor:
+        """`(H, N * P, Dv)` view of the values, one row per slot."""
+        return self.values.view(self.values.shape[0], -1, self.values.shape[-1])
+
+    def full_pages(self, ids: PageIds) -> FullPages:
+        """Return copies of full pages."""
+        index = self.index(ids)
+        keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
+        return FullPages(keys, values, self.positions[index], self.experts[index], self.shard[ids])
+
+    def adopt(self, contents: FullPages) -> PageIds:
+        """Take over full pages; return their numbers `(n,)`, yet without a holder."""
+        ids = self.allocate(contents.keys.shape[1])
+        # Free again until somebody holds them.
+        self.refcount[ids] = 0
+        index = self.index(ids)
+        self.keys.index_copy_(1, index, contents.keys)
+        self.values.index_copy_(1, index, contents.values)
+        self.positions[index], self.experts[index] = contents.positions, contents.experts
+        self.count[ids], self.shard[ids] = self.page_size, contents.shards
+        return ids
+
+    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+        """Return a copy of the keys, or the values, of the pages at `index` `(n,)`, `(H, n * P, D)`."""
+        return (self.keys if keys else self.values).index_select(1, index).flatten(1, 2)
+
+    def gather(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copy the pages of a `(B, n)` table into `(H, B, n * P, D)` keys and values."""
+        return gather_dense(self.keys, table), gather_dense(self.values, table)

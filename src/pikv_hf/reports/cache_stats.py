@@ -1,0 +1,103 @@
+"""What a cache has read, evicted and moved."""
+
+import dataclasses
+import io
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+
+from ..layer.layer_store import LayerTokens
+from .memory_report import format_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheStats:
+    """Counts since the cache was made; `str()` or `print()` shows a table.
+
+    Attributes
+    ----------
+    routed_steps : int
+        Decoding steps of a layer in which routing chose pages.
+    pages_held, pages_read : int
+        In these steps, over KV heads and rows: all pages, and those that were read, with those always read.
+    pages_evicted, tokens_evicted : int
+        By the scheduler, over all layers.
+    tiers : dict or None
+        See :meth:`pikv_hf.tiers.tier_limits.Tiers.to_dict`.
+    """
+
+    routed_steps: int
+    pages_held: int
+    pages_read: int
+    pages_evicted: int
+    tokens_evicted: int
+    tiers: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, layers: list[LayerTokens], tiers: Any) -> "CacheStats":
+        """Add up what the layers counted."""
+        parts = [part for layer in layers for part in layer.parts]
+        counts = [part.router.counts for part in parts if part.router is not None]
+        schedules = [part.schedule for part in parts if part.schedule is not None]
+        return cls(
+            routed_steps=sum(count.steps for count in counts),
+            pages_held=sum(count.held for count in counts),
+            pages_read=sum(int(count.read) for count in counts),
+            pages_evicted=sum(schedule.pages_evicted for schedule in schedules),
+            tokens_evicted=sum(schedule.tokens_evicted for schedule in schedules),
+            tiers=None if tiers is None else tiers.to_dict(),
+        )
+
+    @property
+    def read_share(self) -> float | None:
+        """The share of pages that routed steps read, None without any."""
+        return self.pages_read / self.pages_held if self.pages_held else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        return {**dataclasses.asdict(self), "read_share": self.read_share}
+
+    def __str__(self) -> str:
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(self.__rich__())
+        return console.export_text().rstrip()
+
+    def __rich__(self) -> Group:
+        table = _table("Routing and budget", show_header=False)
+        share = "-" if self.read_share is None else f"{self.read_share:.1%}"
+        table.add_row("pages read, of those held", f"{self.pages_read:,} of {self.pages_held:,} ({share})")
+        table.add_row("evicted", f"{self.pages_evicted:,} pages, {self.tokens_evicted:,} tokens")
+        return Group(table, *([] if self.tiers is None else tier_tables(self.tiers)))
+
+
+def _table(title: str, show_header: bool = True) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_header=show_header,
+    )
+
+
+def tier_tables(tiers: dict[str, Any]) -> list[Table]:
+    """Return tables of what tiers hold and what moved between them."""
+    held = _table("Tiers")
+    for name in ("tier", "limit", "bytes", "pages"):
+        held.add_column(name, justify="left" if name == "tier" else "right")
+    for name, limit in tiers["limits"].items():
+        at_most = "-" if limit is None else format_bytes(limit)
+        held.add_row(name, at_most, format_bytes(tiers["bytes"][name]), f"{tiers['pages'][name]:,}")
+    moved = _table("Pages that attention read", show_header=False)
+    rate = "-" if tiers["hit_rate"] is None else f"{tiers['hit_rate']:.1%}"
+    moved.add_row("in fast memory", f"{tiers['hits']:,} of {tiers['hits'] + tiers['misses']:,} ({rate})")
+    moved.add_row("promoted, demoted", f"{tiers['promoted']:,}, {tiers['demoted']:,}")
+    for path, amount in tiers["bytes_moved"].items():
+        moved.add_row(f"moved {path}", format_bytes(amount))
+    moved.add_row("waited for pages", f"{tiers['stall_seconds']:.3f} s")
+    ahead = tiers["prefetches"]
+    moved.add_row("read ahead", f"{ahead['issued']:,}: {ahead['used']:,} used, {ahead['wasted']:,} not")
+    return [held, moved]

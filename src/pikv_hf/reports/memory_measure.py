@@ -1,0 +1,94 @@
+"""Measuring what a layer holds."""
+
+from typing import Any
+
+import numpy as np
+
+from ..layer.layer import PiKVLayer
+from ..page_table.page_table import PageTable
+from ..pages.packed_pool import SealedPool
+from .memory_report import CodecMemory, LayerMemory, live_bytes
+
+
+def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
+    """Return the bytes and tokens of a layer, a :class:`PiKVLayer` or a bounded sliding one, part by part."""
+    if not isinstance(layer, PiKVLayer):
+        return [_sliding_memory(index, layer)]
+    if layer.table is None:
+        return [LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)]
+    return [_part_memory(index, layer, number, table) for number, table in enumerate(layer.tables())]
+
+
+def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) -> LayerMemory:
+    pages, plain = table.pages, table.pool
+    pools = pages.pools()
+    held = {name: table.distinct_pages(name) for name in pools}
+    keys = live_bytes([plain.keys, *(t for p in pages.sealed.values() for t in p.keys.tensors()), *pages.bases(True)])
+    values = live_bytes(
+        [plain.values, *(t for p in pages.sealed.values() for t in p.values.tensors()), *pages.bases(False)]
+    )
+    storages = layer.storages(number)
+    total = live_bytes(storages) + pages.host_bytes + table.host_bytes
+    pending = live_bytes(storages) - live_bytes(pages.tensors())
+    shard_bytes, shard_tokens = np.zeros((2, table.num_shards), dtype=np.int64)
+    for name, pool in pools.items():
+        in_shard = held[name][pool.shard[held[name]] >= 0]
+        np.add.at(shard_bytes, pool.shard[in_shard], pool.page_bytes)
+        np.add.at(shard_tokens, pool.shard[in_shard], pool.count[in_shard])
+    in_window = plain.shard[held[""]] < 0
+    # Copies of the window are memory, but its tokens count once.
+    stored = sum(int(pool.count[held[name]].sum()) for name, pool in pools.items())
+    if not table.writer.reads_window:
+        stored -= int(plain.count[held[""][in_window]].sum())
+    return LayerMemory(
+        layer=index,
+        kind="paged",
+        device=layer.parts[number].place.name or str(plain.device),
+        keys=keys,
+        values=values,
+        metadata=total - keys - values - pending,
+        total=total,
+        window=plain.page_bytes * int(np.count_nonzero(in_window)),
+        free=sum(pool.free_bytes for pool in pools.values()),
+        pending=pending,
+        shards=tuple(shard_bytes.tolist()),
+        shard_tokens=tuple(shard_tokens.tolist()),
+        tokens_seen=layer.seen,
+        tokens_stored=stored,
+        codecs=(_plain_codec(table, held[""]), *(_codec(pool, held[name]) for name, pool in pages.sealed.items())),
+    )
+
+
+def _sliding_memory(index: int, layer: Any) -> LayerMemory:
+    tensors = [layer.keys, layer.values] if layer.is_initialized else []
+    keys, values = (live_bytes([tensor]) for tensor in tensors) if tensors else (0, 0)
+    device = str(tensors[0].device) if tensors else "-"
+    stored = tensors[0].shape[0] * tensors[0].shape[-2] if tensors and tensors[0].numel() else 0
+    total = live_bytes(tensors)
+    return LayerMemory(
+        index, "sliding", device, keys, values, 0, total, total, 0, 0, (), (), layer.get_seq_length(), stored
+    )
+
+
+def _plain_codec(table: PageTable, held: np.ndarray) -> CodecMemory:
+    pool = table.pool
+    heads, _, size, dim = pool.keys.shape
+    key_bytes = heads * size * dim * pool.keys.element_size()
+    tokens = int(pool.count[held].sum())
+    return CodecMemory("none", len(held), tokens, key_bytes * len(held), (pool.page_bytes - key_bytes) * len(held))
+
+
+def _codec(pool: SealedPool, held: np.ndarray) -> CodecMemory:
+    key_bytes = sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in pool.keys.tensors())
+    errors = pool.errors[held].astype(np.float64)
+    logits = errors[:, 4][np.isfinite(errors[:, 4])]
+    return CodecMemory(
+        pool.name,
+        len(held),
+        int(pool.count[held].sum()),
+        key_bytes * len(held),
+        (pool.page_bytes - key_bytes) * len(held),
+        tuple(np.nansum(errors[:, :4], axis=0).tolist()),
+        float(logits.sum()),
+        len(logits),
+    )

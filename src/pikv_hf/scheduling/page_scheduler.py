@@ -1,0 +1,424 @@
+"""Keeping a layer within its budget: which of its pages go, and when."""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from ..config import PiKVConfig
+from ..kernels.page_scores import page_scores
+from ..page_table.page_table import PageTable
+from ..page_table.sequence_pages import SequencePages
+from ..pages.page_allocator import NoRoomError, PageBook, PageIds
+from ..pages.plain_pool import PagePool
+from ..tiers.tiered_pool import TieredPool
+from .eviction_candidates import PageFacts, Place, view_of
+from .growth_limit import Allowance, BudgetError
+from .layer_budget import LayerLimit
+from .policies.registry import SchedulingPolicy, leaving, make_policy
+
+# Queries kept for policies that look at bounds.
+RECENT_QUERIES = 8
+
+# What is stored of a prompt before pages go to make room for the rest: a share of the budget, within limits.
+PIECE_SHARE, MAX_PIECE = 32, 2048
+
+# Pools under a budget grow by this share of their size at a time: free pages take bytes too.
+GROWTH = 1 / 64
+
+# Options of `pikv` where pages are evicted. A tier wants the pages of the next steps, for which a half-life of 8 was
+# best; what is evicted is gone, and 64 lost the least attention (`options` in eval/results/page-traces.json).
+BUDGET_OPTIONS = {"half_life": 64.0, "bound_weight": 13.0}
+
+_Result = TypeVar("_Result")
+
+
+class LayerSchedule:
+    """Evicts pages of one layer when its budget is used up.
+
+    Parameters
+    ----------
+    policy : SchedulingPolicy
+        Which pages go first.
+    limit : LayerLimit or None
+        How much may stay; None where only the tiers ask which pages go.
+    sink_tokens, recent_window : int
+        As in :class:`~pikv_hf.PiKVConfig`: these tokens never go.
+
+    Attributes
+    ----------
+    now : int
+        Attention steps so far.
+    query_groups : int
+        Query heads per KV head, for what a budget in bytes needs at least.
+    pages_evicted, tokens_evicted : int
+        Over all sequences, shared ones once for each.
+    """
+
+    def __init__(
+        self, policy: SchedulingPolicy, limit: LayerLimit | None, sink_tokens: int, recent_window: int
+    ) -> None:
+        self.policy, self.limit = policy, limit
+        self.sink_tokens, self.recent_window = sink_tokens, recent_window
+        self.now = 0
+        self.queries: torch.Tensor | None = None
+        self.query_groups = 1
+        self.pages_evicted = self.tokens_evicted = 0
+        # Pages that attention had found in fast memory, and not, when this was last looked at.
+        self._read = 0, 0
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold memory."""
+        return [] if self.queries is None else [self.queries]
+
+    def most_beside(self, pool: PagePool, rows: int) -> int:
+        """Return the most bytes that are kept beside the pages of a table of so many rows."""
+        heads, _, _, dim = pool.keys.shape
+        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.reads_bounds else 0
+        return queries * dim * pool.keys.element_size()
+
+    def fork(self) -> "LayerSchedule":
+        """Return an independent schedule that has seen the same."""
+        twin = copy.copy(self)
+        twin.policy = copy.deepcopy(self.policy)
+        return twin
+
+    def select(self, table: PageTable, rows: Sequence[int], lanes: int) -> None:
+        """Follow the layer to other sequences, of `lanes` rows each, before its table does.
+
+        Raises
+        ------
+        BudgetError
+            If the budget is too small for so many; nothing has changed then.
+        """
+        self._admit(table, len(rows) * lanes)
+        if self.queries is not None:
+            self.queries = self.queries[list(rows)]
+
+    # Statistics
+
+    def begin_step(self, table: PageTable) -> None:
+        """Count a step of attention; forks, which share pages, share the count."""
+        self.prepare(table)
+        known = table.pages.plain.usage
+        assert known is not None
+        self.now = max(self.now, known.now) + 1
+        for pool in table.pages.pools().values():
+            if pool.usage is not None:
+                pool.usage.begin_step(self.now)
+            if isinstance(pool, TieredPool) and pool.priority is None:
+                pool.priority = _TierPriority(self, pool)
+        if table.pages.tiers is not None:
+            counted = table.pages.tiers.counters
+            self.policy.observe(counted.hits - self._read[0], counted.misses - self._read[1])
+            self._read = counted.hits, counted.misses
+
+    def prepare(self, table: PageTable) -> None:
+        """Let the pools of a table keep statistics, and grow no further than the budget allows."""
+        pages = table.pages
+        if pages.plain.usage is None:
+            pages.watch(self.now)
+            if self.limit is not None:
+                pages.plain.growth = min(pages.plain.growth, GROWTH)
+            if self.policy.reads_bounds:
+                pages.know_bounds()
+        self._admit(table, len(table.rows))
+
+    def _admit(self, table: PageTable, rows: int) -> None:
+        pages = table.pages
+        if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
+            if pages.plain.allowance is None:
+                pages.limit(Allowance(pages, self.limit))
+            assert pages.plain.allowance is not None
+            pages.plain.allowance.admit(self, rows)
+
+    def observe(self, query: torch.Tensor, scale: float) -> None:
+        """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds."""
+        if self.policy.reads_bounds:
+            newest = query[:, :, -RECENT_QUERIES:].detach() * scale
+            if self.queries is not None and self.queries.shape[0] == len(newest):
+                newest = torch.cat([self.queries, newest], dim=2)[:, :, -RECENT_QUERIES:]
+            self.queries = newest.contiguous()
+
+    def credit(self, table: PageTable, masses: torch.Tensor, start: int) -> None:
+        """Add how tokens just stored were attended to in their own call to the statistics of their pages.
+
+        Parameters
+        ----------
+        table : PageTable
+            R rows.
+        masses : torch.Tensor
+            `(R, n)` float32, of the tokens at positions `start..start + n - 1`.
+        """
+        done: set[int] = set()
+        for row, sequence in enumerate(table.rows):
+            if id(sequence) in done:
+                continue
+            done.add(id(sequence))
+            for name, pool in table.pages.pools().items():
+                index = pool.index(sequence.pages(name))
+                if pool.usage is None or not len(index):
+                    continue
+                places = pool.positions[index].long() - start
+                inside = (places >= 0) & (places < masses.shape[1])
+                picked = masses[row][places.clamp(0, masses.shape[1] - 1)].masked_fill(~inside, 0)
+                pool.usage.add(index, picked.sum(dim=1))
+                pool.usage.attended(index)
+
+    # Budgets
+
+    def piece(self, seen: int, page_size: int, bytes_per_token: int) -> int:
+        """Return how many tokens of a prompt are stored at a time."""
+        if self.limit is None:
+            return 1 << 60
+        tokens = self.limit.tokens_of(seen, 1)
+        if tokens is None:
+            assert self.limit.total_bytes is not None
+            tokens = self.limit.total_bytes // max(1, bytes_per_token)
+        return max(1, min(tokens // PIECE_SHARE, MAX_PIECE) // page_size) * page_size
+
+    def with_room(self, table: PageTable, seen: int, work: Callable[[], _Result]) -> _Result:
+        """Do what may need new pages; where the budget has none left, evict and try again.
+
+        Raises
+        ------
+        BudgetError
+            If nothing more can be evicted; what the work undoes by itself is undone.
+        """
+        while True:
+            try:
+                return work()
+            except NoRoomError as error:
+                self.make_room(table, seen, error)
+
+    def make_room(self, table: PageTable, seen: int, error: NoRoomError) -> None:
+        """Evict what a pool of the table needs to go on.
+
+        Raises
+        ------
+        BudgetError
+            If nothing more can be evicted.
+        """
+        if not self._free_pages(table, error.pool, error.pages, seen):
+            raise BudgetError(
+                f"the budget leaves no room for {error.pages} more pages of {error.pool.page_size} tokens for "
+                f"{len(table.rows)} rows, and of what is stored only sinks, the last {self.recent_window} "
+                "tokens and what other caches share are left, which may not be evicted"
+            ) from None
+
+    def _free_pages(self, table: PageTable, pool: PageBook, pages: int, seen: int) -> bool:
+        """Evict pages until a pool has so many more, of its own if it has any, else of the others."""
+        wanted, pools = pool.free_pages + pages, table.pages.pools()
+        # A pool that was to be the first of its codec is gone again.
+        names = [name for name, each in pools.items() if each is pool]
+        if any(pool.free_pages >= wanted for _ in self._leaving_one_by_one(table, names, seen)):
+            return True
+        short = (wanted - pool.free_pages) * pool.full_page_bytes
+        return self._free_bytes(table, [name for name in pools if name not in names], short, seen)
+
+    def _free_bytes(self, table: PageTable, names: Sequence[str], wanted: int, seen: int) -> bool:
+        """Evict pages of some pools until so many bytes are free, and give them back; return whether any were."""
+        freed = 0
+        for size in self._leaving_one_by_one(table, names, seen):
+            freed += size
+            if freed >= wanted:
+                break
+        before = table.pages.nbytes
+        for name in names:
+            table.compact(name)
+        return table.pages.nbytes < before
+
+    def _shrink(self, table: PageTable, seen: int) -> bool:
+        """Evict until the pools are within a budget in bytes: a table that replaces another was not made within it."""
+        allowance, shrunk = table.pages.plain.allowance, False
+        while allowance is not None and (over := -allowance()) > 0:
+            if not self._free_bytes(table, list(table.pages.pools()), over, seen):
+                raise BudgetError(f"{over} bytes too many are stored, and none of them may be evicted")
+            shrunk = True
+        return shrunk
+
+    def _leaving_one_by_one(self, table: PageTable, names: Sequence[str], seen: int) -> Iterator[int]:
+        """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
+        pools = table.pages.pools()
+        places = [Place(sequence, name, lane) for lane, sequence in enumerate(_distinct(table.rows)) for name in names]
+        own = {name: _holders(table, name) for name in names}
+        for facts in self._facts(table, places, seen):
+            # What somebody else holds too would be lost without making room.
+            frees = np.zeros(len(facts.view), dtype=np.bool_)
+            for place, which in facts.by_place():
+                ids = facts.pages[which]
+                frees[which] = own[place.pool][ids] == pools[place.pool].refcount[ids]
+            facts = facts.pick(frees)
+            for page in leaving(self.policy, facts.view, int(facts.view.tokens.sum())):
+                place, which = facts.places[facts.of_place[page]], np.array([page])
+                facts.evict(table, which)
+                self._count(facts, which)
+                gone = pools[place.pool].refcount[facts.pages[page]] == 0
+                yield pools[place.pool].full_page_bytes if gone else 0
+
+    def enforce(self, table: PageTable, lanes: int, seen: int, headroom: int = 0) -> bool:
+        """Evict until every sequence is within a budget in tokens, or the pools are within one in bytes.
+
+        Parameters
+        ----------
+        table : PageTable
+            What the layer stores.
+        lanes : int
+            Rows of the table per sequence.
+        seen : int
+            Columns of the layer.
+        headroom : int
+            Tokens of each row that may still come before this is called again.
+
+        Returns
+        -------
+        bool
+            Whether anything went.
+        """
+        limit = None if self.limit is None else self.limit.tokens_of(seen, table.num_shards)
+        if self.limit is None:
+            return False
+        if limit is None and not self.limit.per_shard:
+            return self._shrink(table, seen)
+        done: set[tuple[int, ...]] = set()
+        evicted = False
+        for first in range(0, len(table.rows), lanes):
+            rows = table.rows[first : first + lanes]
+            if (key := tuple(map(id, rows))) in done:
+                continue
+            done.add(key)
+            if self.limit.per_shard:
+                most = limit if limit is not None else self._shard_tokens(table, lanes)
+                for shard in range(table.num_shards):
+                    excess = _held(table, rows, shard) - most * len(rows)
+                    evicted |= self._evict_tokens(table, rows, excess, seen, shard)
+            else:
+                assert limit is not None
+                # The window is in every part, and counts once; of what is left each has its share.
+                window = sum(int(table.pool.count[row.window].sum()) for row in rows)
+                allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
+                excess = _held(table, rows) - window - allowed
+                evicted |= self._evict_tokens(table, rows, excess, seen)
+        return evicted
+
+    def _shard_tokens(self, table: PageTable, lanes: int) -> int:
+        """Return a shard's bytes in tokens of one sequence, as they came: packed ones are smaller."""
+        assert self.limit is not None
+        assert self.limit.total_bytes is not None
+        per_page = table.pool.full_page_bytes * lanes * (len(table.rows) // lanes)
+        return self.limit.total_bytes // per_page * table.pool.page_size
+
+    def _evict_tokens(
+        self, table: PageTable, rows: Sequence[SequencePages], tokens: int, seen: int, shard: int | None = None
+    ) -> bool:
+        if tokens <= 0:
+            return False
+        left = tokens
+        places = [Place(row, name, lane) for lane, row in enumerate(rows) for name in table.pages.pools()]
+        for facts in self._facts(table, places, seen, shard):
+            going = leaving(self.policy, facts.view, left)
+            facts.evict(table, going)
+            self._count(facts, going)
+            left -= int(facts.view.tokens[going].sum())
+            if left <= 0:
+                return True
+        if shard is None:
+            raise BudgetError(f"{left} tokens too many are stored, and none of them may be evicted")
+        return left < tokens
+
+    def _facts(
+        self, table: PageTable, places: Sequence[Place], seen: int, shard: int | None = None
+    ) -> Iterator[PageFacts]:
+        """Yield what may go: full pages, then, if these are not enough, those that are not full."""
+        recent = seen - self.recent_window
+        for is_open in (False, True):
+            facts = PageFacts.of(table, places, self.now, is_open, shard)
+            facts = facts.pick((facts.oldest >= self.sink_tokens) & (facts.view.newest < recent))
+            if self.queries is not None and len(facts.view):
+                facts = facts.with_bounds(self._bounds(table, facts))
+            yield facts
+
+    def _bounds(self, table: PageTable, facts: PageFacts) -> np.ndarray:
+        """Return upper bounds of the logits of recent queries for pages, `(n,)` float64."""
+        assert self.queries is not None
+        bounds = np.full(len(facts.view), -np.inf)
+        lanes = len(table.rows) // len(self.queries)
+        heads = table.pool.keys.shape[0]
+        # (rows, H, queries of a KV head, D): the bound of a page is that over all of them.
+        of_row = (
+            self.queries.flatten(1, 2)
+            .unflatten(1, (lanes * heads, -1))
+            .reshape(len(table.rows), heads, -1, self.queries.shape[-1])
+        )
+        rows = {id(sequence): row for row, sequence in reversed(list(enumerate(table.rows)))}
+        for place, which in facts.by_place():
+            pool = table.pages.pools()[place.pool]
+            ids = facts.pages[which]
+            low, high = pool.key_bounds(ids)
+            entries = pool.index(ids)[None].int()
+            length = torch.tensor([len(ids)], dtype=torch.int32, device=pool.device)
+            query = of_row[rows[id(place.sequence)]].flatten(0, 1)[None]
+            scores = page_scores(query, low, high, entries, length)
+            bounds[which] = scores[0].amax(dim=0).cpu().numpy()
+        return bounds
+
+    def _count(self, facts: PageFacts, which: PageIds) -> None:
+        self.pages_evicted += len(which)
+        self.tokens_evicted += int(facts.view.tokens[which].sum())
+
+
+def make_schedule(
+    config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1, share: float = 1.0
+) -> LayerSchedule | None:
+    """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
+
+    Raises
+    ------
+    ValueError
+        See :meth:`LayerLimit.of`.
+    """
+    limit = LayerLimit.of(config, layers, sliding_tokens, parts, share)
+    if limit is None and config.tiers is None:
+        return None
+    name = config.scheduler or ("lru" if limit is None else "pikv")
+    options = BUDGET_OPTIONS if name == "pikv" and limit is not None else {}
+    policy = make_policy(name, **options)
+    return LayerSchedule(policy, limit, config.sink_tokens, config.recent_window)
+
+
+class _TierPriority:
+    """Tells a pool of tiers which of its pages leave fast memory first."""
+
+    def __init__(self, schedule: LayerSchedule, pool: TieredPool) -> None:
+        # Neither keeps the other alive: files are removed with the pool.
+        self._schedule, self._pool = weakref.ref(schedule), weakref.ref(pool)
+
+    def __call__(self, pages: PageIds) -> np.ndarray:
+        schedule, pool = self._schedule(), self._pool()
+        assert pool is not None
+        if schedule is None or pool.usage is None:
+            return pool.fetched[pages]
+        return schedule.policy.priority(view_of(pool, pages, schedule.now))
+
+
+def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
+    return list({id(row): row for row in rows}.values())
+
+
+def _holders(table: PageTable, name: str) -> np.ndarray:
+    """Return how many sequences of a table hold each page of a pool, `(N,)`."""
+    pages = [sequence.pages(name) for sequence in _distinct(table.rows)]
+    return np.bincount(np.concatenate(pages), minlength=table.pages.pools()[name].capacity)
+
+
+def _held(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:
+    """Return the tokens that rows hold, those that they share counted for each, in one shard or everywhere."""
+    total = 0
+    for name, pool in table.pages.pools().items():
+        for row in rows:
+            ids = row.pages(name)
+            total += int(pool.count[ids if shard is None else ids[pool.shard[ids] == shard]].sum())
+    return total

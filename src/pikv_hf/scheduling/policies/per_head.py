@@ -1,0 +1,81 @@
+"""Scheduling policies under which KV heads keep different pages."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import SchedulingPolicy, check_range, register
+from .page_stats import Floats, Integers, PageView, mean_shares
+
+
+@register("ada_kv")
+@dataclasses.dataclass
+class AdaKV(SchedulingPolicy):
+    """KV heads compete for one budget by attention; each is sure of a part of its equal share (arXiv 2407.11550).
+
+    What competes is each page's part of the attention that its lane's pages get (:func:`mean_shares`). A view should
+    hold the pages of one sequence. The equal share is that of its pages: of a page or so more than remain
+    while decoding, of more where a long prompt is cut down at once. Safeguarded pages go after all others.
+
+    Parameters
+    ----------
+    alpha : float
+        Share of the pages of an equal division that the heaviest pages of every lane are safe in.
+    """
+
+    per_head: ClassVar[bool] = True
+    alpha: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_range(self, "alpha", 0, 1)
+
+    def priority(self, view: PageView) -> Floats:
+        _, lane = np.unique(view.lane, return_inverse=True)
+        lanes = int(lane.max(initial=0)) + 1
+        shares, _ = mean_shares(view)
+        total = np.bincount(lane, shares, lanes)[lane]
+        part = np.divide(shares, total, out=np.zeros(len(view)), where=total > 0)
+        safe = _rank_in_lane(lane, -part, -view.newest) < int(self.alpha * len(view) / lanes)
+        return np.where(safe, 2.0 + part, part)
+
+
+@register("duo")
+@dataclasses.dataclass
+class Duo(SchedulingPolicy):
+    """Pages of streaming heads first, oldest first; then those of retrieval heads, least recently used first.
+
+    DuoAttention (arXiv 2410.10819) trains a gate per head. Nothing is trained here: a lane is a streaming head while
+    its pages, which leave out sinks, window and unfilled pages, take little of its attention, on average over the
+    steps since its oldest page was filled.
+
+    Parameters
+    ----------
+    little : float
+        Share of a lane's attention below which it is a streaming head.
+    """
+
+    per_head: ClassVar[bool] = True
+    little: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_range(self, "little", 0, 1)
+
+    def priority(self, view: PageView) -> Floats:
+        _, lane = np.unique(view.lane, return_inverse=True)
+        oldest = np.full(lane.max(initial=0) + 1, view.step)
+        np.minimum.at(oldest, lane, view.born)
+        outside = np.bincount(lane, view.mass, len(oldest)) / np.maximum(view.step - oldest, 1)
+        after = view.newest.max(initial=0) + 1
+        streaming = (outside < self.little)[lane]
+        return np.where(streaming, view.newest, after + view.last_use).astype(np.float64)
+
+
+def _rank_in_lane(lane: Integers, *keys: npt.NDArray[Any]) -> Integers:
+    """Return the rank of each page within its lane, by the first key, then the next."""
+    order = np.lexsort((*reversed(keys), lane))
+    ordered = lane[order]
+    rank = np.empty(len(lane), np.int64)
+    rank[order] = np.arange(len(lane)) - np.searchsorted(ordered, ordered)
+    return rank

@@ -1,0 +1,106 @@
+"""Scheduling: which full pages go first, evicted or demoted to a slower tier, when a budget is exceeded.
+
+A policy sees statistics of the pages that may go (sinks, recent window and pages that are not full never do) and gives
+each a priority; the lowest goes first. Statistics come from the attention masses that the kernels return. A page "is
+used" in a step when it takes at least its equal share of the attention: one over the number of pages read.
+
+The policies are in `recency_policies`, `attention_policies`, `head_policies` and `pikv_policy`; importing this module
+makes all of them known.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from ...common.suggest import did_you_mean
+from .attention_based import H2O, LRUPlus, Quest
+from .base import POLICIES, SchedulingPolicy, register
+from .page_stats import HALF_LIFE, Floats, Integers, PageView, expected_distance, mean_shares, recent_shares
+from .per_head import AdaKV, Duo
+from .pikv import PiKV
+from .recency import LRU, ReuseDistance, StreamingLLM, TwoQueue
+
+__all__ = [
+    "H2O",
+    "HALF_LIFE",
+    "LRU",
+    "POLICIES",
+    "AdaKV",
+    "Duo",
+    "Floats",
+    "Integers",
+    "LRUPlus",
+    "PageView",
+    "PiKV",
+    "Quest",
+    "ReuseDistance",
+    "SchedulingPolicy",
+    "StreamingLLM",
+    "TwoQueue",
+    "expected_distance",
+    "leaving",
+    "make_policy",
+    "mean_shares",
+    "recent_shares",
+    "register",
+]
+
+
+def leaving(policy: SchedulingPolicy, view: PageView, tokens: int) -> Integers:
+    """Return the fewest pages, in the order in which `policy` lets them go, that hold at least `tokens` tokens.
+
+    Parameters
+    ----------
+    policy : SchedulingPolicy
+        Whose lowest priorities go first; of equal ones the page with the oldest `newest`.
+    view : PageView
+        Of n pages.
+    tokens : int
+        How many tokens have to go. If the pages hold fewer, all of them go.
+
+    Returns
+    -------
+    numpy.ndarray
+        Indices into the view, int64.
+
+    Raises
+    ------
+    ValueError
+        If the policy returns another shape than `(n,)`.
+    """
+    if tokens <= 0 or not len(view):
+        return np.empty(0, np.int64)
+    priority = policy.priority(view)
+    if priority.shape != view.born.shape:
+        raise ValueError(f"policy {policy.name!r} gave priorities of shape {priority.shape} for {len(view)} pages")
+    order = np.lexsort((view.newest, priority))
+    held = np.cumsum(view.tokens[order])
+    return order[: int(np.searchsorted(held, tokens)) + 1].astype(np.int64)
+
+
+def make_policy(name: str, **options: Any) -> SchedulingPolicy:
+    """Return a policy by name.
+
+    Parameters
+    ----------
+    name : str
+        One of :data:`POLICIES`.
+    **options
+        Fields of the policy's class.
+
+    Raises
+    ------
+    ValueError
+        If there is no such policy, or a value is out of range.
+    TypeError
+        If the policy has no such option.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"scheduler must be one of {', '.join(POLICIES)}, got {name!r}{did_you_mean(name, POLICIES)}")
+    known = [field.name for field in dataclasses.fields(POLICIES[name]) if field.init]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            has = f"its options are {', '.join(known)}" if known else "it has none"
+            raise TypeError(f"scheduler {name!r} has no option {option!r}{did_you_mean(option, known)}; {has}")
+    return POLICIES[name](**options)

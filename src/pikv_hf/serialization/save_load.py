@@ -1,0 +1,253 @@
+"""Saving a cache to a file, or one per process, and loading it again, with the model it belongs to checked.
+
+The file is in the safetensors format. `__metadata__` holds the layout version, the options, the model's fingerprint and
+a description of each layer, as JSON; the tensors are those of the pages in use. Nothing in it is ever executed.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..config import PiKVConfig
+from ..distributed.device_layout import Devices, Layout, attention_device
+from ..distributed.process_exchange import Exchange
+from ..version import __version__
+from .layer_loader import SavedPaged, SavedSliding
+from .layer_writer import describe_layer
+from .model_fingerprint import Fingerprint
+from .rank_files import check_is_own, check_same_save, exchange_of, file_to_load, in_step, save_in_step
+from .tensor_file import CacheFileError, Group, TensorFile, write_tensors
+
+if TYPE_CHECKING:
+    from ..cache import PiKVCache
+
+#: What the file is; the layout changes whenever an older release could misread a file.
+FORMAT, LAYOUT = "pikv-cache", "1"
+
+#: The layout of files with layers in several parts, of which releases that know none would read only the first.
+PARTS_LAYOUT = "2"
+
+#: Options that may be others when a cache is loaded: none of them says how stored tokens are laid out.
+CHANGEABLE = (
+    "routing",
+    "max_pages",
+    "coverage",
+    "tier_cost",
+    "budget",
+    "budget_scope",
+    "scheduler",
+    "tiers",
+    "tier_directory",
+    "error_budget",
+)
+
+
+@torch.no_grad()
+def save_cache(cache: "PiKVCache", path: str | os.PathLike[str]) -> None:
+    """Write a cache to a file, or to one for each of several processes. See :meth:`PiKVCache.save`."""
+    model = None if cache.attachment is None else cache.attachment.model
+    if model is None:
+        why = "was made from a config alone" if cache.attachment is None else "has outlived its model"
+        raise ValueError(f"this cache {why}, and a saved one is checked against its model; use PiKVCache.for_model")
+    exchange = exchange_of(cache.layers)
+    if exchange is None:
+        _write(cache, model, Path(path), {})
+    else:
+        device = attention_device(None, model)
+        save_in_step(exchange, device, Path(path), lambda own, more: _write(cache, model, own, more))
+
+
+def _write(cache: "PiKVCache", model: Any, path: Path, more: dict[str, str]) -> None:
+    """Write what this process has of a cache, with `more` metadata."""
+    layers: list[dict[str, Any]] = []
+    groups: list[Group] = []
+    for index, layer in enumerate(cache.layers):
+        description, written = describe_layer(index, layer)
+        layers.append(description)
+        groups += written
+    metadata = {
+        "format": FORMAT,
+        "layout": PARTS_LAYOUT if any("spread" in description for description in layers) else LAYOUT,
+        "pikv_hf": __version__,
+        "config": cache.pikv_config.to_json(),
+        "model": json.dumps(Fingerprint.of(model).to_dict()),
+        "layers": json.dumps(layers),
+        **more,
+    }
+    write_tensors(path, metadata, groups)
+
+
+@torch.no_grad()
+def load_cache(
+    kind: "type[PiKVCache]",
+    path: str | os.PathLike[str],
+    model: Any,
+    spread: Devices | Layout | None,
+    options: dict[str, Any],
+) -> "PiKVCache":
+    """Return the cache that a file holds. See :meth:`PiKVCache.load`."""
+    exchange = spread.exchange if isinstance(spread, Layout) else None
+    if exchange is not None and exchange.ranks == 1:
+        exchange = None
+    device = attention_device(None, model)
+    with ExitStack() as stack:
+        saved = _SavedCache(Path(path), options)
+        # Whatever goes wrong in one of several processes, none of them goes on alone.
+        in_step(exchange, device, "load the cache", lambda: saved.read(stack, model, spread, exchange))
+        if exchange is not None:
+            check_same_save(saved.path, saved.save, exchange, device)
+        return in_step(exchange, device, "load the cache", lambda: saved.build(kind, model, spread))
+
+
+class _SavedCache:
+    """A cache in a file.
+
+    Parameters
+    ----------
+    path : Path
+        What it was saved to.
+    options : dict
+        Those that are to be others.
+    """
+
+    def __init__(self, path: Path, options: dict[str, Any]) -> None:
+        self.path, self._options = path, options
+        self.save = ""
+
+    def read(self, stack: ExitStack, model: Any, spread: Devices | Layout | None, exchange: Exchange | None) -> None:
+        """Open the file, for as long as `stack` lasts, and check everything in it; nothing is built yet."""
+        self.path = path = file_to_load(self.path, exchange)
+        file = stack.enter_context(TensorFile(path, {"format": FORMAT, "layout": _layout_of(path)}))
+        with _described(path):
+            saved_config = PiKVConfig.from_json(file.metadata["config"])
+            saved_model = Fingerprint(**json.loads(file.metadata["model"]))
+            self.save = check_is_own(file.metadata, exchange)
+        _require_changeable(saved_config, self._options)
+        self.config = PiKVConfig.from_dict({**saved_config.to_dict(), **self._options})
+        if differences := saved_model.differences(Fingerprint.of(model)):
+            raise CacheFileError(f"{path} was saved with another model: {differences}")
+        file.verify()
+        with _described(path):
+            self._layers = _read_layers(file, json.loads(file.metadata["layers"]), self._options)
+            _require_as_many_parts(self._layers, spread)
+        _require_whole_shards(self._layers, saved_config, self.config)
+
+    def build(self, kind: "type[PiKVCache]", model: Any, spread: Devices | Layout | None) -> "PiKVCache":
+        """Return the cache."""
+        cache = kind._over(spread, model, self.config)
+        with _described(self.path):
+            _require_fitting(cache, self._layers)
+        assert cache.attachment is not None
+        modules = cache.attachment.attention_modules()
+        for index, (saved, layer) in enumerate(zip(self._layers, cache.layers, strict=True)):
+            saved.restore(layer, attention_device(modules.get(index), model))
+        return cache
+
+
+def _layout_of(path: Path) -> str:
+    """Return the layout that a file is to have: what it says itself, if this release knows that."""
+    with suppress(OSError, SafetensorError), safe_open(str(path), framework="pt") as file:
+        if (file.metadata() or {}).get("layout") == PARTS_LAYOUT:
+            return PARTS_LAYOUT
+    return LAYOUT
+
+
+@contextmanager
+def _described(path: Path) -> Iterator[None]:
+    """Name the file in errors about what it holds, whatever they are that a description without sense has led to."""
+    try:
+        yield
+    except CacheFileError as error:
+        raise CacheFileError(f"{path}: {error}") from None
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CacheFileError(f"{path}: its description of the cache makes no sense: {error!r}") from error
+
+
+@contextmanager
+def _of_layer(index: int) -> Iterator[None]:
+    try:
+        yield
+    except CacheFileError as error:
+        raise CacheFileError(f"layer {index}: {error}") from None
+
+
+def _require_changeable(config: PiKVConfig, options: dict[str, Any]) -> None:
+    saved = config.to_dict()
+    for name, value in options.items():
+        if name in saved and name not in CHANGEABLE and value != saved[name]:
+            raise ValueError(
+                f"{name}={value!r} was asked for, but the cache was saved with {saved[name]!r}, and its pages are laid "
+                f"out for that; what may be chosen anew: {', '.join(CHANGEABLE)}"
+            )
+
+
+def _read_layers(
+    file: TensorFile, descriptions: list[dict[str, Any]], options: dict[str, Any]
+) -> list[SavedPaged | SavedSliding]:
+    """Return the layers, checked."""
+    layers: list[SavedPaged | SavedSliding] = []
+    known: set[str] = set()
+    for index, description in enumerate(descriptions):
+        with _of_layer(index):
+            layer: SavedPaged | SavedSliding
+            if description["kind"] == "sliding":
+                layer = SavedSliding(index, description, file)
+            else:
+                layer = SavedPaged(index, description, file, options)
+            for name, spec in layer.specs().items():
+                if (found := file.specs.get(name)) != spec:
+                    raise CacheFileError(f"tensor {name!r} is {found}, expected {spec}")
+                known.add(name)
+            layer.check()
+        layers.append(layer)
+    if unknown := sorted(file.specs.keys() - known):
+        raise CacheFileError(f"{len(unknown)} tensors belong to no layer, such as {unknown[0]!r}")
+    return layers
+
+
+def _require_fitting(cache: "PiKVCache", layers: list[SavedPaged | SavedSliding]) -> None:
+    if len(layers) != len(cache.layers):
+        raise CacheFileError(f"it has {len(layers)} layers, the model {len(cache.layers)}")
+    for index, (saved, layer) in enumerate(zip(layers, cache.layers, strict=True)):
+        with _of_layer(index):
+            saved.check_fits(layer)
+
+
+def _require_as_many_parts(layers: list[SavedPaged | SavedSliding], spread: Devices | Layout | None) -> None:
+    """Raise unless a cache laid out like this has as many parts as a file; devices may be others."""
+    spreads = [layer.spread for layer in layers if isinstance(layer, SavedPaged)]
+    names = list(dict.fromkeys(name for each in spreads for name in each.devices if name))
+    saved = sorted({each.parts for each in spreads})
+    there = f"it was saved in {' and '.join(map(str, saved))} {'part' if saved == [1] else 'parts'}"
+    if isinstance(spread, Layout):
+        numbers = [place.number for place in spread.places]
+        if any((each.parts, each.numbers) != (spread.parts, numbers) for each in spreads):
+            raise CacheFileError(f"{there} of each layer, by one process; {spread.parts} processes are to load it")
+        return
+    if spread is None:
+        if any(each.parts > 1 for each in spreads):
+            raise CacheFileError(
+                f"{there} of each layer, on the devices {', '.join(names)}; say where to load it: "
+                f"PiKVCache.load(path, model, devices=[...]) with {len(names)} devices"
+            )
+        return
+    # A layer whose attention is on none of the devices has its window there, in a part more.
+    given = len(spread.names)
+    if any(each.parts not in (given, given + 1) for each in spreads):
+        on = f" on the devices {', '.join(names)}" if names else ""
+        raise CacheFileError(f"{there} of each layer{on}; {given} devices were given: {', '.join(spread.names)}")
+
+
+def _require_whole_shards(layers: list[SavedPaged | SavedSliding], saved: PiKVConfig, config: PiKVConfig) -> None:
+    is_spread = any(isinstance(layer, SavedPaged) and layer.spread.parts > 1 for layer in layers)
+    if is_spread and config.budget_scope == "shard" != saved.budget_scope:
+        raise ValueError(
+            f"budget_scope='shard' was asked for, but the cache was saved with {saved.budget_scope!r}, and its shards "
+            "are divided between several parts"
+        )

@@ -1,0 +1,90 @@
+"""Memory of the host for pages that are not in fast memory."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from .tier_limits import LayerTiers
+from .transfers import Transfers
+
+# The memory is taken in pieces of this size.
+SLAB_BYTES = 1 << 20
+
+
+class HostRows:
+    """A row of bytes for each page, in pieces that are given back when they are empty.
+
+    Parameters
+    ----------
+    row_bytes : int
+        Of a page.
+    tiers : LayerTiers
+        What the layer may take.
+    transfers : Transfers
+        Which kind of memory copies want.
+    """
+
+    def __init__(self, row_bytes: int, tiers: LayerTiers, transfers: Transfers) -> None:
+        self.row_bytes = row_bytes
+        self._tiers, self._transfers = tiers, transfers
+        self._slabs: dict[int, torch.Tensor] = {}
+        self._free: dict[int, list[int]] = {}
+        self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self._next = 0
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._places
+
+    @property
+    def pages(self) -> np.ndarray:
+        """`(n,)` int64, the pages that have a row, the one that was not asked for longest first."""
+        return np.fromiter(self._places, dtype=np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken, free rows included."""
+        return sum(slab.numel() for slab in self._slabs.values())
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold the rows."""
+        return list(self._slabs.values())
+
+    def obtainable(self) -> int:
+        """Return how many rows can be taken."""
+        return sum(map(len, self._free.values())) + self._tiers.room("cpu") // self.row_bytes
+
+    def take(self, pages: Sequence[int]) -> list[torch.Tensor]:
+        """Give pages rows `(row_bytes,)`."""
+        for page in pages:
+            slab = next((slab for slab, free in self._free.items() if free), None)
+            if slab is None:
+                slab = self._new_slab()
+            self._places[page] = slab, self._free[slab].pop()
+        return [self.row(page) for page in pages]
+
+    def _new_slab(self) -> int:
+        rows = max(1, min(SLAB_BYTES, self._tiers.room("cpu")) // self.row_bytes)
+        self._next += 1
+        self._slabs[self._next] = self._transfers.host(rows, self.row_bytes)
+        self._free[self._next] = list(range(rows))
+        return self._next
+
+    def row(self, page: int) -> torch.Tensor:
+        """Return the row of a page."""
+        slab, place = self._places[page]
+        return self._slabs[slab][place]
+
+    def touch(self, page: int) -> None:
+        """Note that a page was asked for."""
+        self._places.move_to_end(page)
+
+    def drop(self, pages: Iterable[int]) -> None:
+        """Take the rows of pages back."""
+        for page in pages:
+            if (place := self._places.pop(page, None)) is not None:
+                slab, row = place
+                self._free[slab].append(row)
+                if len(self._free[slab]) == len(self._slabs[slab]):
+                    del self._free[slab], self._slabs[slab]

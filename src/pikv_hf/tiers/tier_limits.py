@@ -1,0 +1,292 @@
+"""Tiers: what the pages of a cache may take of fast memory, of the host's memory and of the disk."""
+
+import contextlib
+import dataclasses
+import itertools
+import shutil
+import sys
+import tempfile
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..common.budget import parse_bytes
+from ..config import TIERS, PiKVConfig
+from .page_file import PageFileError
+
+if TYPE_CHECKING:
+    from .tiered_pool import TieredPool
+    from .transfers import Reading
+
+#: A pool of pages has at least so many in fast memory.
+MIN_FRAMES = 2
+
+
+class TierFull(RuntimeError):
+    """No tier has room for pages that must leave a faster one; nothing has changed then."""
+
+
+@dataclasses.dataclass(slots=True)
+class TierCounters:
+    """What moving pages has cost.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Pages that attention read: those that were in fast memory, and those that were not.
+    promoted, demoted : int
+        Pages that moved into fast memory to stay there, and out of it.
+    moved : dict
+        Bytes of K/V copied by `(from, to)`, names of tiers.
+    stall_seconds : float
+        Time in which attention waited for pages. On CUDA, copies to the device wait in their stream and do not count.
+    issued, used, wasted : int
+        Pages read ahead of need, those that were then asked for, and those that were not.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    promoted: int = 0
+    demoted: int = 0
+    moved: dict[tuple[str, str], int] = dataclasses.field(default_factory=lambda: defaultdict(int))
+    stall_seconds: float = 0.0
+    issued: int = 0
+    used: int = 0
+    wasted: int = 0
+
+    def read(self, hits: int, misses: int) -> None:
+        """Count pages that attention read."""
+        self.hits += hits
+        self.misses += misses
+
+    @contextlib.contextmanager
+    def stall(self) -> Iterator[None]:
+        """Count the time of the block."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stall_seconds += time.perf_counter() - start
+
+
+class Tiers:
+    """The tiers of one cache, which its layers and forks share.
+
+    Parameters
+    ----------
+    config : PiKVConfig
+        Its `tiers` and `tier_directory`.
+    layers : int
+        Paged layers, times the parts of each, which divide the limits evenly.
+
+    Attributes
+    ----------
+    limits : dict
+        Bytes of the whole cache by tier, fastest first, None for no limit.
+    counters : TierCounters
+        Of all layers and forks.
+    """
+
+    def __init__(self, config: PiKVConfig, layers: int) -> None:
+        given = config.tiers or {}
+        self.limits: dict[str, int | None] = {}
+        for name in (tier for tier in TIERS if tier in given):
+            limit = given[name]
+            self.limits[name] = parse_bytes(limit, f"the limit of tier {name!r}") if isinstance(limit, str) else limit
+        self.layers = layers
+        self.counters = TierCounters()
+        self._parent = config.tier_directory
+        self._directory: Path | None = None
+        self._numbers = itertools.count()
+        self._by_layer: dict[tuple[int, int], LayerTiers] = {}
+        self._worker: ThreadPoolExecutor | None = None
+        # What is being read ahead of need, for any layer.
+        self.readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+
+    def layer(self, index: int, part: int = 0) -> "LayerTiers":
+        """Return what a part of a model layer has of them; forks of a cache share it."""
+        if (index, part) not in self._by_layer:
+            self._by_layer[index, part] = LayerTiers(self, index)
+        return self._by_layer[index, part]
+
+    @property
+    def worker(self) -> ThreadPoolExecutor:
+        """The thread that reads files ahead of need."""
+        if self._worker is None:
+            self._worker = ThreadPoolExecutor(1, thread_name_prefix="pikv-tiers")
+            weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
+        return self._worker
+
+    def forward(self) -> None:
+        """Let pages that have been read ahead go on to the device, beside the computation."""
+        for reading in list(self.readings):
+            reading.forward()
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the files are, None as long as there are none."""
+        return self._directory
+
+    def new_path(self, name: str) -> Path:
+        """Return the path of a file to be made, in a directory that is removed with the cache.
+
+        Raises
+        ------
+        PageFileError
+            If the directory cannot be made.
+        """
+        if self._directory is None:
+            try:
+                if self._parent is not None:
+                    Path(self._parent).mkdir(parents=True, exist_ok=True)
+                self._directory = Path(tempfile.mkdtemp(prefix="pikv-", dir=self._parent))
+            except OSError as error:
+                where = Path(self._parent or tempfile.gettempdir())
+                raise PageFileError(where, None, "a new directory in it", str(error)) from error
+            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
+        return self._directory / f"{name}-{next(self._numbers)}.pages"
+
+    def bytes_used(self) -> dict[str, int]:
+        """Return the bytes that pages take by tier: memory as allocated, files as long as they are."""
+        used = dict.fromkeys(self.limits, 0)
+        for layer in self._by_layer.values():
+            for tier in layer.names:
+                used[tier] += layer.bytes_used(tier)
+        return used
+
+    def pages(self) -> dict[str, int]:
+        """Return the pages in use by the fastest tier that has them."""
+        found = dict.fromkeys(self.limits, 0)
+        for layer in self._by_layer.values():
+            for pool in layer.pools:
+                for tier, count in pool.pages_by_tier().items():
+                    found[tier] += count
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return limits, what is used and what was counted as plain values."""
+        counted = self.counters
+        reads = counted.hits + counted.misses
+        return {
+            "limits": dict(self.limits),
+            "bytes": self.bytes_used(),
+            "pages": self.pages(),
+            "hits": counted.hits,
+            "misses": counted.misses,
+            "hit_rate": counted.hits / reads if reads else None,
+            "promoted": counted.promoted,
+            "demoted": counted.demoted,
+            "bytes_moved": {f"{source}->{target}": moved for (source, target), moved in counted.moved.items()},
+            "stall_seconds": counted.stall_seconds,
+            "prefetches": {"issued": counted.issued, "used": counted.used, "wasted": counted.wasted},
+        }
+
+
+class LayerTiers:
+    """One layer's part of the tiers, which its pools share. Made by :meth:`Tiers.layer`."""
+
+    def __init__(self, tiers: Tiers, index: int) -> None:
+        self.tiers = tiers
+        self.index = index
+        self.names = list(tiers.limits)
+        self._pools: weakref.WeakSet[TieredPool] = weakref.WeakSet()
+
+    @property
+    def counters(self) -> TierCounters:
+        """Those of the cache."""
+        return self.tiers.counters
+
+    @property
+    def fast(self) -> str:
+        """The tier that attention reads in place."""
+        return self.names[0]
+
+    @property
+    def pools(self) -> list["TieredPool"]:
+        """The pools that exist."""
+        return list(self._pools)
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ValueError if the fastest tier is not where attention runs."""
+        allowed = ("device", "cpu") if device.type == "cpu" else ("device",)
+        if self.fast not in allowed:
+            raise ValueError(
+                f"layer {self.index} attends on {device}, so tiers need a limit for {' or '.join(map(repr, allowed))}; "
+                f"got {', '.join(map(repr, self.names))}"
+            )
+
+    def limit(self, tier: str) -> int | None:
+        """Return the bytes that this layer may have in a tier, None for no limit."""
+        limit = self.tiers.limits[tier]
+        return None if limit is None else limit // self.tiers.layers
+
+    def bytes_used(self, tier: str) -> int:
+        """Return the bytes that the layer's pages take in a tier."""
+        return sum(pool.tier_bytes(tier) for pool in self._pools)
+
+    def room(self, tier: str) -> int:
+        """Return how many bytes more the layer may take in a tier."""
+        limit = self.limit(tier)
+        return sys.maxsize if limit is None else max(0, limit - self.bytes_used(tier))
+
+    def check_limit(self, page_bytes: int) -> None:
+        """Raise ValueError if fast memory cannot hold a few pages of this size."""
+        limit, needed = self.limit(self.fast), MIN_FRAMES * page_bytes
+        if limit is not None and limit < needed:
+            raise ValueError(
+                f"tier {self.fast!r} may hold {self.tiers.limits[self.fast]} bytes, {limit} in each of "
+                f"{self.tiers.layers} layers, but layer {self.index} needs {needed} for {MIN_FRAMES} pages of each kind"
+            )
+
+    def add(self, pool: "TieredPool") -> None:
+        """Let another pool share the limits. Raises ValueError if these are too small for all."""
+        self.check_limit(pool.page_bytes + sum(other.page_bytes for other in self._pools))
+        self._pools.add(pool)
+
+    def remove(self, pool: "TieredPool") -> None:
+        """Take back what :meth:`add` did."""
+        self._pools.discard(pool)
+
+    def make_room(self, pool: "TieredPool", pages: int) -> None:
+        """Have the pool that keeps most of its pages in fast memory give some of it to one that keeps fewer."""
+        while others := [other for other in self._pools if other is not pool and other.frames_made > MIN_FRAMES]:
+            giver = max(others, key=lambda other: other.resident_share())
+            starving = pool.frames_made < MIN_FRAMES and self.room(self.fast) < MIN_FRAMES * pool.page_bytes
+            if not starving and giver.resident_share() <= 1.5 * pool.resident_share(pages):
+                return
+            wanted = -(-pages * pool.page_bytes // giver.page_bytes)
+            # Some more at a time, since its tensors are copied.
+            giver.shrink(max(MIN_FRAMES, giver.frames_made - max(wanted, giver.frames_made // 16, 1)))
+            if self.room(self.fast) >= pages * pool.page_bytes:
+                return
+
+    def new_path(self, pool: str, shard: int) -> Path:
+        """Return the path of a new file; see :meth:`Tiers.new_path`."""
+        return self.tiers.new_path(f"layer{self.index}-{pool.replace('/', '_')}-shard{shard}")
+
+    def make_disk_room(self, needed: int) -> None:
+        """Make room for bytes on disk, where records of pages that are gone, or also in memory, take it.
+
+        Raises
+        ------
+        TierFull
+            If there is too little.
+        """
+        if self.room("disk") >= needed:
+            return
+        if self.room("disk") + sum(pool.lower.dead_bytes for pool in self._pools) < needed:
+            for pool in self.pools:
+                pool.forget_records()
+        for pool in self.pools:
+            pool.lower.rewrite_files()
+        if (room := self.room("disk")) < needed:
+            raise TierFull(
+                f"layer {self.index}: tier 'disk' may hold {self.tiers.limits['disk']} bytes, {self.limit('disk')} in "
+                f"each of {self.tiers.layers} layers; {needed} more are needed, {room} are left"
+            )
