@@ -6,12 +6,12 @@ they evict or narrow is really freed, head by head.
 
 import kvpress  # noqa: F401  Patches the attention functions it finds; PiKV's is registered after it.
 
-from pikv_hf.presses.duo import DuoPress
-from pikv_hf.presses.expert import ExpertPress
-from pikv_hf.presses.lora import LoRAPress
-from pikv_hf.presses.pikv import PiKVPress
-from pikv_hf.presses.pyramid import PyramidPress
-from pikv_hf.presses.query_aware import QueryAwarePress
-from pikv_hf.presses.rowwise import RowwisePress
+from pikv_hf.presses.duo_press import DuoPress
+from pikv_hf.presses.expert_press import ExpertPress
+from pikv_hf.presses.lora_press import LoRAPress
+from pikv_hf.presses.pikv_press import PiKVPress
+from pikv_hf.presses.pyramid_press import PyramidPress
+from pikv_hf.presses.query_aware_press import QueryAwarePress
+from pikv_hf.presses.rowwise_press import RowwisePress
 
 __all__ = ["DuoPress", "ExpertPress", "LoRAPress", "PiKVPress", "PyramidPress", "QueryAwarePress", "RowwisePress"]

@@ -13,8 +13,8 @@ from transformers import DynamicCache, StaticCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, PyramidPress, QueryAwarePress
-from pikv_hf.presses.budget import Budget
-from pikv_hf.presses.pyramid import falling_shares
+from pikv_hf.presses.press_budget import Budget
+from pikv_hf.presses.pyramid_press import falling_shares
 
 
 def counts_of(cache: PiKVCache) -> torch.Tensor:

@@ -11,9 +11,9 @@ from families import FAMILIES
 from press_runs import attached, held_by, ids_of, padded, read, shared_model
 from transformers import DynamicCache
 
-import pikv_hf.presses.duo as duo
+import pikv_hf.presses.duo_press as duo
 from pikv_hf.presses import DuoPress
-from pikv_hf.presses.heads import HeadScores, find_head_scores
+from pikv_hf.presses.retrieval_heads import HeadScores, find_head_scores
 
 #: Frequencies so low that hardly a channel is turned.
 NO_ROTATION = {"rope_type": "default", "rope_theta": 1e30}

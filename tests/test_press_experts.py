@@ -10,9 +10,9 @@ from transformers import DynamicCache
 
 from pikv_hf.integration.attachment import attach
 from pikv_hf.presses import ExpertPress, PyramidPress, QueryAwarePress
-from pikv_hf.presses.expert import dealt, expert_importance
-from pikv_hf.presses.pyramid import shards_of, shares
-from pikv_hf.presses.routing import routing_below, routing_of, unwatch_routers, watch_routers
+from pikv_hf.presses.expert_press import dealt, expert_importance
+from pikv_hf.presses.expert_routing import routing_below, routing_of, unwatch_routers, watch_routers
+from pikv_hf.presses.pyramid_press import shards_of, shares
 
 TOKENS = 80
 

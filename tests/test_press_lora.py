@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.presses import LoRAPress, QueryAwarePress
-from pikv_hf.presses.lora import projected, rank_of_error
+from pikv_hf.presses.lora_press import projected, rank_of_error
 
 TOKENS = 400
 
@@ -170,7 +170,7 @@ def test_answers_are_those_of_projected_tokens(dtype: torch.dtype) -> None:
 
 
 def test_that_nothing_is_saved_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    from pikv_hf.presses import lora
+    from pikv_hf.presses import lora_press as lora
 
     lora.logger.warning_once.cache_clear()  # type: ignore[attr-defined]
     model = shared_model()

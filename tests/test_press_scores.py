@@ -10,7 +10,7 @@ from press_runs import attached, ids_of, padded, read, shared_model
 from transformers import DynamicCache
 
 from pikv_hf.presses import QueryAwarePress
-from pikv_hf.presses.query_aware import by_page
+from pikv_hf.presses.query_aware_press import by_page
 
 WINDOW, TOKENS = 12, 70
 CHECKED = [

@@ -18,8 +18,8 @@ from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.kernels.seal_pages import seal_pages
-from pikv_hf.presses import utility
-from pikv_hf.presses.water_filling import PageCost
+from pikv_hf.presses import eviction_loss as utility
+from pikv_hf.presses.bit_allocation import PageCost
 
 #: Tokens per page.
 PAGE = 32

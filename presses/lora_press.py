@@ -8,7 +8,7 @@ import torch
 
 from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, fit_basis
 from pikv_hf.config import PiKVConfig
-from pikv_hf.presses.base import LayerView, ObservingPress
+from pikv_hf.presses.base_press import LayerView, ObservingPress
 
 logger = logging.getLogger(__name__)
 

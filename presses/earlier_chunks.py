@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.presses.base import LayerView
+from pikv_hf.presses.base_press import LayerView
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ from torch import nn
 from pikv_hf.kernels import open_pages, seal_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.presses.base import LayerView
-from pikv_hf.presses.earlier import Earlier
-from pikv_hf.presses.joint import JointPress
-from pikv_hf.presses.observation import attention_mass, observed
-from pikv_hf.presses.utility import SMOOTHING, WIDTH_LOSS, eviction_loss, output_gram, value_distance
-from pikv_hf.presses.water_filling import EVICTED, FULL, PageCost, allocate, pages_nbytes
+from pikv_hf.presses.base_press import LayerView
+from pikv_hf.presses.bit_allocation import EVICTED, FULL, PageCost, allocate, pages_nbytes
+from pikv_hf.presses.earlier_chunks import Earlier
+from pikv_hf.presses.eviction_loss import SMOOTHING, WIDTH_LOSS, eviction_loss, output_gram, value_distance
+from pikv_hf.presses.joint_press import JointPress
+from pikv_hf.presses.observed_queries import attention_mass, observed
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ OUTSIZED, HUGE = 8.0, 64.0
 class PiKVPress(JointPress):
     """Gives every token of every KV head a width, full, int8, int4, int2 or none, under one byte budget.
 
-    What evicting a token costs is estimated by :func:`~pikv_hf.presses.utility.eviction_loss`: the attention that it
+    What evicting a token costs is estimated by :func:`~pikv_hf.presses.eviction_loss.eviction_loss`: the attention that it
     can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the mean of
     its head behind the output projection. That is in units of the residual stream, which heads and layers share: heads
     that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of losing it.

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pikv_hf.presses.base import ObservingPress
-from pikv_hf.presses.observation import attention_mass, observed
+from pikv_hf.presses.base_press import ObservingPress
+from pikv_hf.presses.observed_queries import attention_mass, observed
 
 
 @dataclass

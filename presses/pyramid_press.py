@@ -7,10 +7,10 @@ import torch
 
 from pikv_hf.integration.attachment import attachment_of
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.presses.base import LayerView
-from pikv_hf.presses.joint import JointPress
-from pikv_hf.presses.query_aware import QueryAwarePress
-from pikv_hf.presses.routing import routing_of, watch_routers
+from pikv_hf.presses.base_press import LayerView
+from pikv_hf.presses.expert_routing import routing_of, watch_routers
+from pikv_hf.presses.joint_press import JointPress
+from pikv_hf.presses.query_aware_press import QueryAwarePress
 from pikv_hf.sharding.placement import expert_placement, hash_placement
 
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pikv_hf.presses.query_aware import QueryAwarePress
-from pikv_hf.presses.routing import routing_below, watch_routers
+from pikv_hf.presses.expert_routing import routing_below, watch_routers
+from pikv_hf.presses.query_aware_press import QueryAwarePress
 
 
 @dataclass

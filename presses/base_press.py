@@ -15,9 +15,9 @@ from pikv_hf import PiKVCache
 from pikv_hf.integration.attachment import attach
 from pikv_hf.integration.mask_function import new_tokens_valid
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.presses.budget import Budget, Given
-from pikv_hf.presses.observation import is_watched, unwatch, watch
-from pikv_hf.presses.routing import is_routed, unwatch_routers
+from pikv_hf.presses.expert_routing import is_routed, unwatch_routers
+from pikv_hf.presses.observed_queries import is_watched, unwatch, watch
+from pikv_hf.presses.press_budget import Budget, Given
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from pikv_hf.integration.attachment import attachment_of
-from pikv_hf.presses.base import LayerView, ObservingPress
+from pikv_hf.presses.base_press import LayerView, ObservingPress
 
 
 @dataclass

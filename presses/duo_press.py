@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from pikv_hf.presses.base import LayerView, ObservingPress
-from pikv_hf.presses.heads import HeadScores, find_head_scores, layers_and_heads
+from pikv_hf.presses.base_press import LayerView, ObservingPress
+from pikv_hf.presses.retrieval_heads import HeadScores, find_head_scores, layers_and_heads
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class DuoPress(ObservingPress):
     """Streaming heads keep sinks and recent tokens only; heads that look things up keep all (arXiv 2410.10819).
 
     Which heads do is found once per model, on text in which a random passkey has to be found again, by
-    :func:`~pikv_hf.presses.heads.find_head_scores`; no download and no training. The scores are kept in
+    :func:`~pikv_hf.presses.retrieval_heads.find_head_scores`; no download and no training. The scores are kept in
     `pikv_duo_heads.json` next to the model if it is in a folder that can be written, and read from there. The heads of
     the lowest scores stream, as many as the budget asks for.
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from pikv_hf.integration.attachment import ensure_attached
 from pikv_hf.integration.expert_router import Lazy
-from pikv_hf.presses.observation import Observer
+from pikv_hf.presses.observed_queries import Observer
 
 _ATTRIBUTE, _BELOW = "_pikv_routing", "_pikv_routing_below"
 

@@ -11,7 +11,7 @@ from kvpress import BasePress
 from torch import nn
 
 from pikv_hf.layer.kv_assignment import token_hashes
-from pikv_hf.presses.base import LayerView, ObservingPress, hold, view_of
+from pikv_hf.presses.base_press import LayerView, ObservingPress, hold, view_of
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from pikv_hf.integration.attachment import attach
-from pikv_hf.presses.observation import attention_mass, is_watched, observed, unwatch, watch
+from pikv_hf.presses.observed_queries import attention_mass, is_watched, observed, unwatch, watch
 
 
 @dataclass(frozen=True)
