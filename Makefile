@@ -57,31 +57,31 @@ presses: $(INSTALLED) ## Measure the table of presses at equal bytes of the READ
 	$(BIN)/pikv report budgets $(PRESSES) --output $(PRESSES)
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
-EXPERIMENT := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.experiments
+STUDY := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies
 codecs: $(INSTALLED) ## Measure the codec table of the README, and print it
-	$(EXPERIMENT).codec_schemes --output eval/results
-	$(EXPERIMENT).low_rank --output eval/results
-	$(EXPERIMENT).codec_costs --output eval/results
+	$(STUDY).codecs.quantisation_schemes_study --output eval/results
+	$(STUDY).codecs.low_rank_bases --output eval/results
+	$(STUDY).codecs.codec_costs --output eval/results
 	$(EVAL) run eval/codecs.yaml --output eval/results/codecs $(FLAGS)
 	$(BIN)/pikv bench decode --codec all --batch 1 --tokens 32768 --tokens 131072 \
 	  --output eval/results/bench-codecs-cpu.json
-	@$(EXPERIMENT).codec_report eval/results
+	@$(STUDY).codecs.codec_table eval/results
 
 routing: $(INSTALLED) ## Measure what routing covers and costs, and its tables in docs/routing.md
-	$(EXPERIMENT).routing_study --output eval/results/routing.json
+	$(STUDY).routing.routing_study --output eval/results/routing.json
 	$(BIN)/pikv bench decode --routing page_bound --batch 1 --tokens 16384 --tokens 131072 --codec none --codec int4 \
 	  --output eval/results/bench-routing-cpu.json
 
 plan: $(INSTALLED) ## Validate the plan against caches and benchmarks here, simulate many devices, study placements
-	$(BIN)/python -P -m pikv_hf.eval.plan_validation --output eval/results/plan-validation.json
+	$(BIN)/python -P -m pikv_hf.eval.studies.planning.plan_validation --output eval/results/plan-validation.json
 	$(BIN)/pikv plan --model Qwen/Qwen3-30B-A3B --context 131072 --batch 8 --devices H200 --simulate \
 	  --output eval/results/simulation-qwen3-30b-a3b.json --plot eval/results/simulation-qwen3-30b-a3b.png
-	$(EXPERIMENT).placement_study --output eval/results/placement.json
+	$(STUDY).placement.placement_study --output eval/results/placement.json
 	$(BIN)/pikv bench processes --output eval/results/bench-processes-cpu.json
 
 budgets: $(INSTALLED) ## Measure budgets: access traces, accuracy under each scheduler, constant memory and time
-	$(EXPERIMENT).page_traces --output eval/results/page-traces.json
-	$(EXPERIMENT).budget_study --output eval/results/budgets.json
+	$(STUDY).scheduling.page_traces --output eval/results/page-traces.json
+	$(STUDY).scheduling.budget_study --output eval/results/budgets.json
 	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
 	$(BIN)/pikv bench chunks --output eval/results/bench-chunks-cpu.json
 	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json

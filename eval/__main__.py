@@ -1,6 +1,6 @@
 """``python -m pikv_hf.eval``, for ``accelerate launch -m pikv_hf.eval ruler ...``: the same as ``pikv eval``."""
 
-from pikv_hf.eval.cli_eval import app
+from pikv_hf.eval.cli.eval_command import app
 
 if __name__ == "__main__":
     app(prog_name="pikv eval")

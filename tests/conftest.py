@@ -32,7 +32,7 @@ def _one_thread_each() -> None:
 @pytest.fixture(scope="session")
 def reference_model() -> tuple[Any, Any]:
     """Return the bundled model and its tokenizer."""
-    from pikv_hf.eval.models import load_model
+    from pikv_hf.eval.runner.models import load_model
 
     return load_model(device="cpu")
 

@@ -13,7 +13,7 @@ from kvpress.presses.fastkvzip_press import FastKVzipGate
 from kvpress.presses.kvzap_press import KVzapConfig, KVzapModel
 from peft import LoraConfig
 
-from pikv_hf.eval.reference import reference_model_path
+from pikv_hf.eval.reference.load import reference_model_path
 from pikv_hf.eval.tasks import reference
 
 VOCAB = 953

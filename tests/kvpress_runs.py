@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoTokenizer, DynamicCache, pipeli
 from transformers.masking_utils import AttentionMaskInterface
 
 from pikv_hf import PiKVCache, PiKVConfig
-from pikv_hf.eval.reference import reference_model_path
+from pikv_hf.eval.reference.load import reference_model_path
 
 NEW_TOKENS = 6
 #: So small that a few hundred tokens fill many pages.

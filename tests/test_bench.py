@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from pikv_hf.eval.bench import Timing, run_decode, run_prefill, run_reorder
-from pikv_hf.eval.bench_generation import run_chunks, run_generation
-from pikv_hf.eval.bench_press import PRESSES, run_presses
-from pikv_hf.eval.cli import app
+from pikv_hf.eval.bench.decode import Timing, run_decode, run_prefill, run_reorder
+from pikv_hf.eval.bench.generation import run_chunks, run_generation
+from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
+from pikv_hf.eval.cli.main import app
 
 
 def test_decode_steps_agree() -> None:

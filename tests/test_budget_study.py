@@ -10,10 +10,18 @@ import pytest
 import torch
 
 from pikv_hf.config import SCHEDULERS
-from pikv_hf.eval.experiments import budget_runs, budget_study
-from pikv_hf.eval.experiments.budget_runs import GENERATED, NEEDLES, OPTIONS, PROMPT, RANDOM, Generator, make_cache
-from pikv_hf.eval.experiments.budget_study import SEQUENTIAL, SHARES, Study, interval, main, tables_of
-from pikv_hf.eval.synthetic import text
+from pikv_hf.eval.reference.synthetic import text
+from pikv_hf.eval.studies.scheduling import budget_runs, budget_study
+from pikv_hf.eval.studies.scheduling.budget_runs import (
+    GENERATED,
+    NEEDLES,
+    OPTIONS,
+    PROMPT,
+    RANDOM,
+    Generator,
+    make_cache,
+)
+from pikv_hf.eval.studies.scheduling.budget_study import SEQUENTIAL, SHARES, Study, interval, main, tables_of
 from pikv_hf.eval.tasks import reference
 
 RESULTS = Path(__file__).parents[1] / "eval" / "results" / "budgets.json"
@@ -153,5 +161,5 @@ def test_the_default_scheduler_is_among_the_best(results: dict[str, Any]) -> Non
 
 
 def test_the_committed_results_say_where_they_come_from(results: dict[str, Any]) -> None:
-    assert results["command"].startswith("python -m pikv_hf.eval.experiments.budget_study")
+    assert results["command"].startswith("python -m pikv_hf.eval.studies.scheduling.budget_study")
     assert not re.search(r'[ "=]/\w|~/', RESULTS.read_text()), "the file names a folder of the machine"

@@ -12,14 +12,21 @@ from report_folders import write_run
 
 from pikv_hf import PiKVCache
 from pikv_hf.config import CODECS
-from pikv_hf.eval.bench import Comparison, filled_pikv, geometry_model
-from pikv_hf.eval.bench import Timing as CpuTiming
+from pikv_hf.eval.bench.decode import Comparison, filled_pikv, geometry_model
+from pikv_hf.eval.bench.decode import Timing as CpuTiming
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.experiments import codec_costs, codec_report, data
-from pikv_hf.eval.experiments.attention_error import PAGE, WINDOW, Subject
-from pikv_hf.eval.experiments.codec_costs import CHOICES, Choice, Measured, Packed, Reader, measure_errors
-from pikv_hf.eval.experiments.codec_report import NOT_MEASURED, codec_table
-from pikv_hf.eval.experiments.data import (
+from pikv_hf.eval.gpu.attention_speed import AttentionSpeed
+from pikv_hf.eval.gpu.copy_speed import as_row
+from pikv_hf.eval.gpu.timing import Timing as GpuTiming
+from pikv_hf.eval.report.result_rows import write_rows
+from pikv_hf.eval.runner.options import read_options
+from pikv_hf.eval.studies.codecs import codec_costs
+from pikv_hf.eval.studies.codecs import codec_table as codec_report
+from pikv_hf.eval.studies.codecs import sample_kv as data
+from pikv_hf.eval.studies.codecs.attention_error import PAGE, WINDOW, Subject
+from pikv_hf.eval.studies.codecs.codec_costs import CHOICES, Choice, Measured, Packed, Reader, measure_errors
+from pikv_hf.eval.studies.codecs.codec_table import NOT_MEASURED, codec_table
+from pikv_hf.eval.studies.codecs.sample_kv import (
     GEOMETRIES,
     OBSERVED,
     QUERIES,
@@ -27,11 +34,6 @@ from pikv_hf.eval.experiments.data import (
     random_inputs,
     reference_inputs,
 )
-from pikv_hf.eval.experiments.results import write_rows
-from pikv_hf.eval.gpu.attention_speed import AttentionSpeed
-from pikv_hf.eval.gpu.bench import as_row
-from pikv_hf.eval.gpu.timing import Timing as GpuTiming
-from pikv_hf.eval.runner.options import read_options
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "eval" / "results"

@@ -12,7 +12,7 @@ from pikv_hf import PiKVCache, detach
 from pikv_hf.codecs.codec import fit_basis
 from pikv_hf.codecs.page_encoder import GUARD, Sealer
 from pikv_hf.config import CODECS, PiKVConfig
-from pikv_hf.eval.bench import filled_pikv, geometry_model
+from pikv_hf.eval.bench.decode import filled_pikv, geometry_model
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.pages.packed_pool import SealedPool
 from pikv_hf.reports.memory_report import live_bytes

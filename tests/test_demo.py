@@ -9,10 +9,10 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from typer.testing import CliRunner
 
 from pikv_hf import PiKVCache
-from pikv_hf.eval import demo
-from pikv_hf.eval.cli import app
-from pikv_hf.eval.demo_measure import Answer, CacheKind, first_difference, pikv_cache, total_bytes
-from pikv_hf.eval.tokenizer import build_tokenizer
+from pikv_hf.eval.cli.main import app
+from pikv_hf.eval.demo import demo
+from pikv_hf.eval.demo.measure import Answer, CacheKind, first_difference, pikv_cache, total_bytes
+from pikv_hf.eval.reference.tokenizer import build_tokenizer
 
 LAYERS, EXPERTS = 2, 8
 SHORT = ("--tokens", "600", "--max-new-tokens", "6")

@@ -8,7 +8,7 @@ from families import FAMILIES
 from transformers import DynamicCache, pipeline
 
 from pikv_hf.eval.runner.caches import cache_factory
-from pikv_hf.eval.runner.memory import DynamicFootprint, PeakMemory, stored_bytes
+from pikv_hf.eval.runner.memory_meter import DynamicFootprint, PeakMemory, stored_bytes
 from pikv_hf.eval.runner.meter import Meter
 from pikv_hf.eval.runner.perplexity import score_window
 from pikv_hf.eval.runner.presses import press_factory

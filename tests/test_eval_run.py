@@ -12,11 +12,11 @@ import yaml
 from typer.testing import CliRunner
 
 from pikv_hf.eval import evaluate_cache
-from pikv_hf.eval.cli import app
+from pikv_hf.eval.cli.main import app
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.report import load_runs, write_report
 from pikv_hf.eval.runner.protocol import Asker
-from pikv_hf.eval.runner.summary import interval
+from pikv_hf.eval.runner.run_summary import interval
 from pikv_hf.eval.tasks import needle, reference
 
 SMALL = {"length": 300, "samples": 2, "progress": False}
@@ -100,7 +100,7 @@ def test_means_and_intervals_are_over_tasks(finished):
 def test_a_finished_run_is_read_instead_of_repeated(finished, monkeypatch):
     result, root = finished
     # Neither the model nor any sample is needed.
-    monkeypatch.setattr("pikv_hf.eval.models.load_reference_model", None)
+    monkeypatch.setattr("pikv_hf.eval.runner.models.load_reference_model", None)
     monkeypatch.setattr(Asker, "ask", None)
     again = evaluate_cache(cache="dynamic", press="SnapKVPress", ratio=0.5, output=root, **SMALL)
     assert again.skipped

@@ -10,19 +10,20 @@ import pytest
 import torch
 
 from pikv_hf.codecs.page_encoder import GUARD
-from pikv_hf.eval.experiments import codec_schemes, low_rank
-from pikv_hf.eval.experiments.attention_error import PAGE, WINDOW, Subject
-from pikv_hf.eval.experiments.data import (
-    DIFFICULT,
-    QUERIES,
-    AttentionInput,
-    difficult,
-    random_inputs,
-    reference_inputs,
+from pikv_hf.eval.studies.codecs import low_rank_bases as low_rank
+from pikv_hf.eval.studies.codecs import quantisation_schemes_study as codec_schemes
+from pikv_hf.eval.studies.codecs.attention_error import PAGE, WINDOW, Subject
+from pikv_hf.eval.studies.codecs.low_rank_bases import (
+    FITS,
+    Fit,
+    byte_share,
+    decode,
+    fit_basis,
+    project,
+    rank_of_equal_bytes,
 )
-from pikv_hf.eval.experiments.guard import guard_by_rule, guard_pages, page_errors
-from pikv_hf.eval.experiments.low_rank import FITS, Fit, byte_share, decode, fit_basis, project, rank_of_equal_bytes
-from pikv_hf.eval.experiments.schemes import (
+from pikv_hf.eval.studies.codecs.page_guard import guard_by_rule, guard_pages, page_errors
+from pikv_hf.eval.studies.codecs.quantisation_schemes import (
     KEY_SCHEMES,
     KIND_OF_BITS,
     VALUE_SCHEMES,
@@ -30,6 +31,14 @@ from pikv_hf.eval.experiments.schemes import (
     Shipped,
     Unchanged,
     hadamard,
+)
+from pikv_hf.eval.studies.codecs.sample_kv import (
+    DIFFICULT,
+    QUERIES,
+    AttentionInput,
+    difficult,
+    random_inputs,
+    reference_inputs,
 )
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind

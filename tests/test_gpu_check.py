@@ -21,24 +21,26 @@ from pikv_hf.eval.gpu import (
     check_attention,
     check_pages,
     command,
-    report,
     session,
     sweep,
     targets,
     timing,
 )
+from pikv_hf.eval.gpu import (
+    run_report as report,
+)
 from pikv_hf.eval.gpu.arena import Arena, pages_bytes, random_pages
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed, attention_speeds, random_problem
-from pikv_hf.eval.gpu.bench import Bench, as_row, copy_speed
-from pikv_hf.eval.gpu.budget import NO_TIME, Budget
 from pikv_hf.eval.gpu.check_attention import AttentionCase, attention_plan, attention_plans
 from pikv_hf.eval.gpu.check_pages import page_plans
 from pikv_hf.eval.gpu.checks import FLOOR, Check, Outcome, Place, Plan, bound_of, max_difference, run_checks, why_red
+from pikv_hf.eval.gpu.copy_speed import Bench, as_row, copy_speed
 from pikv_hf.eval.gpu.dense import dense_speed
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, Geometry, Shape, attention_cases, scattered_layout
 from pikv_hf.eval.gpu.page_speed import Sizes
 from pikv_hf.eval.gpu.pools import ragged_layout, sealed_pool
 from pikv_hf.eval.gpu.references import attended, gathered
+from pikv_hf.eval.gpu.time_limit import NO_TIME, Budget
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import KINDS, PageCodes

@@ -13,12 +13,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import ByT5Tokenizer, PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pikv_hf.eval.metrics import METRICS
+from pikv_hf.eval.reference.tokenizer import build_tokenizer
 from pikv_hf.eval.tasks.longbench import SETS, SETS_E, bucket, bundled_sample, load, records, score, truncate_middle
 from pikv_hf.eval.tasks.longbench.fit import fit, frame
 from pikv_hf.eval.tasks.longbench.templates import PROMPTS, parse_template
 from pikv_hf.eval.tasks.longbench.truncate import count_tokens
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.eval.tokenizer import build_tokenizer
 
 METRIC_OF = {
     "qa_f1": ("narrativeqa", "qasper", "multifieldqa_en", "hotpotqa", "2wikimqa", "musique", "triviaqa"),

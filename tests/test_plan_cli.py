@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from pikv_hf.eval.cli import app
-from pikv_hf.eval.cli_plan import MODEL_CONFIGS, parse_budget, parse_routing
+from pikv_hf.eval.cli.main import app
+from pikv_hf.eval.cli.plan_command import MODEL_CONFIGS, parse_budget, parse_routing
 from pikv_hf.planning.capacity import measured_loads
 from pikv_hf.planning.simulate.routing_trace import RoutingTrace, save_trace
 

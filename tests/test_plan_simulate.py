@@ -8,8 +8,8 @@ import pytest
 from transformers import Qwen3MoeConfig
 from typer.testing import CliRunner
 
-from pikv_hf.eval.cli import app
-from pikv_hf.eval.simulation_view import amount
+from pikv_hf.eval.cli.main import app
+from pikv_hf.eval.cli.simulation_view import amount
 from pikv_hf.planning.simulate.placements import PLACEMENTS
 from pikv_hf.planning.simulate.routing_trace import save_trace, synthetic_trace
 from pikv_hf.planning.simulate.simulation import COUNTS

@@ -13,9 +13,15 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from pikv_hf import PiKVConfig
-from pikv_hf.eval.bench import _decode_inputs, _our_step, filled_pikv, geometry_model
-from pikv_hf.eval.cli_plan import MODEL_CONFIGS
-from pikv_hf.eval.plan_validation_memory import filled, memory_cells, part_cells, part_errors, small_model
+from pikv_hf.eval.bench.decode import _decode_inputs, _our_step, filled_pikv, geometry_model
+from pikv_hf.eval.cli.plan_command import MODEL_CONFIGS
+from pikv_hf.eval.studies.planning.plan_validation_memory import (
+    filled,
+    memory_cells,
+    part_cells,
+    part_errors,
+    small_model,
+)
 from pikv_hf.planning.cache_memory import cache_bytes, packed_page_bytes, part_bytes
 from pikv_hf.planning.calibration import calibrated_cpu
 from pikv_hf.planning.capacity import expected_pages, measured_loads, shard_capacity, uniform_loads

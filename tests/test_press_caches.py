@@ -21,17 +21,8 @@ from press_runs import (
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, PiKVConfig
-from pikv_hf.presses import (
-    DuoPress,
-    ExpertPress,
-    LoRAPress,
-    PiKVPress,
-    PyramidPress,
-    QueryAwarePress,
-)
-from pikv_hf.presses import (
-    pikv_press as pikv,
-)
+from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, PyramidPress, QueryAwarePress
+from pikv_hf.presses import pikv_press as pikv
 
 TOKENS = 120
 #: Presses whose layers or heads keep different numbers of tokens, which other caches can only hide.

@@ -7,7 +7,7 @@ import pytest
 from report_folders import question_rows, write_run
 from typer.testing import CliRunner
 
-from pikv_hf.eval.cli import app
+from pikv_hf.eval.cli.main import app
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.report import budget_figure, budget_table, load_runs
 from pikv_hf.eval.report.budgets import CACHE, CONTROL, SHARDED, TOLERANCE, VARIANTS, methods, one_group

@@ -13,7 +13,14 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pikv_hf.eval.evaluate_reference import (
+from pikv_hf.eval.reference.load import load_reference_model, reference_model_path, verify_digest, write_digest
+from pikv_hf.eval.reference.synthetic.words import KEYS
+from pikv_hf.eval.reference.tokenizer import build_tokenizer, vocabulary
+from pikv_hf.eval.training import trainer as trainer_module
+from pikv_hf.eval.training.batches import BatchBuilder
+from pikv_hf.eval.training.curriculum import CURRICULUM, FIRST_POOL, Progress, Stage
+from pikv_hf.eval.training.documents import TRAINING_TASKS, Segment
+from pikv_hf.eval.training.evaluate import (
     answer,
     count_expert_loads,
     entropy_share,
@@ -21,15 +28,8 @@ from pikv_hf.eval.evaluate_reference import (
     expert_balance,
     measure,
 )
-from pikv_hf.eval.model_card import accuracy_table, write_model_card
-from pikv_hf.eval.reference import load_reference_model, reference_model_path, verify_digest, write_digest
-from pikv_hf.eval.synthetic.words import KEYS
-from pikv_hf.eval.tokenizer import build_tokenizer, vocabulary
-from pikv_hf.eval.training import trainer as trainer_module
-from pikv_hf.eval.training.batches import BatchBuilder
-from pikv_hf.eval.training.curriculum import CURRICULUM, FIRST_POOL, Progress, Stage
-from pikv_hf.eval.training.documents import TRAINING_TASKS, Segment
 from pikv_hf.eval.training.model import balance_loss, build_model, build_optimizers
+from pikv_hf.eval.training.model_card import accuracy_table, write_model_card
 from pikv_hf.eval.training.muon import Muon, orthogonalize
 from pikv_hf.eval.training.trainer import Settings, Trainer
 
@@ -236,7 +236,7 @@ class TestTraining:
     def test_script_trains_saves_and_verifies(self, tmp_path: Path) -> None:
         work, out = tmp_path / "work", tmp_path / "out"
         # A process of its own: the script sets environment variables and a signal handler.
-        script = [sys.executable, "-m", "pikv_hf.eval.train_reference", "--steps-scale", "0"]
+        script = [sys.executable, "-m", "pikv_hf.eval.training.train", "--steps-scale", "0"]
         subprocess.run([*script, "--work-dir", work, "--out", out], cwd=tmp_path, check=True, capture_output=True)
         verify_digest(out)
         record = json.loads((out / "training.json").read_text())

@@ -6,7 +6,7 @@ import pytest
 from report_folders import write_run, write_suite
 from typer.testing import CliRunner
 
-from pikv_hf.eval.cli import app
+from pikv_hf.eval.cli.main import app
 
 
 def report(*arguments: object) -> tuple[int, str]:

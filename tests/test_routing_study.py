@@ -7,9 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from pikv_hf.eval.experiments import routing_study
-from pikv_hf.eval.experiments.routing_study import SHARES, TARGETS, Part, plan
-from pikv_hf.eval.experiments.routing_trace import PLACEMENTS, Layout, Reader, Rule, page_attention, pages_of, routed
+from pikv_hf.eval.studies.routing import routing_study
+from pikv_hf.eval.studies.routing.decode_trace import (
+    PLACEMENTS,
+    Layout,
+    Reader,
+    Rule,
+    page_attention,
+    pages_of,
+    routed,
+)
+from pikv_hf.eval.studies.routing.routing_study import SHARES, TARGETS, Part, plan
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.sample import EvalSample
 

@@ -18,7 +18,7 @@ from kvpress.pipeline import KVPressTextGenerationPipeline
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pikv_hf.eval.reference import reference_model_path
+from pikv_hf.eval.reference.load import reference_model_path
 from pikv_hf.eval.tasks import ruler
 from pikv_hf.eval.tasks.ruler import Haystack, generate, load_hub, score
 from pikv_hf.eval.tasks.ruler.counting import Prompt, TokenCounter

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from pikv_hf import PiKVCache, PiKVConfig, detach
 from pikv_hf.config import CODECS
-from pikv_hf.eval.cli import app
+from pikv_hf.eval.cli.main import app
 from pikv_hf.integration.attachment import attachment_of
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.serialization import tensor_file

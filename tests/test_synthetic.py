@@ -6,9 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_hf.eval.synthetic import HAYSTACKS, TASKS, count_tokens, make_sample, make_shared_samples, tasks, text
-from pikv_hf.eval.synthetic.words import FILLERS, KEYS
-from pikv_hf.eval.tokenizer import DIGITS, PUNCTUATION, build_tokenizer, vocabulary
+from pikv_hf.eval.reference.synthetic import (
+    HAYSTACKS,
+    TASKS,
+    count_tokens,
+    make_sample,
+    make_shared_samples,
+    tasks,
+    text,
+)
+from pikv_hf.eval.reference.synthetic.words import FILLERS, KEYS
+from pikv_hf.eval.reference.tokenizer import DIGITS, PUNCTUATION, build_tokenizer, vocabulary
 
 TOKENIZER = build_tokenizer()
 CASES = [(task, haystack) for task in TASKS for haystack in HAYSTACKS]

@@ -10,11 +10,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pikv_hf.eval.cli import app
-from pikv_hf.eval.demo_options import DemoOptions
-from pikv_hf.eval.demo_task import build_task
+from pikv_hf.eval.cli.main import app
+from pikv_hf.eval.demo.options import DemoOptions
+from pikv_hf.eval.demo.routing_recorder import Recorder
+from pikv_hf.eval.demo.task import build_task
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.recording import Recorder
 from pikv_hf.planning.simulate.routing_trace import RoutingTrace, load_trace, save_trace, synthetic_trace
 
 

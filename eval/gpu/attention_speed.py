@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from pikv_hf.eval.gpu.arena import random_pages
-from pikv_hf.eval.gpu.bench import PAGE_SIZE, Bench, gb_per_s, obstacle
-from pikv_hf.eval.gpu.budget import Budget
 from pikv_hf.eval.gpu.checks import Outcome, bound_of, max_difference, reason, why_red
+from pikv_hf.eval.gpu.copy_speed import PAGE_SIZE, Bench, gb_per_s, obstacle
 from pikv_hf.eval.gpu.dense import DenseSpeed, dense_speed
 from pikv_hf.eval.gpu.geometry import Shape, scattered_layout
 from pikv_hf.eval.gpu.references import Layout, attended
+from pikv_hf.eval.gpu.time_limit import Budget
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels import paged_decode_attention
 from pikv_hf.kernels.page_codes import Kind, PageCodes

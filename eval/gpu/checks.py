@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from pikv_hf.eval.gpu.budget import Budget
+from pikv_hf.eval.gpu.time_limit import Budget
 
 #: Added to the bound, as a share of the largest exact magnitude (at least 1 for a log-sum-exp): 64 units in the last
 #: place of float32, for exp2 and division that are faster than torch's, and for another order of sums.

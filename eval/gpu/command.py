@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pikv_hf.eval.gpu.budget import Budget
+from pikv_hf.eval.gpu.time_limit import Budget
 
 DESCRIPTION = "Check every kernel of pikv_hf on an NVIDIA GPU against float64, then measure the bandwidth it reaches."
 

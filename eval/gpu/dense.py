@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from pikv_hf.eval.gpu.arena import fill_random
-from pikv_hf.eval.gpu.bench import Bench
 from pikv_hf.eval.gpu.checks import reason
+from pikv_hf.eval.gpu.copy_speed import Bench
 from pikv_hf.eval.gpu.geometry import Shape
 from pikv_hf.eval.gpu.timing import Timing
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from pikv_hf.eval.gpu.arena import pages_bytes
-from pikv_hf.eval.gpu.bench import PAGE_SIZE
+from pikv_hf.eval.gpu.copy_speed import PAGE_SIZE
 from pikv_hf.eval.gpu.references import Layout
 from pikv_hf.kernels.page_codes import Kind
 

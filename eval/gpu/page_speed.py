@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from pikv_hf.eval.gpu.arena import fill_random, pages_bytes, random_pages
-from pikv_hf.eval.gpu.bench import PAGE_SIZE, Bench, gb_per_s, obstacle
-from pikv_hf.eval.gpu.budget import Budget
 from pikv_hf.eval.gpu.checks import reason, why_red
+from pikv_hf.eval.gpu.copy_speed import PAGE_SIZE, Bench, gb_per_s, obstacle
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, layout_bytes, scattered_layout
+from pikv_hf.eval.gpu.time_limit import Budget
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, page_scores
 from pikv_hf.kernels.page_codes import KINDS, SPREAD_ONE, Kind

@@ -10,18 +10,10 @@ import torch
 
 from pikv_hf.eval.gpu.arena import Arena
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed, attention_speeds
-from pikv_hf.eval.gpu.bench import Bench, as_row, copy_speed
-from pikv_hf.eval.gpu.budget import Budget
 from pikv_hf.eval.gpu.check_attention import attention_plans
 from pikv_hf.eval.gpu.check_pages import page_plans
 from pikv_hf.eval.gpu.checks import Check, Place, Plan, reason, red_operations, run_checks
-from pikv_hf.eval.gpu.geometry import Shape, attention_cases
-from pikv_hf.eval.gpu.page_speed import Sizes, page_speeds
-from pikv_hf.eval.gpu.report import Report, checks_part, gpu_facts, not_run
-from pikv_hf.eval.gpu.sweep import sweep_rows
-from pikv_hf.eval.gpu.targets import TARGET_BATCH, TARGET_TOKENS, TARGETS, judged
-from pikv_hf.eval.gpu.timing import CudaStopwatch, Stopwatch
-from pikv_hf.eval.gpu.view import (
+from pikv_hf.eval.gpu.console import (
     ATTENTION_HEADER,
     PAGE_HEADER,
     attention_line,
@@ -30,6 +22,14 @@ from pikv_hf.eval.gpu.view import (
     sweep_line,
     target_line,
 )
+from pikv_hf.eval.gpu.copy_speed import Bench, as_row, copy_speed
+from pikv_hf.eval.gpu.geometry import Shape, attention_cases
+from pikv_hf.eval.gpu.page_speed import Sizes, page_speeds
+from pikv_hf.eval.gpu.run_report import Report, checks_part, gpu_facts, not_run
+from pikv_hf.eval.gpu.sweep import sweep_rows
+from pikv_hf.eval.gpu.targets import TARGET_BATCH, TARGET_TOKENS, TARGETS, judged
+from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.timing import CudaStopwatch, Stopwatch
 from pikv_hf.kernels.page_codes import Kind
 
 #: The share of the free GPU memory that keys and values may take.

@@ -5,10 +5,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 from pikv_hf.eval.gpu.attention_speed import OPERATION, Problem, lane_error, random_problem
-from pikv_hf.eval.gpu.bench import Bench, obstacle
-from pikv_hf.eval.gpu.budget import NO_TIME, Budget
 from pikv_hf.eval.gpu.checks import reason, why_red
+from pikv_hf.eval.gpu.copy_speed import Bench, obstacle
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, Shape
+from pikv_hf.eval.gpu.time_limit import NO_TIME, Budget
 from pikv_hf.kernels.page_codes import Kind
 
 #: Values tried for launch parameters: all combinations of the first step's, then the next's with the best so far.

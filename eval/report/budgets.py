@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.report.groups import Entry, Group, group_runs
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.summary import Summary
+from pikv_hf.eval.report.summary_file import Summary
 from pikv_hf.eval.report.table import NOTHING, Bold, markdown, measure_name, number
 
 #: A run competes for the best of its column if its measured bytes are at most so far above the column's, relatively.

@@ -9,7 +9,7 @@ import pandas as pd
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.report.paired import Array, bootstrap_interval, holm, sign_flip_p
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.summary import Cost, Measure
+from pikv_hf.eval.report.summary_file import Cost, Measure
 
 OVERALL = "overall"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.summary import Measure, Summary
+from pikv_hf.eval.report.summary_file import Measure, Summary
 
 #: A run's label keeps its percentage out of its method's name if it is the ratio rounded to whole percent or closer.
 _ROUNDING = 0.6

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pikv_hf.eval.report.groups import Entry, Group
-from pikv_hf.eval.report.summary import Provenance
+from pikv_hf.eval.report.summary_file import Provenance
 from pikv_hf.eval.report.table import NOTHING, header_cells, interval, percent, row_cells, times
 from pikv_hf.reports.memory_report import format_bytes
 

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.report.summary import Summary, read_summary
+from pikv_hf.eval.report.summary_file import Summary, read_summary
 
 SUMMARY = "summary.json"
 PREDICTIONS = "predictions.csv"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from pikv_hf.eval.report.groups import Entry, Group, group_runs
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.summary import Estimate, Measure
+from pikv_hf.eval.report.summary_file import Estimate, Measure
 
 #: What a cell shows that was not measured or has nothing to be compared with.
 NOTHING = "–"

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.models import load_model
 from pikv_hf.eval.runner.caches import CacheFactory, cache_factory
 from pikv_hf.eval.runner.method import Method
+from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.presses import PressFactory, press_factory
 from pikv_hf.eval.runner.processes import processes

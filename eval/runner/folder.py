@@ -15,7 +15,7 @@ import pandas as pd
 import yaml
 
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.runner.fingerprint import fingerprint
+from pikv_hf.eval.runner.options_id import fingerprint
 
 PREDICTIONS = "predictions.csv"
 METRICS = "metrics.json"

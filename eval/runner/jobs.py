@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from pikv_hf.eval.runner.folder import Row
-from pikv_hf.eval.runner.memory import DynamicFootprint
+from pikv_hf.eval.runner.memory_meter import DynamicFootprint
 from pikv_hf.eval.runner.meter import Meter
 from pikv_hf.eval.runner.method import Subject
 from pikv_hf.eval.runner.options import EvalOptions

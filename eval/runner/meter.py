@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pikv_hf.eval.runner.memory import PeakMemory, stored_bytes
+from pikv_hf.eval.runner.memory_meter import PeakMemory, stored_bytes
 
 
 @dataclass(frozen=True, slots=True)

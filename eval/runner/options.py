@@ -10,7 +10,7 @@ import yaml
 
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError, user_input
-from pikv_hf.eval.runner.fingerprint import fingerprint
+from pikv_hf.eval.runner.options_id import fingerprint
 
 SUITES = ("ruler", "longbench", "perplexity", "needle")
 WORDINGS = ("auto", "ruler", "reference")

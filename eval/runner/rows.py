@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from pikv_hf.eval.runner.folder import Row
-from pikv_hf.eval.runner.memory import DynamicFootprint
+from pikv_hf.eval.runner.memory_meter import DynamicFootprint
 from pikv_hf.eval.runner.meter import Cost
 from pikv_hf.eval.runner.protocol import Answer
 from pikv_hf.eval.tasks.sample import EvalSample, Scores

@@ -21,8 +21,8 @@ from pikv_hf.eval.runner.method import Method, Subject
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.quiet import warn_once
+from pikv_hf.eval.runner.run_summary import by_task, cost_summary, score_summary
 from pikv_hf.eval.runner.suites import build_set, build_windows
-from pikv_hf.eval.runner.summary import by_task, cost_summary, score_summary
 from pikv_hf.eval.tasks.sample import EvalSet
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pikv_hf.eval.errors import InputError, user_input
-from pikv_hf.eval.models import REFERENCE, position_limit
+from pikv_hf.eval.runner.models import REFERENCE, position_limit
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.tasks import longbench, needle, reference, ruler
 from pikv_hf.eval.tasks.perplexity import Window, reference_windows, text_windows

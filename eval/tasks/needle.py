@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pikv_hf.eval.errors import user_input
-from pikv_hf.eval.synthetic import Sample, make_sample
+from pikv_hf.eval.reference.synthetic import Sample, make_sample
 from pikv_hf.eval.tasks.reference import MAX_NEW_TOKENS as REFERENCE_LIMIT
 from pikv_hf.eval.tasks.ruler.counting import Prompt, TokenCounter
 from pikv_hf.eval.tasks.ruler.fitting import fit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.synthetic import make_shared_samples
+from pikv_hf.eval.reference.synthetic import make_shared_samples
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError
-from pikv_hf.eval.synthetic import make_sample
+from pikv_hf.eval.reference.synthetic import make_sample
 from pikv_hf.eval.tasks.sample import EvalSample, Scores
 
-#: RULER's name, and task and haystack of :mod:`pikv_hf.eval.synthetic`.
+#: RULER's name, and task and haystack of :mod:`pikv_hf.eval.reference.synthetic`.
 _TASKS: dict[str, tuple[str, str]] = {
     "niah_single_1": ("single", "noise"),
     "niah_single_2": ("single", "essay"),

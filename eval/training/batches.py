@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from pikv_hf.eval.tokenizer import DIGITS, PUNCTUATION
+from pikv_hf.eval.reference.tokenizer import DIGITS, PUNCTUATION
 from pikv_hf.eval.training.documents import TRAINING_TASKS, Segment
 
 PREFIX_WEIGHT = 0.1

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 
-from pikv_hf.eval.synthetic.words import KEYS
+from pikv_hf.eval.reference.synthetic.words import KEYS
 
 _PRIMERS = {"repetition": 0.15, "association": 0.3, "recall": 0.55}
 _PRIMERS_AND_VARIABLES = {"repetition": 0.1, "association": 0.2, "recall": 0.5, "variable_recall": 0.2}

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pikv_hf.eval.synthetic import tasks, text
-from pikv_hf.eval.synthetic.tasks import Document
-from pikv_hf.eval.synthetic.words import FILLERS
+from pikv_hf.eval.reference.synthetic import tasks, text
+from pikv_hf.eval.reference.synthetic.tasks import Document
+from pikv_hf.eval.reference.synthetic.words import FILLERS
 
 Role = Literal["context", "prefix", "answer"]
 

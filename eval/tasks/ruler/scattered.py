@@ -6,7 +6,7 @@ from itertools import repeat
 from random import Random
 from typing import Any
 
-from pikv_hf.eval.synthetic.text import NOISE_SENTENCES
+from pikv_hf.eval.reference.synthetic.text import NOISE_SENTENCES
 from pikv_hf.eval.tasks.ruler.counting import Pieces, TokenCounter
 from pikv_hf.eval.tasks.ruler.templates import NOISE_LINE
 

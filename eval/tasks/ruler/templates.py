@@ -7,7 +7,7 @@ is kvpress's. Sentences that this package's synthetic documents share with RULER
 
 from collections.abc import Sequence
 
-from pikv_hf.eval.synthetic import text
+from pikv_hf.eval.reference.synthetic import text
 
 TASKS: tuple[str, ...] = (
     "niah_single_1",

@@ -1,0 +1,127 @@
+"""What presses add to a prefill on `PiKVCache`, timed in turn with no press and with `DynamicCache`."""
+
+import dataclasses
+import functools
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import kvpress  # noqa: F401  Patches the attention functions it finds; PiKV's is registered later.
+import torch
+from transformers import DynamicCache
+
+from pikv_hf import PiKVCache, attach
+from pikv_hf.eval.bench.decode import Timing, geometry_model, timed
+from pikv_hf.eval.runner.presses import press_factory
+
+#: Presses of this project as `pikv eval` takes them.
+PRESSES = ("QueryAwarePress", "PyramidPress", "DuoPress", "LoRAPress", "ExpertPress", "PiKVPress")
+NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class PressTiming:
+    """A prefill with one press.
+
+    Attributes
+    ----------
+    press : str
+        As `pikv eval` takes it, or `none`.
+    ratio : float
+        Share that it was asked to remove.
+    tokens : int
+        Of the prompt.
+    pikv : Timing
+        Seconds per prompt on `PiKVCache`.
+    to_none : float
+        Median, over rounds, of its time over that of `PiKVCache` without a press: 1.1 is 10% slower.
+    to_dynamic : float
+        The same over `DynamicCache` without a press, on the unattached model.
+    kv_bytes : int
+        Live bytes of the cache afterwards.
+    """
+
+    press: str
+    ratio: float
+    tokens: int
+    pikv: Timing
+    to_none: float
+    to_dynamic: float
+    kv_bytes: int
+
+
+def run_presses(
+    tokens: int = 8192, ratio: float = 0.75, repeats: int = 5, presses: Sequence[str] = PRESSES
+) -> Iterator[PressTiming]:
+    """Time a prompt through a model of two layers, with each press and without one.
+
+    Parameters
+    ----------
+    tokens : int
+        Length of the prompt.
+    ratio : float
+        Share that each press removes.
+    repeats : int
+        Rounds; in each, every method reads the prompt once, in an order that turns from round to round. One more round
+        before them, which is not counted, pays for what a press does once per model, such as `DuoPress` finding heads.
+    presses : sequence of str
+        As `pikv eval` takes them.
+
+    Raises
+    ------
+    InputError
+        At once, for a press or ratio that cannot be used.
+    """
+    return _rounds(tokens, ratio, repeats, {name: press_factory(name, ratio).make() for name in presses})
+
+
+@torch.no_grad()
+def _rounds(tokens: int, ratio: float, repeats: int, presses: Mapping[str, Any]) -> Iterator[PressTiming]:
+    model = geometry_model(layers=2)
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens))
+    calls: dict[str, Callable[[], Any]] = {
+        "dynamic": functools.partial(_dynamic, model, ids),
+        NONE: functools.partial(_paged, model, ids),
+    }
+    calls |= {name: functools.partial(_paged, model, ids, press) for name, press in presses.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    sizes = dict.fromkeys(calls, 0)
+    for round_number in range(repeats + 1):
+        for name in _turned(list(calls), round_number):
+            spent, sizes[name] = calls[name]()
+            seconds[name].append(spent)
+    counted = {name: every[1:] for name, every in seconds.items()}
+    for name in (NONE, *presses):
+        to_none, to_dynamic = (_median_ratio(counted[name], counted[other]) for other in (NONE, "dynamic"))
+        asked = 0.0 if name == NONE else ratio
+        yield PressTiming(name, asked, tokens, Timing.of(counted[name]), to_none, to_dynamic, sizes[name])
+
+
+def _turned(names: list[str], by: int) -> list[str]:
+    by %= len(names)
+    return names[by:] + names[:by]
+
+
+def _median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
+
+
+def _dynamic(model: Any, ids: torch.Tensor) -> tuple[float, int]:
+    cache = DynamicCache(config=model.config)
+    spent, _ = timed(model, ids, past_key_values=cache, logits_to_keep=1)
+    return spent, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _paged(model: Any, ids: torch.Tensor, press: Any = None) -> tuple[float, int]:
+    """Return the seconds of a prompt, until its tokens are stored, and the cache's bytes."""
+    # Attaching is set-up, not prefill; after the block the model runs transformers' own SDPA.
+    with attach(model):
+        return timed(_read, model, ids, PiKVCache.for_model(model), press)
+
+
+def _read(model: Any, ids: torch.Tensor, cache: PiKVCache, press: Any) -> int:
+    with nullcontext() if press is None else press(model):
+        model(ids, past_key_values=cache, logits_to_keep=1)
+    # The last layer stores its tokens when they are asked for.
+    return cache.nbytes
