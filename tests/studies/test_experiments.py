@@ -44,7 +44,7 @@ from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind
 from pikv_hf.kernels.seal_pages import seal_pages
 
-RESULTS = Path(__file__).parents[1] / "eval" / "results"
+RESULTS = Path(__file__).parents[2] / "eval" / "results"
 EXACT = 1e-6
 WIDENING: list[Kind] = ["int2", "int4", "int8", "none"]
 

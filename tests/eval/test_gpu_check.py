@@ -45,7 +45,7 @@ from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels.open_pages import open_pages
 from pikv_hf.kernels.page_codes import KINDS, PageCodes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ON_GPU = torch.cuda.is_available()
 #: The kernels themselves: compiled where there is a GPU, else run by Triton's interpreter.

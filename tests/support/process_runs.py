@@ -1,4 +1,4 @@
-"""What tests/test_processes.py runs in several processes at once.
+"""What tests/distributed/test_processes.py runs in several processes at once.
 
 One process imports everything and forks the others, which takes 0.1 s instead of the 5 s of imports; they find each
 other through a file. `python -P process_runs.py FOLDER` does all of it and leaves a file of results for each process.

@@ -424,7 +424,7 @@ def test_parts_that_do_not_fit(case: str, saved: Path, tmp_path: Path) -> None:
 def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Return what two processes left: their folder, and what each of them found."""
     folder = tmp_path_factory.mktemp("processes")
-    script = Path(__file__).with_name("save_processes.py")
+    script = Path(__file__).parents[1] / "support" / "save_processes.py"
     environment = {**os.environ, "PYTHONPATH": str(script.parent), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-P", script, folder], env=environment, check=True, timeout=120)
     return folder, [json.loads((folder / f"found-{rank}").read_text()) for rank in range(RANKS)]

@@ -21,13 +21,13 @@ WORLDS = (2, 4, 8)
 #: Seconds for all processes together; each group of them has a limit of its own, so that this is never reached.
 DEADLINE = 900
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def run_all(folder: Path) -> None:
     """Run all processes, and end them whatever happens."""
-    command = [sys.executable, "-P", str(HERE / "process_runs.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-P", str(SUPPORT / "process_runs.py"), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT), "HF_HUB_OFFLINE": "1"}
     with (folder / "output.txt").open("w") as output:
         child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
@@ -316,7 +316,7 @@ def test_launchers_need_nothing_else(tmp_path: Path, launch: list[str]) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [str(Path(sys.executable).with_name(launch[0])), *launch[1:], str(script), str(tmp_path / "tokens-")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300
     )
