@@ -55,8 +55,8 @@ Python {python}, torch {torch}, transformers {transformers}, {cores} CPU cores (
 
 ## Training data
 
-Generated while training by `pikv_hf.eval.reference.synthetic` and `pikv_hf.eval.training.documents`: needles, questions and
-chains of variables with RULER's wording, hidden in RULER's noise sentences, in sentences of random filler words, or
+Generated while training by `pikv_hf.eval.reference.synthetic` and `pikv_hf.eval.training.documents`: needles, questions
+and chains of variables with RULER's wording, hidden in RULER's noise sentences, in sentences of random filler words, or
 among other needles. Keys are 256 everyday nouns, numbers have four digits. There is no other text in it.
 
 ## Recipe

@@ -63,9 +63,9 @@ class PiKVConfig:
         Of the low-rank codecs, at most the head dim; by default a quarter of it.
     routing : str
         Which full pages outside of the window a decoding step reads: `"all"`, or those that a policy of
-        :mod:`pikv_hf.routing.policies` chooses for each KV head: `"page_bound"`, `"expert_topk"`, `"cache_aware"`, `"adaptive"`,
-        `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with several new
-        tokens read everything.
+        :mod:`pikv_hf.routing.policies` chooses for each KV head: `"page_bound"`, `"expert_topk"`, `"cache_aware"`,
+        `"adaptive"`, `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with
+        several new tokens read everything.
     max_pages : int or float
         Of these pages, the most that a KV head reads in a step; a float is a share of them.
     coverage : float
@@ -81,9 +81,9 @@ class PiKVConfig:
         What the budget is of. By default bytes are of the cache, which divides them evenly among its layers; tokens are
         of each layer; a share is the same for all.
     scheduler : str, optional
-        Which pages go first, by a policy of :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`, `"lru_plus"`,
-        `"streaming_llm"`, `"quest"`, `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default
-        `"pikv"` where there is a budget, and `"lru"` where there are only tiers.
+        Which pages go first, by a policy of :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`,
+        `"lru_plus"`, `"streaming_llm"`, `"quest"`, `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By
+        default `"pikv"` where there is a budget, and `"lru"` where there are only tiers.
     tiers : dict, optional
         Where full pages go instead of being evicted: the bytes that each of `"device"`, `"cpu"` and `"disk"` may hold,
         as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where

@@ -30,7 +30,8 @@ MLA: dict[str, Any] = {
     "num_key_value_heads": 4,
 }
 # Of Granite's two families fp32 itself is up to 1.6e-4 from float64 with COMMON's weights, in transformers' eager and
-# sdpa attention alike: two fp32 runs cannot agree to 1e-4. tests/integration/test_exact.py compares those weights with float64.
+# sdpa attention alike: two fp32 runs cannot agree to 1e-4. tests/integration/test_exact.py compares those
+# weights with float64.
 CALMER: dict[str, Any] = {"initializer_range": 0.15}
 GROUPED: dict[str, Any] = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
 

@@ -1,9 +1,9 @@
 """The page guard: a page whose error is large against its own size is stored in the next wider kind.
 
 It catches what no format with ranges over a page can hold, such as one token a hundred times larger than the others.
-What ships is :mod:`pikv_hf.codecs.page_encoder`, which is used here as it is. The rule tried first judged values as keys are
-judged, by what they deviate from the mean of their channel. It gave up on pages of equal values, whose deviation is
-nothing, although the codes held them well.
+What ships is :mod:`pikv_hf.codecs.page_encoder`, which is used here as it is. The rule tried first judged values as
+keys are judged, by what they deviate from the mean of their channel. It gave up on pages of equal values, whose
+deviation is nothing, although the codes held them well.
 """
 
 import dataclasses

@@ -155,7 +155,8 @@ class Exchange:
         value_dim : int
             Dv.
         prompt : torch.Tensor, optional
-            `(4,)` float32 :func:`~pikv_hf.distributed.lockstep.prompt_mark` of a prompt's keys that were not agreed on yet.
+            `(4,)` float32 :func:`~pikv_hf.distributed.lockstep.prompt_mark` of a prompt's keys that were not agreed on
+            yet.
         leads : bool
             As for :meth:`merge`.
 

@@ -83,7 +83,7 @@ class Attachment:
             note_reader(module, layer, prompt)
 
     def take_marks(self, layer: "LayerTokens") -> Any:
-        """Return, once, what kvpress marked for this layer; see :func:`~pikv_hf.integration.kvpress_marks.take_marks`."""
+        """Return, once, what kvpress marked for this layer."""
         reference = self._attention.get(layer.layer_idx)
         return take_marks(None if reference is None else reference(), layer)
 

@@ -171,7 +171,7 @@ class LayerPart:
         leaders: list[int],
         split: bool,
     ) -> PageTable:
-        """Return a table of what is kept of this part and of `pending`; see :func:`~pikv_hf.layer.table_rebuild.kept_table`."""
+        """Return a table of what is kept of this part and of `pending`."""
         assert self.table is not None
         new = None if pending is None else pending.to(self.device)
         table = kept_table(self.table, new, widths.to(self.device), config, shard_of, leaders, split)

@@ -234,9 +234,9 @@ class AdaptiveRouting(RoutingPolicy):
     """The pages with the largest estimated masses, as many as cover a share of the attention.
 
     At most `max_pages`, at least a quarter of these. What is covered is a share of the attention to all pages that may
-    be chosen, estimated by :meth:`~pikv_hf.routing.routing_view.RoutingView.page_masses`; what is read in any case comes on
-    top. What they cover in fact was within 3 points of the share asked for (`eval/results/routing.json`). The idea of a
-    mass to cover instead of a fixed number is Twilight's (arXiv 2502.02770).
+    be chosen, estimated by :meth:`~pikv_hf.routing.routing_view.RoutingView.page_masses`; what is read in any case
+    comes on top. What they cover in fact was within 3 points of the share asked for (`eval/results/routing.json`). The
+    idea of a mass to cover instead of a fixed number is Twilight's (arXiv 2502.02770).
     """
 
     stops_early = True

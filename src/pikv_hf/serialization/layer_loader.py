@@ -1,4 +1,4 @@
-"""Checking what a file says of a layer, and building the layer from it. See :mod:`pikv_hf.serialization.layer_writer`."""
+"""Checking what a file says of a layer, and building the layer from it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Checking what a file says of a part of a layer, and building its table. See :mod:`pikv_hf.serialization.table_writer`."""
+"""Checking what a file says of a part of a layer, and building its table."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -21,11 +21,11 @@ class PiKV(SchedulingPolicy):
     alone, pairs, other ratios and half-lives from 4 to 64: `options` in `eval/results/page-traces.json`. Its tables
     compare policies on other samples.
 
-    Under a budget, where no page returns, a cache takes other options (:data:`pikv_hf.scheduling.page_scheduler.BUDGET_OPTIONS`): a
-    longer half-life, and a fourth term, the rank of a page among the others by the upper bound of recent queries'
-    logits (Quest's, arXiv 2406.10774), as the share of them with a lower one. The attention that a page gets says
-    little of a fact that was read once and is asked for much later; that its keys stand out does. See
-    `eval/results/budgets.json`.
+    Under a budget, where no page returns, a cache takes other options
+    (:data:`pikv_hf.scheduling.page_scheduler.BUDGET_OPTIONS`): a longer half-life, and a fourth term, the rank of a
+    page among the others by the upper bound of recent queries' logits (Quest's, arXiv 2406.10774), as the share of them
+    with a lower one. The attention that a page gets says little of a fact that was read once and is asked for much
+    later; that its keys stand out does. See `eval/results/budgets.json`.
 
     Pages below the threshold are surplus: what tiers may demote before they must. Misses mean that pages left too
     early, so a hit rate below the target lowers the threshold, and with it the pressure to evict; one above it raises
