@@ -9,8 +9,8 @@ import threading
 
 import torch
 
+from .decode_pages import decode_pages
 from .merge_partials import merge_pair
-from .open_pages import open_pages
 from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values, unpack
 from .partial_attention import MAX_LOGITS, partial_attention
 
@@ -130,7 +130,7 @@ def _attend_decoded(
     result: tuple[torch.Tensor, torch.Tensor] | None = None
     for start in range(0, keys.pages, step):
         slots = slice(start * size, min(start + step, keys.pages) * size)
-        block = (open_pages(p.narrow(start, start + step), query.dtype).flatten(1, 2) for p in (keys, values))
+        block = (decode_pages(p.narrow(start, start + step), query.dtype).flatten(1, 2) for p in (keys, values))
         inside = None if holes is None else holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
         cut = bias[..., slots] if bias is not None and bias.shape[-1] > 1 else bias
         pages = None if page_lse is None else page_lse[..., start : start + step]

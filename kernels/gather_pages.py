@@ -2,8 +2,8 @@
 
 import torch
 
+from .decode_pages import decode_pages
 from .dispatch import choose, run
-from .open_pages import open_pages
 from .page_codes import PageCodes, coded_dims
 
 
@@ -59,7 +59,7 @@ def gather_pages(
     for row, length in enumerate(lengths.tolist()):
         used = table[row, :length].long()
         empty = slots >= counts[used].unsqueeze(1)
-        tokens = open_pages(pages.pick(used), dtype).masked_fill(empty[..., None], 0)
+        tokens = decode_pages(pages.pick(used), dtype).masked_fill(empty[..., None], 0)
         out[row, :, : length * size] = tokens.flatten(1, 2)
     return out
 

@@ -2,9 +2,9 @@
 
 import torch
 
+from .decode_pages import decode_pages
 from .dispatch import choose, run
 from .merge_partials import merge_pair
-from .open_pages import open_pages
 from .page_codes import PageCodes, coded_dims
 from .partial_attention import partial_attention
 
@@ -113,7 +113,7 @@ def _attend_block(
     """Attend with `(H, G, D + L)` to some pages: `(Hq, Dv + Lv)`, `(Hq,)` and the LSE of each page `(Hq, pages)`."""
     empty = torch.arange(keys.page_size, device=block.device) >= counts[block].unsqueeze(1)
     # (H, pages, P, channels); a slot that holds no token may hold NaN, and neither 0 * NaN nor NaN - inf is a number.
-    k, v = (open_pages(pool.pick(block), query.dtype).masked_fill(empty[..., None], 0) for pool in (keys, values))
+    k, v = (decode_pages(pool.pick(block), query.dtype).masked_fill(empty[..., None], 0) for pool in (keys, values))
     holes = empty.view(-1).nonzero().squeeze(1)
     out, lse = partial_attention(query, k.flatten(1, 2), v.flatten(1, 2), scale, holes=holes, softcap=softcap)
     heads, groups = query.shape[:2]

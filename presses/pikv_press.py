@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pikv_hf.kernels import open_pages, seal_pages
+from pikv_hf.kernels import decode_pages, encode_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.base_press import LayerView
@@ -199,6 +199,6 @@ def rounded(tokens: torch.Tensor, widths: torch.Tensor, *, keys: bool, page_size
             padded = torch.nn.functional.pad(index, (0, -len(index) % page_size))
             padded[len(index) :] = index[-1]
             pages = flat[lane][padded].view(1, -1, page_size, flat.shape[-1])
-            opened = open_pages(seal_pages(pages, kind, keys=keys), flat.dtype).view(-1, flat.shape[-1])
+            opened = decode_pages(encode_pages(pages, kind, keys=keys), flat.dtype).view(-1, flat.shape[-1])
             flat[lane][index] = opened[: len(index)]
     return flat.view_as(tokens)

@@ -8,7 +8,7 @@ import torch
 from pikv_hf.eval.demo.measure import CacheKind
 from pikv_hf.eval.demo.task import DemoTask
 from pikv_hf.eval.errors import InputError
-from pikv_hf.integration.expert_router import LayerRouter
+from pikv_hf.integration.expert_router import ExpertRouter
 from pikv_hf.planning.simulate.routing_trace import RoutingTrace
 
 
@@ -17,11 +17,11 @@ class Recorder:
 
     Parameters
     ----------
-    routers : dict of int to LayerRouter
+    routers : dict of int to ExpertRouter
         By model layer.
     """
 
-    def __init__(self, routers: dict[int, LayerRouter]) -> None:
+    def __init__(self, routers: dict[int, ExpertRouter]) -> None:
         self._routers = dict(sorted(routers.items()))
         self._chosen: dict[int, list[torch.Tensor]] = {layer: [] for layer in self._routers}
 
@@ -52,7 +52,9 @@ class Recorder:
 
 
 @torch.no_grad()
-def record_trace(task: DemoTask, kind: CacheKind, routers: dict[int, LayerRouter], max_new_tokens: int) -> RoutingTrace:
+def record_trace(
+    task: DemoTask, kind: CacheKind, routers: dict[int, ExpertRouter], max_new_tokens: int
+) -> RoutingTrace:
     """Do once more what a cache is measured on, and return the routing: the context, then each question and answer.
 
     Recording apart from measuring keeps the measured times those of the cache alone.
@@ -63,7 +65,7 @@ def record_trace(task: DemoTask, kind: CacheKind, routers: dict[int, LayerRouter
         Model, context and questions.
     kind : CacheKind
         The cache; the model is attached if it needs that.
-    routers : dict of int to LayerRouter
+    routers : dict of int to ExpertRouter
         Of the model, see :attr:`pikv_hf.integration.attachment.Attachment.routers`.
     max_new_tokens : int
         Limit of each answer.

@@ -1,4 +1,4 @@
-"""Checks of the operations on pages: `gather_pages`, `seal_pages`, `page_scores`, `merge_partials`, `append_tokens`."""
+"""Checks of the operations on pages: gather, encode, score, merge, append."""
 
 import functools
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from pikv_hf.eval.gpu.checks import Outcome, Place, Plan
 from pikv_hf.eval.gpu.pools import ragged_layout, random_tokens, sealed_pool
 from pikv_hf.eval.gpu.references import gathered, merged, scored
 from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, page_scores
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import KINDS, Kind, PageCodes
-from pikv_hf.kernels.seal_pages import seal_pages
 
 #: KV heads, query heads per KV head and channels of the checks' pages.
 HEADS, GROUP, DIM = 2, 4, 128
@@ -37,10 +37,10 @@ def seal_outcomes(
     """Seal pages; what they decode to is compared with the tokens, by the error of torch's own sealing."""
     generator = torch.Generator().manual_seed(13)
     tokens = random_tokens(HEADS, pages, page_size, dim, generator, keys=keys).to(dtype)
-    sealed = seal_pages(tokens.to(place.device), kind, keys=keys, backend=place.backend)
-    torchs = seal_pages(tokens, kind, keys=keys, backend="torch")
+    sealed = encode_pages(tokens.to(place.device), kind, keys=keys, backend=place.backend)
+    torchs = encode_pages(tokens, kind, keys=keys, backend="torch")
     _require_one_format(sealed, torchs)
-    ours, theirs = (open_pages(codes.map(torch.Tensor.cpu), torch.float32).double() for codes in (sealed, torchs))
+    ours, theirs = (decode_pages(codes.map(torch.Tensor.cpu), torch.float32).double() for codes in (sealed, torchs))
     exact = tokens.double()
     yield Outcome("decoded", ours, exact, theirs)
     # Single codes that round the other way, or another choice among channels equally wide, hardly change the mean.
@@ -136,7 +136,7 @@ def seal_plans(dtype: torch.dtype) -> Iterator[Plan]:
     """Return the checks of sealing tokens of a dtype."""
     for kind in KINDS[1:]:
         for name, keys in (("keys", True), ("values", False)):
-            yield Plan("seal_pages", name, dtype, kind, functools.partial(seal_outcomes, kind, dtype, keys=keys))
+            yield Plan("encode_pages", name, dtype, kind, functools.partial(seal_outcomes, kind, dtype, keys=keys))
 
 
 def small_plans(dtype: torch.dtype) -> Iterator[Plan]:

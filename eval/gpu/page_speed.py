@@ -14,8 +14,8 @@ from pikv_hf.eval.gpu.geometry import GEOMETRIES, layout_bytes, scattered_layout
 from pikv_hf.eval.gpu.time_limit import Budget
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, page_scores
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import KINDS, SPREAD_ONE, Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 
 HEADS, DIM = GEOMETRIES[0].kv_heads, GEOMETRIES[0].dim
 
@@ -77,7 +77,7 @@ def page_speeds(
     for kind in KINDS[1:]:
         for keys in (True, False):
             case = PageSpeed(
-                "seal_pages", kind, f"{'keys' if keys else 'values'}, {sizes.batch} x {sizes.tokens} tokens"
+                "encode_pages", kind, f"{'keys' if keys else 'values'}, {sizes.batch} x {sizes.tokens} tokens"
             )
             yield _speed(bench, case, red, budget, functools.partial(_seal, bench, sizes, kind, keys=keys))
     for kind in KINDS:
@@ -112,7 +112,7 @@ def _seal(bench: Bench, sizes: Sizes, kind: Kind, *, keys: bool) -> Prepared:
     pages = sizes.batch * sizes.tokens // PAGE_SIZE
     tokens = fill_random(bench.arena.take(HEADS, pages, PAGE_SIZE, DIM, dtype=torch.bfloat16))
     written = pages_bytes(kind, HEADS, pages, PAGE_SIZE, DIM, keys=keys)
-    return tokens.nbytes + written, lambda: seal_pages(tokens, kind, keys=keys, backend=bench.backend)
+    return tokens.nbytes + written, lambda: encode_pages(tokens, kind, keys=keys, backend=bench.backend)
 
 
 def _gather(bench: Bench, sizes: Sizes, kind: Kind) -> Prepared:

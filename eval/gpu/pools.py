@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from pikv_hf.eval.gpu.references import Layout
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind, PageCodes
-from pikv_hf.kernels.seal_pages import seal_pages
 
 #: Channels of keys with a constant offset, as biased projections make them, and its size beside a deviation of 1.
 OFFSET_CHANNELS, OFFSET = 2, 8.0
@@ -78,7 +78,7 @@ def sealed_pool(
     """
     pages = layout.counts.shape[0]
     tokens = random_tokens(heads, pages, page_size, dim, generator, keys=keys)
-    codes = seal_pages(tokens.to(dtype) if kind == "none" else tokens, kind, keys=keys, backend="torch")
+    codes = encode_pages(tokens.to(dtype) if kind == "none" else tokens, kind, keys=keys, backend="torch")
     if rank:
         latent = torch.randn(heads, pages, page_size, rank, generator=generator).to(dtype)
         codes = dataclasses.replace(codes, latent=latent)

@@ -2,14 +2,14 @@
 
 `operands` chooses: `torch.float64` computes everything in float64; any other dtype rounds what a kernel of that dtype
 multiplies to it, and computes in float32. The error of the second against the first is what the dtype itself costs.
-Packed pages are decoded by :func:`~pikv_hf.kernels.open_pages.open_pages`, in float32 before they are rounded.
+Packed pages are decoded by :func:`~pikv_hf.kernels.decode_pages.decode_pages`, in float32 before they are rounded.
 """
 
 import dataclasses
 
 import torch
 
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.page_codes import PageCodes, spread_values
 
 
@@ -51,7 +51,7 @@ def _computed_in(operands: torch.dtype) -> torch.dtype:
 
 def _decoded(pages: PageCodes, index: torch.Tensor, operands: torch.dtype) -> torch.Tensor:
     """Return the pages at `index`, decoded and rounded to `operands`, `(H, n, P, D + L)`."""
-    decoded = open_pages(pages.pick(index), torch.float32)
+    decoded = decode_pages(pages.pick(index), torch.float32)
     return decoded.to(operands).to(_computed_in(operands))
 
 

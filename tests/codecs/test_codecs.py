@@ -10,11 +10,11 @@ from families import FAMILIES, prompts
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.codecs.codec import fit_basis
-from pikv_hf.codecs.page_encoder import GUARD, Sealer
+from pikv_hf.codecs.page_encoder import GUARD, PageEncoder
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench.decode import filled_pikv, geometry_model
 from pikv_hf.integration.attention_function import attend
-from pikv_hf.pages.packed_pool import SealedPool
+from pikv_hf.pages.packed_pool import PackedPool
 from pikv_hf.reports.memory_report import live_bytes
 
 SMALL = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
@@ -124,7 +124,7 @@ def test_attention_in_compressed_space_equals_decoding(family: str, codec: str) 
     assert difference.median() < 1e-5
 
 
-def _sealed(layer: Any) -> list[SealedPool]:
+def _sealed(layer: Any) -> list[PackedPool]:
     return list(layer.table.pages.sealed.values())
 
 
@@ -157,8 +157,8 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
 # What is chosen for a page
 
 
-def sealer(codec: str, **options: Any) -> Sealer:
-    return Sealer(codec, True, PiKVConfig(key_codec=codec, **options))
+def sealer(codec: str, **options: Any) -> PageEncoder:
+    return PageEncoder(codec, True, PiKVConfig(key_codec=codec, **options))
 
 
 def test_a_page_with_a_huge_token_is_kept_wider() -> None:
@@ -286,7 +286,7 @@ def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytes
 
     new = torch.randn(2, 1, 4, 3000, 128)
     with monkeypatch.context() as patch:
-        patch.setattr(SealedPool, "put", no_memory)
+        patch.setattr(PackedPool, "put", no_memory)
         layer.update(*new)
         layer.attend_begins(None)
         with pytest.raises(torch.OutOfMemoryError):

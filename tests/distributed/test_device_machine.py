@@ -17,7 +17,7 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import Layout, Place
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.pages.page_storage import PageArrays
+from pikv_hf.pages.page_storage import PageStorage
 from pikv_hf.reports.memory_measure import layer_memory
 from pikv_hf.reports.memory_report import live_bytes
 
@@ -35,7 +35,7 @@ def layout_of(weights: tuple[float, ...]) -> Layout:
 @contextlib.contextmanager
 def no_memory_for(layer: PiKVLayer, part: int) -> Iterator[list[int]]:
     """Let the pools of one part grow no more; yields a list that is not empty once one has tried."""
-    pools, tried, grow = set(map(id, layer.parts[part].table.pages.pools().values())), [], PageArrays._grow
+    pools, tried, grow = set(map(id, layer.parts[part].table.pages.pools().values())), [], PageStorage._grow
 
     def guarded(pool: Any, extra: int) -> None:
         if id(pool) in pools:
@@ -43,7 +43,7 @@ def no_memory_for(layer: PiKVLayer, part: int) -> Iterator[list[int]]:
             raise MemoryError("the test's own")
         grow(pool, extra)
 
-    with mock.patch.object(PageArrays, "_grow", guarded):
+    with mock.patch.object(PageStorage, "_grow", guarded):
         yield tried
 
 

@@ -42,7 +42,7 @@ from pikv_hf.eval.gpu.pools import ragged_layout, sealed_pool
 from pikv_hf.eval.gpu.references import attended, gathered
 from pikv_hf.eval.gpu.time_limit import NO_TIME, Budget
 from pikv_hf.eval.gpu.timing import Timing
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.page_codes import KINDS, PageCodes
 
 ROOT = Path(__file__).parents[2]
@@ -120,7 +120,7 @@ OTHERS = [
     ),
     *(
         Plan(
-            "seal_pages",
+            "encode_pages",
             f"{keys}",
             SINGLE,
             kind,
@@ -156,8 +156,8 @@ def test_torch_passes_every_check_of_a_gpu() -> None:
 def test_every_kernel_kind_and_dtype_is_checked() -> None:
     asked = {(plan.operation, plan.kind, plan.dtype) for plan in [*attention_plans(), *page_plans()]}
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for operation in ("paged_decode_attention", "gather_pages", "seal_pages"):
-        kinds = KINDS[1:] if operation == "seal_pages" else KINDS
+    for operation in ("paged_decode_attention", "gather_pages", "encode_pages"):
+        kinds = KINDS[1:] if operation == "encode_pages" else KINDS
         assert {(operation, kind, dtype) for kind in kinds for dtype in dtypes} <= asked
     assert {("page_scores", "-", dtype) for dtype in dtypes} <= asked
     assert {("append_tokens", "-", dtype) for dtype in dtypes} <= asked
@@ -180,7 +180,7 @@ def dense_pool(seed: int = 0) -> tuple[torch.Tensor, PageCodes, PageCodes, Any]:
 
 def test_reference_attention_is_torchs_on_full_pages() -> None:
     query, keys, values, layout = dense_pool()
-    decoded = [open_pages(codes, torch.float32).double() for codes in (keys, values)]
+    decoded = [decode_pages(codes, torch.float32).double() for codes in (keys, values)]
     dense = [tokens[:, layout.table.long()].transpose(0, 1).flatten(2, 3) for tokens in decoded]
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.double().unsqueeze(2), *dense, scale=0.3, enable_gqa=True
@@ -362,7 +362,7 @@ def test_bytes_of_pages_by_hand() -> None:
         codes = random_pages(arena, kind, heads, pages, size, dim, keys=keys)
         assert pages_bytes(kind, heads, pages, size, dim, keys=keys) == heads * pages * size_of_one
         assert sum(part.nbytes for part in codes.tensors()) == heads * pages * size_of_one
-        assert open_pages(codes, torch.float32).isfinite().all()
+        assert decode_pages(codes, torch.float32).isfinite().all()
 
 
 def test_bytes_of_a_case_by_hand() -> None:
@@ -588,7 +588,7 @@ def test_a_run_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (64, "int4"),
     ]
     assert all(row["gb_per_s"] > 0 and row["sdpa_ratio"] > 0 for row in found["attention"])
-    assert [row["operation"] for row in found["other_kernels"]] == ["seal_pages"] * 8 + ["gather_pages"] * 5 + [
+    assert [row["operation"] for row in found["other_kernels"]] == ["encode_pages"] * 8 + ["gather_pages"] * 5 + [
         "page_scores",
         "append_tokens",
         "merge_partials",

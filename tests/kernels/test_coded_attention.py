@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_hf.kernels.coded_attention import coded_attention
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import BITS, KINDS, OUTLIERS, PageCodes, empty_codes, pack, spread_values, unpack
 from pikv_hf.kernels.partial_attention import partial_attention
-from pikv_hf.kernels.seal_pages import seal_pages
 
 coded_module = __import__(coded_attention.__module__, fromlist=["BLOCK_BYTES"])
 
@@ -32,9 +32,9 @@ def test_errors_stay_within_a_step(kind: str, shift: float) -> None:
     torch.manual_seed(0)
     tokens = torch.randn(2, 4, 32, 16) * torch.logspace(-2, 2, 16) + shift
     for keys in (True, False):
-        pages = seal_pages(tokens, kind, keys=keys)
+        pages = encode_pages(tokens, kind, keys=keys)
         step = spread_values(pages.spread) / (2 ** BITS[kind] - 1)
-        error = (open_pages(pages, torch.float32) - tokens).abs().amax(dim=2)
+        error = (decode_pages(pages, torch.float32) - tokens).abs().amax(dim=2)
         # Half a step, and at the ends half of what the range's 8-bit logarithm (1/24 of an octave either way) and the
         # 8-bit floor of values (half of 1/32 of the range) may leave out; values also carry a third of an error on.
         levels = 2 ** BITS[kind] - 1
@@ -48,9 +48,9 @@ def test_wide_channels_of_keys_carry_four_more_bits() -> None:
     tokens = torch.randn(1, 50, 32, 64)
     wide = [3, 17, 40, 63]
     tokens[..., wide] *= 80
-    pages = seal_pages(tokens, "int4", keys=True)
+    pages = encode_pages(tokens, "int4", keys=True)
     assert (pages.outliers.sort(dim=-1).values == torch.tensor(wide)).all()
-    error = (open_pages(pages, torch.float32) - tokens).square().mean(dim=(0, 1, 2)).sqrt()
+    error = (decode_pages(pages, torch.float32) - tokens).square().mean(dim=(0, 1, 2)).sqrt()
     ordinary = error[[c for c in range(64) if c not in wide]].mean()
     # Four bits make a step 16 times finer; at 80 times the width that leaves 5 times the error of an ordinary channel.
     assert error[wide].mean() < 6 * ordinary
@@ -59,16 +59,18 @@ def test_wide_channels_of_keys_carry_four_more_bits() -> None:
 def test_an_offset_costs_nothing() -> None:
     torch.manual_seed(0)
     tokens = torch.randn(2, 20, 32, 64)
-    plain = (open_pages(seal_pages(tokens, "int4", keys=True), torch.float32) - tokens).square().mean()
+    plain = (decode_pages(encode_pages(tokens, "int4", keys=True), torch.float32) - tokens).square().mean()
     moved = tokens + torch.randn(64) * 100
-    shifted = (open_pages(seal_pages(moved, "int4", keys=True), torch.float32) - moved).square().mean()
+    shifted = (decode_pages(encode_pages(moved, "int4", keys=True), torch.float32) - moved).square().mean()
     assert shifted < 1.2 * plain
 
 
 def test_diffused_errors_cancel_over_a_page() -> None:
     torch.manual_seed(0)
     tokens = torch.randn(1, 200, 32, 32)
-    errors = {keys: open_pages(seal_pages(tokens, "int4", keys=keys), torch.float32) - tokens for keys in (True, False)}
+    errors = {
+        keys: decode_pages(encode_pages(tokens, "int4", keys=keys), torch.float32) - tokens for keys in (True, False)
+    }
     mean = {keys: float(error.mean(dim=2).square().mean().sqrt()) for keys, error in errors.items()}
     assert mean[False] < 0.8 * mean[True], "a page's mean value should be better kept than its mean key"
 
@@ -76,7 +78,7 @@ def test_diffused_errors_cancel_over_a_page() -> None:
 @given(kind=kinds, keys=st.booleans(), rank=st.sampled_from([0, 3]))
 def test_empty_codes_have_the_shapes_of_sealed_ones(kind: str, keys: bool, rank: int) -> None:
     tokens = torch.randn(2, 3, 5, 9)
-    sealed = seal_pages(tokens, kind, keys=keys)
+    sealed = encode_pages(tokens, kind, keys=keys)
     empty = empty_codes(kind, 2, 5, 9, torch.float32, torch.device("cpu"), keys=keys, rank=rank)
     expected = [(t.shape[0], 0, *t.shape[2:]) for t in sealed.tensors()] + ([(2, 0, 5, 3)] if rank else [])
     assert [tuple(t.shape) for t in empty.tensors()] == expected
@@ -86,10 +88,10 @@ def test_empty_codes_have_the_shapes_of_sealed_ones(kind: str, keys: bool, rank:
 
 def test_parts_stay_with_their_pages() -> None:
     tokens = torch.randn(2, 6, 8, 16)
-    pages = seal_pages(tokens, "int4", keys=True)
+    pages = encode_pages(tokens, "int4", keys=True)
     index = torch.tensor([4, 0, 4])
-    assert torch.equal(open_pages(pages.pick(index), torch.float32), open_pages(pages, torch.float32)[:, index])
-    assert torch.equal(open_pages(pages.narrow(1, 3), torch.float32), open_pages(pages, torch.float32)[:, 1:3])
+    assert torch.equal(decode_pages(pages.pick(index), torch.float32), decode_pages(pages, torch.float32)[:, index])
+    assert torch.equal(decode_pages(pages.narrow(1, 3), torch.float32), decode_pages(pages, torch.float32)[:, 1:3])
     assert pages.outliers.shape[-1] == OUTLIERS
 
 
@@ -116,8 +118,8 @@ def test_coded_attention(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    keys = _with_latent(seal_pages(torch.randn(2, pages, size, 12), key_kind, keys=True), latent[0])
-    values = _with_latent(seal_pages(torch.randn(2, pages, size, 10), value_kind, keys=False), latent[1])
+    keys = _with_latent(encode_pages(torch.randn(2, pages, size, 12), key_kind, keys=True), latent[0])
+    values = _with_latent(encode_pages(torch.randn(2, pages, size, 10), value_kind, keys=False), latent[1])
     query = torch.randn(2, queries, keys.width)
     bias = torch.zeros(2, queries, pages * size).masked_fill_(torch.rand(2, queries, pages * size) < 0.3, -math.inf)
     holes = (torch.rand(pages * size) < 0.2).nonzero().squeeze(1)
@@ -128,7 +130,7 @@ def test_coded_attention(
         out, lse = coded_attention(query, keys, values, 0.4, bias, holes, cap)
     finally:
         coded_module.BLOCK_BYTES, coded_module.SPAN_BYTES = limits
-    dense = (open_pages(part, torch.float64).flatten(1, 2) for part in (keys, values))
+    dense = (decode_pages(part, torch.float64).flatten(1, 2) for part in (keys, values))
     expected = partial_attention(query.double(), *dense, 0.4, bias.double(), holes, cap)
     # Logits of a few dozen float32 terms of size 1 to 3; partial_attention's own logits are float32 as well.
     torch.testing.assert_close(out.double(), expected[0].double(), atol=2e-5, rtol=2e-5)
@@ -149,7 +151,7 @@ def test_memory_of_a_long_history_is_bounded(kind: str, monkeypatch: pytest.Monk
     tokens = torch.randn(2, 9600, 32, 64, dtype=torch.bfloat16)
     largest = []
     for pages in (1200, 9600):
-        keys, values = (seal_pages(tokens[:, :pages], kind, keys=keys) for keys in (True, False))
+        keys, values = (encode_pages(tokens[:, :pages], kind, keys=keys) for keys in (True, False))
         query = torch.randn(2, 8, 64)
         coded_attention(query, keys, values, 0.1)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from pikv_hf.kernels import append_tokens, causal_attention, gather_dense, merge_pair, partial_attention
 from pikv_hf.kernels import partial_attention as module_function
 from pikv_hf.kernels.coded_attention import coded_attention
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.merge_partials import merge_sinks
-from pikv_hf.kernels.open_pages import open_pages
-from pikv_hf.kernels.seal_pages import seal_pages
 
 partial_module = __import__(module_function.__module__, fromlist=["MAX_LOGITS"])
 
@@ -190,9 +190,9 @@ def test_the_lse_of_each_page(
         keys, values = tokens.flatten(1, 2), tokens.flatten(1, 2)
         partial_attention(query, keys, values, 0.3, None, holes, None, filled)
     else:
-        codes = seal_pages(tokens, kind, keys=True)
-        coded_attention(query, codes, seal_pages(tokens, kind, keys=False), 0.3, None, holes, None, filled)
-        keys = open_pages(codes, torch.float32).flatten(1, 2)
+        codes = encode_pages(tokens, kind, keys=True)
+        coded_attention(query, codes, encode_pages(tokens, kind, keys=False), 0.3, None, holes, None, filled)
+        keys = decode_pages(codes, torch.float32).flatten(1, 2)
     logits = query.double() @ keys.double().transpose(1, 2) * 0.3
     logits[:, :, holes] = -torch.inf
     expected = logits.unflatten(2, (8, 8)).logsumexp(dim=-1)

@@ -39,13 +39,13 @@ def decode(
     page_lse: bool = False,
 ) -> None:
     """Launch the decode step on a table long enough to be cut, so that its merge is launched too."""
+    from pikv_hf.kernels.encode_pages import encode_pages
     from pikv_hf.kernels.page_codes import PageCodes
-    from pikv_hf.kernels.seal_pages import seal_pages
 
     launcher = importlib.import_module("pikv_hf.kernels.triton_paged_decode_attention")
     pools = []
     for keys, kind, dim, latent in zip((True, False), kinds, dims, latents, strict=True):
-        pool: PageCodes = seal_pages(
+        pool: PageCodes = encode_pages(
             torch.zeros(HEADS, PAGES, size, dim, dtype=dtype), kind, keys=keys, backend="torch"
         )
         parts = (pool.codes, pool.spread, pool.floor, pool.outliers, pool.fine)
@@ -58,17 +58,17 @@ def decode(
 
 def others() -> None:
     """Launch the other kernels."""
-    from pikv_hf.kernels.seal_pages import seal_pages
+    from pikv_hf.kernels.encode_pages import encode_pages
 
     gather, scores, append, seal = (
         getattr(importlib.import_module(f"pikv_hf.kernels.triton_{name}"), name)
-        for name in ("gather_pages", "page_scores", "append_tokens", "seal_pages")
+        for name in ("gather_pages", "page_scores", "append_tokens", "encode_pages")
     )
     tokens = torch.zeros(HEADS, PAGES, 32, 128, dtype=torch.bfloat16)
     table, lengths, counts = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 64), (2,), (PAGES,)))
     for kind, keys in (("int4", True), ("int8", False), ("fp8", True)):
         seal(tokens, kind, keys=keys)
-        gather(seal_pages(tokens, kind, keys=keys, backend="torch"), table, lengths, counts, torch.bfloat16)
+        gather(encode_pages(tokens, kind, keys=keys, backend="torch"), table, lengths, counts, torch.bfloat16)
     query, summary = torch.zeros(2, HEADS * GROUPS, 128, dtype=torch.bfloat16), tokens[:, :, 0].half().contiguous()
     scores(query, summary, torch.zeros(summary.shape, dtype=torch.uint8), table, lengths)
     scores(query.float(), summary.float(), summary.float(), table, lengths)

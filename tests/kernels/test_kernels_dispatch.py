@@ -107,8 +107,8 @@ def test_a_triton_that_is_too_old_is_not_used(monkeypatch: pytest.MonkeyPatch) -
 
 def test_kernels_import_and_run_without_triton_and_transformers() -> None:
     blocked = f"{NO_TRITON}sys.modules['transformers'] = None\n"
-    run = "pages = k.seal_pages(torch.randn(1, 2, 8, 16), 'int4', keys=True)\nprint(pages.codes.shape)\n"
-    why = "try: k.seal_pages(torch.zeros(1, 2, 8, 16), 'int4', keys=True, backend='interpret')\n"
+    run = "pages = k.encode_pages(torch.randn(1, 2, 8, 16), 'int4', keys=True)\nprint(pages.codes.shape)\n"
+    why = "try: k.encode_pages(torch.zeros(1, 2, 8, 16), 'int4', keys=True, backend='interpret')\n"
     told = python(f"{blocked}import torch, pikv_hf.kernels as k\n{run}{why}except RuntimeError as error: print(error)")
     assert told.splitlines()[0] == "torch.Size([1, 2, 4, 16])"
     assert "'interpret' needs the package triton, which is not installed" in told.splitlines()[1]
@@ -141,13 +141,13 @@ def operations() -> dict[str, Callable[[str], Any]]:
         "page_scores": lambda how: kernels.page_scores(case.query, summary, None, table, lengths, backend=how),
         "merge_partials": lambda how: kernels.merge_partials(pool, pool[..., 0], backend=how),
         "append_tokens": lambda how: kernels.append_tokens(pool, slots, tokens, backend=how),
-        "seal_pages": lambda how: kernels.seal_pages(page, "int4", keys=True, backend=how),
+        "encode_pages": lambda how: kernels.encode_pages(page, "int4", keys=True, backend=how),
     }
 
 
 @pytest.mark.parametrize(
     "name",
-    ["append_tokens", "gather_pages", "merge_partials", "page_scores", "paged_decode_attention", "seal_pages"],
+    ["append_tokens", "gather_pages", "merge_partials", "page_scores", "paged_decode_attention", "encode_pages"],
 )
 def test_the_backend_decides_which_code_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = operations()[name]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import BACKEND, DEVICE, NOWHERE, assert_as_exact, poisoned
 
-from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, open_pages, page_scores, seal_pages
+from pikv_hf.kernels import append_tokens, decode_pages, encode_pages, gather_pages, merge_partials, page_scores
 from pikv_hf.kernels.page_codes import BITS, KINDS, Kind, PageCodes, unpack
 
 CODED = [kind for kind in KINDS if kind != "none"]
@@ -42,8 +42,8 @@ def parts(pages: PageCodes) -> dict[str, torch.Tensor | None]:
 @pytest.mark.parametrize("kind", CODED)
 def test_seal_pages(kind: Kind, keys: bool, size: int, dim: int) -> None:
     tokens = random_tokens(2, 3, size, dim, seed=size)
-    ours = seal_pages(tokens, kind, keys=keys, backend=BACKEND)
-    theirs = seal_pages(tokens, kind, keys=keys, backend="torch")
+    ours = encode_pages(tokens, kind, keys=keys, backend=BACKEND)
+    theirs = encode_pages(tokens, kind, keys=keys, backend="torch")
     assert (ours.kind, ours.page_size) == (kind, size)
     for mine, other in zip(parts(ours).values(), parts(theirs).values(), strict=True):
         assert (mine is None) == (other is None)
@@ -55,7 +55,7 @@ def test_seal_pages(kind: Kind, keys: bool, size: int, dim: int) -> None:
     same = (ours.spread == theirs.spread).unsqueeze(2)
     assert (ours.codes == theirs.codes)[same.expand_as(ours.codes)].float().mean() > 0.99
     errors = [
-        (open_pages(pages, torch.float32) - tokens).abs() / (1e-6 + tokens.abs().amax(2, True))
+        (decode_pages(pages, torch.float32) - tokens).abs() / (1e-6 + tokens.abs().amax(2, True))
         for pages in (ours, theirs)
     ]
     assert errors[0].square().mean() <= 1.02 * errors[1].square().mean()
@@ -65,7 +65,7 @@ def test_seal_pages(kind: Kind, keys: bool, size: int, dim: int) -> None:
 def test_sealed_keys_decode_to_within_their_steps(kind: Kind) -> None:
     """Checked against the format's own words, not another implementation: byte r holds tokens r, r + R, ..."""
     tokens = random_tokens(1, 2, 8, 16, seed=1)
-    sealed = seal_pages(tokens, kind, keys=True, backend=BACKEND)
+    sealed = encode_pages(tokens, kind, keys=True, backend=BACKEND)
     assert sealed.spread is not None and sealed.floor is not None  # noqa: PT018
     rows, levels = sealed.codes.shape[2], 2 ** BITS[kind] - 1
     for page in range(2):
@@ -81,14 +81,16 @@ def test_sealed_keys_decode_to_within_their_steps(kind: Kind) -> None:
 
 def test_sealed_outliers_are_the_widest_channels_and_their_fine_parts_help() -> None:
     tokens = random_tokens(2, 3, 16, 48, seed=2)
-    sealed = seal_pages(tokens, "int4", keys=True, backend=BACKEND)
+    sealed = encode_pages(tokens, "int4", keys=True, backend=BACKEND)
     assert sealed.spread is not None and sealed.outliers is not None and sealed.fine is not None  # noqa: PT018
     widest = sealed.spread.int().topk(4, dim=-1).values
     assert torch.equal(sealed.spread.int().gather(-1, sealed.outliers.long()), widest)
     assert (sealed.outliers.sort(-1).values.diff(dim=-1) > 0).all()
     plain = PageCodes("int4", 16, sealed.codes, sealed.spread, sealed.floor)
     index = sealed.outliers.long().unsqueeze(2).expand(-1, -1, 16, -1)
-    fine, coarse = ((open_pages(p, torch.float32) - tokens).gather(-1, index).square().mean() for p in (sealed, plain))
+    fine, coarse = (
+        (decode_pages(p, torch.float32) - tokens).gather(-1, index).square().mean() for p in (sealed, plain)
+    )
     assert fine < coarse / 50
     assert len(unpack(sealed.fine, 4, 16).unique()) == 16
 
@@ -97,16 +99,16 @@ def test_seal_pages_takes_any_strides() -> None:
     tokens = random_tokens(2, 3, 16, 32, seed=3)
     apart = torch.stack([tokens] * 2, dim=2)[:, :, 0]
     turned = tokens.transpose(2, 3).contiguous().transpose(2, 3)
-    expected = seal_pages(tokens, "int4", keys=True, backend=BACKEND)
+    expected = encode_pages(tokens, "int4", keys=True, backend=BACKEND)
     for view in (apart, turned, tokens.half().float()[:, 1:]):
         whole = (
             expected
             if view.shape == tokens.shape
-            else seal_pages(view.contiguous(), "int4", keys=True, backend=BACKEND)
+            else encode_pages(view.contiguous(), "int4", keys=True, backend=BACKEND)
         )
-        sealed = seal_pages(view, "int4", keys=True, backend=BACKEND)
+        sealed = encode_pages(view, "int4", keys=True, backend=BACKEND)
         assert all(torch.equal(a, b) for a, b in zip(sealed.tensors(), whole.tensors(), strict=True))
-    assert seal_pages(tokens[:, :0], "int4", keys=True, backend=BACKEND).pages == 0
+    assert encode_pages(tokens[:, :0], "int4", keys=True, backend=BACKEND).pages == 0
 
 
 @pytest.mark.parametrize("size", [16, 5])
@@ -123,7 +125,7 @@ def test_gather_pages(kind: Kind, keys: bool, size: int) -> None:
     for dtype in (torch.float32, torch.float16):
         gathered = gather_pages(pool, *where, dtype, backend=BACKEND)
         assert (gathered.shape, gathered.dtype) == ((2, 2, 3 * size, 24 + latent), dtype)
-        decoded = open_pages(pool, torch.float32).cpu()
+        decoded = decode_pages(pool, torch.float32).cpu()
         expected = torch.zeros(gathered.shape)
         for row, length in enumerate(lengths):
             for column in range(length):

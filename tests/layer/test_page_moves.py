@@ -14,7 +14,7 @@ from test_device_machine import layout_of, no_memory_for
 from test_layer_machine import FakeAttachment
 
 from pikv_hf import PiKVCache
-from pikv_hf.codecs.page_encoder import Sealer
+from pikv_hf.codecs.page_encoder import PageEncoder
 from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import Layout
 from pikv_hf.integration.attention_function import attend
@@ -33,7 +33,7 @@ OTHER = np.where(np.arange(EXPERTS) == 6, 0.8, 0.2 / (EXPERTS - 1))
 ZIPF = (1 / np.arange(1, EXPERTS + 1) ** 1.5) / (1 / np.arange(1, EXPERTS + 1) ** 1.5).sum()
 
 
-class Router(FakeAttachment):
+class FakeRouters(FakeAttachment):
     def __init__(self) -> None:
         super().__init__()
         self.routers[0].num_experts = EXPERTS
@@ -44,7 +44,7 @@ class Reader:
 
     def __init__(self, weights: tuple[float, ...] | None = (1.0, 1.0), batch: int = 1, **options: Any) -> None:
         config = PiKVConfig(**{**SMALL, **options})
-        self.layer = PiKVLayer(0, config, Router(), Layout() if weights is None else layout_of(weights))
+        self.layer = PiKVLayer(0, config, FakeRouters(), Layout() if weights is None else layout_of(weights))
         if config.tiers is not None:
             for part in self.layer.parts:
                 part.schedule = make_schedule(config, 1, 0, len(self.layer.parts))
@@ -187,7 +187,7 @@ def test_what_moves_stays_what_it_was(codec: str, batch: int) -> None:
     before, dense, held = reader.output(), layer.dense(), reader.outside()
     encoded = mock.Mock(side_effect=AssertionError("a page was encoded again"))
     total, moved = 0, 1
-    with mock.patch.object(Sealer, "encode", encoded):
+    with mock.patch.object(PageEncoder, "encode", encoded):
         while moved := level(layer.parts, layer.shard_map):
             assert moved <= MOVES
             total += moved

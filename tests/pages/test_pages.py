@@ -10,11 +10,11 @@ from pikv_hf import PiKVConfig
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.page_table.read_plan import make_plan
-from pikv_hf.pages.plain_pool import PagePool
+from pikv_hf.pages.plain_pool import PlainPool
 
 
-def pool() -> PagePool:
-    return PagePool(num_heads=2, key_dim=4, value_dim=3, page_size=4, dtype=torch.float32, device=torch.device("cpu"))
+def pool() -> PlainPool:
+    return PlainPool(num_heads=2, key_dim=4, value_dim=3, page_size=4, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_pages_lie_side_by_side_where_possible() -> None:

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 from pikv_hf.presses.bit_allocation import EVICTED, FULL, HOST_BYTES, PageCost, allocate, pages_nbytes
 
 RATIOS = {0: 1.0, 2: 0.2, 4: 0.01, 8: 1e-4}
@@ -114,7 +114,7 @@ def test_widths_without_full_precision():
 @pytest.mark.parametrize("page_size", [1, 30, 32, 33])
 @pytest.mark.parametrize("kind", ["int2", "int4", "int8", "none"])
 def test_costs_are_those_of_the_kernels_formats(kind: Kind, page_size: int):
-    codes = [seal_pages(torch.randn(1, 1, page_size, dim).bfloat16(), kind, keys=dim == 24) for dim in (24, 40)]
+    codes = [encode_pages(torch.randn(1, 1, page_size, dim).bfloat16(), kind, keys=dim == 24) for dim in (24, 40)]
     nbytes = sum(part.nbytes for code in codes for part in code.tensors()) + 4 * page_size + HOST_BYTES
     assert PageCost.of_pages(page_size, 24, 40).nbytes[FULL if kind == "none" else int(kind[3:])] == nbytes
 

@@ -22,8 +22,8 @@ from pikv_hf.config import SCHEDULERS
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.scheduling.growth_limit import BudgetError
-from pikv_hf.scheduling.page_scheduler import LayerSchedule
-from pikv_hf.scheduling.policies.registry import PageView, SchedulingPolicy
+from pikv_hf.scheduling.page_scheduler import PageScheduler
+from pikv_hf.scheduling.policies.registry import PageStats, SchedulingPolicy
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
 #: Sinks, window and two pages of SMALL.
@@ -262,7 +262,7 @@ def test_heads_keep_different_tokens(scheduler: str) -> None:
 @pytest.mark.parametrize("capacity", [16, 20, 33])
 def test_lru_without_uses_is_a_circular_buffer_per_shard(capacity: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """PiKV's shards of capacity S: the newest S tokens of each, as whole pages."""
-    monkeypatch.setattr("pikv_hf.pages.usage_counters.PageUsage.use", lambda self, index, hit: None)
+    monkeypatch.setattr("pikv_hf.pages.usage_counters.UsageCounters.use", lambda self, index, hit: None)
     model = shared_model()
     cache = make_cache(model, budget=capacity, budget_scope="shard", scheduler="lru")
     layer, ids = cache.layers[0], ids_of(190)
@@ -313,9 +313,9 @@ class Watch(SchedulingPolicy):
 
     def __init__(self, policy: SchedulingPolicy) -> None:
         self.policy = policy
-        self.asked: list[tuple[PageView, np.ndarray]] = []
+        self.asked: list[tuple[PageStats, np.ndarray]] = []
 
-    def priority(self, view: PageView) -> np.ndarray:
+    def priority(self, view: PageStats) -> np.ndarray:
         self.asked.append((view, self.policy.priority(view)))
         return self.asked[-1][1]
 
@@ -339,13 +339,13 @@ def test_decisions_are_those_of_slow_statistics(scheduler: str, monkeypatch: pyt
     layer, before = cache.layers[0], {}
     watch = Watch(layer.schedule.policy)
     layer.schedule.policy = watch
-    begin_step = LayerSchedule.begin_step
+    begin_step = PageScheduler.begin_step
 
-    def begin(schedule: LayerSchedule, table: Any) -> None:
+    def begin(schedule: PageScheduler, table: Any) -> None:
         begin_step(schedule, table)
         before["usage"] = table.pool.usage.shares[0].clone(), table.pool.usage.steps[3].clone()
 
-    monkeypatch.setattr(LayerSchedule, "begin_step", begin)
+    monkeypatch.setattr(PageScheduler, "begin_step", begin)
     pages: dict[int, Noted] = {}
     for token in ids_of(200).split(1, dim=1):
         asked = len(watch.asked)

@@ -14,7 +14,7 @@ from pikv_hf.config import SchedulerName
 from pikv_hf.scheduling.policies.registry import (
     HALF_LIFE,
     POLICIES,
-    PageView,
+    PageStats,
     PiKV,
     SchedulingPolicy,
     leaving,
@@ -39,7 +39,7 @@ class Usage:
 
     def __init__(self) -> None:
         self.columns: dict[str, list[Any]] = {
-            field.name: [] for field in dataclasses.fields(PageView) if field.name not in ("step", "bounds")
+            field.name: [] for field in dataclasses.fields(PageStats) if field.name not in ("step", "bounds")
         }
         self.numbers: list[int] = []
 
@@ -60,10 +60,10 @@ class Usage:
                 self.columns["last_use"][index] = step
                 self.columns["uses"][index] += 1
 
-    def view(self, step: int, bounds: list[float] | None = None) -> PageView:
+    def view(self, step: int, bounds: list[float] | None = None) -> PageStats:
         floats = ("mass", "recent")
         arrays = {k: np.array(v, np.float64 if k in floats else np.int64) for k, v in self.columns.items()}
-        return PageView(step=step, bounds=None if bounds is None else np.array(bounds), **arrays)
+        return PageStats(step=step, bounds=None if bounds is None else np.array(bounds), **arrays)
 
     def drop(self, indices: np.ndarray) -> None:
         for index in sorted(indices.tolist(), reverse=True):
@@ -133,13 +133,13 @@ def test_policies_evict_what_their_references_do(name: str, options: dict[str, A
         assert found == expected
 
 
-def random_view(pages: int, seed: int, lanes: int = 3, bounds: bool = True) -> PageView:
+def random_view(pages: int, seed: int, lanes: int = 3, bounds: bool = True) -> PageStats:
     draw = np.random.default_rng(seed)
     step = 200
     born = draw.integers(0, 150, pages)
     uses = draw.integers(0, 4, pages)
     last = np.where(uses > 0, draw.integers(150, step + 1, pages), born)
-    return PageView(
+    return PageStats(
         step=step,
         born=born,
         newest=draw.permutation(pages) * 32 + 31,
@@ -154,9 +154,9 @@ def random_view(pages: int, seed: int, lanes: int = 3, bounds: bool = True) -> P
     )
 
 
-def permuted(view: PageView, order: np.ndarray) -> PageView:
+def permuted(view: PageStats, order: np.ndarray) -> PageStats:
     columns = {f.name: getattr(view, f.name) for f in dataclasses.fields(view)}
-    return PageView(**{k: v[order] if isinstance(v, np.ndarray) else v for k, v in columns.items()})
+    return PageStats(**{k: v[order] if isinstance(v, np.ndarray) else v for k, v in columns.items()})
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -218,7 +218,7 @@ def test_lru_without_uses_is_a_circular_buffer() -> None:
 )
 def test_a_page_that_no_step_has_seen_counts_as_the_average_one(name: str, options: dict[str, Any]) -> None:
     """By its sum, which is 0, it would go before all others however little attention they get."""
-    view = PageView(
+    view = PageStats(
         step=100,
         born=np.array([0, 50, 100]),
         newest=np.array([31, 63, 95]),
@@ -321,7 +321,7 @@ def test_priorities_of_another_shape_are_refused() -> None:
     class Wrong(SchedulingPolicy):
         name = "wrong"
 
-        def priority(self, view: PageView) -> np.ndarray:
+        def priority(self, view: PageStats) -> np.ndarray:
             return np.zeros(len(view) + 1)
 
     with pytest.raises(ValueError, match=r"shape \(6,\) for 5 pages"):

@@ -40,9 +40,9 @@ from pikv_hf.eval.studies.codecs.sample_kv import (
     random_inputs,
     reference_inputs,
 )
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 
 RESULTS = Path(__file__).parents[2] / "eval" / "results"
 EXACT = 1e-6
@@ -164,11 +164,11 @@ def test_shipped_is_what_the_cache_stores(keys: bool) -> None:
     torch.manual_seed(0)
     pages = torch.randn(4, 3, 32, 128)
     for bits, kind in KIND_OF_BITS.items():
-        sealed = seal_pages(pages, kind, keys=keys)
-        assert torch.equal(Shipped(keys=keys)(pages, bits), open_pages(sealed, torch.float32))
+        sealed = encode_pages(pages, kind, keys=keys)
+        assert torch.equal(Shipped(keys=keys)(pages, bits), decode_pages(sealed, torch.float32))
         held = sum(part.numel() * part.element_size() for part in sealed.tensors())
         assert Shipped(keys=keys).page_bytes(bits, 32, 128) == held / (4 * 3)
-    sealed = seal_pages(pages, "fp8", keys=keys)
+    sealed = encode_pages(pages, "fp8", keys=keys)
     held = sum(part.numel() * part.element_size() for part in sealed.tensors())
     assert Shipped(keys=keys, fp8=True).page_bytes(8, 32, 128) == held / (4 * 3)
 
@@ -228,7 +228,7 @@ def test_the_guard_takes_the_narrowest_kind_that_holds_a_page(kind: Kind, keys: 
     for page, chosen in enumerate(found.kinds):
         alone = pages[:, page : page + 1]
         for tried in WIDENING[WIDENING.index(kind) : WIDENING.index(chosen) + 1]:
-            decoded = open_pages(seal_pages(alone, tried, keys=keys), torch.float32)
+            decoded = decode_pages(encode_pages(alone, tried, keys=keys), torch.float32)
             assert tried == "none" or (page_errors(alone, decoded, centred=keys) <= GUARD[tried]).all() == (
                 tried == chosen
             )

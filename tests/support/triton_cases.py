@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from pikv_hf.kernels import paged_decode_attention
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import BITS, Kind, PageCodes, pack, unpack
-from pikv_hf.kernels.seal_pages import seal_pages
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -52,7 +52,7 @@ def poisoned(
     pages = len(counts)
     spread = torch.exp(torch.randn(heads, pages, 1, dim))
     tokens = torch.randn(heads, pages, size, dim) * spread + torch.randn(heads, pages, 1, dim)
-    sealed = seal_pages((tokens * factor).to(dtype), kind, keys=keys, backend="torch")
+    sealed = encode_pages((tokens * factor).to(dtype), kind, keys=keys, backend="torch")
     empty = torch.arange(size) >= counts[:, None]
     unused = counts == 0
 
@@ -116,7 +116,7 @@ def random_case(
 
 def naive_attention(case: Case, softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend token by token: `out`, `lse` and the LSE of each page, float64 on the CPU."""
-    keys, values = (open_pages(pages, torch.float32).double().cpu() for pages in (case.keys, case.values))
+    keys, values = (decode_pages(pages, torch.float32).double().cpu() for pages in (case.keys, case.values))
     query, table, counts = case.query.double().cpu(), case.table.tolist(), case.counts.tolist()
     batch, query_heads, _ = query.shape
     groups = query_heads // keys.shape[0]

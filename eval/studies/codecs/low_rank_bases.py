@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 
 from ...report.result_rows import percent, show_table, write_rows
 from .attention_error import METRIC, PAGE, Subject, root_mean_square
@@ -144,7 +144,7 @@ def project(tokens: torch.Tensor, experts: torch.Tensor, fit: Fit, rank: int) ->
 def decode(pages: torch.Tensor, experts: torch.Tensor, fit: Fit, rank: int, kind: Kind, *, keys: bool) -> torch.Tensor:
     """Return pages `(H, N, P, D)` as read back from coefficients and, unless `kind` is `"none"`, a coded residual."""
     low = project(pages.flatten(1, 2), experts, fit, rank).view_as(pages)
-    return low if kind == "none" else low + open_pages(seal_pages(pages - low, kind, keys=keys), torch.float32)
+    return low if kind == "none" else low + decode_pages(encode_pages(pages - low, kind, keys=keys), torch.float32)
 
 
 def measure_fit(

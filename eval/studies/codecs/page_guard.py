@@ -10,11 +10,11 @@ import dataclasses
 
 import torch
 
-from pikv_hf.codecs.page_encoder import GUARD, LADDER, Sealer
+from pikv_hf.codecs.page_encoder import GUARD, LADDER, PageEncoder
 from pikv_hf.config import PiKVConfig
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def guard_pages(pages: torch.Tensor, kind: Kind, *, keys: bool) -> Guarded:
     _check_kind(kind)
     decoded = torch.empty_like(pages)
     kinds = [kind] * pages.shape[1]
-    for part in Sealer(kind, keys, PiKVConfig()).encode(pages, None, 1.0):
+    for part in PageEncoder(kind, keys, PiKVConfig()).encode(pages, None, 1.0):
         decoded[:, torch.from_numpy(part.which)] = part.codec.decode(part.codes, torch.float32)
         for page in part.which.tolist():
             kinds[page] = part.codec.kind
@@ -121,5 +121,5 @@ def _check_kind(kind: str) -> None:
 
 def _coded(pages: torch.Tensor, kind: Kind, *, keys: bool, centred: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return pages as a kind gives them back, and the ratio of every head and page."""
-    opened = open_pages(seal_pages(pages, kind, keys=keys), torch.float32)
+    opened = decode_pages(encode_pages(pages, kind, keys=keys), torch.float32)
     return opened, page_errors(pages, opened, centred=centred)

@@ -8,9 +8,9 @@ from unittest import mock
 
 import torch
 
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import CARRIED_ERROR, OUTLIERS, Kind, empty_codes
-from pikv_hf.kernels.seal_pages import seal_pages
 
 #: Integer kinds by their bits per code.
 KIND_OF_BITS: dict[int, Kind] = {8: "int8", 4: "int4", 2: "int2"}
@@ -105,7 +105,7 @@ class Ranges:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Shipped:
-    """The format of :func:`~pikv_hf.kernels.seal_pages.seal_pages`.
+    """The format of :func:`~pikv_hf.kernels.encode_pages.encode_pages`.
 
     Attributes
     ----------
@@ -123,8 +123,8 @@ class Shipped:
 
     def __call__(self, pages: torch.Tensor, bits: int) -> torch.Tensor:
         # The format has no option for it: the share is a constant of the module that encodes.
-        with mock.patch.object(sys.modules[seal_pages.__module__], "CARRIED_ERROR", self.carried):
-            return open_pages(seal_pages(pages, self._kind(bits), keys=self.keys), torch.float32)
+        with mock.patch.object(sys.modules[encode_pages.__module__], "CARRIED_ERROR", self.carried):
+            return decode_pages(encode_pages(pages, self._kind(bits), keys=self.keys), torch.float32)
 
     def page_bytes(self, bits: int, page_size: int, dim: int) -> float:
         cpu = torch.device("cpu")

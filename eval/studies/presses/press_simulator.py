@@ -15,9 +15,9 @@ from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.kernels.open_pages import open_pages
+from pikv_hf.kernels.decode_pages import decode_pages
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 from pikv_hf.presses import eviction_loss as utility
 from pikv_hf.presses.bit_allocation import PageCost
 
@@ -168,7 +168,7 @@ def through_pages(tokens: torch.Tensor, widths: torch.Tensor, *, keys: bool) -> 
         pages = _page_table(widths == width)
         if len(pages):
             filled = pages.cummax(1).values
-            opened = open_pages(seal_pages(flat[filled][None], kind, keys=keys), torch.float32)[0]
+            opened = decode_pages(encode_pages(flat[filled][None], kind, keys=keys), torch.float32)[0]
             out[pages[pages >= 0]] = opened[pages >= 0]
     return out.view_as(tokens)
 

@@ -15,7 +15,7 @@ from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.routing.policies import AdaptiveRouting, Choice, Router, RoutingPolicy, make_routing
+from pikv_hf.routing.policies import AdaptiveRouting, Choice, PageRouter, RoutingPolicy, make_routing
 from pikv_hf.routing.routing_view import RoutingView
 
 #: Newest tokens that stay in the window, sink tokens, and shards where there are several. Small, so that what is read
@@ -279,7 +279,7 @@ class Reader:
         token = self.ask(sample, cache)
         watchers = [Watcher(layer, rules) for layer in cache.layers]
         for layer, watcher in zip(cache.layers, watchers, strict=True):
-            layer.router = Router(watcher, SINKS, WINDOW)
+            layer.router = PageRouter(watcher, SINKS, WINDOW)
         for _ in self.steps(sample, cache, token):
             pass
         return {rule: _mean([note for watcher in watchers for note in watcher.notes[rule]]) for rule in rules}
@@ -313,5 +313,5 @@ def routed(cache: PiKVCache, rule: Rule) -> tuple[PiKVCache, list[Counter]]:
     twin, counters = cache.fork(), []
     for layer in twin.layers:
         counters.append(Counter(layer, rule.policy(layer)))
-        layer.router = Router(counters[-1], SINKS, WINDOW)
+        layer.router = PageRouter(counters[-1], SINKS, WINDOW)
     return twin, counters

@@ -16,7 +16,7 @@ from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.scheduling.policies.registry import Floats, PageView, SchedulingPolicy
+from pikv_hf.scheduling.policies.registry import Floats, PageStats, SchedulingPolicy
 
 #: Small pages and window, so that budgets of so short texts leave something to choose.
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 32, "sink_tokens": 4}
@@ -34,7 +34,7 @@ class RandomPages(SchedulingPolicy):
     def __init__(self, seed: int) -> None:
         self._draw = np.random.default_rng(seed)
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         """Return random numbers."""
         return self._draw.random(len(view))
 

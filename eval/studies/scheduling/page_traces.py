@@ -32,7 +32,7 @@ from pikv_hf.scheduling.policies.registry import (
     POLICIES,
     Floats,
     Integers,
-    PageView,
+    PageStats,
     SchedulingPolicy,
     leaving,
     make_policy,
@@ -70,7 +70,7 @@ class Trace:
     Attributes
     ----------
     born, newest, lane : numpy.ndarray
-        `(n,)` int64, as in :class:`~pikv_hf.scheduling.policies.registry.PageView`.
+        `(n,)` int64, as in :class:`~pikv_hf.scheduling.policies.registry.PageStats`.
     shares, used : numpy.ndarray
         `(S, n)` float64 and bool: the share of the attention, and whether it was a use; nothing up to `born`.
     counted : int
@@ -120,9 +120,9 @@ class Trace:
         shares = np.where(np.arange(len(self.shares))[:, None] >= self.counted, self.shares, 0)
         return shares.sum(0) - shares.cumsum(0)
 
-    def view(self, step: int, pages: Integers) -> PageView:
+    def view(self, step: int, pages: Integers) -> PageStats:
         """Return the statistics of `pages` after `step`."""
-        return PageView(
+        return PageStats(
             step=step,
             born=self.born[pages],
             newest=self.newest[pages],

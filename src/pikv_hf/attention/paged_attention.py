@@ -9,10 +9,10 @@ from ..kernels.dispatch import choose
 from ..kernels.partial_attention import MAX_LOGITS
 from ..page_table.page_table import UNFILLED, WINDOW, PageTable
 from ..page_table.read_plan import ReadPlan, Run
-from ..pages.page_allocator import PageBook
-from ..routing.policies import Router
-from .attention_mass import PageMasses
-from .pool_readers import Partial, PlainReader, SealedReader
+from ..pages.page_allocator import PageAllocator
+from ..routing.policies import PageRouter
+from .attention_mass import AttentionMass
+from .pool_readers import PackedReader, Partial, PlainReader
 from .routed_attention import attend_choice
 from .tiered_reader import look_up, reader_of
 
@@ -26,9 +26,9 @@ def attend_pages(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float | None,
-    router: Router | None = None,
+    router: PageRouter | None = None,
     seen: int = 0,
-    masses: PageMasses | None = None,
+    masses: AttentionMass | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the pages of a table; every stored token is older than every query or its own.
 
@@ -42,11 +42,11 @@ def attend_pages(
         `(B, 1 or Hq, Q, T)`; None if no stored token is hidden.
     scale, softcap
         As in :func:`pikv_attention_forward`.
-    router : Router, optional
+    router : PageRouter, optional
         Chooses the full pages that are read, where Q is 1 and there is no mask.
     seen : int
         Positions up to and including that of the query, for the router.
-    masses : PageMasses, optional
+    masses : AttentionMass, optional
         Told how much of the attention each page takes.
 
     Returns
@@ -68,7 +68,7 @@ def attend_pages(
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
     # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
     looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
-    pools: dict[str, PageBook] = table.pages.pools()
+    pools: dict[str, PageAllocator] = table.pages.pools()
     result: Partial | None = None
     if router is not None:
         choice = router.choose(table.index(), query[:, :, 0], scale, seen)
@@ -102,12 +102,12 @@ def attend_pages(
 def _attend_pool(
     table: PageTable,
     name: str,
-    reader: "PlainReader | SealedReader",
+    reader: "PlainReader | PackedReader",
     folded: torch.Tensor,
     bias: PageBias | None,
     scale: float,
     softcap: float | None,
-    masses: PageMasses | None,
+    masses: AttentionMass | None,
 ) -> Partial | None:
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, None if there are none."""
     plan, pool, batch = table.plan(name), reader.pool, folded.shape[1]
@@ -129,11 +129,11 @@ def _attend_pool(
 def _attend_entries(
     table: PageTable,
     name: str,
-    reader: "PlainReader | SealedReader",
+    reader: "PlainReader | PackedReader",
     folded: torch.Tensor,
     scale: float,
     softcap: float | None,
-    masses: PageMasses | None,
+    masses: AttentionMass | None,
 ) -> Partial | None:
     """Attend to the pages of one pool in one launch: `(H, B, G, Dv)` and its LSE, None if there are none."""
     entries, lengths = table.entries(name)
@@ -151,13 +151,13 @@ def _attend_entries(
 
 
 def _attend_run(
-    reader: "PlainReader | SealedReader",
+    reader: "PlainReader | PackedReader",
     run: Run,
     query: torch.Tensor,
     bias: PageBias | None,
     scale: float,
     softcap: float | None,
-    masses: PageMasses | None,
+    masses: AttentionMass | None,
 ) -> Partial:
     """Attend to neighbouring pages in place, for all rows that share them: `(H, rows, G * Q, Dv)` and its LSE."""
     pool, heads, rows = reader.pool, query.shape[0], len(run.rows)
@@ -172,7 +172,7 @@ def _attend_run(
     return out.view(heads, rows, -1, out.shape[-1]), lse.view(heads, rows, -1)
 
 
-def _holes(pool: PageBook, run: Run) -> torch.Tensor | None:
+def _holes(pool: PageAllocator, run: Run) -> torch.Tensor | None:
     """Return the empty slots of a run, counted from its first slot. Pages fill but never empty while a plan lasts."""
     if not len(run.partial):
         return None
@@ -180,14 +180,14 @@ def _holes(pool: PageBook, run: Run) -> torch.Tensor | None:
 
 
 def _attend_scattered(
-    reader: "PlainReader | SealedReader",
+    reader: "PlainReader | PackedReader",
     plan: ReadPlan,
     part: slice,
     query: torch.Tensor,
     bias: PageBias | None,
     scale: float,
     softcap: float | None,
-    masses: PageMasses | None,
+    masses: AttentionMass | None,
 ) -> Partial:
     """Attend to each row's scattered pages, gathered: `(H, B, G * Q, Dv)` and its LSE."""
     pool = reader.pool
@@ -214,7 +214,7 @@ def _attend_scattered(
     return out.view(heads, batch, queries, -1), lse.view(heads, batch, queries)
 
 
-def _gather_step(pool: PageBook, batch: int) -> int:
+def _gather_step(pool: PageAllocator, batch: int) -> int:
     return max(1, MAX_GATHER_BYTES // (batch * pool.page_bytes))
 
 

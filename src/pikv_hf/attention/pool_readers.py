@@ -7,8 +7,8 @@ import torch
 from ..kernels import partial_attention
 from ..kernels.coded_attention import coded_attention
 from ..kernels.page_codes import PageCodes
-from ..pages.packed_pool import SealedPool
-from ..pages.plain_pool import PagePool
+from ..pages.packed_pool import PackedPool
+from ..pages.plain_pool import PlainPool
 
 # (out, lse) of attention over a part of the keys.
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -23,11 +23,11 @@ class PlainReader:
 
     Attributes
     ----------
-    pool : PagePool
+    pool : PlainPool
         Where the pages are.
     """
 
-    pool: PagePool
+    pool: PlainPool
 
     def codes(self) -> tuple[PageCodes, PageCodes]:
         """Return keys and values in the format that kernels read."""
@@ -107,10 +107,10 @@ class PlainReader:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class SealedReader:
+class PackedReader:
     """Reads packed pages without unpacking more than a block at a time. See :class:`PlainReader`."""
 
-    pool: SealedPool
+    pool: PackedPool
 
     def codes(self) -> tuple[PageCodes, PageCodes]:
         """Return keys and values in the format that kernels read."""

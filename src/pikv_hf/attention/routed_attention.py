@@ -5,27 +5,27 @@ import torch
 from ..kernels import merge_pair
 from ..kernels.dispatch import choose
 from ..kernels.paged_decode_attention import paged_decode_attention
-from ..page_table.full_page_index import PageIndex
-from ..pages.page_allocator import PageBook
+from ..page_table.full_page_index import FullPageIndex
+from ..pages.page_allocator import PageAllocator
 from ..routing.policies import Choice
-from .attention_mass import PageMasses
-from .pool_readers import Partial, PlainReader, SealedReader, lane_pages
+from .attention_mass import AttentionMass
+from .pool_readers import PackedReader, Partial, PlainReader, lane_pages
 from .tiered_reader import reader_of
 
 
 def attend_choice(
-    index: PageIndex,
+    index: FullPageIndex,
     choice: Choice,
     folded: torch.Tensor,
     scale: float,
     softcap: float | None,
-    masses: PageMasses | None = None,
+    masses: AttentionMass | None = None,
 ) -> Partial | None:
     """Attend to chosen pages.
 
     Parameters
     ----------
-    index : PageIndex
+    index : FullPageIndex
         What was chosen among.
     choice : Choice
         For each KV head of each row.
@@ -33,7 +33,7 @@ def attend_choice(
         `(H, B, G, D)` queries.
     scale, softcap
         As in :func:`pikv_hf.kernels.partial_attention`.
-    masses : PageMasses, optional
+    masses : AttentionMass, optional
         Told how much of the attention each page takes.
 
     Returns
@@ -50,7 +50,7 @@ def attend_choice(
     return result
 
 
-def _of_pool(index: PageIndex, choice: Choice, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _of_pool(index: FullPageIndex, choice: Choice, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the chosen columns of one pool, `(H, B, k')`, and which of them count."""
     if len(index.pools) == 1:
         return choice.columns, choice.taken
@@ -66,14 +66,14 @@ def _of_pool(index: PageIndex, choice: Choice, name: str) -> tuple[torch.Tensor,
 
 
 def _attend_part(
-    index: PageIndex,
-    pool: PageBook,
+    index: FullPageIndex,
+    pool: PageAllocator,
     columns: torch.Tensor,
     taken: torch.Tensor | None,
     folded: torch.Tensor,
     scale: float,
     softcap: float | None,
-    masses: PageMasses | None,
+    masses: AttentionMass | None,
 ) -> Partial:
     heads, batch, groups, _ = folded.shape
     reader = reader_of(pool)
@@ -94,7 +94,7 @@ def _attend_part(
 
 
 def _attend_looked_up(
-    reader: PlainReader | SealedReader,
+    reader: PlainReader | PackedReader,
     query: torch.Tensor,
     pages: torch.Tensor,
     taken: torch.Tensor | None,
@@ -121,7 +121,9 @@ def _attend_looked_up(
     return out, lse
 
 
-def _hidden(index: PageIndex, pool: PageBook, columns: torch.Tensor, taken: torch.Tensor | None) -> torch.Tensor:
+def _hidden(
+    index: FullPageIndex, pool: PageAllocator, columns: torch.Tensor, taken: torch.Tensor | None
+) -> torch.Tensor:
     """Return the bias `(H * B, 1, k * P)` of slots without a token."""
     counts = _rows(index.counts, columns)
     if taken is not None:

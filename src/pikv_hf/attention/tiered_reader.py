@@ -10,15 +10,15 @@ from ..kernels import merge_pair
 from ..kernels.coded_attention import coded_attention
 from ..kernels.page_codes import PageCodes
 from ..kernels.paged_decode_attention import paged_decode_attention
-from ..pages.packed_pool import SealedPool
-from ..pages.page_allocator import PageBook
-from ..pages.plain_pool import PagePool
+from ..pages.packed_pool import PackedPool
+from ..pages.page_allocator import PageAllocator
+from ..pages.plain_pool import PlainPool
 from ..tiers.tiered_pool import TieredPool
-from .pool_readers import Located, Partial, PlainReader, SealedReader, by_lane, by_row, lane_pages
+from .pool_readers import Located, PackedReader, Partial, PlainReader, by_lane, by_row, lane_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TieredReader(SealedReader):
+class TieredReader(PackedReader):
     """Reads pages of which only some are in fast memory. See :class:`PlainReader`.
 
     Reading all pages of a row moves none: those of slower tiers pass through a buffer, a block at a time, while the
@@ -111,7 +111,7 @@ class TieredReader(SealedReader):
 
 
 def look_up(
-    reader: PlainReader | SealedReader,
+    reader: PlainReader | PackedReader,
     query: torch.Tensor,
     entries: torch.Tensor,
     lengths: torch.Tensor,
@@ -142,11 +142,11 @@ def look_up(
     return result
 
 
-def reader_of(pool: PageBook) -> PlainReader | SealedReader:
+def reader_of(pool: PageAllocator) -> PlainReader | PackedReader:
     """Return the reader of a pool."""
-    if isinstance(pool, PagePool):
+    if isinstance(pool, PlainPool):
         return PlainReader(pool)
     if isinstance(pool, TieredPool):
         return TieredReader(pool)
-    assert isinstance(pool, SealedPool)
-    return SealedReader(pool)
+    assert isinstance(pool, PackedPool)
+    return PackedReader(pool)

@@ -4,9 +4,9 @@ import dataclasses
 
 import torch
 
-from ..kernels.open_pages import open_pages
+from ..kernels.decode_pages import decode_pages
+from ..kernels.encode_pages import encode_pages
 from ..kernels.page_codes import Kind, PageCodes, empty_codes
-from ..kernels.seal_pages import seal_pages
 
 #: A low-rank basis is fitted once this many tokens per head dim are there.
 FIT_TOKENS_PER_DIM = 4
@@ -62,21 +62,21 @@ class Codec:
     def encode(self, tokens: torch.Tensor) -> PageCodes:
         """Encode full pages `(H, N, P, D)`. The first call of a low-rank codec fits its basis to them."""
         if not self.is_lowrank:
-            return seal_pages(tokens, self.kind, keys=self.keys)
+            return encode_pages(tokens, self.kind, keys=self.keys)
         if self.basis is None:
             self.basis = fit_basis(tokens, self.rank)
         coefficients = torch.matmul(tokens, self.basis.unsqueeze(1))
         if self.name == "lowrank":
             return PageCodes("none", tokens.shape[2], coefficients)
         rest = tokens.float() - torch.matmul(coefficients.float(), self.basis.float().unsqueeze(1).transpose(2, 3))
-        return dataclasses.replace(seal_pages(rest, self.kind, keys=self.keys), latent=coefficients)
+        return dataclasses.replace(encode_pages(rest, self.kind, keys=self.keys), latent=coefficients)
 
     def decode(self, codes: PageCodes, dtype: torch.dtype) -> torch.Tensor:
         """Decode pages into `(H, N, P, D)`."""
         if self.basis is None:
-            return open_pages(codes, dtype)
+            return decode_pages(codes, dtype)
         heads = codes.heads
-        decoded = open_pages(codes, torch.float32)
+        decoded = decode_pages(codes, torch.float32)
         return self.from_code_space(decoded.reshape(heads, -1, codes.width)).view(*decoded.shape[:3], -1).to(dtype)
 
     def to_code_space(self, queries: torch.Tensor) -> torch.Tensor:

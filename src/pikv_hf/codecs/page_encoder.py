@@ -59,7 +59,7 @@ class Encoded:
     errors: PageErrors
 
 
-class Sealer:
+class PageEncoder:
     """Chooses codecs for the keys, or the values, of one layer.
 
     Parameters

@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from .attention_function import pikv_attention_forward
-from .expert_router import LayerRouter, find_router
+from .expert_router import ExpertRouter, find_router
 from .kvpress_marks import note_reader, take_marks
 from .mask_function import pikv_mask
 from .prefetch import read_ahead
@@ -29,7 +29,7 @@ class Attachment:
 
     Attributes
     ----------
-    routers : dict of int to LayerRouter
+    routers : dict of int to ExpertRouter
         The routers found, by layer index; layers without one place tokens by position.
     """
 
@@ -318,7 +318,7 @@ def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
     return layers
 
 
-def _find_routers(model: Any) -> dict[int, LayerRouter]:
+def _find_routers(model: Any) -> dict[int, ExpertRouter]:
     text = model.config.get_text_config(decoder=True)
     routers = {}
     for index, (around, attention) in _decoder_layers(model).items():

@@ -8,7 +8,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention.attention_mass import PageMasses, own_masses
+from ..attention.attention_mass import AttentionMass, own_masses
 from ..attention.paged_attention import attend_pages
 from ..common.tensors import carried
 from ..kernels import causal_attention, merge_pair
@@ -131,7 +131,7 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     assert layer.table is not None
     history_mask = None if layer.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
-    masses = [None if part.schedule is None else PageMasses() for part in layer.parts]
+    masses = [None if part.schedule is None else AttentionMass() for part in layer.parts]
     out, lse = _attend_parts(layer, query, history_mask, scale, softcap, masses)
     if layer.pending is not None:
         new = _attend_new(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
@@ -152,7 +152,7 @@ def _attend_parts(
     mask: torch.Tensor | None,
     scale: float,
     softcap: float | None,
-    masses: Sequence[PageMasses | None],
+    masses: Sequence[AttentionMass | None],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over what is stored, each part where it is: `(B, Hq, Q, Dv)` and its LSE `(B, Hq, Q)`, float32.
 

@@ -20,7 +20,7 @@ Lazy = Callable[[], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LayerRouter:
+class ExpertRouter:
     """Where a decoder layer's routing can be read.
 
     Attributes
@@ -136,7 +136,7 @@ def experts_from_output(output: Any, num_experts: int) -> torch.Tensor:
     return router_scores(output, num_experts).argmax(dim=-1)
 
 
-def find_router(layer: nn.Module, attention: nn.Module, config: Any) -> LayerRouter | None:
+def find_router(layer: nn.Module, attention: nn.Module, config: Any) -> ExpertRouter | None:
     """Find the feed-forward routing of a decoder layer, or None if it has none.
 
     Parameters
@@ -153,12 +153,12 @@ def find_router(layer: nn.Module, attention: nn.Module, config: Any) -> LayerRou
         parameters = inspect.signature(module.forward).parameters
         if any(name in parameters for name in _ID_ARGUMENTS):
             count = _num_experts(module, config)
-            return None if count is None else LayerRouter(module, count, reads_inputs=True)
+            return None if count is None else ExpertRouter(module, count, reads_inputs=True)
     for module in modules:
         name = type(module).__name__
         if any(word in name for word in ("Router", "Gating", "TopKGate")):
             count = _num_experts(module, config)
-            return None if count is None else LayerRouter(module, count, reads_inputs=False)
+            return None if count is None else ExpertRouter(module, count, reads_inputs=False)
     return None
 
 

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from ..layer.layer import PiKVLayer
     from ..page_table.page_table import PageTable
-    from ..routing.policies import Router
+    from ..routing.policies import PageRouter
     from .attachment import Attachment
 
 
@@ -44,7 +44,7 @@ def prefetch(layer: "PiKVLayer", query: torch.Tensor, scale: float) -> None:
             _prefetch(part.table, part.router, query.to(part.device), scale, layer.seen + 1)
 
 
-def _prefetch(table: "PageTable", router: "Router", query: torch.Tensor, scale: float, seen: int) -> None:
+def _prefetch(table: "PageTable", router: "PageRouter", query: torch.Tensor, scale: float, seen: int) -> None:
     rows = query.reshape(len(table.rows), -1, query.shape[-1])
     index = table.index()
     choice = router.choose(index, rows, scale, seen)

@@ -9,7 +9,7 @@ from ..distributed.process_exchange import leaves_others
 from ..page_table.layer_pools import MAX_OBSERVED
 from .input_checks import check_fits
 from .layer_edits import LayerEdits
-from .pending_tokens import Pending
+from .pending_tokens import PendingTokens
 
 # The attribute of a returned key tensor by which the attention function finds the layer.
 LAYER_ATTRIBUTE = "_pikv_layer"
@@ -89,7 +89,7 @@ class PiKVLayer(LayerEdits):
         if key_states.shape[2] == 1 and history:
             self._append(key_states, value_states)
         else:
-            self.pending = Pending(key_states, value_states)
+            self.pending = PendingTokens(key_states, value_states)
             self.holds = holds
         self.seen += key_states.shape[2]
         self.vetted &= in_place

@@ -10,16 +10,16 @@ from ..common.tensors import carried
 from ..config import PiKVConfig
 from ..distributed.device_layout import Place
 from ..page_table.compaction import config_of_lanes
-from ..page_table.layer_pools import PageStore
+from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..pages.page_allocator import NoRoomError
-from ..pages.plain_pool import PagePool
-from ..routing.policies import Router
-from ..scheduling.page_scheduler import LayerSchedule
+from ..pages.plain_pool import PlainPool
+from ..routing.policies import PageRouter
+from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.shard_map import ShardMap
 from ..tiers.tier_limits import LayerTiers
-from .pending_tokens import Pending
+from .pending_tokens import PendingTokens
 from .table_rebuild import assigned_table, kept_table
 
 _Result = TypeVar("_Result")
@@ -36,9 +36,9 @@ class LayerPart:
     ----------
     place : Place
         Its number, and its device.
-    schedule : LayerSchedule or None
+    schedule : PageScheduler or None
         Evicts what exceeds this part's share of a budget.
-    router : Router or None
+    router : PageRouter or None
         Chooses what decoding steps read of it.
     tiers : LayerTiers or None
         Where its full pages may go.
@@ -49,8 +49,8 @@ class LayerPart:
     """
 
     place: Place
-    schedule: LayerSchedule | None = None
-    router: Router | None = None
+    schedule: PageScheduler | None = None
+    router: PageRouter | None = None
     tiers: LayerTiers | None = None
     table: PageTable | None = None
     slots: torch.Tensor | None = None
@@ -79,8 +79,8 @@ class LayerPart:
         batch, heads, dim, value_dim = shape
         per_head = self.schedule is not None and self.schedule.policy.per_head
         device = home if self.place.device is None else self.place.device
-        pool = PagePool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
-        pages = PageStore(pool, config_of_lanes(config) if per_head else config, self.tiers)
+        pool = PlainPool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
+        pages = LayerPools(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
         self._share(writer, shard_map)
         table = PageTable(writer, batch * heads if per_head else batch)
@@ -109,7 +109,7 @@ class LayerPart:
             self.schedule.enforce(self.table, lanes, seen, headroom)
 
     def make_room(self, seen: int, error: NoRoomError) -> None:
-        """Evict what a pool of this part needs to go on; see :meth:`LayerSchedule.make_room`."""
+        """Evict what a pool of this part needs to go on; see :meth:`PageScheduler.make_room`."""
         assert self.schedule is not None
         assert self.table is not None
         self.schedule.make_room(self.table, seen, error)
@@ -163,7 +163,7 @@ class LayerPart:
 
     def kept(
         self,
-        pending: Pending | None,
+        pending: PendingTokens | None,
         widths: torch.Tensor,
         config: PiKVConfig,
         shard_of: ShardOf,

@@ -14,8 +14,8 @@ from ..distributed.process_exchange import leaves_others
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.page_allocator import NoRoomError
-from ..routing.policies import Router, make_routing
-from ..scheduling.page_scheduler import LayerSchedule
+from ..routing.policies import PageRouter, make_routing
+from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.placement import balanced_placement, expert_placement, hash_placement
 from ..sharding.shard_map import ShardMap
 from ..tiers.tier_limits import LayerTiers, Tiers
@@ -23,7 +23,7 @@ from .input_checks import Held
 from .kv_assignment import HandedOut
 from .layer_part import LayerPart
 from .page_migration import level
-from .pending_tokens import Pending
+from .pending_tokens import PendingTokens
 
 if TYPE_CHECKING:
     from ..integration.attachment import Attachment
@@ -52,7 +52,7 @@ class LayerTokens(CacheLayerMixin):
         Those of this process, with what is stored. The first is on the layer's own device.
     shard_map : ShardMap or None
         Which part has which shard, where there are several.
-    pending : Pending or None
+    pending : PendingTokens or None
         New tokens that wait for the layer's router, or for a press.
     seen, dropped : int
         Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
@@ -86,9 +86,9 @@ class LayerTokens(CacheLayerMixin):
                 part.tiers = tiers.layer(layer_idx, part.place.number)
         self._clear()
 
-    def _new_router(self) -> Router | None:
+    def _new_router(self) -> PageRouter | None:
         policy = make_routing(self.config)
-        return None if policy is None else Router(policy, self.config.sink_tokens, self.config.recent_window)
+        return None if policy is None else PageRouter(policy, self.config.sink_tokens, self.config.recent_window)
 
     def _clear(self) -> None:
         for part in self.parts:
@@ -96,7 +96,7 @@ class LayerTokens(CacheLayerMixin):
         self.shard_map: ShardMap | None = None
         # `(E,)` tokens of each expert in the first prompt, for balanced placement.
         self._expert_loads: np.ndarray | None = None
-        self.pending: Pending | None = None
+        self.pending: PendingTokens | None = None
         self.seen = self.dropped = 0
         self.holds = False
         self.is_initialized = False
@@ -127,21 +127,21 @@ class LayerTokens(CacheLayerMixin):
         self.parts[0].table = table
 
     @property
-    def schedule(self) -> LayerSchedule | None:
+    def schedule(self) -> PageScheduler | None:
         """What evicts the first part's pages."""
         return self.parts[0].schedule
 
     @schedule.setter
-    def schedule(self, schedule: LayerSchedule | None) -> None:
+    def schedule(self, schedule: PageScheduler | None) -> None:
         self.parts[0].schedule = schedule
 
     @property
-    def router(self) -> Router | None:
+    def router(self) -> PageRouter | None:
         """What chooses the pages that steps read of the first part."""
         return self.parts[0].router
 
     @router.setter
-    def router(self, router: Router | None) -> None:
+    def router(self, router: PageRouter | None) -> None:
         self.parts[0].router = router
 
     @property
@@ -331,7 +331,7 @@ class LayerTokens(CacheLayerMixin):
             rows = len({id(row) for row in self.table.rows}) / len(self.table.rows)
             self.shard_map.plan(np.bincount(shards, minlength=self.shard_map.num_shards) * rows)
 
-    def _piece(self, new: Pending) -> int:
+    def _piece(self, new: PendingTokens) -> int:
         """Return how many of the new tokens to store before pages may have to go."""
         per_token = (new.keys[:, :, :1].numel() + new.values[:, :, :1].numel()) * new.keys.element_size()
         sizes = [

@@ -9,9 +9,9 @@ import torch
 from ..common.tensors import carried
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
-from ..pages.packed_pool import SealedPool
+from ..pages.packed_pool import PackedPool
 from ..pages.page_allocator import PageIds
-from ..pages.plain_pool import FullPages
+from ..pages.plain_pool import PageContents
 from ..sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 from ..tiers.tier_limits import TierFull
 
@@ -76,7 +76,7 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[str, PageIds
     found = []
     sequences = list({id(row): row for row in table.rows}.values())
     for name, pool in table.pages.pools().items():
-        if isinstance(pool, SealedPool) and any(
+        if isinstance(pool, PackedPool) and any(
             codec.basis is not None for codec in (pool.key_codec, pool.value_codec)
         ):
             # A basis is fitted in each part anew.
@@ -95,7 +95,7 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
     pool, device = here.pages.pools()[name], there.pool.device
     index = pool.index(pages)
     positions = carried(pool.positions[index], device)
-    if isinstance(pool, SealedPool):
+    if isinstance(pool, PackedPool):
         keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
         target, ids = there.pages.adopt(pool, pages, keys, values)
         book = there.pages.sealed[target]
@@ -106,7 +106,7 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
         target, ids = (
             "",
             there.pool.adopt(
-                FullPages(
+                PageContents(
                     carried(contents.keys, device),
                     carried(contents.values, device),
                     positions,

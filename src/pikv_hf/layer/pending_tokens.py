@@ -6,7 +6,7 @@ import torch
 
 
 @dataclasses.dataclass(slots=True)
-class Pending:
+class PendingTokens:
     """The new K/V of a call with several tokens, until the layer's router has chosen their experts.
 
     Attributes
@@ -35,14 +35,14 @@ class Pending:
         """Q, the new tokens per row."""
         return self.keys.shape[2]
 
-    def select(self, rows: torch.Tensor) -> "Pending":
+    def select(self, rows: torch.Tensor) -> "PendingTokens":
         """Return the rows at these indices."""
         valid = None if self.valid is None else self.valid[rows]
         experts = None if self.experts is None else self.experts[rows]
         masses = None if self.masses is None else self.masses[rows]
-        return Pending(self.keys[rows], self.values[rows], valid, self.vetted, experts, masses)
+        return PendingTokens(self.keys[rows], self.values[rows], valid, self.vetted, experts, masses)
 
-    def to(self, device: torch.device) -> "Pending":
+    def to(self, device: torch.device) -> "PendingTokens":
         """Return the tokens on another device, or these if they are there."""
         if self.keys.device == device:
             return self
@@ -50,4 +50,4 @@ class Pending:
         keys, values, valid, experts, masses = (None if part is None else part.to(device) for part in parts)
         assert keys is not None
         assert values is not None
-        return Pending(keys, values, valid, self.vetted, experts, masses)
+        return PendingTokens(keys, values, valid, self.vetted, experts, masses)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 
 from ..config import PiKVConfig
-from ..page_table.compaction import AS_CONFIGURED, WIDTHS, CodedPages, ExactTokens, KeptTokens
+from ..page_table.compaction import AS_CONFIGURED, WIDTHS, CodedPages, Compaction, ExactTokens
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..sharding.shard_map import GOLDEN
 from ..tiers.tier_limits import LayerTiers
-from .pending_tokens import Pending
+from .pending_tokens import PendingTokens
 
 
 def checked_widths(kept: torch.Tensor, shape: tuple[int, int, int], where: str) -> torch.Tensor:
@@ -53,7 +53,7 @@ def with_exact_ends(widths: torch.Tensor, config: PiKVConfig) -> torch.Tensor:
 
 def kept_table(
     table: PageTable,
-    pending: Pending | None,
+    pending: PendingTokens | None,
     widths: torch.Tensor,
     config: PiKVConfig,
     shard_of: ShardOf,
@@ -66,10 +66,10 @@ def kept_table(
     ----------
     table : PageTable
         What is stored.
-    pending : Pending, optional
+    pending : PendingTokens, optional
         The newest tokens.
     widths : torch.Tensor
-        `(B, H, T)` uint8, see :class:`KeptTokens`.
+        `(B, H, T)` uint8, see :class:`Compaction`.
     config : PiKVConfig
         Options of the cache.
     shard_of : callable
@@ -84,7 +84,7 @@ def kept_table(
     # A low-rank basis belongs to a head: pages of one head cannot share it.
     decoded = ["", "none"] + [name for name in table.pages.sealed if split and "lowrank" in name]
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
-    kept = KeptTokens(widths, leaders, exact, config, split, table.pages.tiers)
+    kept = Compaction(widths, leaders, exact, config, split, table.pages.tiers)
     with kept.retired_on_error():
         if not split:
             kept.store.inherit(table.pages)
@@ -113,13 +113,13 @@ def assigned_table(
     every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
     held = every if held is None else held
     widths = with_exact_ends(held.to(torch.uint8) * AS_CONFIGURED, config)
-    kept = KeptTokens(widths, leaders, ExactTokens(keys, values, held), config, split, tiers)
+    kept = Compaction(widths, leaders, ExactTokens(keys, values, held), config, split, tiers)
     with kept.retired_on_error():
         kept.add_exact()
     return _table_of(kept, config, shard_of)
 
 
-def _table_of(kept: KeptTokens, config: PiKVConfig, shard_of: ShardOf) -> PageTable:
+def _table_of(kept: Compaction, config: PiKVConfig, shard_of: ShardOf) -> PageTable:
     for pool in kept.store.pools().values():
         pool.trim()
     # The sinks are among what is kept: later tokens have none of their own.
@@ -128,7 +128,7 @@ def _table_of(kept: KeptTokens, config: PiKVConfig, shard_of: ShardOf) -> PageTa
 
 
 def _exact_tokens(
-    table: PageTable, pending: Pending | None, shape: tuple[int, int, int], names: list[str]
+    table: PageTable, pending: PendingTokens | None, shape: tuple[int, int, int], names: list[str]
 ) -> ExactTokens:
     batch, heads, columns = shape
     stored = columns - (0 if pending is None else pending.tokens)
@@ -161,7 +161,7 @@ def equal_rows(*parts: torch.Tensor | None, batch: int) -> list[int]:
     return leaders
 
 
-def leaders_of(table: PageTable, pending: Pending | None, widths: torch.Tensor) -> list[int]:
+def leaders_of(table: PageTable, pending: PendingTokens | None, widths: torch.Tensor) -> list[int]:
     """Return for each row the first row with the same past and the same new tokens of which the same is kept."""
     batch = widths.shape[0]
     lanes = len(table.rows) // batch

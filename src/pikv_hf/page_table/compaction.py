@@ -14,11 +14,11 @@ import torch
 
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes, reordered
-from ..pages.packed_pool import SealedPool
+from ..pages.packed_pool import PackedPool
 from ..pages.page_allocator import PageIds
-from ..pages.plain_pool import FullPages, PagePool
+from ..pages.plain_pool import PageContents, PlainPool
 from ..tiers.tier_limits import LayerTiers
-from .layer_pools import PageStore
+from .layer_pools import LayerPools
 from .sequence_pages import SequencePages
 
 #: The codec of each width in bits of K and V.
@@ -51,13 +51,13 @@ class CodedPages:
 
     Attributes
     ----------
-    pool : SealedPool
+    pool : PackedPool
         Where they are.
     rows : list of numpy.ndarray
         For each row of the old table, its pages there.
     """
 
-    pool: SealedPool
+    pool: PackedPool
     rows: Sequence[PageIds]
 
 
@@ -72,7 +72,7 @@ def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
     return dataclasses.replace(config, key_codec=codecs[0], value_codec=codecs[1])
 
 
-class KeptTokens:
+class Compaction:
     """A store of its own for what a layer keeps.
 
     Parameters
@@ -110,8 +110,8 @@ class KeptTokens:
             config = config_of_lanes(config)
         keys, values = exact.keys, exact.values
         dims = keys.shape[-1], values.shape[-1]
-        pool = PagePool(self.page_heads, *dims, config.page_size, keys.dtype, keys.device)
-        self.store = PageStore(pool, config, tiers)
+        pool = PlainPool(self.page_heads, *dims, config.page_size, keys.dtype, keys.device)
+        self.store = LayerPools(pool, config, tiers)
         lanes = self.heads if split else 1
         self._sequences = {
             (row, lane): SequencePages.empty(config.num_shards) for row in self._leading for lane in range(lanes)
@@ -156,7 +156,7 @@ class KeptTokens:
         inside = torch.arange(size, device=columns.device) < counts[:, None]
         positions = columns.where(inside, -1).to(torch.int32)
         shards = np.arange(len(columns)) % self._num_shards
-        pages = FullPages(keys, values, positions, positions[:, :0].to(torch.int16), shards)
+        pages = PageContents(keys, values, positions, positions[:, :0].to(torch.int16), shards)
         numbers, owners = counts.cpu().numpy(), lanes.cpu().numpy()
         left = np.ones(len(columns), dtype=np.bool_)
         if width != AS_CONFIGURED:
@@ -219,7 +219,7 @@ class KeptTokens:
             self._give({name: (np.arange(len(block)), ids)}, counts[block], owner[block])
 
 
-def _picked(pool: SealedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
+def _picked(pool: PackedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
     """Return copies of pages `(n,)`, of those heads `(n,)` of them alone if pages of one head are wanted."""
     if not pool.in_place:
         keys, values = pool.codes_at(pool.index(ids))

@@ -9,12 +9,12 @@ import torch
 
 from ..kernels.page_codes import spread_values
 from ..kernels.page_scores import page_scores
-from ..pages.page_allocator import PageBook, PageIds
+from ..pages.page_allocator import PageAllocator, PageIds
 from .sequence_pages import SequencePages
 
 
 @dataclasses.dataclass(slots=True)
-class PageIndex:
+class FullPageIndex:
     """Full pages by row, in *columns*: those of the first pool, then those of the next.
 
     Attributes
@@ -37,7 +37,7 @@ class PageIndex:
         Valid columns of all rows, the fewest of any, and the least and largest position of any page.
     """
 
-    pools: dict[str, PageBook]
+    pools: dict[str, PageAllocator]
     columns: dict[str, slice]
     pages: torch.Tensor
     valid: torch.Tensor
@@ -55,7 +55,7 @@ class PageIndex:
     _found: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
-    def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PageBook]) -> "PageIndex":
+    def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PageAllocator]) -> "FullPageIndex":
         """Index the full pages of rows."""
         device = next(iter(pools.values())).device
         of_pool = {name: [row.full(name) for row in rows] for name in pools}
@@ -196,7 +196,7 @@ class PageIndex:
         return np.unique(self.pages[:, part][self.valid[:, part]].cpu().numpy())
 
 
-def _facts(pool: PageBook, rows: Sequence[PageIds]) -> torch.Tensor:
+def _facts(pool: PageAllocator, rows: Sequence[PageIds]) -> torch.Tensor:
     """Return number, use, count, shard, oldest and newest position of the pages of rows, `(6, B, n)` int64."""
     table = np.zeros((2, len(rows), max(map(len, rows))), dtype=np.int64)
     for row, own in enumerate(rows):

@@ -8,18 +8,18 @@ import numpy as np
 import torch
 
 from ..codecs.codec import Codec
-from ..codecs.page_encoder import Encoded, Sealer
+from ..codecs.page_encoder import Encoded, PageEncoder
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes
-from ..pages.packed_pool import SealedPool, pool_name
-from ..pages.page_allocator import PageBook, PageIds
-from ..pages.plain_pool import FullPages, PagePool
+from ..pages.packed_pool import PackedPool, pool_name
+from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.plain_pool import PageContents, PlainPool
 from ..reports.memory_report import live_bytes
 from ..tiers.tier_limits import LayerTiers
 from ..tiers.tiered_pool import TieredPool
 
 if TYPE_CHECKING:
-    from ..scheduling.growth_limit import Allowance
+    from ..scheduling.growth_limit import GrowthLimit
     from .sequence_pages import SequencePages
 
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 MAX_OBSERVED = 64
 
 
-class PageStore:
+class LayerPools:
     """The pools of a layer.
 
     Parameters
     ----------
-    plain : PagePool
+    plain : PlainPool
         Window, open pages, and full pages that no codec took.
     config : PiKVConfig
         Codecs and error budget.
@@ -49,26 +49,29 @@ class PageStore:
         Factor on their logits.
     """
 
-    def __init__(self, plain: PagePool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
+    def __init__(self, plain: PlainPool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
         if tiers is not None:
             tiers.check_device(plain.device)
             tiers.check_limit(plain.page_bytes)
         self.plain = plain
         self.tiers = tiers
-        self.sealed: dict[str, SealedPool] = {}
+        self.sealed: dict[str, PackedPool] = {}
         self.queries: torch.Tensor | None = None
         self.query_scale = 1.0
         self.config = config
-        self._sealers: tuple[Sealer, Sealer] | None = None
+        self._sealers: tuple[PageEncoder, PageEncoder] | None = None
         if tiers is not None or config.key_codec != "none" or config.value_codec != "none":
-            self._sealers = (Sealer(config.key_codec, True, config), Sealer(config.value_codec, False, config))
+            self._sealers = (
+                PageEncoder(config.key_codec, True, config),
+                PageEncoder(config.value_codec, False, config),
+            )
 
     @property
     def seals(self) -> bool:
         """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
         return self._sealers is not None
 
-    def pools(self) -> dict[str, PageBook]:
+    def pools(self) -> dict[str, PageAllocator]:
         """Return all pools; the plain one is `""`."""
         return {"": self.plain, **self.sealed}
 
@@ -87,7 +90,7 @@ class PageStore:
             if codec.is_lowrank and basis is not None:
                 codec.basis = basis
 
-    def inherit(self, other: "PageStore") -> None:
+    def inherit(self, other: "LayerPools") -> None:
         """Go on with the bases that another store of these heads has fitted: its pages may move here."""
         for mine, theirs in zip(self._sealers or (), other._sealers or (), strict=False):
             mine.codecs.update({name: codec for name, codec in theirs.codecs.items() if codec.basis is not None})
@@ -190,12 +193,12 @@ class PageStore:
         sequence.packed = {**sequence.packed, name: np.append(sequence.pages(name), ids)}
         self.sealed[name].hold(ids)
 
-    def pack(self, pages: FullPages, codec: str | None = None) -> dict[str, tuple[np.ndarray, PageIds]]:
+    def pack(self, pages: PageContents, codec: str | None = None) -> dict[str, tuple[np.ndarray, PageIds]]:
         """Encode full pages.
 
         Parameters
         ----------
-        pages : FullPages
+        pages : PageContents
             What to encode.
         codec : str, optional
             One of `LADDER`, to put all pages into it, whatever its error; by default the configured codecs.
@@ -232,15 +235,15 @@ class PageStore:
             self.sealed[name].count[ids] = self.plain.page_size
         return packed
 
-    def _sealer(self, codec: str, keys: bool) -> Sealer:
-        return Sealer(codec, keys, self.config)
+    def _sealer(self, codec: str, keys: bool) -> PageEncoder:
+        return PageEncoder(codec, keys, self.config)
 
-    def adopt(self, source: SealedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes) -> tuple[str, PageIds]:
+    def adopt(self, source: PackedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes) -> tuple[str, PageIds]:
         """Take over encoded pages of another store.
 
         Parameters
         ----------
-        source : SealedPool
+        source : PackedPool
             Where they come from; its codecs go on to decode them.
         pages : numpy.ndarray
             `(n,)`, their numbers there, for what is known of their errors.
@@ -261,24 +264,24 @@ class PageStore:
         pool.put(ids, keys.tensors(), values.tensors(), source.errors[pages] * share)
         return pool.name, ids
 
-    def _pool(self, key_codec: Codec, value_codec: Codec) -> SealedPool:
+    def _pool(self, key_codec: Codec, value_codec: Codec) -> PackedPool:
         name = pool_name(key_codec, value_codec)
         if name not in self.sealed:
             if self.tiers is None:
-                self.sealed[name] = SealedPool(self.plain, key_codec, value_codec)
+                self.sealed[name] = PackedPool(self.plain, key_codec, value_codec)
             else:
                 self.sealed[name] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
             self._prepare(self.sealed[name])
         return self.sealed[name]
 
-    def _prepare(self, pool: PageBook) -> None:
+    def _prepare(self, pool: PageAllocator) -> None:
         pool.allowance = self.plain.allowance
         if self.plain.usage is not None:
             pool.watch(self.plain.usage.now)
         if self.plain.bounds is not None:
             pool.know_bounds()
 
-    def limit(self, allowance: "Allowance") -> None:
+    def limit(self, allowance: "GrowthLimit") -> None:
         """Let pools grow only by the bytes that `allowance` returns."""
         self.plain.allowance = allowance
         for pool in self.sealed.values():
@@ -319,7 +322,7 @@ class _Batch:
         self.keys, self.values = keys, values
         self.which, self._in_keys, self._in_values = np.intersect1d(keys.which, values.which, return_indices=True)
 
-    def codes(self, pool: SealedPool) -> tuple[list[torch.Tensor], list[torch.Tensor], np.ndarray]:
+    def codes(self, pool: PackedPool) -> tuple[list[torch.Tensor], list[torch.Tensor], np.ndarray]:
         keys, values = self.keys.errors, self.values.errors
         k, v = self._in_keys, self._in_values
         errors = np.stack([keys.energy[k], keys.lost[k], values.energy[v], values.lost[v], keys.logits[k]], axis=1)

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..pages.page_allocator import PageBook, PageIds
-from ..pages.plain_pool import PagePool
-from .full_page_index import PageIndex
-from .layer_pools import PageStore
+from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.plain_pool import PlainPool
+from .full_page_index import FullPageIndex
+from .layer_pools import LayerPools
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
 from .sequence_pages import SequencePages
 from .sequence_writer import SequenceWriter
@@ -53,12 +53,12 @@ class PageTable:
         return table
 
     @property
-    def pages(self) -> PageStore:
+    def pages(self) -> LayerPools:
         """All pools of the layer."""
         return self.writer.pages
 
     @property
-    def pool(self) -> PagePool:
+    def pool(self) -> PlainPool:
         """The pool of pages that keep tokens as they came, the window among them."""
         return self.writer.pool
 
@@ -76,7 +76,7 @@ class PageTable:
         self._plans: dict[str, tuple[ReadPlan, int]] = {}
         self._entries: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cursor: tuple[PageIds, PageIds, int] | None = None
-        self._index: PageIndex | None = None
+        self._index: FullPageIndex | None = None
 
     def _sequences(self) -> list[SequencePages]:
         """Return the distinct sequences, in order of their first row."""
@@ -378,10 +378,10 @@ class PageTable:
             self._entries[name] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
         return self._entries[name]
 
-    def index(self) -> PageIndex:
+    def index(self) -> FullPageIndex:
         """Return the full pages of the rows, for routing; made anew only after pages changed hands."""
         if self._index is None:
-            self._index = PageIndex.of(self.rows, self.pages.pools())
+            self._index = FullPageIndex.of(self.rows, self.pages.pools())
         return self._index
 
     def dense(self, length: int, names: Iterable[str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -422,7 +422,7 @@ class PageTable:
         # The window's come first in both.
         return pages if name not in ("", UNFILLED) or self.writer.reads_window else pages[len(sequence.window) :]
 
-    def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PageBook, torch.Tensor]]:
+    def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PageAllocator, torch.Tensor]]:
         """Yield each row's pages `(n,)` in each of the pools."""
         pools = self.pages.pools()
         for name in pools if names is None else names:
@@ -432,6 +432,6 @@ class PageTable:
                         yield row, pool, pool.index(pages)
 
 
-def _release_rows(pages: PageStore, rows: list[SequencePages]) -> None:
+def _release_rows(pages: LayerPools, rows: list[SequencePages]) -> None:
     for sequence in {id(row): row for row in rows}.values():
         pages.release(sequence)

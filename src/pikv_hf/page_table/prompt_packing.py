@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..pages.plain_pool import FullPages, PagePool
+from ..pages.plain_pool import PageContents, PlainPool
 from .sequence_pages import SequencePages
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def pack_prompt(
 
 
 def _divide_by_pages(
-    pool: PagePool, sequence: SequencePages, shards: np.ndarray
+    pool: PlainPool, sequence: SequencePages, shards: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Divide tokens, as their numbers: whole pages `(n, P)`, what fills open pages before, what is left after."""
     size = pool.page_size
@@ -75,7 +75,7 @@ def _pack(
     """Pack tokens that fill pages on their own: `index` `(n, P)` are their numbers, `shards` `(n,)` the pages'."""
     keys, values, positions, experts = _picked(tokens, index.view(-1))
     shape = index.shape
-    contents = FullPages(
+    contents = PageContents(
         keys.unflatten(1, shape), values.unflatten(1, shape), positions.view(shape), experts.view(shape), shards
     )
     left = np.ones(len(shards), dtype=np.bool_)
@@ -86,7 +86,7 @@ def _pack(
         _keep(writer.pool, sequence, contents, np.flatnonzero(left))
 
 
-def _keep(pool: PagePool, sequence: SequencePages, contents: FullPages, which: np.ndarray) -> None:
+def _keep(pool: PlainPool, sequence: SequencePages, contents: PageContents, which: np.ndarray) -> None:
     """Store full pages as they are."""
     ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards[which]])
     pool.count[ids], pool.kept[ids] = pool.page_size, True

@@ -8,7 +8,7 @@ import torch
 from ..common.tensors import carried
 from ..pages.page_allocator import PageIds
 from ..sharding.shard_map import ShardMap
-from .layer_pools import PageStore
+from .layer_pools import LayerPools
 from .prompt_packing import pack_prompt
 from .sequence_pages import SequencePages
 
@@ -24,7 +24,7 @@ class SequenceWriter:
 
     Parameters
     ----------
-    pages : PageStore
+    pages : LayerPools
         Where pages come from.
     num_shards, recent_window, sink_tokens : int
         As in :class:`~pikv_hf.PiKVConfig`.
@@ -33,7 +33,7 @@ class SequenceWriter:
     """
 
     def __init__(
-        self, pages: PageStore, num_shards: int, recent_window: int, sink_tokens: int, shard_of: ShardOf
+        self, pages: LayerPools, num_shards: int, recent_window: int, sink_tokens: int, shard_of: ShardOf
     ) -> None:
         self.pages = pages
         self.pool = pages.plain

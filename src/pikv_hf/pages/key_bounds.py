@@ -6,13 +6,13 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from .page_storage import PageArrays, PageIds
+    from .page_storage import PageIds, PageStorage
 
 # Keys are read this many bytes at a time to find their bounds.
 BLOCK_BYTES = 32 * 1024 * 1024
 
 
-class PageBounds:
+class KeyBounds:
     """The bounds of the pages of a pool, found when first asked for. The index of Quest (arXiv 2406.10774).
 
     Parameters
@@ -81,7 +81,7 @@ class PageBounds:
         self.ends.index_copy_(1, index, torch.cat([keys.amin(dim=2), keys.amax(dim=2)], dim=-1))
         self.known[ids] = True
 
-    def find(self, pool: "PageArrays", ids: "PageIds") -> None:
+    def find(self, pool: "PageStorage", ids: "PageIds") -> None:
         """Read the pages among `ids` whose bounds are unknown; slots without a token do not count."""
         missing = np.unique(ids[~self.known[ids]])
         step = max(1, BLOCK_BYTES // max(1, pool.page_bytes))

@@ -6,20 +6,20 @@ import torch
 from ..codecs.codec import Codec
 from ..kernels import gather_pages
 from ..kernels.page_codes import BITS, PageCodes
-from .key_bounds import PageBounds
-from .page_allocator import PageBook, PageIds
-from .plain_pool import PagePool
+from .key_bounds import KeyBounds
+from .page_allocator import PageAllocator, PageIds
+from .plain_pool import PlainPool
 
 # These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
 GROWTH = 1 / 64
 
 
-class SealedPool(PageBook):
+class PackedPool(PageAllocator):
     """Full pages of one layer on one device, encoded once and immutable; cropping only lowers their counts.
 
     Parameters
     ----------
-    plain : PagePool
+    plain : PlainPool
         The layer's pool of pages as they came, for shapes, dtype and device.
     key_codec, value_codec : Codec
         What the pages are encoded with.
@@ -32,7 +32,7 @@ class SealedPool(PageBook):
         `(N, 5)` float32: energy and lost energy of keys, of values, and the mean square error of logits.
     """
 
-    def __init__(self, plain: PagePool, key_codec: Codec, value_codec: Codec) -> None:
+    def __init__(self, plain: PlainPool, key_codec: Codec, value_codec: Codec) -> None:
         super().__init__(plain.page_size, plain.device, GROWTH, keeps_experts=False)
         heads, dtype = plain.keys.shape[0], plain.keys.dtype
         self.dtype = dtype
@@ -81,8 +81,8 @@ class SealedPool(PageBook):
     def _codes_tell(self) -> bool:
         return self.in_place and self.keys.kind in BITS and self.keys.latent is None
 
-    def _new_bounds(self) -> PageBounds:
-        return PageBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
+    def _new_bounds(self) -> KeyBounds:
+        return KeyBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
 
     @property
     def host_bytes(self) -> int:

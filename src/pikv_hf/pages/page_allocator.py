@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .page_storage import PageArrays, PageIds
+from .page_storage import PageIds, PageStorage
 
 if TYPE_CHECKING:
-    from ..scheduling.growth_limit import Allowance
+    from ..scheduling.growth_limit import GrowthLimit
 
-__all__ = ["MIN_GROWTH", "NoRoomError", "PageBook", "PageIds"]
+__all__ = ["MIN_GROWTH", "NoRoomError", "PageAllocator", "PageIds"]
 
 # A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
 MIN_GROWTH = 4
@@ -21,12 +21,12 @@ MIN_GROWTH = 4
 class NoRoomError(Exception):
     """A pool may not grow: so many pages have to go first."""
 
-    def __init__(self, pool: "PageBook", pages: int) -> None:
+    def __init__(self, pool: "PageAllocator", pages: int) -> None:
         super().__init__(f"{pages} pages too few of {pool.capacity}")
         self.pool, self.pages = pool, pages
 
 
-class PageBook(PageArrays):
+class PageAllocator(PageStorage):
     """Allocation and reference counts of the pages of one layer on one device; a subclass keeps their K/V.
 
     Parameters
@@ -45,7 +45,7 @@ class PageBook(PageArrays):
     ----------
     allocations : int
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
-    allowance : Allowance, optional
+    allowance : GrowthLimit, optional
         Returns the bytes by which the pool may grow; without one there is no limit.
     """
 
@@ -53,7 +53,7 @@ class PageBook(PageArrays):
         super().__init__(page_size, device, keeps_experts)
         self.growth = growth
         self.allocations = 0
-        self.allowance: Allowance | None = None
+        self.allowance: GrowthLimit | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
 

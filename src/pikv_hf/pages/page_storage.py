@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .key_bounds import PageBounds
-from .usage_counters import PageUsage
+from .key_bounds import KeyBounds
+from .usage_counters import UsageCounters
 
 PageIds = npt.NDArray[np.int64]
 
@@ -15,7 +15,7 @@ PageIds = npt.NDArray[np.int64]
 PAGE_NOTES = 48
 
 
-class PageArrays(ABC):
+class PageStorage(ABC):
     """The tokens of the pages of one layer on one device, and what is known of them; a subclass keeps their K/V.
 
     A page holds up to `page_size` tokens of one sequence, of all KV heads, in order of position. Page numbers stay
@@ -41,7 +41,7 @@ class PageArrays(ABC):
         (-1: window), whether it ever held tokens.
     in_place : bool
         Whether the K/V of a page lie at its number in :meth:`token_tensors`, neighbours beside each other.
-    bounds, usage : PageBounds, PageUsage, optional
+    bounds, usage : KeyBounds, UsageCounters, optional
         What routing and scheduling know of the pages, where there is any.
     """
 
@@ -56,8 +56,8 @@ class PageArrays(ABC):
         self.count = np.zeros(0, dtype=np.int16)
         self.shard = np.zeros(0, dtype=np.int16)
         self.used = np.zeros(0, dtype=np.bool_)
-        self.bounds: PageBounds | None = None
-        self.usage: PageUsage | None = None
+        self.bounds: KeyBounds | None = None
+        self.usage: UsageCounters | None = None
 
     # What a subclass keeps of a page: tensors with the pages along dimension 1
 
@@ -78,7 +78,7 @@ class PageArrays(ABC):
         """Return the keys, or the values, of the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)`."""
 
     @abstractmethod
-    def _new_bounds(self) -> PageBounds:
+    def _new_bounds(self) -> KeyBounds:
         """Return the bounds of no pages."""
 
     # What is known of pages
@@ -101,14 +101,14 @@ class PageArrays(ABC):
         """Return the names of the arrays with an entry per page."""
         return ["refcount", "count", "shard", "used"]
 
-    def companions(self) -> list[PageBounds | PageUsage]:
+    def companions(self) -> list[KeyBounds | UsageCounters]:
         """Return what is known of the pages beyond their tokens."""
         return [companion for companion in (self.bounds, self.usage) if companion is not None]
 
     def watch(self, now: int) -> None:
         """Keep statistics of use from step `now` on."""
         if self.usage is None:
-            self.usage = PageUsage(self.device)
+            self.usage = UsageCounters(self.device)
             self.usage.now = now
             self.usage.resize(self.capacity)
             self.usage.reset(np.arange(self.capacity))

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 
 from ..kernels import append_tokens, gather_dense
-from .key_bounds import PageBounds
-from .page_allocator import PageBook, PageIds
+from .key_bounds import KeyBounds
+from .page_allocator import PageAllocator, PageIds
 
 GROWTH = 1 / 16
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class FullPages:
+class PageContents:
     """The contents of n full pages.
 
     Attributes
@@ -32,14 +32,14 @@ class FullPages:
     experts: torch.Tensor
     shards: np.ndarray
 
-    def pick(self, which: np.ndarray) -> "FullPages":
+    def pick(self, which: np.ndarray) -> "PageContents":
         """Return copies of the pages at `which` `(m,)`."""
         index = torch.from_numpy(which).to(self.positions.device)
         keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
-        return FullPages(keys, values, self.positions[index], self.experts[index], self.shards[which])
+        return PageContents(keys, values, self.positions[index], self.experts[index], self.shards[which])
 
 
-class PagePool(PageBook):
+class PlainPool(PageAllocator):
     """Pages of one layer on one device, in the model's dtype.
 
     The K/V of slots beyond a page's count are finite, so that a masked slot never turns a sum into NaN.
@@ -86,11 +86,11 @@ class PagePool(PageBook):
     def _notes(self) -> list[str]:
         return [*super()._notes(), "kept"]
 
-    def _new_bounds(self) -> PageBounds:
-        return PageBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
+    def _new_bounds(self) -> KeyBounds:
+        return KeyBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
-        """Take free pages; see :meth:`PageBook.allocate`."""
+        """Take free pages; see :meth:`PageAllocator.allocate`."""
         ids = super().allocate(pages, after, shard)
         self.kept[ids] = False
         return ids
@@ -152,13 +152,13 @@ class PagePool(PageBook):
         """`(H, N * P, Dv)` view of the values, one row per slot."""
         return self.values.view(self.values.shape[0], -1, self.values.shape[-1])
 
-    def full_pages(self, ids: PageIds) -> FullPages:
+    def full_pages(self, ids: PageIds) -> PageContents:
         """Return copies of full pages."""
         index = self.index(ids)
         keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
-        return FullPages(keys, values, self.positions[index], self.experts[index], self.shard[ids])
+        return PageContents(keys, values, self.positions[index], self.experts[index], self.shard[ids])
 
-    def adopt(self, contents: FullPages) -> PageIds:
+    def adopt(self, contents: PageContents) -> PageIds:
         """Take over full pages; return their numbers `(n,)`, yet without a holder."""
         ids = self.allocate(contents.keys.shape[1])
         # Free again until somebody holds them.

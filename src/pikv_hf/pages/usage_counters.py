@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .page_storage import PageIds
 
 
-class PageUsage:
+class UsageCounters:
     """Statistics of the pages of a pool, kept where the pages are: nothing waits for the device until a page must go.
 
     Parameters
@@ -78,7 +78,7 @@ class PageUsage:
         """Follow pages `(n,)` to other numbers."""
         self.take(self, source, target)
 
-    def take(self, other: "PageUsage", source: torch.Tensor, index: torch.Tensor) -> None:
+    def take(self, other: "UsageCounters", source: torch.Tensor, index: torch.Tensor) -> None:
         """Take over the statistics of pages `source` of another pool for pages `index`, both `(n,)`."""
         self.shares[:, index] = other.shares[:, source].to(self.shares.device)
         self.steps[:, index] = other.steps[:, source].to(self.steps.device)

@@ -17,7 +17,7 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.page_table.layer_pools import MAX_OBSERVED
 from pikv_hf.pages.packed_pool import GROWTH as SEALED_GROWTH
 from pikv_hf.pages.plain_pool import GROWTH as PLAIN_GROWTH
-from pikv_hf.scheduling.layer_budget import LayerLimit
+from pikv_hf.scheduling.layer_budget import LayerBudget
 from pikv_hf.scheduling.page_scheduler import GROWTH as BUDGET_GROWTH
 
 from .model_shape import LayerShape, ModelShape
@@ -77,7 +77,7 @@ def stored_tokens(tokens: int, batch: int, layer: LayerShape, model: ModelShape,
     """
     paged = max(1, len(model.paged_layers))
     bounded = sum(each.sliding or 0 for each in model.layers)
-    limit = LayerLimit.of(options, paged, bounded)
+    limit = LayerBudget.of(options, paged, bounded)
     if limit is None:
         return tokens
     most = limit.tokens_of(tokens, options.num_shards)

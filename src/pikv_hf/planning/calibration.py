@@ -14,8 +14,8 @@ import torch
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.kernels.coded_attention import coded_attention
+from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import KINDS, Kind
-from pikv_hf.kernels.seal_pages import seal_pages
 
 from .hardware import DEVICES, Device, KernelRates
 
@@ -107,7 +107,7 @@ def product_rate(repeats: int = 7) -> float:
 def code_rate(kind: Kind, repeats: int = 7, pages: int = 192) -> float:
     """Return the packed numbers per second that attention reads, of a pool of few pages and no cache around it."""
     tokens = torch.randn(_HEADS, pages, _PAGE, _DIM)
-    keys, values = seal_pages(tokens, kind, keys=True), seal_pages(tokens, kind, keys=False)
+    keys, values = encode_pages(tokens, kind, keys=True), encode_pages(tokens, kind, keys=False)
     query, few = torch.randn(_HEADS, _GROUP, _DIM), pages // 4
     some = keys.narrow(0, few), values.narrow(0, few)
     # What a call takes in any case is no matter of how much it reads.

@@ -76,9 +76,9 @@ def _part_counts(window: float, tokens: float, shards: float, size: int) -> Page
 
     How many tokens come here is as random as the last page's remainder, which is as likely to be anything.
     """
-    open_pages = min(shards * (size - 1) / size, tokens)
-    full = max(0.0, tokens / size - open_pages / 2)
-    return PageCounts(window, open_pages, full, round(tokens))
+    decode_pages = min(shards * (size - 1) / size, tokens)
+    full = max(0.0, tokens / size - decode_pages / 2)
+    return PageCounts(window, decode_pages, full, round(tokens))
 
 
 def shard_loads(layer: LayerShape, options: PiKVConfig, loads: Sequence[float] | None) -> tuple[float, ...]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..layer.layer import PiKVLayer
 from ..page_table.page_table import PageTable
-from ..pages.packed_pool import SealedPool
+from ..pages.packed_pool import PackedPool
 from .memory_report import CodecMemory, LayerMemory, live_bytes
 
 
@@ -78,7 +78,7 @@ def _plain_codec(table: PageTable, held: np.ndarray) -> CodecMemory:
     return CodecMemory("none", len(held), tokens, key_bytes * len(held), (pool.page_bytes - key_bytes) * len(held))
 
 
-def _codec(pool: SealedPool, held: np.ndarray) -> CodecMemory:
+def _codec(pool: PackedPool, held: np.ndarray) -> CodecMemory:
     key_bytes = sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in pool.keys.tensors())
     errors = pool.errors[held].astype(np.float64)
     logits = errors[:, 4][np.isfinite(errors[:, 4])]

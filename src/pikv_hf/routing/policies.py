@@ -16,7 +16,7 @@ from typing import ClassVar, TypeVar
 import torch
 
 from ..config import PiKVConfig
-from ..page_table.full_page_index import PageIndex
+from ..page_table.full_page_index import FullPageIndex
 from .routing_view import RoutingView
 
 
@@ -151,7 +151,7 @@ class ReadCounts:
     held: int = 0
     read: int | torch.Tensor = 0
 
-    def add(self, index: PageIndex, choice: Choice | None, always: int, heads: int) -> None:
+    def add(self, index: FullPageIndex, choice: Choice | None, always: int, heads: int) -> None:
         """Count a step in which rows have `always` pages that are read in any case."""
         self.steps += 1
         self.held += (index.held + always) * heads
@@ -163,7 +163,7 @@ class ReadCounts:
 
 
 @dataclasses.dataclass(slots=True)
-class Router:
+class PageRouter:
     """Routes the decoding steps of one layer.
 
     Attributes
@@ -181,7 +181,7 @@ class Router:
     recent_window: int
     counts: ReadCounts = dataclasses.field(default_factory=ReadCounts)
 
-    def choose(self, index: PageIndex, query: torch.Tensor, scale: float, seen: int) -> Choice | None:
+    def choose(self, index: FullPageIndex, query: torch.Tensor, scale: float, seen: int) -> Choice | None:
         """Choose pages for the queries `(B, Hq, D)` of a step; None if all full pages are to be read.
 
         `seen` are the positions up to and including that of the queries.

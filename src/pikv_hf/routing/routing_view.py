@@ -5,7 +5,7 @@ from math import log
 
 import torch
 
-from ..page_table.full_page_index import PageIndex
+from ..page_table.full_page_index import FullPageIndex
 
 # A page's mass is estimated as if all of its logits were two standard deviations above their middle. Of keys that are
 # spread evenly between their bounds in all D channels, one deviation is DEVIATION / sqrt(D) of the half-width between
@@ -23,7 +23,7 @@ class RoutingView:
         `(B, Hq, D)`, the queries of the step.
     scale : float
         Factor on their logits.
-    index : PageIndex
+    index : FullPageIndex
         The n columns to choose among.
     protected : torch.Tensor or None
         `(B, n)` bool, pages that hold sinks or recent tokens and are read in any case.
@@ -31,7 +31,7 @@ class RoutingView:
 
     query: torch.Tensor
     scale: float
-    index: PageIndex
+    index: FullPageIndex
     protected: torch.Tensor | None = None
 
     def page_bounds(self) -> torch.Tensor:

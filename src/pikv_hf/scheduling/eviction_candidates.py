@@ -7,8 +7,8 @@ import numpy as np
 
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
-from ..pages.page_allocator import PageBook, PageIds
-from .policies.registry import PageView
+from ..pages.page_allocator import PageAllocator, PageIds
+from .policies.registry import PageStats
 
 _COLUMNS = (
     *("place", "lane", "pages", "tokens", "oldest", "newest"),
@@ -17,7 +17,7 @@ _COLUMNS = (
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Place:
+class PagesOfSequence:
     """The pages of one sequence in one pool.
 
     Attributes
@@ -36,12 +36,12 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PageFacts:
+class EvictionCandidates:
     """Pages that may go.
 
     Attributes
     ----------
-    places : sequence of Place
+    places : sequence of PagesOfSequence
         Where they are.
     of_place : numpy.ndarray
         `(n,)`, which of the places each page is in.
@@ -49,20 +49,20 @@ class PageFacts:
         `(n,)` page numbers.
     oldest : numpy.ndarray
         `(n,)`, least position in the page.
-    view : PageView
+    view : PageStats
         What policies see of them.
     """
 
-    places: Sequence[Place]
+    places: Sequence[PagesOfSequence]
     of_place: np.ndarray
     pages: PageIds
     oldest: np.ndarray
-    view: PageView
+    view: PageStats
 
     @classmethod
     def of(
-        cls, table: PageTable, places: Sequence[Place], now: int, is_open: bool, shard: int | None = None
-    ) -> "PageFacts":
+        cls, table: PageTable, places: Sequence[PagesOfSequence], now: int, is_open: bool, shard: int | None = None
+    ) -> "EvictionCandidates":
         """Collect the full pages of places, or the open pages of their shards, in one shard or in all."""
         pools = table.pages.pools()
         columns = [np.zeros((len(_COLUMNS), 0))]
@@ -78,17 +78,19 @@ class PageFacts:
         place, pages, oldest = (known.pop(name).astype(np.int64) for name in ("place", "pages", "oldest"))
         return cls(places, place, pages, oldest, _view(known, now))
 
-    def pick(self, which: np.ndarray) -> "PageFacts":
+    def pick(self, which: np.ndarray) -> "EvictionCandidates":
         """Return some of the pages."""
-        fields = {f.name: getattr(self.view, f.name) for f in dataclasses.fields(PageView)}
+        fields = {f.name: getattr(self.view, f.name) for f in dataclasses.fields(PageStats)}
         picked = {name: value[which] if isinstance(value, np.ndarray) else value for name, value in fields.items()}
-        return PageFacts(self.places, self.of_place[which], self.pages[which], self.oldest[which], PageView(**picked))
+        return EvictionCandidates(
+            self.places, self.of_place[which], self.pages[which], self.oldest[which], PageStats(**picked)
+        )
 
-    def with_bounds(self, bounds: np.ndarray) -> "PageFacts":
+    def with_bounds(self, bounds: np.ndarray) -> "EvictionCandidates":
         """Return the same pages with upper bounds of recent queries' logits, `(n,)`."""
         return dataclasses.replace(self, view=dataclasses.replace(self.view, bounds=bounds))
 
-    def by_place(self) -> Iterator[tuple[Place, np.ndarray]]:
+    def by_place(self) -> Iterator[tuple[PagesOfSequence, np.ndarray]]:
         """Yield each place with the pages that are in it, as indices."""
         for number in np.unique(self.of_place):
             yield self.places[number], np.flatnonzero(self.of_place == number)
@@ -100,27 +102,27 @@ class PageFacts:
             table.drop(place.sequence, place.pool, self.pages[which[self.of_place[which] == number]])
 
 
-def _pages(place: Place, is_open: bool) -> PageIds:
+def _pages(place: PagesOfSequence, is_open: bool) -> PageIds:
     if not is_open:
         return place.sequence.full(place.pool)
     return place.sequence.open[place.sequence.open >= 0] if not place.pool else np.zeros(0, dtype=np.int64)
 
 
-def view_of(pool: PageBook, ids: PageIds, now: int) -> PageView:
+def view_of(pool: PageAllocator, ids: PageIds, now: int) -> PageStats:
     """Return what policies see of pages `(n,)` of one pool, whichever sequences they belong to."""
     known = dict(zip(_COLUMNS[3:], _known(pool, ids), strict=True))
     del known["oldest"]
     return _view({**known, "lane": np.zeros(len(ids))}, now)
 
 
-def _view(known: dict[str, np.ndarray], now: int) -> PageView:
+def _view(known: dict[str, np.ndarray], now: int) -> PageStats:
     reals = ("mass", "recent")
-    return PageView(
+    return PageStats(
         step=now, **{name: part.astype(float if name in reals else np.int64) for name, part in known.items()}
     )
 
 
-def _known(pool: PageBook, ids: PageIds) -> list[np.ndarray]:
+def _known(pool: PageAllocator, ids: PageIds) -> list[np.ndarray]:
     """Return what `_COLUMNS` names from "tokens" on, `(n,)` each."""
     index = pool.index(ids)
     positions = pool.positions[index]

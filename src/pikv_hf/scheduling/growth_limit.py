@@ -4,36 +4,36 @@ import weakref
 from typing import TYPE_CHECKING
 
 from ..reports.memory_report import live_bytes
-from .layer_budget import LayerLimit
+from .layer_budget import LayerBudget
 
 if TYPE_CHECKING:
-    from ..page_table.layer_pools import PageStore
-    from .page_scheduler import LayerSchedule
+    from ..page_table.layer_pools import LayerPools
+    from .page_scheduler import PageScheduler
 
 
 class BudgetError(RuntimeError):
     """What may not be evicted takes more than the budget."""
 
 
-class Allowance:
+class GrowthLimit:
     """Tells the pools of a store by how many bytes they may grow.
 
     Forks share a store, and each brings a budget of its own: what they hold together stays within the sum.
 
     Parameters
     ----------
-    pages : PageStore
+    pages : LayerPools
         The pools.
-    limit : LayerLimit
+    limit : LayerBudget
         In bytes.
     """
 
-    def __init__(self, pages: "PageStore", limit: LayerLimit) -> None:
+    def __init__(self, pages: "LayerPools", limit: LayerBudget) -> None:
         self._pages, self._limit = weakref.ref(pages), limit
         # Rows of the table of each layer that has pages here.
-        self._users: weakref.WeakKeyDictionary[LayerSchedule, int] = weakref.WeakKeyDictionary()
+        self._users: weakref.WeakKeyDictionary[PageScheduler, int] = weakref.WeakKeyDictionary()
 
-    def admit(self, schedule: "LayerSchedule", rows: int) -> None:
+    def admit(self, schedule: "PageScheduler", rows: int) -> None:
         """Count the budget of a layer with so many rows.
 
         Raises
@@ -51,7 +51,7 @@ class Allowance:
             )
         self._users[schedule] = rows
 
-    def _store(self) -> "PageStore":
+    def _store(self) -> "LayerPools":
         pages = self._pages()
         assert pages is not None
         return pages
@@ -62,7 +62,7 @@ class Allowance:
         plain = self._store().plain
         return self._limit.total_bytes - int(self._limit.sliding_tokens * rows * plain.page_bytes / plain.page_size)
 
-    def _least(self, schedule: "LayerSchedule", rows: int) -> int:
+    def _least(self, schedule: "PageScheduler", rows: int) -> int:
         """Return what may be needed while nothing can go: a page that leaves the window may begin one per shard."""
         pages = self._store()
         size = pages.plain.page_size

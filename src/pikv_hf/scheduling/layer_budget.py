@@ -7,7 +7,7 @@ from ..config import PiKVConfig
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LayerLimit:
+class LayerBudget:
     """The limits of one paged layer.
 
     Attributes
@@ -43,7 +43,7 @@ class LayerLimit:
     @classmethod
     def of(
         cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0, parts: int = 1, share: float = 1.0
-    ) -> "LayerLimit | None":
+    ) -> "LayerBudget | None":
         """Divide a cache's budget by its paged layers; None if it has none.
 
         Parameters

@@ -12,12 +12,12 @@ from ..config import PiKVConfig
 from ..kernels.page_scores import page_scores
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
-from ..pages.page_allocator import NoRoomError, PageBook, PageIds
-from ..pages.plain_pool import PagePool
+from ..pages.page_allocator import NoRoomError, PageAllocator, PageIds
+from ..pages.plain_pool import PlainPool
 from ..tiers.tiered_pool import TieredPool
-from .eviction_candidates import PageFacts, Place, view_of
-from .growth_limit import Allowance, BudgetError
-from .layer_budget import LayerLimit
+from .eviction_candidates import EvictionCandidates, PagesOfSequence, view_of
+from .growth_limit import BudgetError, GrowthLimit
+from .layer_budget import LayerBudget
 from .policies.registry import SchedulingPolicy, leaving, make_policy
 
 # Queries kept for policies that look at bounds.
@@ -36,14 +36,14 @@ BUDGET_OPTIONS = {"half_life": 64.0, "bound_weight": 13.0}
 _Result = TypeVar("_Result")
 
 
-class LayerSchedule:
+class PageScheduler:
     """Evicts pages of one layer when its budget is used up.
 
     Parameters
     ----------
     policy : SchedulingPolicy
         Which pages go first.
-    limit : LayerLimit or None
+    limit : LayerBudget or None
         How much may stay; None where only the tiers ask which pages go.
     sink_tokens, recent_window : int
         As in :class:`~pikv_hf.PiKVConfig`: these tokens never go.
@@ -59,7 +59,7 @@ class LayerSchedule:
     """
 
     def __init__(
-        self, policy: SchedulingPolicy, limit: LayerLimit | None, sink_tokens: int, recent_window: int
+        self, policy: SchedulingPolicy, limit: LayerBudget | None, sink_tokens: int, recent_window: int
     ) -> None:
         self.policy, self.limit = policy, limit
         self.sink_tokens, self.recent_window = sink_tokens, recent_window
@@ -74,13 +74,13 @@ class LayerSchedule:
         """Return the tensors that hold memory."""
         return [] if self.queries is None else [self.queries]
 
-    def most_beside(self, pool: PagePool, rows: int) -> int:
+    def most_beside(self, pool: PlainPool, rows: int) -> int:
         """Return the most bytes that are kept beside the pages of a table of so many rows."""
         heads, _, _, dim = pool.keys.shape
         queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.reads_bounds else 0
         return queries * dim * pool.keys.element_size()
 
-    def fork(self) -> "LayerSchedule":
+    def fork(self) -> "PageScheduler":
         """Return an independent schedule that has seen the same."""
         twin = copy.copy(self)
         twin.policy = copy.deepcopy(self.policy)
@@ -131,7 +131,7 @@ class LayerSchedule:
         pages = table.pages
         if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
             if pages.plain.allowance is None:
-                pages.limit(Allowance(pages, self.limit))
+                pages.limit(GrowthLimit(pages, self.limit))
             assert pages.plain.allowance is not None
             pages.plain.allowance.admit(self, rows)
 
@@ -209,7 +209,7 @@ class LayerSchedule:
                 "tokens and what other caches share are left, which may not be evicted"
             ) from None
 
-    def _free_pages(self, table: PageTable, pool: PageBook, pages: int, seen: int) -> bool:
+    def _free_pages(self, table: PageTable, pool: PageAllocator, pages: int, seen: int) -> bool:
         """Evict pages until a pool has so many more, of its own if it has any, else of the others."""
         wanted, pools = pool.free_pages + pages, table.pages.pools()
         # A pool that was to be the first of its codec is gone again.
@@ -243,7 +243,11 @@ class LayerSchedule:
     def _leaving_one_by_one(self, table: PageTable, names: Sequence[str], seen: int) -> Iterator[int]:
         """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
         pools = table.pages.pools()
-        places = [Place(sequence, name, lane) for lane, sequence in enumerate(_distinct(table.rows)) for name in names]
+        places = [
+            PagesOfSequence(sequence, name, lane)
+            for lane, sequence in enumerate(_distinct(table.rows))
+            for name in names
+        ]
         own = {name: _holders(table, name) for name in names}
         for facts in self._facts(table, places, seen):
             # What somebody else holds too would be lost without making room.
@@ -317,7 +321,7 @@ class LayerSchedule:
         if tokens <= 0:
             return False
         left = tokens
-        places = [Place(row, name, lane) for lane, row in enumerate(rows) for name in table.pages.pools()]
+        places = [PagesOfSequence(row, name, lane) for lane, row in enumerate(rows) for name in table.pages.pools()]
         for facts in self._facts(table, places, seen, shard):
             going = leaving(self.policy, facts.view, left)
             facts.evict(table, going)
@@ -330,18 +334,18 @@ class LayerSchedule:
         return left < tokens
 
     def _facts(
-        self, table: PageTable, places: Sequence[Place], seen: int, shard: int | None = None
-    ) -> Iterator[PageFacts]:
+        self, table: PageTable, places: Sequence[PagesOfSequence], seen: int, shard: int | None = None
+    ) -> Iterator[EvictionCandidates]:
         """Yield what may go: full pages, then, if these are not enough, those that are not full."""
         recent = seen - self.recent_window
         for is_open in (False, True):
-            facts = PageFacts.of(table, places, self.now, is_open, shard)
+            facts = EvictionCandidates.of(table, places, self.now, is_open, shard)
             facts = facts.pick((facts.oldest >= self.sink_tokens) & (facts.view.newest < recent))
             if self.queries is not None and len(facts.view):
                 facts = facts.with_bounds(self._bounds(table, facts))
             yield facts
 
-    def _bounds(self, table: PageTable, facts: PageFacts) -> np.ndarray:
+    def _bounds(self, table: PageTable, facts: EvictionCandidates) -> np.ndarray:
         """Return upper bounds of the logits of recent queries for pages, `(n,)` float64."""
         assert self.queries is not None
         bounds = np.full(len(facts.view), -np.inf)
@@ -365,34 +369,34 @@ class LayerSchedule:
             bounds[which] = scores[0].amax(dim=0).cpu().numpy()
         return bounds
 
-    def _count(self, facts: PageFacts, which: PageIds) -> None:
+    def _count(self, facts: EvictionCandidates, which: PageIds) -> None:
         self.pages_evicted += len(which)
         self.tokens_evicted += int(facts.view.tokens[which].sum())
 
 
 def make_schedule(
     config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1, share: float = 1.0
-) -> LayerSchedule | None:
+) -> PageScheduler | None:
     """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
 
     Raises
     ------
     ValueError
-        See :meth:`LayerLimit.of`.
+        See :meth:`LayerBudget.of`.
     """
-    limit = LayerLimit.of(config, layers, sliding_tokens, parts, share)
+    limit = LayerBudget.of(config, layers, sliding_tokens, parts, share)
     if limit is None and config.tiers is None:
         return None
     name = config.scheduler or ("lru" if limit is None else "pikv")
     options = BUDGET_OPTIONS if name == "pikv" and limit is not None else {}
     policy = make_policy(name, **options)
-    return LayerSchedule(policy, limit, config.sink_tokens, config.recent_window)
+    return PageScheduler(policy, limit, config.sink_tokens, config.recent_window)
 
 
 class _TierPriority:
     """Tells a pool of tiers which of its pages leave fast memory first."""
 
-    def __init__(self, schedule: LayerSchedule, pool: TieredPool) -> None:
+    def __init__(self, schedule: PageScheduler, pool: TieredPool) -> None:
         # Neither keeps the other alive: files are removed with the pool.
         self._schedule, self._pool = weakref.ref(schedule), weakref.ref(pool)
 

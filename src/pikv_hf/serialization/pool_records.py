@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..pages.key_bounds import PageBounds
-from ..pages.packed_pool import SealedPool
-from ..pages.page_allocator import PageBook, PageIds
-from ..pages.plain_pool import PagePool
-from ..pages.usage_counters import PageUsage
+from ..pages.key_bounds import KeyBounds
+from ..pages.packed_pool import PackedPool
+from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.plain_pool import PlainPool
+from ..pages.usage_counters import UsageCounters
 from .tensor_file import Group, Spec, TensorFile
 
 #: Arrays with an entry per page that follow from others: who holds it, and whether it ever held tokens.
@@ -59,26 +59,26 @@ class PagedTensor:
         self.data.index_copy_(self.dim, index.to(device), entries.to(device).movedim(0, self.dim))
 
 
-def companions(pool: PageBook) -> dict[str, PageBounds | PageUsage]:
+def companions(pool: PageAllocator) -> dict[str, KeyBounds | UsageCounters]:
     """Return what routing and scheduling know of a pool's pages, by attribute of the pool."""
     known = {"bounds": pool.bounds, "usage": pool.usage}
     return {name: companion for name, companion in known.items() if companion is not None}
 
 
-def token_tensors(pool: PageBook) -> dict[str, PagedTensor]:
+def token_tensors(pool: PageAllocator) -> dict[str, PagedTensor]:
     """Return the keys and values of a pool, by number."""
     return {f"tokens.{number}": PagedTensor(tensor, 1) for number, tensor in enumerate(pool.token_tensors())}
 
 
-def _tokens(pool: PageBook, index: torch.Tensor) -> list[torch.Tensor]:
+def _tokens(pool: PageAllocator, index: torch.Tensor) -> list[torch.Tensor]:
     """Return the keys and values of the pages at `index` `(n,)`, in whatever tier, with these along dimension 0."""
-    if not isinstance(pool, SealedPool):
+    if not isinstance(pool, PackedPool):
         return [part.pick(index) for part in token_tensors(pool).values()]
     keys, values = pool.codes_at(index)
     return [part.movedim(1, 0) for part in (*keys.tensors(), *values.tensors())]
 
 
-def page_notes(pool: PageBook) -> dict[str, PagedTensor]:
+def page_notes(pool: PageAllocator) -> dict[str, PagedTensor]:
     """Return everything else that is known of a pool's pages and that does not follow from the rest."""
     notes = _own_notes(pool)
     for name, companion in companions(pool).items():
@@ -86,8 +86,8 @@ def page_notes(pool: PageBook) -> dict[str, PagedTensor]:
     return notes
 
 
-def _own_notes(pool: PageBook) -> dict[str, PagedTensor]:
-    kind = PagePool if isinstance(pool, PagePool) else SealedPool
+def _own_notes(pool: PageAllocator) -> dict[str, PagedTensor]:
+    kind = PlainPool if isinstance(pool, PlainPool) else PackedPool
     notes = {"positions": PagedTensor(pool.positions, 0), "experts": PagedTensor(pool.experts, 0)}
     # Asked of these classes themselves: where a subclass has its pages lie is nothing to be written down.
     for name in kind._notes(pool):  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def _own_notes(pool: PageBook) -> dict[str, PagedTensor]:
     return notes
 
 
-def _companion_notes(name: str, companion: PageBounds | PageUsage) -> dict[str, PagedTensor]:
+def _companion_notes(name: str, companion: KeyBounds | UsageCounters) -> dict[str, PagedTensor]:
     """Return a companion's tensors, which have the pages along dimension 1, and arrays, along dimension 0."""
     notes = {}
     for part, value in vars(companion).items():
@@ -117,15 +117,15 @@ def most_pages(pages: int) -> int:
     return pages + pages // 16 + SPARE_PAGES
 
 
-def _numbers(pool: PageBook, used: PageIds) -> tuple[PageIds, int]:
+def _numbers(pool: PageAllocator, used: PageIds) -> tuple[PageIds, int]:
     """Return the numbers `(n,)` that pages in use get when they are loaded, and the pages that the pool then has."""
     together = np.arange(len(used))
-    if pool.capacity <= most_pages(len(used)) and (isinstance(pool, PagePool) or np.array_equal(used, together)):
+    if pool.capacity <= most_pages(len(used)) and (isinstance(pool, PlainPool) or np.array_equal(used, together)):
         return used, pool.capacity
     return together, len(used)
 
 
-def describe_pool(prefix: str, pool: PageBook, ids: PageIds) -> tuple[dict[str, Any], Group]:
+def describe_pool(prefix: str, pool: PageAllocator, ids: PageIds) -> tuple[dict[str, Any], Group]:
     """Describe the pages `ids` `(n,)` of a pool."""
     parts = {**token_tensors(pool), **page_notes(pool)}
     specs = {f"{prefix}.{name}": part.spec(len(ids)) for name, part in parts.items()}
@@ -146,7 +146,7 @@ def describe_pool(prefix: str, pool: PageBook, ids: PageIds) -> tuple[dict[str, 
     return {"pages": len(ids), "capacity": capacity, "companions": beside}, Group(specs, pieces)
 
 
-def pool_specs(pool: PageBook, prefix: str, saved: dict[str, Any]) -> dict[str, Spec]:
+def pool_specs(pool: PageAllocator, prefix: str, saved: dict[str, Any]) -> dict[str, Spec]:
     """Return the tensors that a file must have for the pages of a pool, of which `pool` has none yet."""
     _companions_as(pool, saved)
     parts = {**token_tensors(pool), **page_notes(pool)}
@@ -154,16 +154,16 @@ def pool_specs(pool: PageBook, prefix: str, saved: dict[str, Any]) -> dict[str, 
     return {**specs, f"{prefix}.numbers": Spec(torch.int64, (saved["pages"],))}
 
 
-def fill_pool(pool: PageBook, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
+def fill_pool(pool: PageAllocator, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
     """Copy the pages of a pool from a file into a new one; nobody holds them yet."""
     numbers = file[f"{prefix}.numbers"]
     pool.reserve(saved["capacity"])
-    if isinstance(pool, PagePool):
+    if isinstance(pool, PlainPool):
         pool.allocate(saved["capacity"])
     for start in range(0, saved["pages"], CHUNK_PAGES):
         part = slice(start, start + CHUNK_PAGES)
         tokens = [file[f"{prefix}.{name}"][part] for name in token_tensors(pool)]
-        if isinstance(pool, SealedPool):
+        if isinstance(pool, PackedPool):
             ids = pool.allocate(len(numbers[part]))
             assert (ids == numbers[part].numpy()).all(), "a new pool gives its pages in order"
             # Before the pages are written: tiers have a file for each shard.
@@ -179,7 +179,7 @@ def fill_pool(pool: PageBook, prefix: str, saved: dict[str, Any], file: TensorFi
     pool.refcount[:] = 0
 
 
-def restore_companions(pool: PageBook, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
+def restore_companions(pool: PageAllocator, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
     """Let routing and scheduling know of a filled pool what they knew when it was saved."""
     _companions_as(pool, saved)
     for name in saved["companions"]:
@@ -189,7 +189,7 @@ def restore_companions(pool: PageBook, prefix: str, saved: dict[str, Any], file:
             setattr(companions(pool)[name], number, value)
 
 
-def _companions_as(pool: PageBook, saved: dict[str, Any]) -> None:
+def _companions_as(pool: PageAllocator, saved: dict[str, Any]) -> None:
     """Give a pool the companions that the saved one had."""
     if "usage" in saved["companions"]:
         pool.watch(saved["companions"]["usage"]["now"])

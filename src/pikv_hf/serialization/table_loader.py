@@ -10,11 +10,11 @@ from ..codecs.codec import Codec
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
-from ..page_table.layer_pools import PageStore
+from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..page_table.sequence_writer import SequenceWriter
-from ..pages.plain_pool import PagePool
+from ..pages.plain_pool import PlainPool
 from ..tiers.tier_limits import LayerTiers
 from .pool_records import fill_pool, most_pages, pool_prefix, pool_specs, restore_companions
 from .table_writer import basis_name
@@ -200,11 +200,11 @@ class SavedTable:
             restore_companions(book, prefix, pool, self._file)
         return table
 
-    def _empty_store(self, device: torch.device, tiers: LayerTiers | None = None) -> PageStore:
+    def _empty_store(self, device: torch.device, tiers: LayerTiers | None = None) -> LayerPools:
         """Return a store with pools of no pages and the saved codecs."""
         (keys, values), size = self._table["dims"], self.config.page_size
-        plain = PagePool(self._table["page_heads"], keys, values, size, self.dtype, device)
-        store = PageStore(plain, self.config, tiers)
+        plain = PlainPool(self._table["page_heads"], keys, values, size, self.dtype, device)
+        store = LayerPools(plain, self.config, tiers)
         codecs = [self._codec(number, codec, device) for number, codec in enumerate(self._table["codecs"])]
         for sealer, known in zip(store._sealers or (), self._table["sealers"], strict=False):
             sealer.codecs.update({name: codecs[number] for name, number in known.items()})

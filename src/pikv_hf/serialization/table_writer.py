@@ -11,10 +11,10 @@ import torch
 
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
-from ..page_table.layer_pools import PageStore
+from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
 from ..pages.page_allocator import PageIds
-from ..scheduling.page_scheduler import LayerSchedule
+from ..scheduling.page_scheduler import PageScheduler
 from .pool_records import describe_pool, pool_prefix
 from .tensor_file import Group
 
@@ -36,7 +36,7 @@ def describe_part(prefix: str, layer: PiKVLayer, part: LayerPart) -> tuple[dict[
     return description, groups
 
 
-def _describe_schedule(schedule: LayerSchedule) -> dict[str, Any]:
+def _describe_schedule(schedule: PageScheduler) -> dict[str, Any]:
     policy: Any = schedule.policy
     return {
         "state": {name: getattr(schedule, name) for name in SCHEDULE},
@@ -115,7 +115,7 @@ def _renumbering(used: PageIds) -> PageIds:
     return mapping
 
 
-def _describe_codecs(prefix: str, store: PageStore, names: list[str]) -> tuple[dict[str, Any], list[Group]]:
+def _describe_codecs(prefix: str, store: LayerPools, names: list[str]) -> tuple[dict[str, Any], list[Group]]:
     """Describe the codecs, by number: pools and those that will pack the next pages share them."""
     sealers = [dict(sealer.codecs) for sealer in store._sealers or ()]
     pools = {name: store.sealed[name] for name in names if name}

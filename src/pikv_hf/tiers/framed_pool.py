@@ -5,18 +5,18 @@ import torch
 
 from ..codecs.codec import Codec
 from ..kernels.page_codes import BITS, PageCodes
-from ..pages.key_bounds import PageBounds
-from ..pages.packed_pool import SealedPool
+from ..pages.key_bounds import KeyBounds
+from ..pages.packed_pool import PackedPool
 from ..pages.page_storage import PageIds, extended
-from ..pages.plain_pool import PagePool
+from ..pages.plain_pool import PlainPool
 
 
-class FramedPool(SealedPool):
+class FramedPool(PackedPool):
     """Full pages, each in a frame or in none. A subclass moves them.
 
     Parameters
     ----------
-    plain : PagePool
+    plain : PlainPool
         The layer's pool of pages as they came.
     key_codec, value_codec : Codec
         What the pages are encoded with.
@@ -33,7 +33,7 @@ class FramedPool(SealedPool):
 
     in_place = False
 
-    def __init__(self, plain: PagePool, key_codec: Codec, value_codec: Codec) -> None:
+    def __init__(self, plain: PlainPool, key_codec: Codec, value_codec: Codec) -> None:
         super().__init__(plain, key_codec, value_codec)
         self.frame = np.zeros(0, dtype=np.int64)
         self.page_of = np.zeros(0, dtype=np.int64)
@@ -62,7 +62,7 @@ class FramedPool(SealedPool):
         """Bytes of K/V in memory that no page uses."""
         return self.free_frames * self.page_bytes
 
-    def _new_bounds(self) -> PageBounds:
+    def _new_bounds(self) -> KeyBounds:
         if self.keys.kind in BITS and self.keys.latent is None:
             return CodeBounds(self.keys.heads, self._key_dim, self.device)
         return super()._new_bounds()
@@ -164,7 +164,7 @@ def _places(pages: PageIds, ids: PageIds) -> tuple[np.ndarray | None, np.ndarray
     return source, wanted
 
 
-class CodeBounds(PageBounds):
+class CodeBounds(KeyBounds):
     """The floors and spreads of packed keys, which stay where they can be read when their pages do not.
 
     They are what routing reads of a pool whose pages all have their place in memory, so that it chooses the same pages.
@@ -209,7 +209,7 @@ class CodeBounds(PageBounds):
         super().copy(page, new)
         self.spreads[:, new] = self.spreads[:, page]
 
-    def find(self, pool: SealedPool, ids: PageIds) -> None:  # type: ignore[override]
+    def find(self, pool: PackedPool, ids: PageIds) -> None:  # type: ignore[override]
         """Read the codes of the pages among `ids` whose bounds are unknown."""
         missing = np.unique(ids[~self.known[ids]])
         for start in range(0, len(missing), step := pool.block_pages()):

@@ -13,7 +13,7 @@ from .transfers import Transfers
 SLAB_BYTES = 1 << 20
 
 
-class HostRows:
+class HostMemory:
     """A row of bytes for each page, in pieces that are given back when they are empty.
 
     Parameters

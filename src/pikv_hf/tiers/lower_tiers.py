@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..pages.page_allocator import PageIds
-from .host_memory import HostRows
+from .host_memory import HostMemory
 from .page_file import HEADER_BYTES, RECORD_HEADER_BYTES, PageFile, PageFileError, Records
 from .page_record import RecordLayout
 from .tier_limits import LayerTiers, TierFull
@@ -39,7 +39,7 @@ class LowerTiers:
         self._transfers = Transfers(device)
         below = tiers.names[1:]
         self._to_disk = "disk" in below
-        self._rows = HostRows(layout.nbytes, tiers, self._transfers) if "cpu" in below else None
+        self._rows = HostMemory(layout.nbytes, tiers, self._transfers) if "cpu" in below else None
         self._files: dict[int, PageFile] = {}
         self._file_of: dict[int, PageFile] = {}
         # Pages that were asked for ahead of need: where they arrive, and as which record there.

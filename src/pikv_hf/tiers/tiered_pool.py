@@ -15,7 +15,7 @@ from ..codecs.codec import Codec
 from ..kernels.page_codes import PageCodes
 from ..pages.packed_pool import GROWTH
 from ..pages.page_allocator import MIN_GROWTH, PageIds
-from ..pages.plain_pool import PagePool
+from ..pages.plain_pool import PlainPool
 from .framed_pool import FramedPool
 from .lower_tiers import LowerTiers
 from .page_file import PageFileError
@@ -31,7 +31,7 @@ class TieredPool(FramedPool):
 
     Parameters
     ----------
-    plain : PagePool
+    plain : PlainPool
         The layer's pool of pages as they came.
     key_codec, value_codec : Codec
         What the pages are encoded with.
@@ -47,7 +47,7 @@ class TieredPool(FramedPool):
         `fetched`, which is LRU.
     """
 
-    def __init__(self, plain: PagePool, key_codec: Codec, value_codec: Codec, tiers: LayerTiers) -> None:
+    def __init__(self, plain: PlainPool, key_codec: Codec, value_codec: Codec, tiers: LayerTiers) -> None:
         super().__init__(plain, key_codec, value_codec)
         self.tiers = tiers
         tiers.check_device(self.device)
@@ -86,7 +86,7 @@ class TieredPool(FramedPool):
             self._set_frames(self.frames_made - self.free_frames)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
-        """Take free pages; see :meth:`PageBook.allocate`."""
+        """Take free pages; see :meth:`PageAllocator.allocate`."""
         ids = super().allocate(pages, after, shard)
         self._drop(ids)
         return ids
@@ -135,7 +135,7 @@ class TieredPool(FramedPool):
         return new
 
     def put(self, ids: PageIds, keys: list[torch.Tensor], values: list[torch.Tensor], errors: np.ndarray) -> None:
-        """Store encoded pages; see :meth:`SealedPool.put`. Older pages leave fast memory as far as necessary.
+        """Store encoded pages; see :meth:`PackedPool.put`. Older pages leave fast memory as far as necessary.
 
         Raises
         ------
@@ -356,7 +356,7 @@ class TieredPool(FramedPool):
             self._add_frames(extra)
 
     def retire(self) -> None:
-        """Leave the tiers to others; see :meth:`SealedPool.retire`."""
+        """Leave the tiers to others; see :meth:`PackedPool.retire`."""
         self._drop(np.arange(self.capacity))
         self.refcount[:] = self.count[:] = 0
         self._set_frames(0)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import ClassVar
 
 from .base import SchedulingPolicy, register
-from .page_stats import Floats, PageView, mean_shares, recent_shares
+from .page_stats import Floats, PageStats, mean_shares, recent_shares
 
 
 @register("h2o")
@@ -22,7 +22,7 @@ class H2O(SchedulingPolicy):
 
     per_step: bool = True
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         return mean_shares(view)[0] if self.per_step else view.mass
 
 
@@ -35,7 +35,7 @@ class LRUPlus(SchedulingPolicy):
     of :func:`mean_shares`. The name is PiKV's (arXiv 2508.06526); the formula is this project's.
     """
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         shares, _ = mean_shares(view)
         weight = 1 + shares / (shares.max(initial=0.0) or 1.0)
         return -(view.step - view.last_use + 1) / ((1 + view.uses) * weight)
@@ -52,5 +52,5 @@ class Quest(SchedulingPolicy):
 
     wants_bounds: ClassVar[bool] = True
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         return recent_shares(view)[0] if view.bounds is None else view.bounds

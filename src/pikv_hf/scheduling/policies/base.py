@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, TypeVar
 
-from .page_stats import Floats, PageView
+from .page_stats import Floats, PageStats
 
 
 class SchedulingPolicy(ABC):
@@ -17,7 +17,7 @@ class SchedulingPolicy(ABC):
     per_head : bool
         Whether every KV head should have pages of its own, so that heads may keep different pages.
     wants_bounds : bool
-        Whether it reads :attr:`PageView.bounds`; see :attr:`reads_bounds`.
+        Whether it reads :attr:`PageStats.bounds`; see :attr:`reads_bounds`.
     """
 
     name: ClassVar[str]
@@ -26,11 +26,11 @@ class SchedulingPolicy(ABC):
 
     @property
     def reads_bounds(self) -> bool:
-        """Whether it reads :attr:`PageView.bounds` with the options that it has."""
+        """Whether it reads :attr:`PageStats.bounds` with the options that it has."""
         return self.wants_bounds
 
     @abstractmethod
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         """Return `(n,)` float64, finite or +inf; the page with the lowest goes first, of equal ones the oldest."""
 
     def observe(self, hits: int, misses: int) -> None:  # noqa: B027 (most policies do not care)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Steps after which attention counts half in :attr:`PageView.recent`.
+#: Steps after which attention counts half in :attr:`PageStats.recent`.
 HALF_LIFE = 64
 
 Integers = npt.NDArray[np.int64]
@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class PageView:
+class PageStats:
     """Statistics of the n pages that may go; each array is `(n,)`, one entry per page.
 
     Attributes
@@ -63,11 +63,11 @@ class PageView:
 
 _DECAY = 0.5 ** (1 / HALF_LIFE)
 _GROWTH = accumulate(repeat(1.0, 64 * HALF_LIFE), lambda kept, share: kept * _DECAY + share)
-#: :attr:`PageView.recent` of a page that took all attention in each of 1, 2, ... steps; it grows no further at the end.
+#: :attr:`PageStats.recent` of a page that took all attention in each of 1, 2, ... steps; in the end it stays.
 _ALL_RECENT = np.fromiter(_GROWTH, np.float64)
 
 
-def mean_shares(view: PageView) -> tuple[Floats, float]:
+def mean_shares(view: PageStats) -> tuple[Floats, float]:
     """Return the mean share of the attention that each page had per step since it was filled, and the mean of pages.
 
     Sums say more about age than about attention: a page that was just filled has none, so that it would always go
@@ -81,13 +81,13 @@ def mean_shares(view: PageView) -> tuple[Floats, float]:
     return _per_step(view, view.mass, np.maximum(view.step - view.born, 1))
 
 
-def recent_shares(view: PageView) -> tuple[Floats, float]:
+def recent_shares(view: PageStats) -> tuple[Floats, float]:
     """Return the same as :func:`mean_shares` where a share counts half for every :data:`HALF_LIFE` steps since."""
     age = np.clip(view.step - view.born, 1, len(_ALL_RECENT))
     return _per_step(view, view.recent, _ALL_RECENT[age - 1])
 
 
-def _per_step(view: PageView, total: Floats, weight: npt.NDArray[Any]) -> tuple[Floats, float]:
+def _per_step(view: PageStats, total: Floats, weight: npt.NDArray[Any]) -> tuple[Floats, float]:
     seen = view.step > view.born
     shares = total / weight
     # Rounded once, whatever the order of the pages.
@@ -95,7 +95,7 @@ def _per_step(view: PageView, total: Floats, weight: npt.NDArray[Any]) -> tuple[
     return np.where(seen, shares, mean), mean
 
 
-def expected_distance(view: PageView) -> Integers:
+def expected_distance(view: PageStats) -> Integers:
     """Return how many steps after its last use a page is expected to be used again, `(n,)` int64.
 
     As far apart as the last two uses were, or as long as the page has been waiting if that is longer; without two uses,

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .base import SchedulingPolicy, check_range, register
-from .page_stats import Floats, Integers, PageView, mean_shares
+from .page_stats import Floats, Integers, PageStats, mean_shares
 
 
 @register("ada_kv")
@@ -31,7 +31,7 @@ class AdaKV(SchedulingPolicy):
     def __post_init__(self) -> None:
         check_range(self, "alpha", 0, 1)
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         _, lane = np.unique(view.lane, return_inverse=True)
         lanes = int(lane.max(initial=0)) + 1
         shares, _ = mean_shares(view)
@@ -62,7 +62,7 @@ class Duo(SchedulingPolicy):
     def __post_init__(self) -> None:
         check_range(self, "little", 0, 1)
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         _, lane = np.unique(view.lane, return_inverse=True)
         oldest = np.full(lane.max(initial=0) + 1, view.step)
         np.minimum.at(oldest, lane, view.born)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from .base import SchedulingPolicy, check_range, register
-from .page_stats import Floats, Integers, PageView, expected_distance, recent_shares
+from .page_stats import Floats, Integers, PageStats, expected_distance, recent_shares
 
 
 @register("pikv")
@@ -65,13 +65,13 @@ class PiKV(SchedulingPolicy):
 
     @property
     def reads_bounds(self) -> bool:
-        """Whether it reads :attr:`PageView.bounds` with the options that it has."""
+        """Whether it reads :attr:`PageStats.bounds` with the options that it has."""
         return self.bound_weight > 0
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         return self.utility(view)
 
-    def utility(self, view: PageView) -> Floats:
+    def utility(self, view: PageStats) -> Floats:
         """Return the utility of each page, `(n,)` float64 in [0, 1]."""
         shares, mean = recent_shares(view)
         mass = shares / (shares + (mean or 1.0))
@@ -87,7 +87,7 @@ class PiKV(SchedulingPolicy):
         # All of nothing where only bounds have a weight, and none are known.
         return total / (sum(weight for weight, _ in terms) or 1.0)
 
-    def surplus(self, view: PageView) -> Integers:
+    def surplus(self, view: PageStats) -> Integers:
         """Return the indices of pages whose utility is below the threshold, the least useful first, int64."""
         utility = self.utility(view)
         order = np.lexsort((view.newest, utility))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from .base import SchedulingPolicy, check_range, register
-from .page_stats import Floats, PageView, expected_distance
+from .page_stats import Floats, PageStats, expected_distance
 
 
 @register("streaming_llm")
@@ -13,7 +13,7 @@ from .page_stats import Floats, PageView, expected_distance
 class StreamingLLM(SchedulingPolicy):
     """Oldest positions first: what remains are sinks and the newest tokens (arXiv 2309.17453)."""
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         return view.newest.astype(np.float64)
 
 
@@ -25,7 +25,7 @@ class LRU(SchedulingPolicy):
     Where no use is recorded this is first in, first out: a circular buffer of the budget's size.
     """
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         return view.last_use.astype(np.float64)
 
 
@@ -48,7 +48,7 @@ class TwoQueue(SchedulingPolicy):
     def __post_init__(self) -> None:
         check_range(self, "first_share", 0, 1)
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         n, often = len(view), view.uses >= 2
         order = np.lexsort((view.newest, np.where(often, view.last_use, view.born), often))
         first = n - int(often.sum())
@@ -64,5 +64,5 @@ class TwoQueue(SchedulingPolicy):
 class ReuseDistance(SchedulingPolicy):
     """Longest expected distance to the next use first (:func:`expected_distance`): Belady's rule on a prediction."""
 
-    def priority(self, view: PageView) -> Floats:
+    def priority(self, view: PageStats) -> Floats:
         return -expected_distance(view).astype(np.float64)

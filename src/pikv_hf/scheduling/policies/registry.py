@@ -16,7 +16,7 @@ import numpy as np
 from ...common.suggest import did_you_mean
 from .attention_based import H2O, LRUPlus, Quest
 from .base import POLICIES, SchedulingPolicy, register
-from .page_stats import HALF_LIFE, Floats, Integers, PageView, expected_distance, mean_shares, recent_shares
+from .page_stats import HALF_LIFE, Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
 from .per_head import AdaKV, Duo
 from .pikv import PiKV
 from .recency import LRU, ReuseDistance, StreamingLLM, TwoQueue
@@ -31,7 +31,7 @@ __all__ = [
     "Floats",
     "Integers",
     "LRUPlus",
-    "PageView",
+    "PageStats",
     "PiKV",
     "Quest",
     "ReuseDistance",
@@ -47,14 +47,14 @@ __all__ = [
 ]
 
 
-def leaving(policy: SchedulingPolicy, view: PageView, tokens: int) -> Integers:
+def leaving(policy: SchedulingPolicy, view: PageStats, tokens: int) -> Integers:
     """Return the fewest pages, in the order in which `policy` lets them go, that hold at least `tokens` tokens.
 
     Parameters
     ----------
     policy : SchedulingPolicy
         Whose lowest priorities go first; of equal ones the page with the oldest `newest`.
-    view : PageView
+    view : PageStats
         Of n pages.
     tokens : int
         How many tokens have to go. If the pages hold fewer, all of them go.

@@ -18,7 +18,7 @@ from .page_codes import (
 )
 
 
-def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str | None = None) -> PageCodes:
+def encode_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str | None = None) -> PageCodes:
     """Quantise and pack pages; their floor and spread bound every channel.
 
     Parameters
@@ -42,7 +42,7 @@ def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str | N
         return PageCodes(kind, tokens.shape[2], tokens)
     how = choose(tokens.device, backend, tokens.shape[-1:])
     if how != "torch":
-        sealed: PageCodes = run("seal_pages", how, tokens.device, tokens, kind, keys=keys)
+        sealed: PageCodes = run("encode_pages", how, tokens.device, tokens, kind, keys=keys)
         return sealed
     exact = tokens.float()
     if kind == "fp8":

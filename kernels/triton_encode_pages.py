@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, check-untyped-defs=False
-"""Triton version of :func:`.seal_pages.seal_pages`: one program packs one page of one head."""
+"""Triton version of :func:`.encode_pages.encode_pages`: one program packs one page of one head."""
 
 import torch
 import triton
@@ -175,7 +175,7 @@ def _seal_fp8_kernel(
     tl.store(target, byte.to(tl.uint8), mask=(r < P)[:, None] & (d < D)[None, :])
 
 
-def seal_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool) -> PageCodes:
+def encode_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool) -> PageCodes:
     """Launch the kernel of a kind other than "none"; see the public function."""
     if tokens.stride(3) != 1:
         tokens = tokens.contiguous()

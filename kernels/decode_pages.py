@@ -5,7 +5,7 @@ import torch
 from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values, unpack
 
 
-def open_pages(pages: PageCodes, dtype: torch.dtype) -> torch.Tensor:
+def decode_pages(pages: PageCodes, dtype: torch.dtype) -> torch.Tensor:
     """Decode pages.
 
     Parameters
