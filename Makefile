@@ -48,6 +48,7 @@ BASELINE := eval/results/baseline
 baseline: $(INSTALLED) ## Measure the accuracy table of the README, and draw its figure
 	$(EVAL) run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
 	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
+	$(BIN)/python -P -m pikv_hf.eval.runner.archive $(BASELINE)
 
 # A press that fails at a budget is named, and its cell stays empty: the others are reported all the same.
 PRESSES := eval/results/presses

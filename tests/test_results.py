@@ -1,6 +1,7 @@
 """The committed baseline: complete, consistent with its own rows, and what the README shows."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -44,3 +45,11 @@ def test_means_are_those_of_the_rows(runs):
 def test_the_readme_shows_this_table(runs):
     table = ratio_table([run for run in runs if run.summary.data_dir == "1024"])
     assert table in (ROOT / "README.md").read_text()
+
+
+def test_results_are_small_enough_for_the_tree():
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z", "eval/results"], capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    assert sum(file.stat().st_size for file in files if file.exists()) <= 3_000_000

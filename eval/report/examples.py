@@ -33,11 +33,11 @@ class Examples:
 
 
 def wrong_answers(run: Run) -> Examples | None:
-    """Return the worst answer of each task, the worst tasks first; None if the run has no answers.
+    """Return the worst answer of each task, the worst tasks first; None if the run has no answers or kept none.
 
     The choice depends on the rows alone: ties go to the earlier row.
     """
-    if not run.summary.measure.higher_is_better:
+    if run.samples is None or not run.summary.measure.higher_is_better:
         return None
     wrong = run.rows[run.rows["score"] < 1].sort_values("score", kind="stable")
     first = wrong.drop_duplicates("task").head(EXAMPLES)

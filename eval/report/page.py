@@ -43,6 +43,7 @@ class Section:
     main: Table
     pictures: tuple[Picture, ...]
     tasks: Table | None
+    not_shown: str
 
 
 def write_report(runs: Sequence[Run], output: Path | str, title: str = "PiKV evaluation") -> Path:
@@ -108,6 +109,7 @@ def _section(group: Group, output: Path, styles: Styles) -> Section:
         main=main_table(group),
         pictures=tuple(_pictures(group, output, styles)),
         tasks=tasks_table(group) if several else None,
+        not_shown=_not_shown(group),
     )
 
 
@@ -118,6 +120,12 @@ def _asked(group: Group) -> str:
     tasks = f"{len(group.tasks)} tasks" if len(group.tasks) > 1 else "1 task"
     runs = f"{len(group.entries)} runs" if len(group.entries) > 1 else "1 run"
     return f"{runs}, {tasks}, {samples} samples each."
+
+
+def _not_shown(group: Group) -> str:
+    """One line on runs that have no answers to show, empty where there are none."""
+    without = sum(entry.run.samples is None for entry in group.entries)
+    return f"The samples of {without} of {len(group.entries)} runs were not kept: no answers of these." * bool(without)
 
 
 def _pictures(group: Group, output: Path, styles: Styles) -> list[Picture]:

@@ -1,7 +1,9 @@
 """Result folders of `pikv eval`: finding them and reading them."""
 
+import gzip
 import os
 import warnings
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +13,17 @@ import pandas as pd
 
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.report.summary_file import Summary, read_summary
+from pikv_hf.eval.runner.folder import ARCHIVED, PREDICTIONS, SUMMARY, samples_file
 
-SUMMARY = "summary.json"
-PREDICTIONS = "predictions.csv"
 #: Columns of `predictions.csv` that reports and comparisons read; a perplexity run asks nothing and lacks the second.
 COLUMNS = ("id", "task", "length", "score")
 ANSWER_COLUMNS = ("question", "answer_prefix", "answer", "predicted_answer")
 #: Only needle runs have it, or have it filled.
 DEPTH = "depth"
+#: What reading a compressed file raises that was cut off or changed.
+_BROKEN_ARCHIVE = (EOFError, gzip.BadGzipFile, zlib.error)
 #: Any of these shows that a run was begun.
-_TRACES = (PREDICTIONS, "metrics.json", "config.yaml", "partial-*.jsonl")
+_TRACES = (PREDICTIONS, ARCHIVED, "metrics.json", "config.yaml", "partial-*.jsonl")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,19 +36,35 @@ class Run:
         Where it lies.
     summary : Summary
         Its `summary.json`.
-    rows : pandas.DataFrame
-        Its `predictions.csv`, one row per sample. Texts are strings exactly as written (an answer `NA` is text);
-        `score`, `length` and `depth` are float64.
+    samples : pandas.DataFrame or None
+        Its `predictions.csv`, plain or compressed, one row per sample; None where the folder has neither. Texts are
+        strings exactly as written (an answer `NA` is text); `score`, `length` and `depth` are float64.
     """
 
     folder: Path
     summary: Summary
-    rows: pd.DataFrame
+    samples: pd.DataFrame | None
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The samples, for what cannot do without them.
+
+        Raises
+        ------
+        InputError
+            If they were not kept.
+        """
+        if self.samples is None:
+            raise InputError(
+                f"{self.folder / PREDICTIONS} is missing, and so is {ARCHIVED}: the samples of this run were not kept, "
+                "run it again with --overwrite"
+            )
+        return self.samples
 
     @property
     def has_depths(self) -> bool:
-        """Whether this is a needle run."""
-        return DEPTH in self.rows.columns
+        """Whether this is a needle run whose samples were kept."""
+        return self.samples is not None and DEPTH in self.samples.columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,21 +137,22 @@ def read_run(folder: Path) -> Run:
     Raises
     ------
     InputError
-        If a file is missing or broken, or the number of rows is not the summary's.
+        If a file is broken, or the number of rows is not the summary's.
     """
-    summary = read_summary(folder / SUMMARY)
-    path = folder / PREDICTIONS
+    summary, path = read_summary(folder / SUMMARY), samples_file(folder)
+    if path is None:
+        return Run(folder, summary, None)
     rows = read_rows(path, answers=summary.measure.name != "perplexity")
     if len(rows) != summary.samples:
         raise InputError(f"{path}: {len(rows)} rows, but {SUMMARY} counts {summary.samples} samples")
     missing = sorted(set(rows["task"]) ^ set(summary.tasks))
     if missing:
-        raise InputError(f"{path}: task {missing[0]!r} is only in one of {PREDICTIONS} and {SUMMARY}")
+        raise InputError(f"{path}: task {missing[0]!r} is only in one of {path.name} and {SUMMARY}")
     return Run(folder, summary, rows)
 
 
 def read_rows(path: Path, answers: bool = True) -> pd.DataFrame:
-    """Read one `predictions.csv`.
+    """Read one `predictions.csv` or `predictions.csv.gz`.
 
     Parameters
     ----------
@@ -144,14 +164,12 @@ def read_rows(path: Path, answers: bool = True) -> pd.DataFrame:
     Raises
     ------
     InputError
-        If it is missing or no CSV file, lacks a column, has an id twice, or has a text where a number belongs.
+        If it is no CSV file, lacks a column, has an id twice, or has a text where a number belongs.
     """
-    if not path.is_file():
-        raise InputError(f"{path} is missing")
     try:
         # Everything as text first: pandas would turn an answer "NA" or "null" into a missing value.
         rows = pd.read_csv(path, dtype=str, keep_default_na=False, na_filter=False, encoding="utf-8")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, *_BROKEN_ARCHIVE) as error:
         raise InputError(f"{path}: not a CSV file: {str(error).strip().splitlines()[-1]}") from None
     _require_columns(path, rows, (*COLUMNS, *ANSWER_COLUMNS) if answers else COLUMNS)
     _require_unique_ids(path, rows)

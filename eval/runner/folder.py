@@ -1,8 +1,9 @@
-"""The folder of one run: complete or not there, and resumable in between.
+"""Keep the results of one run in a folder: complete or not there, and resumable in between.
 
 Layout of kvpress's evaluation, `predictions.csv`, `metrics.json` and `config.yaml`, with `summary.json` written last:
 a folder with a summary is complete. Until then every finished sample is a line of a `partial-*.jsonl` file, one file
-per process.
+per process. A complete run may have its samples compressed (`pikv_hf.eval.runner.archive`), or not have them any more:
+its summary and metrics are all that tables and figures need.
 """
 
 import json
@@ -18,6 +19,8 @@ from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.options_id import fingerprint
 
 PREDICTIONS = "predictions.csv"
+#: The same rows, compressed.
+ARCHIVED = "predictions.csv.gz"
 METRICS = "metrics.json"
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
@@ -87,13 +90,13 @@ class ResultFolder:
 
     def clear(self) -> None:
         """Forget what an earlier run left here; nothing but a run's own files is removed."""
-        for name in (SUMMARY, PREDICTIONS, METRICS, CONFIG):
+        for name in (SUMMARY, PREDICTIONS, ARCHIVED, METRICS, CONFIG):
             (self.path / name).unlink(missing_ok=True)
         for file in self.path.glob("partial-*.jsonl"):
             file.unlink()
 
-    def read(self) -> tuple[pd.DataFrame, dict[str, Any], dict[str, Any]]:
-        """Return rows, metrics and summary of a complete run.
+    def read(self) -> tuple[pd.DataFrame | None, dict[str, Any], dict[str, Any]]:
+        """Return rows, metrics and summary of a complete run; None for rows that were not kept.
 
         Raises
         ------
@@ -110,7 +113,15 @@ class ResultFolder:
             )
             raise InputError(f"{self.path} was made with other options: {details}")
         metrics, summary = (json.loads((self.path / name).read_text(encoding="utf-8")) for name in (METRICS, SUMMARY))
-        return pd.read_csv(self.path / PREDICTIONS, keep_default_na=False, na_values=[""]), metrics, summary
+        file = samples_file(self.path)
+        rows = None if file is None else pd.read_csv(file, keep_default_na=False, na_values=[""])
+        return rows, metrics, summary
+
+
+def samples_file(folder: Path) -> Path | None:
+    """Return the file with a run's samples, plain or compressed; None where they were not kept."""
+    files = (folder / name for name in (PREDICTIONS, ARCHIVED))
+    return next((file for file in files if file.is_file()), None)
 
 
 def _whole_lines(file: Path) -> list[Row]:

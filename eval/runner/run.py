@@ -32,8 +32,8 @@ class EvalResult:
 
     Attributes
     ----------
-    rows : pandas.DataFrame
-        One row per sample.
+    rows : pandas.DataFrame or None
+        One row per sample; None for a run that was only read, and whose samples were not kept.
     metrics : dict
         In kvpress's layout: `{task: {metric: percent}}`.
     summary : dict
@@ -44,7 +44,7 @@ class EvalResult:
         Whether the folder was complete already, and only read.
     """
 
-    rows: pd.DataFrame
+    rows: pd.DataFrame | None
     metrics: dict[str, Any]
     summary: dict[str, Any]
     folder: Path | None

@@ -2,11 +2,13 @@
 
 import json
 
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.runner.archive import archive
 from pikv_hf.eval.runner.folder import ResultFolder
 
 CONFIG = {"model": "m", "seed": 1}
@@ -74,6 +76,20 @@ def test_nothing_half_written_is_left_when_writing_fails(tmp_path, monkeypatch):
         folder.finish([row(0)], {"t": {1, 2}}, {})  # a set is no JSON
     assert not folder.finished
     assert folder.partial_rows() == {"r0": row(0)}
+
+
+def test_a_run_is_complete_however_its_samples_are_kept(tmp_path):
+    folder = ResultFolder(tmp_path / "run", CONFIG)
+    folder.finish([row(0), row(1)], {"t": {"m": 5.0}}, {"samples": 2})
+    plain = folder.read()
+    archive(tmp_path)
+    archived = folder.read()
+    pd.testing.assert_frame_equal(archived[0], plain[0])
+    (tmp_path / "run" / "predictions.csv.gz").unlink()
+    without = folder.read()
+    assert folder.finished
+    assert without[0] is None
+    assert plain[1:] == archived[1:] == without[1:]
 
 
 def test_clear_removes_only_a_runs_own_files(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from report_folders import HOSTILE, edit, needle_rows, press, question_rows, window_rows, write_run, write_suite
 
@@ -20,6 +21,7 @@ from pikv_hf.eval.report.groups import group_runs, model_name
 from pikv_hf.eval.report.runs import find_folders
 from pikv_hf.eval.report.style import method_styles, wrap
 from pikv_hf.eval.report.table import escape
+from pikv_hf.eval.runner.archive import archive
 
 
 def table_cells(markdown: str) -> list[list[str]]:
@@ -138,8 +140,26 @@ class TestLoading:
     def test_missing_predictions(self, tmp_path: Path) -> None:
         path = write_run(tmp_path / "run", "DynamicCache") / "predictions.csv"
         path.unlink()
+        [run] = load_runs([path.parent])
+        assert "80.0 (77.0–82.0)" in markdown_table([run]), "a table needs the summary alone"
         with pytest.raises(InputError, match=r"predictions\.csv is missing"):
-            load_runs([path.parent])
+            _ = run.rows
+        page = write_report([run], tmp_path / "out").read_text()
+        assert "The samples of 1 of 1 runs were not kept" in page
+        assert "Answers below full score" not in page
+
+    def test_archived_predictions_read_like_plain_ones(self, tmp_path: Path) -> None:
+        rows = [{**row, "predicted_answer": 'NA, "ü"\n', "decode_seconds": 0.5} for row in question_rows()]
+        [plain] = load_runs([write_run(tmp_path / "run", "x", rows)])
+        assert archive(tmp_path) == 1
+        assert archive(tmp_path) == 0
+        [archived] = load_runs([tmp_path])
+        assert [file.name for file in sorted((tmp_path / "run").iterdir())] == ["predictions.csv.gz", "summary.json"]
+        pd.testing.assert_frame_equal(archived.rows, plain.rows.drop(columns="decode_seconds"))
+        file = tmp_path / "run" / "predictions.csv.gz"
+        file.write_bytes(file.read_bytes()[:-20])
+        with pytest.raises(InputError, match=r"predictions\.csv\.gz: not a CSV file"):
+            load_runs([tmp_path])
 
 
 class TestGroups:
@@ -320,7 +340,7 @@ class TestFigures:
         one, two = (accuracy_figure(runs, tmp_path / name) for name in ("one.png", "two.png"))
         assert png_size(one)[0] == 1800
         assert one.read_bytes() == two.read_bytes()
-        assert set(png_chunks(one)) == {"IHDR", "pHYs", "IDAT", "IEND"}
+        assert set(png_chunks(one)) == {"IHDR", "pHYs", "PLTE", "IDAT", "IEND"}
 
     def test_users_settings_do_not_enter(self, tmp_path: Path) -> None:
         import matplotlib
