@@ -5,6 +5,7 @@ a plan predicts from them, are not looked at.
 """
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -46,8 +47,6 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
     """
     if repeats < 1 or buffer_bytes < 4 * _HEADS * _DIM:
         raise ValueError(f"repeats must be at least 1 and buffer_bytes at least 2048, got {repeats} and {buffer_bytes}")
-    import psutil
-
     overhead, routed, coded = step_overheads(repeats)
     codes: dict[str, float] = {kind: code_rate(kind, repeats) for kind in KINDS if kind != "none"}
     rates = KernelRates(
@@ -60,7 +59,7 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
     )
     return dataclasses.replace(
         DEVICES["cpu"],
-        memory=psutil.virtual_memory().total,
+        memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         bandwidth=read_bandwidth(buffer_bytes, repeats),
         flops=product_rate(repeats),
         overhead=overhead,

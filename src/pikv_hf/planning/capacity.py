@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+
+from .distributions import binomial_tail
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def shard_capacity(tokens: int, loads: Sequence[float], z: float = 3.0) -> Shard
     if tokens < 0 or z < 0:
         raise ValueError(f"tokens and z must not be negative, got {tokens} and {z}")
     rooms = np.minimum(tokens, np.ceil(shares * tokens + z * np.sqrt(shares * tokens)))
-    overflow = stats.binom.sf(rooms, tokens, shares)
+    overflow = np.array([binomial_tail(room, tokens, share) for room, share in zip(rooms, shares, strict=True)])
     worst = int(np.argmax(shares))
     return ShardCapacity(
         tokens=int(rooms[worst]),
@@ -133,8 +134,8 @@ def expected_pages(tokens: int, loads: Sequence[float], page_size: int) -> tuple
             full += mean / page_size - (page_size - 1) / (2 * page_size)
         else:
             edges = np.arange(0, tokens + page_size, page_size)
-            begun += float(stats.binom.sf(edges, tokens, share).sum())
-            full += float(stats.binom.sf(edges[1:] - 1, tokens, share).sum())
+            begun += float(binomial_tail(edges, tokens, share).sum())
+            full += float(binomial_tail(edges[1:] - 1, tokens, share).sum())
     return begun, full
 
 

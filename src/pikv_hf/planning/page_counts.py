@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.pages.page_allocator import MIN_GROWTH
 
 from .capacity import expected_pages, uniform_loads
+from .distributions import poisson_cdf
 from .model_shape import LayerShape
 
 
@@ -110,10 +110,9 @@ def plain_pages(
     needed = held + batch * max(0.0, fullest - now.window)
     if not by_expert:
         return grown(capacity, needed + batch, growth)
-    begun = np.arange(batch + 12 * math.isqrt(batch) + 12)
-    at_most = stats.poisson.cdf(begun, batch) ** flushes
+    at_most = poisson_cdf(batch + 12 * math.isqrt(batch) + 11, batch) ** flushes
     chances = np.diff(at_most, prepend=0.0)
-    return float(sum(p * grown(capacity, needed + k, growth) for k, p in zip(begun, chances, strict=True) if p > 1e-6))
+    return float(sum(p * grown(capacity, needed + begun, growth) for begun, p in enumerate(chances) if p > 1e-6))
 
 
 def grown(capacity: float, needed: float, growth: float) -> float:
