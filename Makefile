@@ -5,31 +5,34 @@ PYTHON ?= $(shell python3.11 -c "" 2>/dev/null && echo python3.11 || echo python
 
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/installed.stamp
+# What there is to run, and what the tests and checks need beside it.
+RUNNABLE := $(VENV)/all.stamp
+DEVELOPED := $(VENV)/dev.stamp
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo test check format bench gpu-check baseline codecs presses routing budgets plan test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(INSTALLED) ## Compare DynamicCache and PiKVCache on the bundled model
+demo: $(RUNNABLE) ## Compare DynamicCache and PiKVCache on the bundled model
 	$(BIN)/pikv demo
 
 # One torch thread per worker: two workers with two threads each on two cores wait for one another.
-test: $(INSTALLED) ## Run the tests and list the slowest
+test: $(DEVELOPED) ## Run the tests and list the slowest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=15
 
-check: $(INSTALLED) ## Check style, formatting and types
+check: $(DEVELOPED) ## Check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(INSTALLED) ## Format the code and mend what ruff can
+format: $(DEVELOPED) ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## Measure decoding, beam reordering, prefill and what presses add to it
+bench: $(RUNNABLE) ## Measure decoding, beam reordering, prefill and what presses add to it
 	$(BIN)/pikv bench decode
 	$(BIN)/pikv bench reorder
 	$(BIN)/pikv bench prefill
@@ -45,21 +48,21 @@ gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --q
 EVAL := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
   --mixed_precision no --dynamo_backend no --main_process_port 0 -m pikv_hf.eval
 BASELINE := eval/results/baseline
-baseline: $(INSTALLED) ## Measure the accuracy table of the README, and draw its figure
+baseline: $(RUNNABLE) ## Measure the accuracy table of the README, and draw its figure
 	$(EVAL) run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
 	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
 	$(BIN)/python -P -m pikv_hf.eval.runner.archive $(BASELINE)
 
 # A press that fails at a budget is named, and its cell stays empty: the others are reported all the same.
 PRESSES := eval/results/presses
-presses: $(INSTALLED) ## Measure the table of presses at equal bytes of the README, print it, and draw its figure
+presses: $(RUNNABLE) ## Measure the table of presses at equal bytes of the README, print it, and draw its figure
 	-$(EVAL) run eval/presses.yaml --output $(PRESSES) $(FLAGS)
 	$(BIN)/pikv report $(PRESSES) --output $(PRESSES) --title "Presses at equal bytes on the bundled model"
 	$(BIN)/pikv report budgets $(PRESSES) --output $(PRESSES)
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
 STUDY := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies
-codecs: $(INSTALLED) ## Measure the codec table of the README, and print it
+codecs: $(RUNNABLE) ## Measure the codec table of the README, and print it
 	$(STUDY).codecs.quantisation_schemes_study --output eval/results
 	$(STUDY).codecs.low_rank_bases --output eval/results
 	$(STUDY).codecs.codec_costs --output eval/results
@@ -68,36 +71,40 @@ codecs: $(INSTALLED) ## Measure the codec table of the README, and print it
 	  --output eval/results/bench-codecs-cpu.json
 	@$(STUDY).codecs.codec_table eval/results
 
-routing: $(INSTALLED) ## Measure what routing covers and costs, and its tables in docs/routing.md
+routing: $(RUNNABLE) ## Measure what routing covers and costs, and its tables in docs/routing.md
 	$(STUDY).routing.routing_study --output eval/results/routing.json
 	$(BIN)/pikv bench decode --routing page_bound --batch 1 --tokens 16384 --tokens 131072 --codec none --codec int4 \
 	  --output eval/results/bench-routing-cpu.json
 
-plan: $(INSTALLED) ## Validate the plan against caches and benchmarks here, simulate many devices, study placements
+plan: $(RUNNABLE) ## Validate the plan against caches and benchmarks here, simulate many devices, study placements
 	$(BIN)/python -P -m pikv_hf.eval.studies.planning.plan_validation --output eval/results/plan-validation.json
 	$(BIN)/pikv plan --model Qwen/Qwen3-30B-A3B --context 131072 --batch 8 --devices H200 --simulate \
 	  --output eval/results/simulation-qwen3-30b-a3b.json --plot eval/results/simulation-qwen3-30b-a3b.png
 	$(STUDY).placement.placement_study --output eval/results/placement.json
 	$(BIN)/pikv bench processes --output eval/results/bench-processes-cpu.json
 
-budgets: $(INSTALLED) ## Measure budgets: access traces, accuracy under each scheduler, constant memory and time
+budgets: $(RUNNABLE) ## Measure budgets: access traces, accuracy under each scheduler, constant memory and time
 	$(STUDY).scheduling.page_traces --output eval/results/page-traces.json
 	$(STUDY).scheduling.budget_study --output eval/results/budgets.json
 	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
 	$(BIN)/pikv bench chunks --output eval/results/bench-chunks-cpu.json
 	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json
 
-test-browser: $(INSTALLED) ## Install Debian's Chromium, if there is none, and look at a report page with it
+test-browser: $(DEVELOPED) ## Install Debian's Chromium, if there is none, and look at a report page with it
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
 	$(BIN)/pytest tests/eval/test_report_browser.py
 
 clean: ## Remove caches and build products; the environment stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src kernels presses eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+$(RUNNABLE): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -c constraints.txt -e ".[all]"
 	touch $@
+
+$(DEVELOPED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
+	touch $(RUNNABLE) $@
 
 $(BIN)/python:
 	@$(PYTHON) -c "import sys; v = sys.version_info; \

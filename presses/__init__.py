@@ -4,14 +4,17 @@ They work on any cache of transformers and within kvpress's wrappers; on an atta
 they evict or narrow is really freed, head by head.
 """
 
-import kvpress  # noqa: F401  Patches the attention functions it finds; PiKV's is registered after it.
+from pikv_hf.common.extras import extra
 
-from pikv_hf.presses.duo_press import DuoPress
-from pikv_hf.presses.expert_press import ExpertPress
-from pikv_hf.presses.lora_press import LoRAPress
-from pikv_hf.presses.pikv_press import PiKVPress
-from pikv_hf.presses.pyramid_press import PyramidPress
-from pikv_hf.presses.query_aware_press import QueryAwarePress
-from pikv_hf.presses.rowwise_press import RowwisePress
+with extra("kvpress", needed_by=__name__):
+    import kvpress  # noqa: F401  Patches the attention functions it finds; PiKV's is registered after it.
+
+    from pikv_hf.presses.duo_press import DuoPress
+    from pikv_hf.presses.expert_press import ExpertPress
+    from pikv_hf.presses.lora_press import LoRAPress
+    from pikv_hf.presses.pikv_press import PiKVPress
+    from pikv_hf.presses.pyramid_press import PyramidPress
+    from pikv_hf.presses.query_aware_press import QueryAwarePress
+    from pikv_hf.presses.rowwise_press import RowwisePress
 
 __all__ = ["DuoPress", "ExpertPress", "LoRAPress", "PiKVPress", "PyramidPress", "QueryAwarePress", "RowwisePress"]

@@ -1,4 +1,4 @@
-"""The command line, ``pikv``. Commands import what they need when they run."""
+"""The command ``pikv`` and its subcommands, which import what they need when they run."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,11 +27,6 @@ app.add_typer(evaluation, name="eval")
 app.add_typer(report, name="report")
 app.command()(plan)
 _DEFAULT = DemoOptions()
-
-
-def main() -> None:
-    """Run the command line."""
-    app()
 
 
 @app.command()
@@ -289,7 +284,3 @@ def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> 
 def _failure(status: int, message: str) -> typer.Exit:
     typer.echo(f"Error: {message}", err=True)
     return typer.Exit(status)
-
-
-if __name__ == "__main__":
-    main()

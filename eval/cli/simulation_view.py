@@ -150,11 +150,11 @@ def plot_simulation(simulation: Simulation, file: Path) -> None:
     Raises
     ------
     InputError
-        If matplotlib is missing, or the file cannot be written.
+        If the file cannot be written.
     """
-    with user_input(f"cannot write --plot {file}"):
-        from pikv_hf.eval.report.figure_simulation import simulation_figure
+    from pikv_hf.eval.report.figure_simulation import simulation_figure
 
+    with user_input(f"cannot write --plot {file}"):
         simulation_figure(simulation, file)
 
 

@@ -1,13 +1,16 @@
 """Metrics of the evaluation suites, as `evaluate.Metric` subclasses that need no network."""
 
-from pikv_hf.eval.metrics.base import SampleMetric
-from pikv_hf.eval.metrics.classification import Classification
-from pikv_hf.eval.metrics.edit_similarity import EditSimilarity
-from pikv_hf.eval.metrics.registry import METRICS, make_metric
-from pikv_hf.eval.metrics.retrieval import Count, Retrieval
-from pikv_hf.eval.metrics.rouge_l import RougeL
-from pikv_hf.eval.metrics.string_match import StringMatchAll, StringMatchPart
-from pikv_hf.eval.metrics.token_f1 import TokenF1
+from pikv_hf.common.extras import extra
+
+with extra("eval", needed_by=__name__):
+    from pikv_hf.eval.metrics.base import SampleMetric
+    from pikv_hf.eval.metrics.classification import Classification
+    from pikv_hf.eval.metrics.edit_similarity import EditSimilarity
+    from pikv_hf.eval.metrics.registry import METRICS, make_metric
+    from pikv_hf.eval.metrics.retrieval import Count, Retrieval
+    from pikv_hf.eval.metrics.rouge_l import RougeL
+    from pikv_hf.eval.metrics.string_match import StringMatchAll, StringMatchPart
+    from pikv_hf.eval.metrics.token_f1 import TokenF1
 
 __all__ = [
     "METRICS",

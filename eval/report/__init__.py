@@ -1,14 +1,17 @@
 """Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons."""
 
-from pikv_hf.eval.report.budgets import budget_table
-from pikv_hf.eval.report.compare import Comparison, Difference, compare
-from pikv_hf.eval.report.compare_view import comparison_text
-from pikv_hf.eval.report.figure_accuracy import accuracy_figure
-from pikv_hf.eval.report.figure_budgets import budget_figure
-from pikv_hf.eval.report.page import write_report
-from pikv_hf.eval.report.ratios import ratio_table
-from pikv_hf.eval.report.runs import Run, load_runs
-from pikv_hf.eval.report.table import markdown_table
+from pikv_hf.common.extras import extra
+
+with extra("eval", needed_by=__name__):
+    from pikv_hf.eval.report.budgets import budget_table
+    from pikv_hf.eval.report.compare import Comparison, Difference, compare
+    from pikv_hf.eval.report.compare_view import comparison_text
+    from pikv_hf.eval.report.figure_accuracy import accuracy_figure
+    from pikv_hf.eval.report.figure_budgets import budget_figure
+    from pikv_hf.eval.report.page import write_report
+    from pikv_hf.eval.report.ratios import ratio_table
+    from pikv_hf.eval.report.runs import Run, load_runs
+    from pikv_hf.eval.report.table import markdown_table
 
 __all__ = [
     "Comparison",
