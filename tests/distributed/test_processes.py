@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from child_processes import SUPPORT, environment
 from process_failures import FAILURES, TIMEOUT
-from process_runs import ALIKE, AS_IN_ONE, ASSISTED, EXACT, MEMORY, SMALL, STORED, TRAFFIC, scenarios_of, small_model
+from process_runs import scenarios_of
+from process_scenarios import ALIKE, AS_IN_ONE, ASSISTED, EXACT, SMALL, STORED
+from process_traffic import MEMORY, TRAFFIC, small_model
 
 from pikv_hf import PiKVCache
 from pikv_hf.distributed.lockstep import AGREEMENT, HEADER
@@ -21,15 +24,12 @@ WORLDS = (2, 4, 8)
 #: Seconds for all processes together; each group of them has a limit of its own, so that this is never reached.
 DEADLINE = 900
 
-SUPPORT = Path(__file__).parents[1] / "support"
-
 
 def run_all(folder: Path) -> None:
     """Run all processes, and end them whatever happens."""
     command = [sys.executable, "-P", str(SUPPORT / "process_runs.py"), str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT), "HF_HUB_OFFLINE": "1"}
     with (folder / "output.txt").open("w") as output:
-        child = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
+        child = subprocess.Popen(command, env=environment(), stdout=output, stderr=output, start_new_session=True)
         try:
             child.wait(DEADLINE)
         finally:
@@ -316,9 +316,8 @@ def test_launchers_need_nothing_else(tmp_path: Path, launch: list[str]) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [str(Path(sys.executable).with_name(launch[0])), *launch[1:], str(script), str(tmp_path / "tokens-")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=300
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment(), timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     from families import FAMILIES, prompts

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact_runs import assert_same, generate, reference
 from families import COMMON, FAMILIES, prompts
 from transformers import DynamicCache
 
@@ -14,26 +15,8 @@ from pikv_hf import PiKVCache, PiKVConfig, detach
 SMALL = {"page_size": 8, "recent_window": 16, "num_shards": 8}
 
 
-def reference(model: Any, inputs: dict[str, torch.Tensor], **kwargs: Any) -> Any:
-    detach(model)
-    model.set_attn_implementation("eager")
-    return generate(model, inputs, DynamicCache(config=model.config.get_text_config()), **kwargs)
-
-
-def generate(model: Any, inputs: dict[str, torch.Tensor], cache: Any, **kwargs: Any) -> Any:
-    options = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    torch.manual_seed(0)
-    return model.generate(**inputs, past_key_values=cache, **{**options, **kwargs})
-
-
 def make_cache(model: Any, **options: Any) -> PiKVCache:
     return PiKVCache.for_model(model, **{**SMALL, "placement": model.placement, **options})
-
-
-def assert_same(ours: Any, theirs: Any) -> None:
-    assert torch.equal(ours.sequences, theirs.sequences)
-    for step, (a, b) in enumerate(zip(ours.logits, theirs.logits, strict=True)):
-        assert (a - b).abs().max() <= 1e-4, f"step {step}"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

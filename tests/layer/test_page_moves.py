@@ -9,9 +9,10 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from device_machine import layout_of
+from failing_memory import no_memory_for
+from fake_attachment import FakeAttachment
 from families import FAMILIES
-from test_device_machine import layout_of, no_memory_for
-from test_layer_machine import FakeAttachment
 
 from pikv_hf import PiKVCache
 from pikv_hf.codecs.page_encoder import PageEncoder

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fake_attachment import FakeAttachment
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
-from test_layer_machine import FakeAttachment, LayerMachine
+from layer_machine import LayerMachine
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.layer.layer import PiKVLayer

@@ -5,7 +5,7 @@ import math
 from typing import Any
 
 import torch
-from test_layer_machine import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
+from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward

@@ -4,11 +4,12 @@ import gc
 from typing import Any
 
 import numpy as np
+from eviction_machine import EvictionMachine
+from fake_attachment import HEADS, KEY_DIM, VALUE_DIM
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
-from test_eviction_machine import EvictionMachine
-from test_layer_machine import CODECS, HEADS, KEY_DIM, VALUE_DIM, LayerMachine
+from layer_machine import CODECS, LayerMachine
 
 from pikv_hf.reports.memory_report import live_bytes
 

@@ -1,20 +1,17 @@
-"""Plans: shapes of models, capacity of shards, predicted bytes against real caches, times and what is recommended."""
+"""Predictions of a plan: capacity of shards, bytes against real caches, and times."""
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from planned_models import GPU, LAYER, MODEL
 
 from pikv_hf import PiKVConfig
 from pikv_hf.eval.bench.decode import _decode_inputs, _our_step, filled_pikv, geometry_model
-from pikv_hf.eval.cli.plan_command import MODEL_CONFIGS
 from pikv_hf.eval.studies.planning.plan_validation_memory import (
     filled,
     memory_cells,
@@ -26,9 +23,8 @@ from pikv_hf.planning.cache_memory import cache_bytes, packed_page_bytes, part_b
 from pikv_hf.planning.calibration import calibrated_cpu
 from pikv_hf.planning.capacity import expected_pages, measured_loads, shard_capacity, uniform_loads
 from pikv_hf.planning.hardware import DEVICES, Device, find_device, parse_devices
-from pikv_hf.planning.model_shape import LayerShape, ModelShape, expected_experts, load_config, shape_of
-from pikv_hf.planning.plan import Workload, kv_bytes, lay_out
-from pikv_hf.planning.recommend import Plan, make_plan
+from pikv_hf.planning.model_shape import shape_of
+from pikv_hf.planning.plan import Workload, lay_out
 from pikv_hf.planning.step_time import (
     attention_seconds,
     collective_seconds,
@@ -38,130 +34,6 @@ from pikv_hf.planning.step_time import (
     step_time,
 )
 from pikv_hf.sharding.placement import expert_placement
-
-# Parameters, layers, paged ones, KV heads, dims of keys and values.
-BUNDLED = {
-    "Qwen/Qwen3-30B-A3B": (30_532_122_624, 48, 48, 4, 128, 128),
-    "mistralai/Mixtral-8x7B-v0.1": (46_702_792_704, 32, 32, 8, 128, 128),
-    "allenai/OLMoE-1B-7B-0924": (6_919_161_856, 16, 16, 16, 128, 128),
-    "openai/gpt-oss-20b": (20_914_757_184, 24, 12, 8, 64, 64),
-    "openai/gpt-oss-120b": (116_829_156_672, 36, 18, 8, 64, 64),
-    "deepseek-ai/DeepSeek-V2-Lite": (15_706_484_224, 27, 27, 16, 192, 128),
-}
-LAYER = LayerShape(kv_heads=4, query_heads=32, key_dim=128, value_dim=128, experts=64, top_k=4, expert_params=10**6)
-MODEL = ModelShape("test", (LAYER,) * 8, 10**9, 64 * 8 * 10**6, 10**8)
-GPU = DEVICES["H100"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def bundled(name: str) -> ModelShape:
-    return shape_of(load_config(name, MODEL_CONFIGS), name)
-
-
-# Models
-
-
-def test_every_bundled_config_is_tested():
-    stems = {name.rpartition("/")[2] for name in BUNDLED}
-    assert stems == {path.stem for path in MODEL_CONFIGS.iterdir()}
-
-
-@pytest.mark.parametrize("name", BUNDLED)
-def test_bundled_models_have_their_parameters_and_heads(name):
-    shape = bundled(name)
-    params, layers, paged, heads, keys, values = BUNDLED[name]
-    assert shape.params == params
-    assert (len(shape.layers), len(shape.paged_layers)) == (layers, paged)
-    assert {(x.kv_heads, x.key_dim, x.value_dim) for x in shape.layers} == {(heads, keys, values)}
-    assert shape.routed_params == sum(x.experts * x.expert_params for x in shape.layers)
-
-
-@pytest.mark.parametrize(
-    ("name", "billions", "with_embedding"),
-    [
-        ("Qwen3-30B-A3B", 3.3, True),
-        ("Mixtral-8x7B-v0.1", 12.9, True),
-        ("OLMoE-1B-7B-0924", 1.3, True),
-        ("gpt-oss-20b", 3.6, False),
-        ("gpt-oss-120b", 5.1, False),
-        ("DeepSeek-V2-Lite", 2.4, False),
-    ],
-)
-def test_active_parameters_are_those_that_model_cards_state(name, billions, with_embedding):
-    shape = bundled(name)
-    active = shape.active_params() + (shape.unread_params if with_embedding else 0)
-    assert active / 1e9 == pytest.approx(billions, abs=0.06)
-
-
-def test_mxfp4_experts_are_counted_as_they_are_stored():
-    # The checkpoint of gpt-oss-120b has 60.8 GiB.
-    assert bundled("gpt-oss-120b").weight_bytes / 2**30 == pytest.approx(60.8, rel=0.01)
-    config = load_config("gpt-oss-120b", MODEL_CONFIGS)
-    assert shape_of(config, "whole", weights="bfloat16").weight_bytes == 2 * BUNDLED["openai/gpt-oss-120b"][0]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_shapes_are_those_of_the_cache_that_the_model_fills(family):
-    model = FAMILIES[family].build()
-    shape = shape_of(model.config, family, dtype="float32")
-    cache = DynamicCache(config=model.config)
-    model(torch.randint(2, 99, (1, 40)), past_key_values=cache)
-    for layer, expected in zip(cache.layers, shape.layers, strict=True):
-        assert (layer.keys.shape[1], layer.keys.shape[3]) == (expected.kv_heads, expected.key_dim)
-        assert layer.values.shape[3] == expected.value_dim
-        assert layer.keys.shape[2] == min(40, expected.sliding or 40)
-    assert shape.params == sum(parameter.numel() for parameter in model.parameters())
-    assert any(layer.experts for layer in shape.layers) == FAMILIES[family].routed
-    assert all(0 < layer.top_k < layer.experts for layer in shape.layers if layer.experts)
-
-
-def test_expected_experts_are_those_of_random_choices():
-    generator = np.random.default_rng(0)
-    for experts, top_k, tokens in ((64, 8, 1), (64, 8, 5), (8, 2, 3)):
-        chosen = [
-            len(np.unique([generator.permutation(experts)[:top_k] for _ in range(tokens)])) for _ in range(2000)
-        ]  # fmt: skip
-        assert expected_experts(experts, top_k, tokens) == pytest.approx(np.mean(chosen), rel=0.02)
-    assert expected_experts(0, 0, 4) == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("Qwen3-30B-A3", r"'Qwen3-30B-A3'.*did you mean 'Qwen3-30B-A3B'"),
-        (str(MODEL_CONFIGS), r"folder '.*model_configs' has no config.json"),
-        (__file__, r"test_planning.py' is no config"),
-    ],
-)
-def test_models_without_a_config_are_named(name, message):
-    with pytest.raises(ValueError, match=message):
-        load_config(name, MODEL_CONFIGS)
-
-
-def test_without_network_the_error_says_what_there_is(monkeypatch):
-    def offline(name: str) -> None:
-        raise OSError("no connection")
-
-    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", offline)
-    with pytest.raises(ValueError, match=r"'some/model'.*gpt-oss-20b.*no connection"):
-        load_config("some/model", MODEL_CONFIGS)
-
-
-def test_unknown_dtypes_name_the_known_ones():
-    config = load_config("OLMoE-1B-7B-0924", MODEL_CONFIGS)
-    with pytest.raises(ValueError, match="float32, bfloat16, float16, got 'int4'"):
-        shape_of(config, "x", dtype="int4")
-    with pytest.raises(ValueError, match="mxfp4, got 'int3'"):
-        shape_of(config, "x", weights="int3")
-
 
 # Devices
 
@@ -404,83 +276,3 @@ def test_a_calibrated_cpu_is_measured():
     assert set(DEVICES["cpu"].rates.codes) == set(device.rates.codes)
     with pytest.raises(ValueError, match="got 0 and"):
         calibrated_cpu(repeats=0)
-
-
-# Plans
-
-
-def plan(tokens: int, batch: int, devices: str, model: str = "Qwen3-30B-A3B", **options: object) -> Plan:
-    count, device = parse_devices(devices)
-    return make_plan(Workload(bundled(model), tokens, batch, device, count, PiKVConfig.from_dict(options)))
-
-
-def test_one_device_is_enough_where_it_is():
-    made = plan(32_768, 1, "8xH200")
-    assert made.recommendation.startswith("One H200 is enough: no codec, no routing;")
-    assert made.row is not None
-    assert made.row.devices == 1
-
-
-def test_exact_sharding_comes_before_a_codec():
-    made = plan(131_072, 8, "8xH200")
-    assert made.recommendation.startswith("Shard over 2 H200, a process each: no codec, no routing;")
-    assert any(note.startswith("If the 8 sequences need not be one batch") for note in made.notes)
-    assert any("40,960 positions" in note for note in made.notes)
-
-
-def test_a_codec_is_recommended_where_nothing_fits_without():
-    made = plan(131_072, 8, "1xH200")
-    assert made.recommendation.startswith("One H200 is enough: int8, no routing;")
-    assert "without the codec one device would lack 41.0 GiB" in made.recommendation
-    assert not made.layout.rows[0].fits
-    assert made.chosen.workload.options.key_codec == "int8"
-
-
-def test_weights_that_fit_no_device_are_divided_over_one_process():
-    made = plan(8192, 1, "4xA100-40GB")
-    assert made.row is not None
-    assert (made.row.mode, made.row.devices) == ("devices", 2)
-    assert "one process over 2 A100-40GB" in made.recommendation
-    assert made.row.weight_bytes == -(-made.layout.workload.model.weight_bytes // 2)
-
-
-def test_where_nothing_helps_the_plan_says_what_would_fit():
-    made = plan(1 << 20, 8, "2xH100")
-    assert made.row is None
-    most = made.chosen.rows[-1]
-    assert f"a context of {most.max_context:,} at batch 8" in made.recommendation
-    tiny = plan(1024, 1, "1xRTX4090")
-    assert "weights alone take 56.9 GiB" in tiny.recommendation
-    assert tiny.to_dict()["recommended"] is None
-
-
-def test_what_was_asked_for_is_kept():
-    made = plan(131_072, 8, "8xH200", key_codec="int2", value_codec="int4", routing="page_bound", budget=0.5)
-    assert made.chosen is made.layout
-    assert "int2/int4, page_bound:64, a budget of 50% of the tokens" in made.recommendation
-    fixed = make_plan(dataclasses.replace(plan(131_072, 8, "1xH200").layout.workload), fixed_codec=True)
-    assert fixed.row is None
-
-
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_longest_context_and_largest_batch_are_the_last_that_fit(devices):
-    workload = Workload(bundled("Mixtral-8x7B-v0.1"), 16_384, 4, DEVICES["H200"], 4)
-    row = lay_out(workload).row(devices)
-
-    def fits(tokens: int, batch: int) -> bool:
-        return row.weight_bytes + kv_bytes(workload, tokens, batch, devices, row.mode).total <= row.usable
-
-    assert fits(row.max_context, 4)
-    assert not fits(row.max_context + 32, 4)
-    assert fits(16_384, row.max_batch)
-    assert not fits(16_384, row.max_batch + 1)
-
-
-def test_rows_are_powers_of_two_and_all_devices():
-    assert [row.devices for row in lay_out(Workload(MODEL, 1024, 1, GPU, 6)).rows] == [1, 2, 4, 6]
-    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
-        Workload(MODEL, 0, 1, GPU)
-
-
-def test_configs_are_small_files():
-    assert all(path.stat().st_size < 4096 for path in Path(MODEL_CONFIGS).iterdir())

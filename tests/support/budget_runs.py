@@ -1,0 +1,78 @@
+"""Small caches with a budget, what they hold, and a check that they keep to it."""
+
+import functools
+from typing import Any
+
+import torch
+from budgeted_layer import shard_holdings
+from families import FAMILIES
+
+from pikv_hf import PiKVCache
+from pikv_hf.layer.layer import PiKVLayer
+
+SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
+#: Sinks, window and two pages of SMALL.
+LEAST = 8 + 16 + 16
+
+
+@functools.cache
+def shared_model(family: str = "qwen3_moe") -> Any:
+    """Return a model of two layers that tests leave as it is."""
+    sliding = {"layer_types": ["sliding_attention", "full_attention"]} if family == "gpt_oss" else {}
+    return FAMILIES[family].build(num_hidden_layers=2, **sliding)
+
+
+def make_cache(model: Any, **options: Any) -> PiKVCache:
+    return PiKVCache.for_model(model, **{**SMALL, **options})
+
+
+def paged_layers(cache: PiKVCache) -> list[PiKVLayer]:
+    return [layer for layer in cache.layers if isinstance(layer, PiKVLayer)]
+
+
+def held(layer: PiKVLayer) -> float:
+    """Return the most tokens that a sequence holds, mean over KV heads."""
+    return float(layer.held().sum(2).float().mean(1).max())
+
+
+@torch.no_grad()
+def decode(model: Any, cache: PiKVCache, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    """Read tokens one by one; returns the logits `(B, n, V)`."""
+    return torch.cat([model(part, past_key_values=cache, **more).logits for part in ids.split(1, dim=1)], dim=1)
+
+
+def check(cache: PiKVCache, forks: int = 1) -> None:
+    """Every limit of the cache holds, on what is measured."""
+    options, layers = cache.pikv_config, paged_layers(cache)
+    budget, scope = options.budget, options.budget_scope
+    if isinstance(budget, str):
+        amount = int(float(budget.removesuffix("KB")) * 1000)
+        if scope == "shard":
+            for layer in layers:
+                table = layer.table
+                page = table.pool.full_page_bytes * len(table.rows)
+                assert shard_holdings(layer).max() <= amount // page * table.pool.page_size
+        elif scope == "layer":
+            report = cache.memory_report()
+            assert all(r.total <= amount * forks for r in report.layers if r.kind == "paged")
+        else:
+            assert cache.nbytes <= amount * forks
+        return
+    cache.memory_report()
+    for layer in layers:
+        most = budget if isinstance(budget, int) else int(budget * layer.seen)
+        if scope == "shard":
+            most = most if isinstance(budget, int) else most // layer.table.num_shards
+            assert shard_holdings(layer).max() <= most
+        elif scope == "cache" and isinstance(budget, int):
+            assert held(layer) <= budget / len(layers)
+        else:
+            assert held(layer) <= (most if isinstance(budget, int) else max(most, LEAST))
+
+
+@torch.no_grad()
+def run(model: Any, cache: PiKVCache, ids: torch.Tensor, prompt: int, chunk: int, **more: Any) -> None:
+    """Read a prompt in chunks, then the rest one by one; the budget is looked at after each."""
+    for part in (*ids[:, :prompt].split(chunk, dim=1), *ids[:, prompt:].split(1, dim=1)):
+        model(part, past_key_values=cache, logits_to_keep=1, **more)
+        check(cache)

@@ -1,0 +1,28 @@
+"""A layer with a budget, and how many tokens its shards hold."""
+
+import numpy as np
+from fake_attachment import GROUPS, FakeAttachment
+
+from pikv_hf.config import PiKVConfig
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.scheduling.page_scheduler import make_schedule
+
+
+def budgeted_layer(config: PiKVConfig) -> PiKVLayer:
+    """Return an empty layer that is the only one of its cache."""
+    layer = PiKVLayer(0, config, FakeAttachment())
+    layer.schedule = make_schedule(config, 1, 0)
+    layer.schedule.query_groups = GROUPS
+    return layer
+
+
+def shard_holdings(layer: PiKVLayer) -> np.ndarray:
+    """Return the tokens that each sequence holds in each shard, means over KV heads, `(B, S)`."""
+    table = layer.table
+    held = np.zeros((len(table.rows), table.num_shards))
+    for name, pool in table.pages.pools().items():
+        for row, sequence in enumerate(table.rows):
+            for page in sequence.pages(name):
+                if pool.shard[page] >= 0:
+                    held[row, pool.shard[page]] += pool.count[page]
+    return held.reshape(layer.batch, -1, table.num_shards).mean(1)

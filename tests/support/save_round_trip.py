@@ -1,0 +1,145 @@
+"""Saves and loads a cache and compares everything that it consists of, at once and after going on."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from saved_runs import go_on
+
+from pikv_hf import PiKVCache
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.serialization.layer_writer import STATE
+from pikv_hf.serialization.pool_records import most_pages, page_notes
+
+
+def pages_by_row(layer: PiKVLayer) -> list[dict[str, Any]]:
+    """Return all that is known of the pages of each row, in the order of the row's pages, without their numbers."""
+    found = []
+    for row in layer.table.rows:
+        pages = {"window": len(row.window), "open": (row.open >= 0).tolist(), "sealed": len(row.sealed)}
+        for name, pool in layer.table.pages.pools().items():
+            ids = row.pages(name)
+            if len(ids):
+                notes = {part: note.pick(pool.index(ids)).numpy() for part, note in page_notes(pool).items()}
+                pages |= {f"{name}.{part}": note.tobytes() for part, note in notes.items()}
+        found.append(pages)
+    return found
+
+
+def assert_equal(one: PiKVCache, other: PiKVCache) -> None:
+    """Compare everything that a cache consists of; numbers bit by bit."""
+    assert one.pikv_config == other.pikv_config
+    assert one.get_seq_length() == other.get_seq_length()
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        if not isinstance(mine, PiKVLayer):
+            assert mine.is_initialized == theirs.is_initialized
+            assert mine.get_seq_length() == theirs.get_seq_length()
+            assert not mine.is_initialized or torch.equal(mine.keys, theirs.keys)
+            assert not mine.is_initialized or torch.equal(mine.values, theirs.values)
+            continue
+        assert {name: getattr(mine, name) for name in STATE} == {name: getattr(theirs, name) for name in STATE}
+        assert mine.config == theirs.config
+        assert (mine.table is None) == (theirs.table is None)
+        if mine.table is not None:
+            assert_same_tables(mine, theirs)
+    ours, theirs = one.memory_report(), other.memory_report()
+    assert theirs.total <= ours.total
+    for name in ("tokens_stored", "tokens_seen", "shard_tokens", "shards", "device", "kind"):
+        assert [getattr(a, name) for a in ours.layers] == [getattr(b, name) for b in theirs.layers], name
+
+
+def assert_same_tables(mine: PiKVLayer, theirs: PiKVLayer) -> None:
+    for name in ("heads", "dtype", "device", "lanes"):
+        assert getattr(mine, name) == getattr(theirs, name)
+    assert mine.padding() == theirs.padding()
+    assert torch.equal(mine.held(), theirs.held())
+    for one, other in zip(mine.dense(), theirs.dense(), strict=True):
+        assert torch.equal(one, other)
+    tables = mine.table, theirs.table
+    assert tables[0].tokens() == tables[1].tokens()
+    assert pages_by_row(mine) == pages_by_row(theirs)
+    shared = [[[a is b for b in table.rows] for a in table.rows] for table in tables]
+    assert shared[0] == shared[1]
+    writers = [(t.writer.num_shards, t.writer.recent_window, t.writer.sink_pages) for t in tables]
+    assert writers[0] == writers[1]
+    stores = [table.pages for table in tables]
+    assert stores[0].config == stores[1].config
+    for keys in (True, False):
+        for one, other in zip(stores[0].bases(keys), stores[1].bases(keys), strict=True):
+            assert torch.equal(one, other)
+    assert (stores[0].queries is None) == (stores[1].queries is None)
+    if stores[0].queries is not None:
+        assert torch.equal(stores[0].queries, stores[1].queries)
+        assert stores[0].query_scale == stores[1].query_scale
+
+
+def assert_compact(cache: PiKVCache) -> None:
+    """Check that all pages are held, and by as many sequences as their references say."""
+    for layer in cache.layers:
+        table = getattr(layer, "table", None)
+        for name, pool in ({} if table is None else table.pages.pools()).items():
+            held = np.concatenate([sequence.pages(name) for sequence in table._sequences()])
+            assert (pool.refcount == np.bincount(held, minlength=pool.capacity)).all()
+            assert pool.capacity <= most_pages(len(np.unique(held)))
+
+
+def tokens_by_row(cache: PiKVCache) -> list[list[int]]:
+    return [layer.table.tokens() for layer in cache.layers if getattr(layer, "table", None) is not None]
+
+
+def capacities(cache: PiKVCache) -> list[list[int]]:
+    tables = [layer.table for layer in cache.layers if getattr(layer, "table", None) is not None]
+    return [[pool.capacity for pool in table.pages.pools().values()] for table in tables]
+
+
+def assert_go_on_alike(
+    model: Any, one: PiKVCache, other: PiKVCache, mask: torch.Tensor | None = None, shares: bool = False
+) -> None:
+    """Go on with both caches: the same tokens, and the very same logits where pages lie as they did."""
+    as_it_lay = not shares and capacities(one) == capacities(other)
+    logits = go_on(model, one, mask), go_on(model, other, mask)
+    if as_it_lay:
+        assert torch.equal(*logits)
+    assert torch.equal(logits[0].argmax(-1), logits[1].argmax(-1))
+    # Else pages lie closer together than they did, so that sums may be taken in another order.
+    torch.testing.assert_close(*logits, atol=1e-3, rtol=1e-3)
+    assert tokens_by_row(one) == tokens_by_row(other)
+
+
+def round_trip(
+    model: Any, cache: PiKVCache, folder: Path, mask: torch.Tensor | None = None, shares: bool = False
+) -> PiKVCache:
+    """Save and load a cache, compare, go on with both and compare again; returns what was loaded.
+
+    `shares` tells that other caches hold its pages, which are then copied before they are written to.
+    """
+    path = folder / "cache.safetensors"
+    cache.save(path)
+    loaded = PiKVCache.load(path, model)
+    assert [file.name for file in folder.iterdir()] == [path.name]
+    assert_equal(cache, loaded)
+    assert_compact(loaded)
+    # What was loaded has nothing to do with the file any more.
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    path.unlink()
+    # Of both, so that both copy pages.
+    _, fork = cache.fork(), loaded.fork()
+    assert_go_on_alike(model, cache, loaded, mask, shares)
+    assert_usable(model, fork, mask)
+    return loaded
+
+
+@torch.no_grad()
+def assert_usable(model: Any, cache: PiKVCache, mask: torch.Tensor | None) -> None:
+    """Select rows, crop and go on."""
+    if cache._batch_size() is None:
+        return
+    cache.batch_select_indices(torch.tensor([0]))
+    before = cache.get_seq_length()
+    go_on(model, cache, None if mask is None else mask[:1], steps=2)
+    if not any(layer.is_sliding for layer in cache.layers):
+        cache.crop(before)
+        assert cache.get_seq_length() == before
+    assert all(layer.batch == 1 for layer in cache.layers if isinstance(layer, PiKVLayer))
