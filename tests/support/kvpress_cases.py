@@ -17,7 +17,7 @@ from pikv_hf.eval.reference.load import reference_model_path
 from pikv_hf.eval.tasks import reference
 
 VOCAB = 953
-#: The families of `tests/support/families.py` that every press runs on: one that kvpress lists as supported, one it does not.
+#: The families of `families.py` that every press runs on: one that kvpress lists as supported, one it does not.
 ARCHITECTURES = ("llama", "qwen3_moe")
 
 #: Presses that are exported and cannot run, and why.
