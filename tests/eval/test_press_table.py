@@ -1,4 +1,4 @@
-"""The table of presses at equal bytes: the committed results are complete, and the README shows what they give."""
+"""The table of presses at equal bytes: the committed results are complete, and docs/presses.md shows what they give."""
 
 import struct
 from pathlib import Path
@@ -28,19 +28,19 @@ committed = pytest.mark.skipif(
 
 
 @committed
-def test_the_readme_shows_the_table_of_the_committed_results() -> None:
-    assert budget_table(load_runs([RESULTS])) in (ROOT / "README.md").read_text()
+def test_the_docs_show_the_table_of_the_committed_results() -> None:
+    assert budget_table(load_runs([RESULTS])) in (ROOT / "docs" / "presses.md").read_text()
 
 
 @committed
 def test_committed_results_are_complete() -> None:
-    """A run may be missing only if its press failed, which the README then has to say."""
+    """A run may be missing only if its press failed, which docs/presses.md then has to say."""
     asked = {(run.press, run.cache, run.ratio) for run in read_options(ROOT / "eval" / "presses.yaml")}
     summaries = [run.summary for run in load_runs([RESULTS])]
     found = {(s.press, s.cache, s.compression_ratio or None) for s in summaries}
     assert found <= asked
     failed = {press for press, _, _ in asked - found}
-    assert all(f"`{press}` fails" in (ROOT / "README.md").read_text() for press in failed), failed
+    assert all(f"`{press}` fails" in (ROOT / "docs" / "presses.md").read_text() for press in failed), failed
     assert {s.conditions["dtype"] for s in summaries} == {"bfloat16"}
     for summary in summaries:
         each = 60 if summary.press in (None, "PiKVPress") else 20
