@@ -48,21 +48,21 @@ gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --q
 EVAL := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
   --mixed_precision no --dynamo_backend no --main_process_port 0 -m pikv_hf.eval
 BASELINE := eval/results/baseline
-baseline: $(RUNNABLE) ## Measure the accuracy table of the README, and draw its figure
+baseline: $(RUNNABLE) ## Measure the accuracy table of docs/evaluation.md, and draw its figure
 	$(EVAL) run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
 	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
 	$(BIN)/python -P -m pikv_hf.eval.runner.archive $(BASELINE)
 
 # A press that fails at a budget is named, and its cell stays empty: the others are reported all the same.
 PRESSES := eval/results/presses
-presses: $(RUNNABLE) ## Measure the table of presses at equal bytes of the README, print it, and draw its figure
+presses: $(RUNNABLE) ## Measure presses at equal bytes, print the table of docs/presses.md, and draw its figure
 	-$(EVAL) run eval/presses.yaml --output $(PRESSES) $(FLAGS)
 	$(BIN)/pikv report $(PRESSES) --output $(PRESSES) --title "Presses at equal bytes on the bundled model"
 	$(BIN)/pikv report budgets $(PRESSES) --output $(PRESSES)
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
 STUDY := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies
-codecs: $(RUNNABLE) ## Measure the codec table of the README, and print it
+codecs: $(RUNNABLE) ## Measure the codec table of docs/codecs.md, and print it
 	$(STUDY).codecs.quantisation_schemes_study --output eval/results
 	$(STUDY).codecs.low_rank_bases --output eval/results
 	$(STUDY).codecs.codec_costs --output eval/results

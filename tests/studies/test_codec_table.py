@@ -1,4 +1,4 @@
-"""The table of the codecs in docs/codecs.md: it is that of the committed results, and the measurements behind it hold."""
+"""The table of the codecs in docs/codecs.md: that of the committed results, and the measurements behind it hold."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The table of the codecs in the README, from committed results.
+"""The table of the codecs in docs/codecs.md, from committed results.
 
 It takes the bytes and errors of `codec-costs.json`, the RULER runs in `codecs`, the benchmark of decoding on a CPU,
 `bench-codecs-cpu.json`, and what was measured on GPUs, `gpu/*.json`. A cell says what was not measured.
