@@ -9,9 +9,9 @@ from pikv_hf.eval.gpu.arena import random_pages
 from pikv_hf.eval.gpu.checks import Outcome, bound_of, max_difference, reason, why_red
 from pikv_hf.eval.gpu.copy_speed import PAGE_SIZE, Bench, gb_per_s, obstacle
 from pikv_hf.eval.gpu.dense import DenseSpeed, dense_speed
-from pikv_hf.eval.gpu.geometry import Shape, scattered_layout
-from pikv_hf.eval.gpu.references import Layout, attended
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.geometry import Shape, scattered_table
+from pikv_hf.eval.gpu.references import PageTable, attended
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels import paged_decode_attention
 from pikv_hf.kernels.page_codes import Kind, PageCodes
@@ -26,7 +26,7 @@ class Problem:
     query: torch.Tensor
     keys: PageCodes
     values: PageCodes
-    layout: Layout
+    page_table: PageTable
     scale: float
 
     def run(self, backend: str, tuning: dict[str, int] | None = None) -> tuple[torch.Tensor, ...]:
@@ -35,9 +35,9 @@ class Problem:
             self.query,
             self.keys,
             self.values,
-            self.layout.table,
-            self.layout.lengths,
-            self.layout.counts,
+            self.page_table.entries,
+            self.page_table.lengths,
+            self.page_table.counts,
             self.scale,
             backend=backend,
             tuning=tuning,
@@ -48,8 +48,8 @@ class Problem:
         group = self.query.shape[1] // self.keys.heads
         query = self.query[row : row + 1, head * group : (head + 1) * group]
         keys, values = (codes.map(lambda part: part[head : head + 1]) for codes in (self.keys, self.values))
-        layout = self.layout
-        rows = Layout(layout.table[row : row + 1], layout.lengths[row : row + 1], layout.counts)
+        page_table = self.page_table
+        rows = PageTable(page_table.entries[row : row + 1], page_table.lengths[row : row + 1], page_table.counts)
         return Problem(query, keys, values, rows, self.scale)
 
 
@@ -109,9 +109,9 @@ def random_problem(bench: Bench, shape: Shape, kind: Kind) -> Problem:
         random_pages(bench.arena, kind, geometry.kv_heads, pages, PAGE_SIZE, dim, keys=is_keys)
         for dim, is_keys in ((geometry.dim, True), (geometry.value_dim, False))
     )
-    layout = scattered_layout(shape.batch, shape.columns, bench.device)
+    page_table = scattered_table(shape.batch, shape.columns, bench.device)
     query = torch.randn(shape.batch, geometry.query_heads, geometry.dim, device=bench.device, dtype=torch.bfloat16)
-    return Problem(query, keys, values, layout, geometry.dim**-0.5)
+    return Problem(query, keys, values, page_table, geometry.dim**-0.5)
 
 
 def lane_error(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> tuple[float, float]:
@@ -121,7 +121,7 @@ def lane_error(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> tuple[
     for row, head in ((0, 0), (len(problem.query) - 1, problem.keys.heads - 1)):
         lane = problem.lane(row, head)
         exact, yardstick = (
-            attended(lane.query, lane.keys, lane.values, lane.layout, lane.scale, None, operands)
+            attended(lane.query, lane.keys, lane.values, lane.page_table, lane.scale, None, operands)
             for operands in (torch.float64, problem.query.dtype)
         )
         heads = slice(head * group, (head + 1) * group)
@@ -134,7 +134,7 @@ def lane_error(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> tuple[
 
 
 def attention_speeds(
-    bench: Bench, cases: Iterable[tuple[Shape, Kind]], red: set[tuple[str, str]], budget: Budget
+    bench: Bench, cases: Iterable[tuple[Shape, Kind]], red: set[tuple[str, str]], time_limit: TimeLimit
 ) -> Iterator[AttentionSpeed]:
     """Measure cases in order; cases of one shape that follow one another share the measurement of dense attention.
 
@@ -146,7 +146,7 @@ def attention_speeds(
         Shapes and kinds.
     red : set
         Failed checks, of :func:`~pikv_hf.eval.gpu.checks.red_operations`: their kinds get no figures.
-    budget : Budget
+    time_limit : TimeLimit
         When it is spent, the remaining cases are yielded without figures.
     """
     known: tuple[Shape, DenseSpeed] | None = None
@@ -157,7 +157,7 @@ def attention_speeds(
             **geometry, tokens=shape.tokens, batch=shape.batch, kind=kind, bytes_read=shape.read_bytes(kind)
         )
         red_check = why_red(red, OPERATION, kind)
-        if note := red_check or obstacle(bench, shape.packed_bytes(kind), budget):
+        if note := red_check or obstacle(bench, shape.packed_bytes(kind), time_limit):
             yield dataclasses.replace(case, note=note, failed=bool(red_check))
             continue
         if known is None or known[0] != shape:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from pikv_hf.eval.gpu.checks import Outcome, Place, Plan
-from pikv_hf.eval.gpu.pools import ragged_layout, sealed_pool
+from pikv_hf.eval.gpu.checks import Outcome, PlannedCheck, Platform
+from pikv_hf.eval.gpu.pools import encoded_pool, ragged_table
 from pikv_hf.eval.gpu.references import attended
 from pikv_hf.kernels import paged_decode_attention
 from pikv_hf.kernels.page_codes import KINDS, Kind
@@ -62,32 +62,32 @@ class AttentionCase:
         return self.keys if self.keys == self.values else f"{self.keys}/{self.values}"
 
 
-def attention_outcomes(case: AttentionCase, place: Place) -> Iterator[Outcome]:
+def attention_outcomes(case: AttentionCase, platform: Platform) -> Iterator[Outcome]:
     """Run the kernel on a case and yield `out`, `lse` and, if asked for, `page_lse`."""
     generator = torch.Generator().manual_seed(7)
-    layout = ragged_layout(case.batch, case.columns, case.page_size, generator, full=case.full)
+    page_table = ragged_table(case.batch, case.columns, case.page_size, generator, full=case.full)
     pool = functools.partial(
-        sealed_pool, page_size=case.page_size, layout=layout, dtype=case.dtype, generator=generator
+        encoded_pool, page_size=case.page_size, page_table=page_table, dtype=case.dtype, generator=generator
     )
     keys = pool(case.keys, case.kv_heads, case.dim, keys=True, rank=case.key_rank)
     values = pool(case.values, case.kv_heads, case.value_dim, keys=False, rank=case.value_rank)
     query = torch.randn(case.batch, case.kv_heads * case.group, keys.width, generator=generator).to(case.dtype)
     # No power of two, by which nothing would be rounded.
     scale = 0.9 * keys.width**-0.5
-    expected = functools.partial(attended, query, keys, values, layout, scale, case.softcap)
+    expected = functools.partial(attended, query, keys, values, page_table, scale, case.softcap)
     exact, yardstick = expected(torch.float64), expected(case.dtype)
-    there = layout.to(place.device)
+    there = page_table.to(platform.device)
     result = paged_decode_attention(
-        query.to(place.device),
-        keys.map(lambda tensor: tensor.to(place.device)),
-        values.map(lambda tensor: tensor.to(place.device)),
-        there.table,
+        query.to(platform.device),
+        keys.map(lambda tensor: tensor.to(platform.device)),
+        values.map(lambda tensor: tensor.to(platform.device)),
+        there.entries,
         there.lengths,
         there.counts,
         scale,
         case.softcap,
         page_lse=case.page_lse,
-        backend=place.backend,
+        backend=platform.backend,
     )
     yield Outcome("out", result[0], exact[0], yardstick[0])
     yield Outcome("lse", result[1], exact[1], yardstick[1], unit=1.0)
@@ -95,9 +95,9 @@ def attention_outcomes(case: AttentionCase, place: Place) -> Iterator[Outcome]:
         yield Outcome("page_lse", result[2], exact[2], yardstick[2], unit=1.0)
 
 
-def attention_plan(name: str, case: AttentionCase) -> Plan:
+def attention_plan(name: str, case: AttentionCase) -> PlannedCheck:
     """Return the check of a case."""
-    return Plan(OPERATION, name, case.dtype, case.kind, functools.partial(attention_outcomes, case))
+    return PlannedCheck(OPERATION, name, case.dtype, case.kind, functools.partial(attention_outcomes, case))
 
 
 #: Rows long enough to be split over many programs.
@@ -116,7 +116,7 @@ GEOMETRIES = (
 )
 
 
-def attention_plans(*, quick: bool = False) -> list[Plan]:
+def attention_plans(*, quick: bool = False) -> list[PlannedCheck]:
     """Return the checks to run on a GPU, the ones that benchmarks rest on first."""
     dtypes = DTYPES[:1] if quick else DTYPES
     plans = [attention_plan("ragged rows", AttentionCase(kind, kind, dtype)) for dtype in dtypes for kind in KINDS]
@@ -124,7 +124,7 @@ def attention_plans(*, quick: bool = False) -> list[Plan]:
     return plans if quick else [*plans, *_geometry_plans(), *_option_plans()]
 
 
-def _geometry_plans() -> Iterator[Plan]:
+def _geometry_plans() -> Iterator[PlannedCheck]:
     for query, heads, dim, value_dim in GEOMETRIES:
         name = f"{query}/{heads} heads, {dim}/{value_dim} channels"
         case = AttentionCase(kv_heads=heads, group=query // heads, dim=dim, value_dim=value_dim)
@@ -132,7 +132,7 @@ def _geometry_plans() -> Iterator[Plan]:
             yield attention_plan(name, dataclasses.replace(case, keys=kind, values=kind))
 
 
-def _option_plans() -> Iterator[Plan]:
+def _option_plans() -> Iterator[PlannedCheck]:
     for kind in KINDS:
         both = AttentionCase(kind, kind)
         yield attention_plan("page_lse", dataclasses.replace(both, page_lse=True))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 
 #: Added to the bound, as a share of the largest exact magnitude (at least 1 for a log-sum-exp): 64 units in the last
 #: place of float32, for exp2 and division that are faster than torch's, and for another order of sums.
@@ -13,7 +13,7 @@ FLOOR = 64 * 2.0**-24
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class Platform:
     """Where kernels run: the device, and the backend that is forced on them."""
 
     device: torch.device
@@ -46,14 +46,14 @@ class Outcome:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Plan:
+class PlannedCheck:
     """A check to run: of an operation, in a dtype, on pages of a kind (`"-"` where it reads none)."""
 
     operation: str
     case: str
     dtype: torch.dtype
     kind: str
-    run: Callable[[Place], Iterable[Outcome]]
+    run: Callable[[Platform], Iterable[Outcome]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,23 +103,25 @@ def bound_of(outcome: Outcome) -> float:
     return outcome.factor * max_difference(outcome.yardstick, outcome.exact) + outcome.floor * unit
 
 
-def run_checks(plans: Iterable[Plan], place: Place, budget: Budget) -> Iterator[Check | Plan]:
+def run_checks(
+    plans: Iterable[PlannedCheck], platform: Platform, time_limit: TimeLimit
+) -> Iterator[Check | PlannedCheck]:
     """Run checks in order; yield a :class:`Check` per result, and the plan itself where no time was left for it."""
     for plan in plans:
-        if budget.is_spent():
+        if time_limit.is_spent():
             yield plan
         else:
-            yield from _checked(plan, place)
+            yield from _checked(plan, platform)
 
 
-def _checked(plan: Plan, place: Place) -> list[Check]:
+def _checked(plan: PlannedCheck, platform: Platform) -> list[Check]:
     try:
-        return [_judged(plan, outcome) for outcome in plan.run(place)]
+        return [_judged(plan, outcome) for outcome in plan.run(platform)]
     except Exception as error:  # Whatever a kernel raises, from its compiler's errors to the driver's, is a red check.
         return [_check(plan, plan.case, None, None, ok=False, note=reason(error))]
 
 
-def _judged(plan: Plan, outcome: Outcome) -> Check:
+def _judged(plan: PlannedCheck, outcome: Outcome) -> Check:
     name = f"{plan.case}: {outcome.name}"
     error, bound = max_difference(outcome.result, outcome.exact), bound_of(outcome)
     if error == float("inf"):
@@ -127,7 +129,9 @@ def _judged(plan: Plan, outcome: Outcome) -> Check:
     return _check(plan, name, error, bound, ok=error <= bound)
 
 
-def _check(plan: Plan, name: str, error: float | None, bound: float | None, *, ok: bool, note: str = "") -> Check:
+def _check(
+    plan: PlannedCheck, name: str, error: float | None, bound: float | None, *, ok: bool, note: str = ""
+) -> Check:
     return Check(plan.operation, name, dtype_name(plan.dtype), plan.kind, error, bound, ok, note)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 
 DESCRIPTION = "Check every kernel of pikv_hf on an NVIDIA GPU against float64, then measure the bandwidth it reaches."
 
@@ -23,7 +23,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="a few checks in bf16 and a few measurements")
     parser.add_argument(
+        "--time-limit",
         "--budget-seconds",
+        dest="time_limit",
+        metavar="SECONDS",
         type=float,
         default=420.0,
         help="no check or measurement begins after these (default: %(default)s); what is left out is listed",
@@ -51,6 +54,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return NO_GPU
     from pikv_hf.eval.gpu.session import run
 
-    return (
-        RED if run(options.output, Budget(options.budget_seconds), quick=options.quick, sweep=options.sweep) else GREEN
-    )
+    wrong = run(options.output, TimeLimit(options.time_limit), quick=options.quick, sweep=options.sweep)
+    return RED if wrong else GREEN

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed
-from pikv_hf.eval.gpu.checks import Check, Plan, dtype_name
+from pikv_hf.eval.gpu.checks import Check, PlannedCheck, dtype_name
 from pikv_hf.eval.gpu.page_speed import PageSpeed
 from pikv_hf.eval.gpu.sweep import SweepRow
 
@@ -13,7 +13,7 @@ ATTENTION_HEADER = "geometry       batch x tokens  kind         ms   GB/s  of co
 PAGE_HEADER = "operation     kind  case                                        ms   GB/s  of copy"
 
 
-def check_lines(results: Iterable[Check | Plan]) -> Iterator[str]:
+def check_lines(results: Iterable[Check | PlannedCheck]) -> Iterator[str]:
     """Yield a line whenever operation or dtype changes, and one per red check, as the checks are run."""
     for (operation, dtype), group in itertools.groupby(results, key=_operation_and_dtype):
         seen = list(group)
@@ -28,12 +28,12 @@ def check_lines(results: Iterable[Check | Plan]) -> Iterator[str]:
         yield from wrong
 
 
-def _operation_and_dtype(result: Check | Plan) -> tuple[str, str]:
-    return result.operation, dtype_name(result.dtype) if isinstance(result, Plan) else result.dtype
+def _operation_and_dtype(result: Check | PlannedCheck) -> tuple[str, str]:
+    return result.operation, dtype_name(result.dtype) if isinstance(result, PlannedCheck) else result.dtype
 
 
-def _wrong_line(result: Check | Plan) -> str:
-    if isinstance(result, Plan):
+def _wrong_line(result: Check | PlannedCheck) -> str:
+    if isinstance(result, PlannedCheck):
         return f"      NOT RUN  {result.kind}, {result.case}"
     return "" if result.ok else f"      RED      {result.kind}, {result.name}: {_why(result)}"
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pikv_hf.eval.gpu.arena import Arena
-from pikv_hf.eval.gpu.time_limit import NO_TIME, Budget
+from pikv_hf.eval.gpu.time_limit import NO_TIME, TimeLimit
 from pikv_hf.eval.gpu.timing import Stopwatch, Timing
 
 #: Bytes of the tensor whose copy gives the bandwidth that the kernels are compared with, if so much is there.
@@ -49,9 +49,9 @@ class Bench:
         return f"needs {size / 1e9:.0f} GB, {room / 1e9:.0f} GB are free" if size > room else ""
 
 
-def obstacle(bench: Bench, size: int, budget: Budget) -> str:
+def obstacle(bench: Bench, size: int, time_limit: TimeLimit) -> str:
     """Return why a case of `size` bytes cannot be measured now, empty if it can."""
-    return NO_TIME if budget.is_spent() else bench.too_large(size)
+    return NO_TIME if time_limit.is_spent() else bench.too_large(size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

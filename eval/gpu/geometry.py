@@ -7,7 +7,7 @@ import torch
 
 from pikv_hf.eval.gpu.arena import pages_bytes
 from pikv_hf.eval.gpu.copy_speed import PAGE_SIZE
-from pikv_hf.eval.gpu.references import Layout
+from pikv_hf.eval.gpu.references import PageTable
 from pikv_hf.kernels.page_codes import Kind
 
 
@@ -82,19 +82,19 @@ class Shape:
         return self.packed_bytes(kind) + 4 * (pages + pages + self.batch)
 
 
-def scattered_layout(batch: int, columns: int, device: torch.device) -> Layout:
+def scattered_table(batch: int, columns: int, device: torch.device) -> PageTable:
     """Return full rows whose pages lie in a pool of just these in random order."""
     pages = batch * columns
-    return Layout(
+    return PageTable(
         torch.randperm(pages, device=device).view(batch, columns).int(),
         torch.full((batch,), columns, dtype=torch.int32, device=device),
         torch.full((pages,), PAGE_SIZE, dtype=torch.int32, device=device),
     )
 
 
-def layout_bytes(layout: Layout) -> int:
+def table_bytes(page_table: PageTable) -> int:
     """Return the bytes of the table, the lengths and the counts."""
-    return layout.table.nbytes + layout.lengths.nbytes + layout.counts.nbytes
+    return page_table.entries.nbytes + page_table.lengths.nbytes + page_table.counts.nbytes
 
 
 def attention_cases(*, quick: bool = False) -> Iterator[tuple[Shape, Kind]]:

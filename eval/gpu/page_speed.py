@@ -10,8 +10,8 @@ import torch
 from pikv_hf.eval.gpu.arena import fill_random, pages_bytes, random_pages
 from pikv_hf.eval.gpu.checks import reason, why_red
 from pikv_hf.eval.gpu.copy_speed import PAGE_SIZE, Bench, gb_per_s, obstacle
-from pikv_hf.eval.gpu.geometry import GEOMETRIES, layout_bytes, scattered_layout
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.geometry import GEOMETRIES, scattered_table, table_bytes
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, page_scores
 from pikv_hf.kernels.encode_pages import encode_pages
@@ -28,7 +28,7 @@ Prepared = tuple[int, Callable[[], Any]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sizes:
-    """Rows and tokens of the pages that are sealed and gathered, and of the larger pool that is scored."""
+    """Rows and tokens of the pages that are encoded and gathered, and of the larger pool that is scored."""
 
     batch: int = 8
     tokens: int = 32768
@@ -70,32 +70,32 @@ class PageSpeed:
 
 
 def page_speeds(
-    bench: Bench, red: set[tuple[str, str]], budget: Budget, sizes: Sizes | None = None
+    bench: Bench, red: set[tuple[str, str]], time_limit: TimeLimit, sizes: Sizes | None = None
 ) -> Iterator[PageSpeed]:
-    """Measure sealing, gathering and scoring; see :func:`~pikv_hf.eval.gpu.attention_speed.attention_speeds`."""
+    """Measure encoding, gathering and scoring; see :func:`~pikv_hf.eval.gpu.attention_speed.attention_speeds`."""
     sizes = sizes or Sizes()
     for kind in KINDS[1:]:
         for keys in (True, False):
             case = PageSpeed(
                 "encode_pages", kind, f"{'keys' if keys else 'values'}, {sizes.batch} x {sizes.tokens} tokens"
             )
-            yield _speed(bench, case, red, budget, functools.partial(_seal, bench, sizes, kind, keys=keys))
+            yield _speed(bench, case, red, time_limit, functools.partial(_encode, bench, sizes, kind, keys=keys))
     for kind in KINDS:
         case = PageSpeed("gather_pages", kind, f"keys, {sizes.batch} x {sizes.tokens} tokens")
-        yield _speed(bench, case, red, budget, functools.partial(_gather, bench, sizes, kind))
+        yield _speed(bench, case, red, time_limit, functools.partial(_gather, bench, sizes, kind))
     case = PageSpeed("page_scores", "-", f"spread codes, {sizes.scored_batch} x {sizes.scored_tokens} tokens")
-    yield _speed(bench, case, red, budget, functools.partial(_score, bench, sizes))
+    yield _speed(bench, case, red, time_limit, functools.partial(_score, bench, sizes))
     case = PageSpeed("append_tokens", "-", f"keys, {sizes.batch} x {sizes.tokens} tokens")
-    yield _speed(bench, case, red, budget, functools.partial(_append, bench, sizes))
+    yield _speed(bench, case, red, time_limit, functools.partial(_append, bench, sizes))
     case = PageSpeed("merge_partials", "-", f"{PARTS} parts of {sizes.tokens} queries")
-    yield _speed(bench, case, red, budget, functools.partial(_merge, bench, sizes))
+    yield _speed(bench, case, red, time_limit, functools.partial(_merge, bench, sizes))
 
 
 def _speed(
-    bench: Bench, case: PageSpeed, red: set[tuple[str, str]], budget: Budget, prepare: Callable[[], Prepared]
+    bench: Bench, case: PageSpeed, red: set[tuple[str, str]], time_limit: TimeLimit, prepare: Callable[[], Prepared]
 ) -> PageSpeed:
     red_check = why_red(red, case.operation, case.kind)
-    if note := red_check or obstacle(bench, 0, budget):
+    if note := red_check or obstacle(bench, 0, time_limit):
         return dataclasses.replace(case, note=note, failed=bool(red_check))
     bench.arena.reset()
     try:
@@ -108,7 +108,7 @@ def _speed(
     return dataclasses.replace(case, bytes_moved=size, timing=timing, gb_per_s=speed, copy_share=share)
 
 
-def _seal(bench: Bench, sizes: Sizes, kind: Kind, *, keys: bool) -> Prepared:
+def _encode(bench: Bench, sizes: Sizes, kind: Kind, *, keys: bool) -> Prepared:
     pages = sizes.batch * sizes.tokens // PAGE_SIZE
     tokens = fill_random(bench.arena.take(HEADS, pages, PAGE_SIZE, DIM, dtype=torch.bfloat16))
     written = pages_bytes(kind, HEADS, pages, PAGE_SIZE, DIM, keys=keys)
@@ -116,25 +116,25 @@ def _seal(bench: Bench, sizes: Sizes, kind: Kind, *, keys: bool) -> Prepared:
 
 
 def _gather(bench: Bench, sizes: Sizes, kind: Kind) -> Prepared:
-    layout = scattered_layout(sizes.batch, sizes.tokens // PAGE_SIZE, bench.device)
-    pages = len(layout.counts)
+    page_table = scattered_table(sizes.batch, sizes.tokens // PAGE_SIZE, bench.device)
+    pages = len(page_table.counts)
     codes = random_pages(bench.arena, kind, HEADS, pages, PAGE_SIZE, DIM, keys=True)
-    size = pages_bytes(kind, HEADS, pages, PAGE_SIZE, DIM, keys=True) + layout_bytes(layout)
+    size = pages_bytes(kind, HEADS, pages, PAGE_SIZE, DIM, keys=True) + table_bytes(page_table)
     size += pages_bytes("none", HEADS, pages, PAGE_SIZE, DIM, keys=True)
-    numbers = (layout.table, layout.lengths, layout.counts)
+    numbers = (page_table.entries, page_table.lengths, page_table.counts)
     return size, lambda: gather_pages(codes, *numbers, torch.bfloat16, backend=bench.backend)
 
 
 def _score(bench: Bench, sizes: Sizes) -> Prepared:
-    layout = scattered_layout(sizes.scored_batch, sizes.scored_tokens // PAGE_SIZE, bench.device)
-    shape = (HEADS, len(layout.counts), DIM)
+    page_table = scattered_table(sizes.scored_batch, sizes.scored_tokens // PAGE_SIZE, bench.device)
+    shape = (HEADS, len(page_table.counts), DIM)
     low = fill_random(bench.arena.take(*shape, dtype=torch.float16))
     high = bench.arena.take(*shape, dtype=torch.uint8).fill_(SPREAD_ONE)
     query_heads = GEOMETRIES[0].query_heads
     query = torch.randn(sizes.scored_batch, query_heads, DIM, dtype=torch.bfloat16, device=bench.device)
-    scores = 4 * HEADS * layout.table.numel()
-    size = low.nbytes + high.nbytes + layout.table.nbytes + layout.lengths.nbytes + scores
-    return size, lambda: page_scores(query, low, high, layout.table, layout.lengths, backend=bench.backend)
+    scores = 4 * HEADS * page_table.entries.numel()
+    size = low.nbytes + high.nbytes + page_table.entries.nbytes + page_table.lengths.nbytes + scores
+    return size, lambda: page_scores(query, low, high, page_table.entries, page_table.lengths, backend=bench.backend)
 
 
 def _append(bench: Bench, sizes: Sizes) -> Prepared:

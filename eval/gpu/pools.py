@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from pikv_hf.eval.gpu.references import Layout
+from pikv_hf.eval.gpu.references import PageTable
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind, PageCodes
 
@@ -25,9 +25,9 @@ def random_tokens(
     return tokens
 
 
-def ragged_layout(
+def ragged_table(
     batch: int, columns: int, page_size: int, generator: torch.Generator, *, full: bool = False
-) -> Layout:
+) -> PageTable:
     """Return rows of different lengths over scattered pages, on the CPU.
 
     The rows take turns at all columns, none, one page, and all but one; rows that read at least two pages share their
@@ -57,47 +57,47 @@ def ragged_layout(
             counts[table[row, length - 1]] = int(torch.randint(1, page_size + 1, (1,), generator=generator))
         stray = [STRAY_PAGES[i % len(STRAY_PAGES)] for i in range(columns - length)]
         table[row, length:] = torch.tensor(stray, dtype=torch.int32)
-    return Layout(table, lengths, counts)
+    return PageTable(table, lengths, counts)
 
 
-def sealed_pool(
+def encoded_pool(
     kind: Kind,
     heads: int,
     dim: int,
     page_size: int,
-    layout: Layout,
+    page_table: PageTable,
     dtype: torch.dtype,
     generator: torch.Generator,
     *,
     keys: bool,
     rank: int = 0,
 ) -> PageCodes:
-    """Return the N pages of a layout on the CPU, sealed by torch, poisoned, with L = `rank` latent channels.
+    """Return the N pages of a table on the CPU, encoded by torch, poisoned, with L = `rank` latent channels.
 
     `dtype` is that of what is stored as it is: the codes of kind `"none"`, and latent channels.
     """
-    pages = layout.counts.shape[0]
+    pages = page_table.counts.shape[0]
     tokens = random_tokens(heads, pages, page_size, dim, generator, keys=keys)
     codes = encode_pages(tokens.to(dtype) if kind == "none" else tokens, kind, keys=keys, backend="torch")
     if rank:
         latent = torch.randn(heads, pages, page_size, rank, generator=generator).to(dtype)
         codes = dataclasses.replace(codes, latent=latent)
-    return poisoned(codes, layout)
+    return poisoned(codes, page_table)
 
 
-def poisoned(codes: PageCodes, layout: Layout) -> PageCodes:
+def poisoned(codes: PageCodes, page_table: PageTable) -> PageCodes:
     """Spoil what no row may use: slots that hold no token, and every tensor of pages that no row reads.
 
     Codes of the integer kinds and of fp8 in unused slots stay what real tokens became; using them shows as well.
     """
     codes = codes.map(torch.clone)
     slots = torch.arange(codes.page_size)
-    unused = (slots >= layout.counts.unsqueeze(1)).unsqueeze(0).unsqueeze(-1)
+    unused = (slots >= page_table.counts.unsqueeze(1)).unsqueeze(0).unsqueeze(-1)
     for stored in (codes.codes, codes.latent):
         if stored is not None and stored.is_floating_point():
             stored.masked_fill_(unused, torch.nan)
-    read = torch.cat([layout.pages(row) for row in range(len(layout.lengths))])
-    unread = torch.ones(layout.counts.shape[0], dtype=torch.bool)
+    read = torch.cat([page_table.pages(row) for row in range(len(page_table.lengths))])
+    unread = torch.ones(page_table.counts.shape[0], dtype=torch.bool)
     unread[read] = False
     for tensor in codes.tensors():
         tensor[:, unread] = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max

@@ -14,12 +14,12 @@ from pikv_hf.kernels.page_codes import PageCodes, spread_values
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
+class PageTable:
     """Which pages each row reads, and how many tokens they hold.
 
     Attributes
     ----------
-    table : torch.Tensor
+    entries : torch.Tensor
         `(B, n)` int32 page numbers; entries beyond a row's length may be any numbers.
     lengths : torch.Tensor
         `(B,)` int32, table entries in use.
@@ -27,17 +27,17 @@ class Layout:
         `(N,)` int32, tokens in each page.
     """
 
-    table: torch.Tensor
+    entries: torch.Tensor
     lengths: torch.Tensor
     counts: torch.Tensor
 
-    def to(self, device: torch.device) -> "Layout":
-        """Return the layout on a device."""
-        return Layout(self.table.to(device), self.lengths.to(device), self.counts.to(device))
+    def to(self, device: torch.device) -> "PageTable":
+        """Return the table on a device."""
+        return PageTable(self.entries.to(device), self.lengths.to(device), self.counts.to(device))
 
     def pages(self, row: int) -> torch.Tensor:
         """Return the page numbers that a row reads, int64."""
-        return self.table[row, : int(self.lengths[row])].long()
+        return self.entries[row, : int(self.lengths[row])].long()
 
     def seen(self, row: int, page_size: int) -> torch.Tensor:
         """Return `(pages, P)` bool: the slots of a row's pages that hold a token."""
@@ -59,7 +59,7 @@ def attended(
     query: torch.Tensor,
     keys: PageCodes,
     values: PageCodes,
-    layout: Layout,
+    page_table: PageTable,
     scale: float,
     softcap: float | None,
     operands: torch.dtype,
@@ -72,7 +72,7 @@ def attended(
         `(B, Hq, D + L)` floating point.
     keys, values : PageCodes
         N pages of H KV heads, H a divisor of Hq.
-    layout : Layout
+    page_table : PageTable
         The pages of each row.
     scale : float
         Factor on the logits.
@@ -88,12 +88,12 @@ def attended(
     """
     compute = _computed_in(operands)
     batch, heads, _ = query.shape
-    columns = layout.table.shape[1]
+    columns = page_table.entries.shape[1]
     out = torch.zeros(batch, heads, values.width, dtype=compute, device=query.device)
     lse = torch.full((batch, heads), -torch.inf, dtype=compute, device=query.device)
     page_lse = torch.full((batch, heads, columns), -torch.inf, dtype=compute, device=query.device)
     for row in range(batch):
-        index, seen = layout.pages(row), layout.seen(row, keys.page_size)
+        index, seen = page_table.pages(row), page_table.seen(row, keys.page_size)
         if not seen.any():
             continue
         # The scaled query is rounded, as flash-attention's own reference does: kernels round it with other factors.
@@ -113,19 +113,19 @@ def attended(
     return out, lse, page_lse
 
 
-def gathered(pages: PageCodes, layout: Layout, operands: torch.dtype) -> torch.Tensor:
+def gathered(pages: PageCodes, page_table: PageTable, operands: torch.dtype) -> torch.Tensor:
     """Return each row's pages side by side, decoded, `(B, H, n * P, D + L)`, zeros where there is no token."""
-    batch, columns = layout.table.shape
+    batch, columns = page_table.entries.shape
     shape = (batch, pages.heads, columns, pages.page_size, pages.width)
     out = torch.zeros(shape, dtype=_computed_in(operands), device=pages.codes.device)
     for row in range(batch):
-        index, seen = layout.pages(row), layout.seen(row, pages.page_size)
+        index, seen = page_table.pages(row), page_table.seen(row, pages.page_size)
         out[row, :, : len(index)] = _decoded(pages, index, operands).masked_fill(~seen.unsqueeze(-1), 0.0)
     return out.flatten(2, 3)
 
 
 def scored(
-    query: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, layout: Layout, operands: torch.dtype
+    query: torch.Tensor, low: torch.Tensor, high: torch.Tensor | None, page_table: PageTable, operands: torch.dtype
 ) -> torch.Tensor:
     """Return the score of each row's pages for each KV head, `(B, H, n)`, `-inf` beyond a row's length.
 
@@ -137,16 +137,16 @@ def scored(
         `(H, N, D)` floating point: least values, or centroids where `high` is None.
     high : torch.Tensor or None
         `(H, N, D)`: greatest values, or uint8 spread codes, by which they exceed `low`.
-    layout : Layout
+    page_table : PageTable
         The pages of each row.
     operands : torch.dtype
         See the module.
     """
     compute = _computed_in(operands)
-    batch, columns = layout.table.shape
+    batch, columns = page_table.entries.shape
     out = torch.full((batch, low.shape[0], columns), -torch.inf, dtype=compute, device=low.device)
     for row in range(batch):
-        index = layout.pages(row)
+        index = page_table.pages(row)
         folded = query[row].to(operands).to(compute).unflatten(0, (low.shape[0], -1)).unsqueeze(2)
         least = low[:, index].to(compute)
         greatest = least

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pikv_hf.eval.gpu.checks import Check, Plan, dtype_name
+from pikv_hf.eval.gpu.checks import Check, PlannedCheck, dtype_name
 from pikv_hf.eval.gpu.time_limit import NO_TIME
 from pikv_hf.eval.provenance import provenance
 
@@ -19,7 +19,7 @@ DEFINITIONS = {
     "checks": "max_error: largest absolute error against float64 on the CPU. bound: twice that of the same computation "
     "in torch, what is multiplied (the scaled query, decoded pages, softmax weights) rounded to the check's dtype and "
     "sums in float32, plus 64 float32 units in the last place of the largest exact magnitude; 1.02 times torch's for "
-    "the root mean square of sealed pages, 0 for append_tokens.",
+    "the root mean square of encoded pages, 0 for append_tokens.",
     "timing": "Milliseconds between two CUDA events around one call, after warm-up; 2 GiB are read before each call, "
     "which takes the L2 cache and keeps the GPU busy while the call is queued.",
     "copy_bandwidth": "A device-to-device copy of one large tensor: bytes read plus bytes written, per second.",
@@ -58,10 +58,10 @@ def gpu_facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def checks_part(results: Sequence[Check | Plan]) -> dict[str, Any]:
+def checks_part(results: Sequence[Check | PlannedCheck]) -> dict[str, Any]:
     """Return the part of the checks: how many passed and failed, every check, and the names of those not run."""
     checks = [result for result in results if isinstance(result, Check)]
-    unrun = [result for result in results if isinstance(result, Plan)]
+    unrun = [result for result in results if isinstance(result, PlannedCheck)]
     return {
         "passed": sum(check.ok for check in checks),
         "failed": sum(not check.ok for check in checks),

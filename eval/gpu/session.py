@@ -12,7 +12,7 @@ from pikv_hf.eval.gpu.arena import Arena
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed, attention_speeds
 from pikv_hf.eval.gpu.check_attention import attention_plans
 from pikv_hf.eval.gpu.check_pages import page_plans
-from pikv_hf.eval.gpu.checks import Check, Place, Plan, reason, red_operations, run_checks
+from pikv_hf.eval.gpu.checks import Check, PlannedCheck, Platform, reason, red_operations, run_checks
 from pikv_hf.eval.gpu.console import (
     ATTENTION_HEADER,
     PAGE_HEADER,
@@ -28,7 +28,7 @@ from pikv_hf.eval.gpu.page_speed import Sizes, page_speeds
 from pikv_hf.eval.gpu.run_report import Report, checks_part, gpu_facts, not_run
 from pikv_hf.eval.gpu.sweep import sweep_rows
 from pikv_hf.eval.gpu.targets import TARGET_BATCH, TARGET_TOKENS, TARGETS, judged
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 from pikv_hf.eval.gpu.timing import CudaStopwatch, Stopwatch
 from pikv_hf.kernels.page_codes import Kind
 
@@ -42,7 +42,7 @@ class Agenda:
 
     Attributes
     ----------
-    plans : sequence of Plan
+    plans : sequence of PlannedCheck
         The checks.
     cases : sequence
         Shapes and kinds that attention is measured with, by importance.
@@ -52,7 +52,7 @@ class Agenda:
         Whether launch parameters are tried.
     """
 
-    plans: Sequence[Plan]
+    plans: Sequence[PlannedCheck]
     cases: Sequence[tuple[Shape, Kind]]
     sizes: Sizes
     sweep: bool
@@ -71,14 +71,14 @@ class Session:
     ----------
     report : Report
         Where results go.
-    place : Place
+    platform : Platform
         Device and backend.
-    budget : Budget
+    time_limit : TimeLimit
         No check or measurement begins once it is spent.
     """
 
-    def __init__(self, report: Report, place: Place, budget: Budget) -> None:
-        self._report, self._place, self._budget = report, place, budget
+    def __init__(self, report: Report, platform: Platform, time_limit: TimeLimit) -> None:
+        self._report, self._platform, self._time_limit = report, platform, time_limit
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._speeds: list[AttentionSpeed] = []
 
@@ -98,12 +98,12 @@ class Session:
         self._finish()
         return wrong or failed
 
-    def check(self, plans: Sequence[Plan]) -> list[Check | Plan]:
+    def check(self, plans: Sequence[PlannedCheck]) -> list[Check | PlannedCheck]:
         """Run the checks."""
-        results: list[Check | Plan] = []
+        results: list[Check | PlannedCheck] = []
 
-        def kept() -> Iterator[Check | Plan]:
-            for result in run_checks(plans, self._place, self._budget):
+        def kept() -> Iterator[Check | PlannedCheck]:
+            for result in run_checks(plans, self._platform, self._time_limit):
                 results.append(result)
                 yield result
 
@@ -114,13 +114,13 @@ class Session:
 
     def bench(self, arena_bytes: int, stopwatch: Stopwatch) -> Bench:
         """Take the memory and measure the copy."""
-        arena = Arena(arena_bytes, self._place.device)
+        arena = Arena(arena_bytes, self._platform.device)
         copied = copy_speed(arena, stopwatch)
         print(
             f"\ncopy of {copied.bytes_copied / 1e9:.1f} GB: {copied.gb_per_s:.0f} GB/s read plus written\n", flush=True
         )
         self._add(copy_bandwidth=as_row(copied))
-        return Bench(self._place.device, self._place.backend, arena, stopwatch, copied.gb_per_s)
+        return Bench(self._platform.device, self._platform.backend, arena, stopwatch, copied.gb_per_s)
 
     def measure(self, bench: Bench, agenda: Agenda, red: set[tuple[str, str]]) -> bool:
         """Measure, what has targets first; return whether a kernel failed."""
@@ -129,18 +129,18 @@ class Session:
         print(ATTENTION_HEADER)
         failed = self._attention(bench, important, red)
         print(f"\n{PAGE_HEADER}")
-        for speed in page_speeds(bench, red, self._budget, agenda.sizes):
+        for speed in page_speeds(bench, red, self._time_limit, agenda.sizes):
             failed |= speed.failed
             self._row("other_kernels", speed, page_line(speed))
         if agenda.sweep:
-            for row in sweep_rows(bench, red, self._budget):
+            for row in sweep_rows(bench, red, self._time_limit):
                 self._row("sweep", row, sweep_line(row))
         print(f"\n{ATTENTION_HEADER}")
         return self._attention(bench, rest, red) or failed
 
     def _attention(self, bench: Bench, cases: Sequence[tuple[Shape, Kind]], red: set[tuple[str, str]]) -> bool:
         failed = False
-        for speed in attention_speeds(bench, cases, red, self._budget):
+        for speed in attention_speeds(bench, cases, red, self._time_limit):
             failed |= speed.failed
             self._speeds.append(speed)
             self._row("attention", speed, attention_line(speed))
@@ -157,13 +157,13 @@ class Session:
         left_out = [name for rows in self._rows.values() for name in not_run(rows)]
         self._add(targets=targets, not_run=left_out, complete=True)
         print(f"\n{len(left_out)} measurements not run for want of time" if left_out else "")
-        print(f"{self._budget.spent():.0f} s; {self._report.path}")
+        print(f"{self._time_limit.spent():.0f} s; {self._report.path}")
 
     def _add(self, **parts: Any) -> None:
-        self._report.add(self._budget.spent(), **parts)
+        self._report.add(self._time_limit.spent(), **parts)
 
 
-def run(folder: Path, budget: Budget, *, quick: bool, sweep: bool) -> bool:
+def run(folder: Path, time_limit: TimeLimit, *, quick: bool, sweep: bool) -> bool:
     """Check and measure on the current CUDA device; return whether anything is wrong."""
     device = torch.device("cuda", torch.cuda.current_device())
     report = Report(folder, gpu_facts(device))
@@ -172,6 +172,6 @@ def run(folder: Path, budget: Budget, *, quick: bool, sweep: bool) -> bool:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0] * MEMORY_SHARE)
 
-    session = Session(report, Place(device, "triton"), budget)
+    session = Session(report, Platform(device, "triton"), time_limit)
     with torch.no_grad():
         return session.run(full_agenda(quick=quick, sweep=sweep), arena_bytes, functools.partial(CudaStopwatch, device))

@@ -8,7 +8,7 @@ from pikv_hf.eval.gpu.attention_speed import OPERATION, Problem, lane_error, ran
 from pikv_hf.eval.gpu.checks import reason, why_red
 from pikv_hf.eval.gpu.copy_speed import Bench, obstacle
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, Shape
-from pikv_hf.eval.gpu.time_limit import NO_TIME, Budget
+from pikv_hf.eval.gpu.time_limit import NO_TIME, TimeLimit
 from pikv_hf.kernels.page_codes import Kind
 
 #: Values tried for launch parameters: all combinations of the first step's, then the next's with the best so far.
@@ -77,30 +77,30 @@ class SweepRow:
 def sweep_rows(
     bench: Bench,
     red: set[tuple[str, str]],
-    budget: Budget,
+    time_limit: TimeLimit,
     cases: Sequence[tuple[Shape, Kind]] = CASES,
     steps: Sequence[Step] = STEPS,
 ) -> Iterator[SweepRow]:
     """Try launch parameters on each case; kinds with a failed check are left out."""
     for shape, kind in cases:
         row = SweepRow(shape.geometry.name, kind, shape.tokens, shape.batch)
-        note = why_red(red, OPERATION, kind) or obstacle(bench, shape.packed_bytes(kind), budget)
+        note = why_red(red, OPERATION, kind) or obstacle(bench, shape.packed_bytes(kind), time_limit)
         if note:
             yield dataclasses.replace(row, note=note)
             continue
         try:
-            yield _swept(bench, row, random_problem(bench, shape, kind), steps, budget)
+            yield _swept(bench, row, random_problem(bench, shape, kind), steps, time_limit)
         except RuntimeError as error:  # Launch parameters tried before may have left the device unusable.
             yield dataclasses.replace(row, note=reason(error))
 
 
-def _swept(bench: Bench, row: SweepRow, problem: Problem, steps: Sequence[Step], budget: Budget) -> SweepRow:
+def _swept(bench: Bench, row: SweepRow, problem: Problem, steps: Sequence[Step], time_limit: TimeLimit) -> SweepRow:
     default = _trial(bench, problem, {})
     best, trials = default, []
     for step in steps:
         for values in itertools.product(*step.values()):
             tuning = best.tuning | dict(zip(step, values, strict=True))
-            trials.append(Trial(tuning, None, NO_TIME) if budget.is_spent() else _trial(bench, problem, tuning))
+            trials.append(Trial(tuning, None, NO_TIME) if time_limit.is_spent() else _trial(bench, problem, tuning))
         best = min(best, *trials, key=lambda trial: float("inf") if trial.p50_ms is None else trial.p50_ms)
     row = dataclasses.replace(row, default_ms=default.p50_ms, trials=tuple(trials), note=default.note)
     if best.p50_ms is None or default.p50_ms is None:

@@ -1,13 +1,13 @@
-"""The time that a run may take."""
+"""Stop a run in time: no check or measurement begins once its seconds are spent."""
 
 import time
 from collections.abc import Callable
 
-#: The reason given for what a budget left no time for.
+#: The reason given for what a limit left no time for.
 NO_TIME = "not run: the time was spent"
 
 
-class Budget:
+class TimeLimit:
     """Seconds to spend, counted from now.
 
     Parameters

@@ -13,23 +13,23 @@ from pikv_hf.eval.gpu import (
 )
 from pikv_hf.eval.gpu.arena import Arena
 from pikv_hf.eval.gpu.check_attention import AttentionCase
-from pikv_hf.eval.gpu.checks import Check, Outcome, Place, Plan, run_checks
+from pikv_hf.eval.gpu.checks import Check, Outcome, PlannedCheck, Platform, run_checks
 from pikv_hf.eval.gpu.copy_speed import Bench
 from pikv_hf.eval.gpu.geometry import Geometry
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 from pikv_hf.eval.gpu.timing import Timing
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 ON_GPU = torch.cuda.is_available()
 #: The kernels themselves: compiled where there is a GPU, else run by Triton's interpreter.
-PLACE = Place(torch.device("cuda" if ON_GPU else "cpu"), "triton" if ON_GPU else "interpret")
-TORCH = Place(CPU, "torch")
+PLATFORM = Platform(torch.device("cuda" if ON_GPU else "cpu"), "triton" if ON_GPU else "interpret")
+TORCH = Platform(CPU, "torch")
 TINY = Geometry("tiny", 4, 2, 16, 24)
 
 
-def forever() -> Budget:
-    return Budget(1.0, clock=lambda: 0.0)
+def forever() -> TimeLimit:
+    return TimeLimit(1.0, clock=lambda: 0.0)
 
 
 def tiny_case(**changes: Any) -> AttentionCase:
@@ -47,8 +47,8 @@ def in_single(query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Ten
     return KERNEL(query.float(), *args, **kwargs)
 
 
-def checked(plans: list[Plan], place: Place) -> list[Check]:
-    results = list(run_checks(plans, place, forever()))
+def checked(plans: list[PlannedCheck], platform: Platform) -> list[Check]:
+    results = list(run_checks(plans, platform, forever()))
     assert all(isinstance(result, Check) for result in results)
     return [result for result in results if isinstance(result, Check)]
 
@@ -72,11 +72,11 @@ def outcome(result: list[float], exact: list[float], yardstick: list[float], **o
     return Outcome("out", *parts, **options)
 
 
-def plan_of(result: list[float], operation: str = "gather_pages", kind: str = "int8") -> Plan:
-    return Plan(operation, "case", torch.bfloat16, kind, lambda place: [outcome(result, [1.0], [1.0])])
+def plan_of(result: list[float], operation: str = "gather_pages", kind: str = "int8") -> PlannedCheck:
+    return PlannedCheck(operation, "case", torch.bfloat16, kind, lambda platform: [outcome(result, [1.0], [1.0])])
 
 
-# Budget.
+# TimeLimit.
 
 
 class FakeClock:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_gpu_check import CPU, KERNEL, PLACE, TORCH, checked, outcome, plan_of, tiny_case
+from tiny_gpu_check import CPU, KERNEL, PLATFORM, TORCH, checked, outcome, plan_of, tiny_case
 
 from pikv_hf.eval.gpu import (
     check_attention,
@@ -16,9 +16,9 @@ from pikv_hf.eval.gpu import (
 )
 from pikv_hf.eval.gpu.check_attention import attention_plan, attention_plans
 from pikv_hf.eval.gpu.check_pages import page_plans
-from pikv_hf.eval.gpu.checks import FLOOR, Check, Outcome, Place, Plan, bound_of, max_difference, why_red
-from pikv_hf.eval.gpu.geometry import scattered_layout
-from pikv_hf.eval.gpu.pools import ragged_layout, sealed_pool
+from pikv_hf.eval.gpu.checks import FLOOR, Check, Outcome, PlannedCheck, Platform, bound_of, max_difference, why_red
+from pikv_hf.eval.gpu.geometry import scattered_table
+from pikv_hf.eval.gpu.pools import encoded_pool, ragged_table
 from pikv_hf.eval.gpu.references import attended, gathered
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.page_codes import KINDS, PageCodes
@@ -35,7 +35,7 @@ HALF, SINGLE = torch.float16, torch.float32
 TINY_PAGES = {"dim": 16, "page_size": 8}
 OTHERS = [
     *(
-        Plan(
+        PlannedCheck(
             "gather_pages",
             f"{keys}",
             HALF,
@@ -46,28 +46,32 @@ OTHERS = [
         for keys, rank in ((True, 4), (False, 0))
     ),
     *(
-        Plan(
+        PlannedCheck(
             "encode_pages",
             f"{keys}",
             SINGLE,
             kind,
-            functools.partial(check_pages.seal_outcomes, kind, SINGLE, keys=keys, pages=8, **TINY_PAGES),
+            functools.partial(check_pages.encode_outcomes, kind, SINGLE, keys=keys, pages=8, **TINY_PAGES),
         )
         for kind in KINDS[1:]
         for keys in (True, False)
     ),
     *(
-        Plan("page_scores", bounds, HALF, "-", functools.partial(check_pages.score_outcomes, bounds, HALF, dim=16))
+        PlannedCheck(
+            "page_scores", bounds, HALF, "-", functools.partial(check_pages.score_outcomes, bounds, HALF, dim=16)
+        )
         for bounds in check_pages.BOUNDS
     ),
-    Plan("merge_partials", "sinks", SINGLE, "-", functools.partial(check_pages.merge_outcomes, 3, sinks=True, dim=16)),
-    Plan("append_tokens", "", HALF, "-", functools.partial(check_pages.append_outcomes, HALF, dim=16)),
+    PlannedCheck(
+        "merge_partials", "sinks", SINGLE, "-", functools.partial(check_pages.merge_outcomes, 3, sinks=True, dim=16)
+    ),
+    PlannedCheck("append_tokens", "", HALF, "-", functools.partial(check_pages.append_outcomes, HALF, dim=16)),
 ]
 
 
 @pytest.mark.parametrize("plan", [*ATTENTION, *OTHERS], ids=lambda plan: f"{plan.operation}-{plan.kind}-{plan.case}")
-def test_kernels_pass_their_checks(plan: Plan) -> None:
-    checks = checked([plan], PLACE)
+def test_kernels_pass_their_checks(plan: PlannedCheck) -> None:
+    checks = checked([plan], PLATFORM)
     assert checks
     assert [check for check in checks if not check.ok] == []
     assert all(check.max_error is not None and math.isfinite(check.max_error) for check in checks)
@@ -98,45 +102,45 @@ def test_every_kernel_kind_and_dtype_is_checked() -> None:
 
 def dense_pool(seed: int = 0) -> tuple[torch.Tensor, PageCodes, PageCodes, Any]:
     generator = torch.Generator().manual_seed(seed)
-    layout = scattered_layout(2, 3, CPU)
-    layout = dataclasses.replace(layout, counts=torch.full((6,), 8, dtype=torch.int32))
-    keys = sealed_pool("int8", 2, 16, 8, layout, torch.float32, generator, keys=True)
-    values = sealed_pool("none", 2, 24, 8, layout, torch.float32, generator, keys=False)
-    return torch.randn(2, 4, 16, generator=generator), keys, values, layout
+    page_table = scattered_table(2, 3, CPU)
+    page_table = dataclasses.replace(page_table, counts=torch.full((6,), 8, dtype=torch.int32))
+    keys = encoded_pool("int8", 2, 16, 8, page_table, torch.float32, generator, keys=True)
+    values = encoded_pool("none", 2, 24, 8, page_table, torch.float32, generator, keys=False)
+    return torch.randn(2, 4, 16, generator=generator), keys, values, page_table
 
 
 def test_reference_attention_is_torchs_on_full_pages() -> None:
-    query, keys, values, layout = dense_pool()
+    query, keys, values, page_table = dense_pool()
     decoded = [decode_pages(codes, torch.float32).double() for codes in (keys, values)]
-    dense = [tokens[:, layout.table.long()].transpose(0, 1).flatten(2, 3) for tokens in decoded]
+    dense = [tokens[:, page_table.entries.long()].transpose(0, 1).flatten(2, 3) for tokens in decoded]
     expected = torch.nn.functional.scaled_dot_product_attention(
         query.double().unsqueeze(2), *dense, scale=0.3, enable_gqa=True
     ).squeeze(2)
-    out, lse, page_lse = attended(query, keys, values, layout, 0.3, None, torch.float64)
+    out, lse, page_lse = attended(query, keys, values, page_table, 0.3, None, torch.float64)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(page_lse.logsumexp(2), lse)
-    torch.testing.assert_close(gathered(keys, layout, torch.float64), dense[0])
+    torch.testing.assert_close(gathered(keys, page_table, torch.float64), dense[0])
 
 
 def test_reference_attention_sees_tokens_alone() -> None:
     """Slots without a token, pages that no row reads and stray table entries change nothing: all of them are poison."""
     generator = torch.Generator().manual_seed(1)
-    layout = ragged_layout(4, 4, 8, generator)
-    assert layout.lengths.tolist() == [4, 0, 1, 3]
-    assert layout.table[1].tolist() == [10**8, -7, 10**8, -7]
-    assert layout.table[0, 0] == layout.table[3, 0]
+    page_table = ragged_table(4, 4, 8, generator)
+    assert page_table.lengths.tolist() == [4, 0, 1, 3]
+    assert page_table.entries[1].tolist() == [10**8, -7, 10**8, -7]
+    assert page_table.entries[0, 0] == page_table.entries[3, 0]
     pools = [
-        sealed_pool("none", 2, 8, 8, layout, torch.float32, generator, keys=keys, rank=4) for keys in (True, False)
+        encoded_pool("none", 2, 8, 8, page_table, torch.float32, generator, keys=keys, rank=4) for keys in (True, False)
     ]
     assert all(pool.codes.isnan().any() and pool.latent.isnan().any() for pool in pools)
     query = torch.randn(4, 4, 12, generator=generator)
-    out, lse, _ = attended(query, *pools, layout, 0.3, 5.0, torch.float64)
+    out, lse, _ = attended(query, *pools, page_table, 0.3, 5.0, torch.float64)
     assert out.isfinite().all()
     assert (out[1] == 0).all()
     assert (lse[1] == -math.inf).all()
     for row in (0, 2, 3):
         for head in range(4):
-            seen = [(int(page), slot) for page in layout.pages(row) for slot in range(int(layout.counts[page]))]
+            seen = [(int(page), slot) for page in page_table.pages(row) for slot in range(int(page_table.counts[page]))]
             keys, values = (
                 torch.stack([torch.cat([pool.codes[head // 2, p, s], pool.latent[head // 2, p, s]]) for p, s in seen])
                 for pool in pools
@@ -165,7 +169,7 @@ def test_infinities_have_to_agree(result: list[float], error: float) -> None:
     assert max_difference(torch.tensor(result[:1]), torch.tensor([1.0, -math.inf])) == math.inf
 
 
-def broken(place: Place) -> list[Outcome]:
+def broken(platform: Platform) -> list[Outcome]:
     raise RuntimeError("no such instruction\nand a long listing")
 
 

@@ -18,21 +18,21 @@ from pikv_hf.eval.gpu import (
     run_report as report,
 )
 from pikv_hf.eval.gpu.check_attention import attention_plan
-from pikv_hf.eval.gpu.checks import Plan
+from pikv_hf.eval.gpu.checks import PlannedCheck
 from pikv_hf.eval.gpu.geometry import Shape
 from pikv_hf.eval.gpu.page_speed import Sizes
-from pikv_hf.eval.gpu.time_limit import Budget
+from pikv_hf.eval.gpu.time_limit import TimeLimit
 
 # The whole.
 
 
 def run_tiny(
-    folder: Path, plans: list[Plan], budget: Budget | None = None, **changes: Any
+    folder: Path, plans: list[PlannedCheck], time_limit: TimeLimit | None = None, **changes: Any
 ) -> tuple[bool, dict[str, Any]]:
     cases = [(Shape(TINY, tokens, batch), kind) for tokens, batch in ((64, 2), (32768, 8)) for kind in ("none", "int4")]
     agenda = session.Agenda(plans, cases, Sizes(1, 64, 1, 128), sweep=False)
     writer = report.Report(folder, {"name": "NVIDIA Test (1)"})
-    run = session.Session(writer, TORCH, budget or forever())
+    run = session.Session(writer, TORCH, time_limit or forever())
     wrong = run.run(agenda, lambda: 1 << 26, lambda: once)
     return wrong, json.loads(writer.path.read_text())
 
@@ -83,7 +83,7 @@ def test_a_red_check_fails_the_run_and_silences_its_kernel(tmp_path: Path, capsy
 
 @pytest.mark.usefixtures("single_precision")
 def test_a_run_without_time_names_everything(tmp_path: Path) -> None:
-    wrong, found = run_tiny(tmp_path, [plan_of([1.0])], Budget(0.0))
+    wrong, found = run_tiny(tmp_path, [plan_of([1.0])], TimeLimit(0.0))
     # Checks that were not made are no green ones.
     assert wrong
     assert found["correctness"]["not_run"] == ["gather_pages, case, bfloat16, int8"]
@@ -157,8 +157,8 @@ def test_make_needs_no_environment() -> None:
 def test_exit_status(failed: bool, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[Path, float, bool, bool]] = []
 
-    def run(folder: Path, budget: Budget, *, quick: bool, sweep: bool) -> bool:
-        called.append((folder, budget.seconds, quick, sweep))
+    def run(folder: Path, time_limit: TimeLimit, *, quick: bool, sweep: bool) -> bool:
+        called.append((folder, time_limit.seconds, quick, sweep))
         return failed
 
     monkeypatch.setattr(command, "missing", lambda: "")

@@ -23,17 +23,17 @@ from pikv_hf.eval.gpu.checks import Check, run_checks
 from pikv_hf.eval.gpu.copy_speed import as_row, copy_speed
 from pikv_hf.eval.gpu.dense import dense_speed
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, Shape, attention_cases
-from pikv_hf.eval.gpu.time_limit import NO_TIME, Budget
+from pikv_hf.eval.gpu.time_limit import NO_TIME, TimeLimit
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels.decode_pages import decode_pages
 
-# Budget.
+# The time limit.
 
 
 def test_what_does_not_fit_in_the_time_is_named() -> None:
     plans = [plan_of([1.0]) for _ in range(5)]
-    # The budget reads the clock when it begins, then once per plan: 1, 2 seconds are spent, 3 are too many.
-    results = list(run_checks(plans, TORCH, Budget(3.0, FakeClock())))
+    # The limit reads the clock when it begins, then once per plan: 1, 2 seconds are spent, 3 are too many.
+    results = list(run_checks(plans, TORCH, TimeLimit(3.0, FakeClock())))
     assert [isinstance(result, Check) for result in results] == [True, True, False, False, False]
     part = report.checks_part(results)
     assert (part["passed"], part["failed"]) == (2, 0)
@@ -43,7 +43,7 @@ def test_what_does_not_fit_in_the_time_is_named() -> None:
 @pytest.mark.usefixtures("single_precision")
 def test_measurements_after_the_time_are_listed() -> None:
     cases = [(Shape(TINY, 64, 1), "none"), (Shape(TINY, 64, 2), "none")]
-    speeds = list(attention_speeds(bench(), cases, set(), Budget(2.0, FakeClock())))
+    speeds = list(attention_speeds(bench(), cases, set(), TimeLimit(2.0, FakeClock())))
     assert [speed.note for speed in speeds] == ["", NO_TIME]
     assert report.not_run([as_row(speed) for speed in speeds]) == ["tiny, none, 64, 2"]
 
@@ -84,9 +84,9 @@ def test_bytes_of_a_case_by_hand() -> None:
     assert shape.read_bytes("none") == pages * 4 * 2 * 32 * 128 * 2 + pages * 8 + 32
     assert shape.read_bytes("int4") == pages * 4 * (2 * 16 * 128 + 2 * 128 + 256 + 128 + 8 + 64) + pages * 8 + 32
     problem = random_problem(bench(), Shape(TINY, 64, 2), "int8")
-    held = [*problem.keys.tensors(), *problem.values.tensors(), *dataclasses.astuple(problem.layout)]
+    held = [*problem.keys.tensors(), *problem.values.tensors(), *dataclasses.astuple(problem.page_table)]
     assert Shape(TINY, 64, 2).read_bytes("int8") == sum(part.nbytes for part in held)
-    assert sorted(problem.layout.table.flatten().tolist()) == list(range(4))
+    assert sorted(problem.page_table.entries.flatten().tolist()) == list(range(4))
 
 
 def test_an_arena_hands_out_what_it_has() -> None:
