@@ -92,7 +92,7 @@ budgets: $(RUNNABLE) ## Measure budgets: access traces, accuracy under each sche
 
 test-browser: $(DEVELOPED) ## Install Debian's Chromium, if there is none, and look at a report page with it
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
-	$(BIN)/pytest tests/eval/test_report_browser.py
+	$(BIN)/pytest tests/eval/report/test_report_browser.py
 
 clean: ## Remove caches and build products; the environment stays
 	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -16,7 +16,7 @@ from pikv_hf.eval.runner.options import read_options
 from pikv_hf.eval.runner.presses import press_factory
 from pikv_hf.eval.tasks import reference
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results" / "presses"
 
 committed = pytest.mark.skipif(

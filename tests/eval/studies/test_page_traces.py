@@ -32,7 +32,7 @@ from pikv_hf.eval.studies.scheduling.page_traces import (
 from pikv_hf.eval.tasks import reference
 from pikv_hf.scheduling.policies.registry import POLICIES, make_policy
 
-RESULTS = Path(__file__).parents[2] / "eval" / "results" / "page-traces.json"
+RESULTS = Path(__file__).parents[3] / "eval" / "results" / "page-traces.json"
 
 
 @st.composite

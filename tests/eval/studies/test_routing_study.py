@@ -21,7 +21,7 @@ from pikv_hf.eval.studies.routing.routing_study import SHARES, TARGETS, Part, pl
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.sample import EvalSample
 
-RESULTS = Path(__file__).parents[2] / "eval" / "results" / "routing.json"
+RESULTS = Path(__file__).parents[3] / "eval" / "results" / "routing.json"
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ from pikv_hf.eval.studies.codecs.sample_kv import (
     reference_inputs,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results"
 
 

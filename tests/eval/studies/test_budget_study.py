@@ -24,7 +24,7 @@ from pikv_hf.eval.studies.scheduling.budget_runs import (
 from pikv_hf.eval.studies.scheduling.budget_study import SEQUENTIAL, SHARES, Study, interval, main, tables_of
 from pikv_hf.eval.tasks import reference
 
-RESULTS = Path(__file__).parents[2] / "eval" / "results" / "budgets.json"
+RESULTS = Path(__file__).parents[3] / "eval" / "results" / "budgets.json"
 
 
 @pytest.fixture(scope="module")
