@@ -5,6 +5,7 @@ needs what a test machine may lack, such as several GPUs, is fenced with ``pytho
 subcommands, options and make targets are looked up.
 """
 
+import json
 import re
 import shlex
 import tomllib
@@ -15,9 +16,11 @@ import pytest
 import typer
 
 from pikv_hf.eval.cli.main import app
+from pikv_hf.eval.report import load_runs
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+RESULTS = ROOT / "eval" / "results"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS, ROOT / "CONTRIBUTING.md"]
 
@@ -153,3 +156,23 @@ def test_paths_exist(page: Path) -> None:
 def test_the_index_lists_every_page() -> None:
     index = ROOT / "docs" / "index.md"
     assert {page.name for page in DOCS if page != index} <= set(_LINK.findall(index.read_text(encoding="utf-8")))
+
+
+# Figures
+
+
+def test_the_headline_figures_are_those_of_the_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    decode = json.loads((RESULTS / "bench-decode-cpu.json").read_text())["results"]
+    step = next(case for case in decode if (case["batch"], case["tokens"]) == (1, 131072))
+    times = [f"{1000 * step[cache]['p50']:.1f} ms" for cache in ("pikv", "dynamic")]
+    assert f"{times[0]}, `DynamicCache` {times[1]}, **{step['ratio']:.1f}x faster**" in text
+    codecs = json.loads((RESULTS / "codec-costs.json").read_text())["codecs"]
+    share = next(row["bytes_4_heads"] for row in codecs if row["codec"] == "int4")
+    assert f"**{share:.0%} of the bytes**" in text
+    press = next(run.summary for run in load_runs([RESULTS / "presses"]) if is_a_quarter(run.summary))
+    assert f"RULER {press.score.mean:.1f}; kvpress's best" in text
+
+
+def is_a_quarter(summary: Any) -> bool:
+    return summary.press == "PiKVPress" and summary.compression_ratio == 0.75
