@@ -85,7 +85,7 @@ def watch_routers(model: Any) -> dict[int, nn.Module]:
     attachment = ensure_attached(model, "hash")
     attachment.require_routers(model)
     modules = attachment.attention_modules()
-    for index, router in attachment.routers.items():
+    for index, router in attachment.expert_routers.items():
         if not hasattr(modules[index], _ATTRIBUTE):
             routing = Routing(router.num_experts, Observer.of(modules[index]))
             routing.handle = router.watch(routing.note)

@@ -54,7 +54,7 @@ class PyramidPress(JointPress, QueryAwarePress):
         """Attach the model, observe its queries and, if it has any, what its routers choose."""
         super().post_init_from_model(model)
         attachment = attachment_of(model)
-        if attachment is not None and attachment.routers:
+        if attachment is not None and attachment.expert_routers:
             watch_routers(model)
 
     @property

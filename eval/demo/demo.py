@@ -153,7 +153,7 @@ def run_demo(options: DemoOptions) -> DemoResult:
             kind = pikv_cache(task.model, options.pikv, options.cache_devices)
             pikv = measure(task, kind, options.max_new_tokens)
             if options.record_trace is not None:
-                trace = record_trace(task, kind, attached.routers, options.max_new_tokens)
+                trace = record_trace(task, kind, attached.expert_routers, options.max_new_tokens)
                 with user_input(f"cannot write --record-trace {options.record_trace}"):
                     save_trace(trace, options.record_trace)
     pairs = zip(pikv.measurement.answers, dynamic.measurement.answers, strict=True)
@@ -197,9 +197,9 @@ def token_spread(cache: PiKVCache) -> Iterator[LayerSpread]:
 
 
 def _expert_tokens(layer: PiKVLayer) -> tuple[int, ...]:
-    if not layer.routed or layer.attachment is None or layer.table is None:
+    if not layer.has_expert_router or layer.attachment is None or layer.table is None:
         return ()
-    counts = np.zeros(layer.attachment.routers[layer.layer_idx].num_experts, dtype=np.int64)
+    counts = np.zeros(layer.attachment.expert_routers[layer.layer_idx].num_experts, dtype=np.int64)
     for table in layer.tables():
         pool, held = table.pool, table.distinct_pages()
         if not table.writer.reads_window:

@@ -66,7 +66,7 @@ def record_trace(
     kind : CacheKind
         The cache; the model is attached if it needs that.
     routers : dict of int to ExpertRouter
-        Of the model, see :attr:`pikv_hf.integration.attachment.Attachment.routers`.
+        Of the model, see :attr:`pikv_hf.integration.attachment.Attachment.expert_routers`.
     max_new_tokens : int
         Limit of each answer.
 

@@ -16,7 +16,7 @@ from .layer.layer import PiKVLayer
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
-from .scheduling.page_scheduler import make_schedule
+from .scheduling.page_scheduler import make_scheduler
 from .serialization.save_load import load_cache, save_cache
 from .tiers.tier_limits import Tiers
 
@@ -84,11 +84,11 @@ class PiKVCache(Cache):
         bounded = sum(layer.sliding_window for layer in self.layers if not isinstance(layer, PiKVLayer))
         for layer in paged:
             for part in layer.parts:
-                part.schedule = make_schedule(
+                part.scheduler = make_scheduler(
                     options, len(paged), bounded, parts, layer.layout.share(part.place.number)
                 )
-                if part.schedule is not None and attachment is not None:
-                    part.schedule.query_groups = attachment.query_groups(layer.layer_idx)
+                if part.scheduler is not None and attachment is not None:
+                    part.scheduler.query_groups = attachment.query_groups(layer.layer_idx)
                 number = part.place.number
                 part.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx, number)
 
@@ -160,7 +160,7 @@ class PiKVCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        check_fits(layer_idx, key_states, value_states, _held(layer))
+        check_fits(layer_idx, key_states, value_states, _kv_format(layer))
         result = layer.update(key_states, value_states, *args, **kwargs)
         _let_go(layer)
         return result
@@ -414,7 +414,7 @@ def _make_layers(
     return layers
 
 
-def _held(layer: Any) -> Any:
+def _kv_format(layer: Any) -> Any:
     if not layer.is_initialized or not layer.keys.numel():
         return None
     batch, heads, _, dim = layer.keys.shape

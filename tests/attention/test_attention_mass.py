@@ -68,7 +68,7 @@ def test_a_decoding_step_credits_pages_with_their_softmax(case: str) -> None:
 def test_a_chunk_credits_pages_with_the_mean_over_its_queries(case: str, new: int) -> None:
     """And its own tokens with what its newest queries give them, wherever they are stored then."""
     layer = CASES[case]()
-    valid = layer.held().any(dim=1)
+    valid = layer.stored_mask().any(dim=1)
     mask = None if bool(valid.all()) else torch.cat([valid, torch.ones(layer.batch, new, dtype=torch.bool)], dim=1)
     before = recorded(layer)
     keys, values = torch.randn(layer.batch, HEADS, new, KEY_DIM), torch.randn(layer.batch, HEADS, new, VALUE_DIM)
@@ -197,7 +197,7 @@ def test_what_is_known_of_use_follows_a_slow_reference(case: str) -> None:
     usage = {name: pool.usage for name, pool in layer.table.pages.pools().items()}
     steps = {page: usage[page[0]].steps[:, page[1]].tolist() for _, page in pages_of(layer)}
     uses: dict[Page, list[int]] = {page: [] for page in steps}
-    recent, start = recorded(layer, 1), layer.schedule.now
+    recent, start = recorded(layer, 1), layer.scheduler.now
     for step in range(start + 1, start + 25):
         query = 2 * torch.randn(layer.batch, HEADS * GROUPS, 1, KEY_DIM)
         attend(layer, query, scale=SCALE)
@@ -213,7 +213,7 @@ def test_what_is_known_of_use_follows_a_slow_reference(case: str) -> None:
         times = [previous, last][max(0, 2 - count) :] + uses[page]
         expected = [born, times[-1] if times else last, times[-2] if len(times) > 1 else -1, count + len(uses[page])]
         assert usage[page[0]].steps[:, page[1]].tolist() == expected, page
-    assert layer.schedule.now == start + 24
+    assert layer.scheduler.now == start + 24
     assert any(uses.values())
     assert not all(len(times) == 24 for times in uses.values())
 
@@ -232,7 +232,7 @@ def test_tokens_take_their_mass_from_the_window_to_shards_and_when_packed(codec:
     layer.settle()
     assert total(layer) == pytest.approx(expected, abs=1e-4)
     if codec == "int4":
-        assert any(layer.table.pages.sealed["int4"].refcount)
+        assert any(layer.table.pages.packed["int4"].refcount)
 
 
 def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
@@ -247,8 +247,8 @@ def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
             births[int(pool.positions[page, 0])] = int(pool.usage.steps[0, page])
     layer.settle()
     (row,) = layer.table.rows
-    assert len(row.sealed) >= 6
-    for page in row.sealed:
+    assert len(row.full) >= 6
+    for page in row.full:
         born, last = layer.table.pool.usage.steps[:2, page].tolist()
         assert born == births[int(layer.table.pool.positions[page, 0])]
         # Being filled counts as a use.
@@ -277,11 +277,11 @@ def test_pages_of_a_call_have_been_seen_by_it() -> None:
     layer = make_layer()
     grow(layer, 60)
     pages = [page for _, page in pages_of(layer)]
-    assert layer.schedule.now == 1
+    assert layer.scheduler.now == 1
     assert all(layer.table.pages.pools()[name].usage.steps[0, page] == 0 for name, page in pages)
     grow(layer, 20)
     born = {int(layer.table.pages.pools()[name].usage.steps[0, page]) for _, (name, page) in pages_of(layer)}
-    assert layer.schedule.now == 2
+    assert layer.scheduler.now == 2
     assert born == {0, 1}
 
 
@@ -294,7 +294,7 @@ def test_forks_share_the_count_of_steps() -> None:
     recent = recorded(twin, 1)
     query = torch.randn(2, HEADS * GROUPS, 1, KEY_DIM)
     attend(twin, query, scale=SCALE)
-    assert twin.schedule.now == layer.schedule.now + 1
+    assert twin.scheduler.now == layer.scheduler.now + 1
     shares = shares_of(twin, by_kv_head(weights(twin, query)))
     assert_close(
         recorded(twin, 1), {page: recent[page] * 0.5 ** (1 / HALF_LIFE) + shares[page] for page in recent}, 1e-5

@@ -37,7 +37,7 @@ def filled(tokens: int = 600, dtype: torch.dtype = torch.float32, batch: int = 1
 def test_bytes_with_everything_counted(codec: str, most: float) -> None:
     cache = filled(8192, torch.bfloat16, **both(codec))
     layer = cache.layers[0]
-    pool = layer.table.pages.sealed[codec]
+    pool = layer.table.pages.packed[codec]
     packed = int(pool.count.sum())
     plain = live_bytes(layer.table.pool.tensors()) + layer.table.pool.host_bytes
     assert packed > 0.9 * 8192
@@ -50,7 +50,7 @@ def test_bytes_with_everything_counted(codec: str, most: float) -> None:
 
 def test_bytes_of_a_low_rank_codec() -> None:
     cache = filled(4096, torch.bfloat16, **both("lowrank"), rank=16)
-    pool = cache.layers[0].table.pages.sealed["lowrank"]
+    pool = cache.layers[0].table.pages.packed["lowrank"]
     assert pool.page_bytes * 8 == 2 * 4 * 128 * 2 * pool.page_size, "coefficients are rank / head dim of the tokens"
     bases = live_bytes([pool.key_codec.basis, pool.value_codec.basis])
     assert bases == 2 * 4 * 128 * 16 * 2
@@ -62,7 +62,7 @@ def test_a_prompt_never_passes_through_the_plain_pool() -> None:
     table = cache.layers[0].table
     in_use = int((table.pool.refcount > 0).sum())
     assert table.pool.capacity <= in_use + 2 * table.num_shards
-    assert table.pages.sealed["int4"].capacity * 32 <= 8192
+    assert table.pages.packed["int4"].capacity * 32 <= 8192
 
 
 def test_a_generation_packs_its_pages_and_wastes_few() -> None:
@@ -73,7 +73,7 @@ def test_a_generation_packs_its_pages_and_wastes_few() -> None:
         layer.attend_begins(None)
         layer.record_experts(torch.randint(0, 32, (1,)))
     layer.settle()
-    pool = layer.table.pages.sealed["int4"]
+    pool = layer.table.pages.packed["int4"]
     assert layer.table.tokens() == [1800]
     assert pool.count.sum() > 1800 - 32 - 160 - 8 * 32
     assert pool.free_pages <= 5
@@ -125,7 +125,7 @@ def test_attention_in_compressed_space_equals_decoding(family: str, codec: str) 
 
 
 def _sealed(layer: Any) -> list[PackedPool]:
-    return list(layer.table.pages.sealed.values())
+    return list(layer.table.pages.packed.values())
 
 
 @pytest.mark.parametrize("codec", ["int8", "auto", "lowrank+int4"])
@@ -145,7 +145,7 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
     keys, values = torch.randn(2, 1, 4, 900, 128).expand(2, 3, 4, 900, 128)
     cache = filled_pikv(geometry_model(), keys.contiguous(), values.contiguous(), **both("int4"), placement="hash")
     cache.layers[0].settle()
-    pool = cache.layers[0].table.pages.sealed["int4"]
+    pool = cache.layers[0].table.pages.packed["int4"]
     assert 700 <= int(pool.count.sum()) <= 900
     fork = cache.fork()
     assert set(pool.refcount[pool.refcount > 0].tolist()) == {2}
@@ -157,7 +157,7 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
 # What is chosen for a page
 
 
-def sealer(codec: str, **options: Any) -> PageEncoder:
+def encoder(codec: str, **options: Any) -> PageEncoder:
     return PageEncoder(codec, True, PiKVConfig(key_codec=codec, **options))
 
 
@@ -165,7 +165,7 @@ def test_a_page_with_a_huge_token_is_kept_wider() -> None:
     torch.manual_seed(0)
     tokens = torch.randn(4, 20, 32, 64)
     tokens[:, 7, 5] *= 100
-    taken = {each.codec.name: each.which.tolist() for each in sealer("int4").encode(tokens, None, 1.0)}
+    taken = {each.codec.name: each.which.tolist() for each in encoder("int4").encode(tokens, None, 1.0)}
     assert taken.pop("int4") == [page for page in range(20) if page != 7]
     assert list(taken.values()) == [[7]]
 
@@ -181,7 +181,7 @@ def test_the_guard_lets_ordinary_pages_pass(codec: str) -> None:
         "offset": torch.randn(4, 50, 32, 64) + 50 * torch.randn(64),
     }
     for name, tokens in shapes.items():
-        taken = {each.codec.name: len(each.which) for each in sealer(codec).encode(tokens, None, 1.0)}
+        taken = {each.codec.name: len(each.which) for each in encoder(codec).encode(tokens, None, 1.0)}
         assert taken == {codec: 50}, name
 
 
@@ -190,7 +190,7 @@ def test_the_guard_lets_ordinary_pages_pass(codec: str) -> None:
 def test_what_is_not_finite_stays_as_it_is(codec: str, value: float) -> None:
     tokens = torch.randn(2, 40, 8, 16)
     tokens[0, 3, 2, 1] = value
-    encoded = sealer(codec, rank=4).encode(tokens, None, 1.0)
+    encoded = encoder(codec, rank=4).encode(tokens, None, 1.0)
     assert sorted(page for each in encoded for page in each.which.tolist()) == list(range(40))
     assert next(each.codec.name for each in encoded if 3 in each.which) == "none"
     for each in encoded:
@@ -203,7 +203,7 @@ def test_auto_takes_the_narrowest_codec_within_the_budget(budget: float) -> None
     torch.manual_seed(0)
     tokens = torch.randn(3, 30, 32, 64) * torch.logspace(-1, 1, 30)[None, :, None, None]
     queries = torch.randn(3, 10, 64)
-    chosen = sealer("auto", error_budget=budget)
+    chosen = encoder("auto", error_budget=budget)
     widths = {"int2": 2, "int4": 4, "int8": 8, "none": 32}
     for each in chosen.encode(tokens, queries, 0.125):
         for page, logit in zip(each.which.tolist(), each.errors.logits, strict=True):

@@ -162,7 +162,7 @@ def coded(devices: int, codecs: tuple[str, str], **options: Any) -> tuple[torch.
     logits = next_logits(model, read(model, cache, ids_of(300)), 300, steps=12)
     assert_spread(cache)
     assert any(
-        pool.refcount.any() for layer in cache.layers for t in layer.tables() for pool in t.pages.sealed.values()
+        pool.refcount.any() for layer in cache.layers for t in layer.tables() for pool in t.pages.packed.values()
     )
     return logits, cache
 
@@ -217,8 +217,8 @@ def test_each_part_chooses_its_own_pages(routing: str, codec: str) -> None:
     assert torch.isfinite(logits).all()
     for layer in cache.layers:
         for part in layer.parts:
-            assert part.router is not None
-            full = sum(len(row.full(name)) for row in part.table.rows for name in part.table.pages.pools())
+            assert part.page_router is not None
+            full = sum(len(row.full_pages(name)) for row in part.table.rows for name in part.table.pages.pools())
             assert full > 6
     exact = next_logits(model, read(model, DynamicCache(config=model.config), ids_of(400)), 400, steps=12)
     assert (logits - exact).abs().max() > 1e-3, "everything was read"

@@ -52,7 +52,7 @@ def check(cache: PiKVCache) -> None:
         return
     for layer in layers:
         most = budget if isinstance(budget, int) else int(budget * layer.seen)
-        held = float(layer.held().sum(2).float().mean(1).max())
+        held = float(layer.stored_mask().sum(2).float().mean(1).max())
         least = 8 + options.recent_window + 2 * options.page_size * number
         if scope == "shard":
             assert shard_tokens(layer).max() <= (most if isinstance(budget, int) else most // layer.table.num_shards)
@@ -95,7 +95,7 @@ def test_a_budget_holds_after_every_update(turn: int, scheduler: str) -> None:
             check(cache)
     assert_spread(cache)
     for layer in paged_layers(cache):
-        assert sum(part.schedule.tokens_evicted for part in layer.parts) > 0
+        assert sum(part.scheduler.tokens_evicted for part in layer.parts) > 0
 
 
 @pytest.mark.parametrize("budget", [104, "250KB"])
@@ -173,7 +173,7 @@ def test_a_device_without_memory_changes_nothing(part: int, codec: str) -> None:
             model(ids[:, :100], past_key_values=each)
         layer, failed = cache.layers[0], 0
         for begin, end in [(100, 170), *((n, n + 1) for n in range(170, 180))]:
-            before = [layer.held(), *layer.dense()]
+            before = [layer.stored_mask(), *layer.dense()]
             cache.memory_report()
             with no_memory_for(layer, part) as tried:
                 try:
@@ -181,7 +181,9 @@ def test_a_device_without_memory_changes_nothing(part: int, codec: str) -> None:
                 except MemoryError:
                     failed += 1
                     cache.crop(begin)
-                    assert all(torch.equal(a, b) for a, b in zip(before, [layer.held(), *layer.dense()], strict=True))
+                    assert all(
+                        torch.equal(a, b) for a, b in zip(before, [layer.stored_mask(), *layer.dense()], strict=True)
+                    )
                     assert cache.get_seq_length() == begin
                     ours = None
             if ours is None:
@@ -191,13 +193,13 @@ def test_a_device_without_memory_changes_nothing(part: int, codec: str) -> None:
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert failed >= 1
     fork = cache.fork()
-    before = [layer.held(), *layer.dense()]
+    before = [layer.stored_mask(), *layer.dense()]
     with no_memory_for(layer, part) as tried:
         try:
             layer.truncate(101)
         except MemoryError:
             assert layer.seen == 180
-            assert all(torch.equal(a, b) for a, b in zip(before, [layer.held(), *layer.dense()], strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(before, [layer.stored_mask(), *layer.dense()], strict=True))
             layer = None
     if layer is not None:
         assert layer.seen == 101

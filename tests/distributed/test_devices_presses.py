@@ -44,7 +44,7 @@ def test_presses_of_kvpress(name: str) -> None:
     press = kvpress.KnormPress(0.5) if name == "KnormPress" else kvpress.AdaKVPress(kvpress.KnormPress(0.5))
     alone, many = (read(model, spread(model, number), ids, press) for number in (1, 3))
     for one, other in zip(alone.layers, many.layers, strict=True):
-        assert torch.equal(one.held(), other.held())
+        assert torch.equal(one.stored_mask(), other.stored_mask())
         torch.testing.assert_close(other.keys, one.keys)
         torch.testing.assert_close(other.values, one.values)
     ours, theirs = (next_logits(model, cache, 150, steps=30) for cache in (many, alone))

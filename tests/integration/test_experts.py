@@ -32,7 +32,7 @@ def test_shards_follow_the_router(name: str) -> None:
 
         return hook
 
-    for index, router in cache.attachment.routers.items():
+    for index, router in cache.attachment.expert_routers.items():
         if router.reads_inputs:
             router.module.register_forward_pre_hook(spy(index), with_kwargs=True)
         else:
@@ -45,7 +45,7 @@ def test_shards_follow_the_router(name: str) -> None:
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
     checked = 0
-    for index in cache.attachment.routers:
+    for index in cache.attachment.expert_routers:
         experts = chosen[index].view(2, -1)
         pool, rows = cache.layers[index].table.pool, cache.layers[index].table.rows
         for row, sequence in enumerate(rows):
@@ -76,8 +76,8 @@ def test_layers_without_a_router_hash_positions() -> None:
     with torch.no_grad():
         model(**prompts(batch=1, length=100), past_key_values=cache)
     dense, routed = cache.layers[0], cache.layers[1]
-    assert not dense.routed
-    assert routed.routed
+    assert not dense.has_expert_router
+    assert routed.has_expert_router
     pool = dense.table.pool
     for page in dense.table.distinct_pages():
         if pool.shard[page] >= 0:

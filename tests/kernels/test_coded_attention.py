@@ -78,11 +78,11 @@ def test_diffused_errors_cancel_over_a_page() -> None:
 @given(kind=kinds, keys=st.booleans(), rank=st.sampled_from([0, 3]))
 def test_empty_codes_have_the_shapes_of_sealed_ones(kind: str, keys: bool, rank: int) -> None:
     tokens = torch.randn(2, 3, 5, 9)
-    sealed = encode_pages(tokens, kind, keys=keys)
+    encoded = encode_pages(tokens, kind, keys=keys)
     empty = empty_codes(kind, 2, 5, 9, torch.float32, torch.device("cpu"), keys=keys, rank=rank)
-    expected = [(t.shape[0], 0, *t.shape[2:]) for t in sealed.tensors()] + ([(2, 0, 5, 3)] if rank else [])
+    expected = [(t.shape[0], 0, *t.shape[2:]) for t in encoded.tensors()] + ([(2, 0, 5, 3)] if rank else [])
     assert [tuple(t.shape) for t in empty.tensors()] == expected
-    assert [t.dtype for t in empty.tensors()][: len(sealed.tensors())] == [t.dtype for t in sealed.tensors()]
+    assert [t.dtype for t in empty.tensors()][: len(encoded.tensors())] == [t.dtype for t in encoded.tensors()]
     assert empty.width == 9 + rank
 
 

@@ -65,15 +65,15 @@ def test_seal_pages(kind: Kind, keys: bool, size: int, dim: int) -> None:
 def test_sealed_keys_decode_to_within_their_steps(kind: Kind) -> None:
     """Checked against the format's own words, not another implementation: byte r holds tokens r, r + R, ..."""
     tokens = random_tokens(1, 2, 8, 16, seed=1)
-    sealed = encode_pages(tokens, kind, keys=True, backend=BACKEND)
-    assert sealed.spread is not None and sealed.floor is not None  # noqa: PT018
-    rows, levels = sealed.codes.shape[2], 2 ** BITS[kind] - 1
+    encoded = encode_pages(tokens, kind, keys=True, backend=BACKEND)
+    assert encoded.spread is not None and encoded.floor is not None  # noqa: PT018
+    rows, levels = encoded.codes.shape[2], 2 ** BITS[kind] - 1
     for page in range(2):
         for channel in range(16):
-            spread = 2 ** ((int(sealed.spread[0, page, channel]) - 120) / 12)
-            floor = float(sealed.floor[0, page, channel])
+            spread = 2 ** ((int(encoded.spread[0, page, channel]) - 120) / 12)
+            floor = float(encoded.floor[0, page, channel])
             for token in range(8):
-                byte = int(sealed.codes[0, page, token % rows, channel])
+                byte = int(encoded.codes[0, page, token % rows, channel])
                 code = byte >> (token // rows * BITS[kind]) & levels
                 wanted = min(max(float(tokens[0, page, token, channel]), floor), floor + spread)
                 assert abs(floor + spread * code / levels - wanted) <= spread / levels * 0.501
@@ -81,18 +81,18 @@ def test_sealed_keys_decode_to_within_their_steps(kind: Kind) -> None:
 
 def test_sealed_outliers_are_the_widest_channels_and_their_fine_parts_help() -> None:
     tokens = random_tokens(2, 3, 16, 48, seed=2)
-    sealed = encode_pages(tokens, "int4", keys=True, backend=BACKEND)
-    assert sealed.spread is not None and sealed.outliers is not None and sealed.fine is not None  # noqa: PT018
-    widest = sealed.spread.int().topk(4, dim=-1).values
-    assert torch.equal(sealed.spread.int().gather(-1, sealed.outliers.long()), widest)
-    assert (sealed.outliers.sort(-1).values.diff(dim=-1) > 0).all()
-    plain = PageCodes("int4", 16, sealed.codes, sealed.spread, sealed.floor)
-    index = sealed.outliers.long().unsqueeze(2).expand(-1, -1, 16, -1)
+    encoded = encode_pages(tokens, "int4", keys=True, backend=BACKEND)
+    assert encoded.spread is not None and encoded.outliers is not None and encoded.fine is not None  # noqa: PT018
+    widest = encoded.spread.int().topk(4, dim=-1).values
+    assert torch.equal(encoded.spread.int().gather(-1, encoded.outliers.long()), widest)
+    assert (encoded.outliers.sort(-1).values.diff(dim=-1) > 0).all()
+    plain = PageCodes("int4", 16, encoded.codes, encoded.spread, encoded.floor)
+    index = encoded.outliers.long().unsqueeze(2).expand(-1, -1, 16, -1)
     fine, coarse = (
-        (decode_pages(p, torch.float32) - tokens).gather(-1, index).square().mean() for p in (sealed, plain)
+        (decode_pages(p, torch.float32) - tokens).gather(-1, index).square().mean() for p in (encoded, plain)
     )
     assert fine < coarse / 50
-    assert len(unpack(sealed.fine, 4, 16).unique()) == 16
+    assert len(unpack(encoded.fine, 4, 16).unique()) == 16
 
 
 def test_seal_pages_takes_any_strides() -> None:
@@ -106,8 +106,8 @@ def test_seal_pages_takes_any_strides() -> None:
             if view.shape == tokens.shape
             else encode_pages(view.contiguous(), "int4", keys=True, backend=BACKEND)
         )
-        sealed = encode_pages(view, "int4", keys=True, backend=BACKEND)
-        assert all(torch.equal(a, b) for a, b in zip(sealed.tensors(), whole.tensors(), strict=True))
+        encoded = encode_pages(view, "int4", keys=True, backend=BACKEND)
+        assert all(torch.equal(a, b) for a, b in zip(encoded.tensors(), whole.tensors(), strict=True))
     assert encode_pages(tokens[:, :0], "int4", keys=True, backend=BACKEND).pages == 0
 
 

@@ -23,7 +23,7 @@ from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MOVES, level
 from pikv_hf.pages.page_allocator import MIN_GROWTH
 from pikv_hf.reports.memory_measure import layer_memory
-from pikv_hf.scheduling.page_scheduler import make_schedule
+from pikv_hf.scheduling.page_scheduler import make_scheduler
 from pikv_hf.sharding.shard_map import ShardMap
 
 HEADS, DIM, EXPERTS = 2, 16, 8
@@ -37,7 +37,7 @@ ZIPF = (1 / np.arange(1, EXPERTS + 1) ** 1.5) / (1 / np.arange(1, EXPERTS + 1) *
 class FakeRouters(FakeAttachment):
     def __init__(self) -> None:
         super().__init__()
-        self.routers[0].num_experts = EXPERTS
+        self.expert_routers[0].num_experts = EXPERTS
 
 
 class Reader:
@@ -48,7 +48,7 @@ class Reader:
         self.layer = PiKVLayer(0, config, FakeRouters(), Layout() if weights is None else layout_of(weights))
         if config.tiers is not None:
             for part in self.layer.parts:
-                part.schedule = make_schedule(config, 1, 0, len(self.layer.parts))
+                part.scheduler = make_scheduler(config, 1, 0, len(self.layer.parts))
         self.batch = batch
         self.random = np.random.default_rng(5)
         self.generator = torch.Generator().manual_seed(7)
@@ -244,7 +244,7 @@ def test_a_crop_through_pages_that_moved(codec: str, length: int) -> None:
     for each in (reader, one):
         each.read(90)
         each.read(40, at_a_time=1)
-    assert bool(reader.layer.held().all())
+    assert bool(reader.layer.stored_mask().all())
     assert sum(reader.outside()) == sum(one.outside())
     torch.testing.assert_close(reader.output(), one.output(), atol=2e-2 if codec == "int8" else 1e-5, rtol=1e-5)
 
@@ -258,7 +258,7 @@ def test_bounds_for_routing_follow(codec: str) -> None:
         pass
     table = reader.layer.parts[1].table
     for name, pool in table.pages.pools().items():
-        if len(ids := table.rows[0].full(name)):
+        if len(ids := table.rows[0].full_pages(name)):
             low, high = pool.key_bounds(ids)
             if codec == "none":
                 keys = reader.layer.dense()[0][0]
@@ -278,8 +278,8 @@ def test_statistics_of_use_follow(tmp_path: Any) -> None:
     total = 0
     while moved := level(reader.layer.parts, reader.layer.shard_map):
         total += moved
-    taken = sum(float(pool.usage.shares[0].sum()) for pool in there.sealed.values())
-    held = [pool.usage.steps[3][pool.refcount > 0] for pool in there.sealed.values()]
+    taken = sum(float(pool.usage.shares[0].sum()) for pool in there.packed.values())
+    held = [pool.usage.steps[3][pool.refcount > 0] for pool in there.packed.values()]
     assert sum(map(len, held)) == total > 0
     assert taken > 0.2 * before
     reader.read(60, at_a_time=1)
@@ -295,7 +295,7 @@ def test_rows_that_share_pages_go_on_sharing() -> None:
     while level(reader.layer.parts, reader.layer.shard_map):
         pass
     rows = reader.layer.parts[1].table.rows
-    shared = set(rows[0].sealed) & set(rows[1].sealed) & set(rows[2].sealed)
+    shared = set(rows[0].full) & set(rows[1].full) & set(rows[2].full)
     assert len(shared) > 20
     assert (reader.layer.parts[1].table.pool.refcount[list(shared)] == 3).all()
     torch.testing.assert_close(reader.layer.dense()[0], reader.keys)
@@ -310,18 +310,18 @@ def test_rows_that_share_pages_go_on_sharing() -> None:
 def test_parts_that_evict_are_left_alone(options: dict[str, Any]) -> None:
     reader = uneven()
     for part in reader.layer.parts:
-        part.schedule = make_schedule(PiKVConfig(**SMALL, **options), 1, 0, 2)
+        part.scheduler = make_scheduler(PiKVConfig(**SMALL, **options), 1, 0, 2)
     assert level(reader.layer.parts, reader.layer.shard_map) == 0
 
 
 def test_low_rank_pages_stay_with_their_basis() -> None:
     reader = uneven(key_codec="lowrank", value_codec="lowrank", rank=4)
     before = reader.outside()
-    assert "lowrank" in reader.layer.table.pages.sealed
+    assert "lowrank" in reader.layer.table.pages.packed
     level(reader.layer.parts, reader.layer.shard_map)
     moved = before[0] - reader.outside()[0]
     assert moved == 0
-    assert not reader.layer.parts[1].table.pages.sealed["lowrank"].refcount.any()
+    assert not reader.layer.parts[1].table.pages.packed["lowrank"].refcount.any()
 
 
 def test_a_few_pages_do_not_tip_the_scales() -> None:

@@ -71,7 +71,7 @@ def test_heads_keep_their_own_tokens(model: Any, batch: int, new: int) -> None:
     keep = random_keep(cache)
     for layer, kept in zip(cache.layers, keep, strict=True):
         layer.keep(kept)
-        assert torch.equal(layer.held(), kept)
+        assert torch.equal(layer.stored_mask(), kept)
     more = prompt(batch, new, seed=3)
     with torch.no_grad():
         logits = model(more, past_key_values=cache).logits
@@ -99,8 +99,8 @@ def test_eviction_frees_its_memory(model: Any) -> None:
     assert cache.nbytes < 0.55 * whole
     everything = cache.nbytes
     for layer in cache.layers:
-        layer.keep(torch.zeros_like(layer.held()))
-        assert not layer.held().any()
+        layer.keep(torch.zeros_like(layer.stored_mask()))
+        assert not layer.stored_mask().any()
     assert cache.nbytes < 0.02 * everything
 
 
@@ -110,7 +110,7 @@ def test_packed_tokens_stay_as_they_are(model: Any, codec: str) -> None:
     layer = cache.layers[1]
     layer.settle()
     before = [part.clone() for part in layer.dense()]
-    packed = layer.table.held(61, layer.table.pages.sealed)[:, None, :]
+    packed = layer.table.stored_mask(61, layer.table.pages.packed)[:, None, :]
     assert packed.any()
     kept = random_keep(cache)[1]
     layer.keep(kept)
@@ -265,7 +265,7 @@ def test_evicted_tokens_that_are_assigned_back_stay_evicted(model: Any) -> None:
         layer.keep(kept)
         keys, values = layer.keys, layer.values
         layer.keys, layer.values = keys.clone(), values.clone()
-        assert torch.equal(layer.held(), kept)
+        assert torch.equal(layer.stored_mask(), kept)
     with torch.no_grad():
         logits = model(more, past_key_values=cache).logits
     torch.testing.assert_close(logits, masked_reference(model, prompt(), more, keep), atol=1e-4, rtol=0)

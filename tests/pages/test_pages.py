@@ -21,10 +21,10 @@ def test_pages_lie_side_by_side_where_possible() -> None:
     pages = pool()
     first = pages.allocate(10)
     assert first.tolist() == list(range(10))
-    pages.release(first[[2, 4, 5, 6]])
+    pages.decref(first[[2, 4, 5, 6]])
     assert pages.allocate(3).tolist() == [4, 5, 6]
     assert pages.allocate(1, after=1).tolist() == [2]
-    pages.release(np.array([0, 3, 8]))
+    pages.decref(np.array([0, 3, 8]))
     scattered = pages.allocate(3)
     assert scattered.tolist() in ([0, 3, 8], [10, 11, 12])
 
@@ -52,7 +52,7 @@ def test_reused_pages_start_clean() -> None:
     nan = torch.full((2, 8, 4), torch.nan)
     pages.write(slots, nan, nan[..., :3], slots.int(), slots.to(torch.int16))
     pages.count[ids] = 4
-    pages.release(ids)
+    pages.decref(ids)
     assert pages.count.tolist() == [0, 0]
     again = pages.allocate(2)
     assert again.tolist() == [0, 1]
@@ -68,7 +68,7 @@ def test_failed_transaction_changes_no_count() -> None:
 
     def fail() -> None:
         with pages.transaction():
-            pages.release(ids[:1])
+            pages.decref(ids[:1])
             pages.allocate(20)
             raise KeyboardInterrupt
 
@@ -135,10 +135,10 @@ def test_forks_may_take_the_free_pages_that_a_run_reads_past() -> None:
     query = torch.randn(1, 4, 1, 16)
     expected, _ = attend(cache, query)
     # Leave a gap in the middle by moving a page: what flushing a window page does sooner or later.
-    middle = int(table.rows[0].sealed[len(table.rows[0].sealed) // 2])
+    middle = int(table.rows[0].full[len(table.rows[0].full) // 2])
     moved = pool_.copy_page(middle)
-    table.rows[0].sealed[table.rows[0].sealed == middle] = moved
-    pool_.release(np.array([middle]))
+    table.rows[0].full[table.rows[0].full == middle] = moved
+    pool_.decref(np.array([middle]))
     table._changed()
     assert middle in table.plan().bridged
     torch.testing.assert_close(attend(cache, query)[0], expected)

@@ -123,7 +123,7 @@ def test_one_press_serves_many_prompts_and_models(name: str) -> None:
             assert mine.nbytes == fresh.nbytes
             for layer, other in zip(mine.layers, fresh.layers, strict=True):
                 torch.testing.assert_close(layer.keys, other.keys)
-                assert torch.equal(layer.held(), other.held())
+                assert torch.equal(layer.stored_mask(), other.stored_mask())
 
 
 def test_a_cache_that_is_made_within_the_block_can_be_read_within() -> None:

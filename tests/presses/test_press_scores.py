@@ -167,6 +167,6 @@ def test_page_wise_eviction_keeps_whole_pages() -> None:
     cache = attached(model)
     read(model, cache, ids, QueryAwarePress(0.5, window=8, page_size=8, sink_tokens=8))
     for layer in cache.layers:
-        pages = layer.held().unflatten(-1, (-1, 8))
+        pages = layer.stored_mask().unflatten(-1, (-1, 8))
         assert (pages.all(dim=-1) == pages.any(dim=-1)).all()
         assert pages.all(dim=-1).sum(dim=-1).tolist() == [[6, 6]]

@@ -25,7 +25,7 @@ def test_pages_read_and_held(batch: int) -> None:
             ids = model(ids, attention_mask=mask, past_key_values=cache).logits[:, -1:].argmax(-1)
             for layer in cache.layers:
                 for row in layer.table.rows:
-                    full, always = len(row.sealed), len(row.unfilled())
+                    full, always = len(row.full), len(row.unfilled())
                     held += (full + always) * layer.heads
                     read += (min(full, 3) + always) * layer.heads
                 steps += 1

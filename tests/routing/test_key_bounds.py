@@ -116,4 +116,4 @@ def test_integer_codes_are_their_own_bounds() -> None:
     layer = grown(prompt=180, key_codec="int4", value_codec="int4", routing="page_bound", max_pages=3)
     choose(layer, queries(layer))
     assert "int4" in layer.table.index().pools
-    assert layer.table.pages.sealed["int4"].bounds is None
+    assert layer.table.pages.packed["int4"].bounds is None

@@ -71,11 +71,11 @@ def test_everything_chosen_after_changes(change: str, codec: str, routed_steps: 
             grow(layer, 1)
     routed_steps.clear()
     for each in (layer, twin):
-        router, query = each.router, queries(each)[:, :, None]
+        router, query = each.page_router, queries(each)[:, :, None]
         routed = attend(each, query, scale=SCALE)
-        each.router = None
+        each.page_router = None
         exact = attend(each, query, scale=SCALE)
-        each.router = router
+        each.page_router = router
         for mine, other in zip(routed, exact, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert len(routed_steps) == 2
@@ -132,7 +132,7 @@ def test_nothing_of_other_rows_is_read() -> None:
     layer = grown(padding=60, routing="page_bound", max_pages=0.5)
     query = queries(layer)
     before = attend(layer, query[:, :, None], scale=SCALE)[0]
-    pages = layer.table.rows[1].full()
+    pages = layer.table.rows[1].full_pages()
     layer.table.pool.values[:, pages], layer.table.pool.keys[:, pages] = torch.inf, torch.nan
     after = attend(layer, query[:, :, None], scale=SCALE)[0]
     assert torch.equal(after[0], before[0])
@@ -163,6 +163,6 @@ def test_in_the_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (layer,) = cache.layers
         assert len(layer.table.index().lengths["int4/int8"].unique()) == 2
         query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
-        columns[backend] = layer.router.choose(layer.table.index(), query, 0.25, layer.seen).columns
+        columns[backend] = layer.page_router.choose(layer.table.index(), query, 0.25, layer.seen).columns
     assert torch.equal(columns["torch"], columns["interpret"])
     torch.testing.assert_close(logits["interpret"], logits["torch"], atol=1e-4, rtol=1e-4)

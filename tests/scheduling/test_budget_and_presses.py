@@ -16,10 +16,10 @@ def test_a_press_that_keeps_more_than_the_budget(budget: Any) -> None:
     read(model, cache, ids_of(140))
     for layer in cache.layers:
         kept = torch.rand(1, 2, layer.seen) < 0.9
-        was = layer.held()
+        was = layer.stored_mask()
         layer.keep(kept)
-        assert not bool((layer.held() & ~(was & kept)).any())
-        assert torch.equal(layer.held()[:, :, -16:], (was & kept)[:, :, -16:])
+        assert not bool((layer.stored_mask() & ~(was & kept)).any())
+        assert torch.equal(layer.stored_mask()[:, :, -16:], (was & kept)[:, :, -16:])
     check(cache)
     decode(model, cache, ids_of(40))
     check(cache)
@@ -34,9 +34,9 @@ def test_assigned_tokens_are_cut_down_to_the_budget(budget: Any) -> None:
     for layer in cache.layers:
         layer.keys, layer.values = torch.randn(1, 2, 150, 16), torch.randn(1, 2, 150, 16)
         assert layer.seen == 150
-        assert bool(layer.held()[:, :, -16:].all())
+        assert bool(layer.stored_mask()[:, :, -16:].all())
     check(cache)
-    assert all(layer.schedule.tokens_evicted > 0 for layer in cache.layers)
+    assert all(layer.scheduler.tokens_evicted > 0 for layer in cache.layers)
     decode(model, cache, ids_of(20))
     check(cache)
 
@@ -59,12 +59,15 @@ def test_cropping_selecting_and_reordering(budget: Any, codec: str) -> None:
     model = shared_model()
     cache = make_cache(model, budget=budget, key_codec=codec)
     run(model, cache, ids_of(120, batch=2), 90, 45)
-    held_before = [layer.held() for layer in cache.layers]
+    held_before = [layer.stored_mask() for layer in cache.layers]
     cache.crop(-13)
-    assert all(torch.equal(layer.held(), was[:, :, :-13]) for layer, was in zip(cache.layers, held_before, strict=True))
+    assert all(
+        torch.equal(layer.stored_mask(), was[:, :, :-13]) for layer, was in zip(cache.layers, held_before, strict=True)
+    )
     cache.reorder_cache(torch.tensor([1, 0]))
     assert all(
-        torch.equal(layer.held(), was[[1, 0], :, :-13]) for layer, was in zip(cache.layers, held_before, strict=True)
+        torch.equal(layer.stored_mask(), was[[1, 0], :, :-13])
+        for layer, was in zip(cache.layers, held_before, strict=True)
     )
     cache.batch_select_indices(torch.tensor([1]))
     check(cache)

@@ -38,11 +38,11 @@ def test_too_many_rows_are_refused_and_nothing_changes() -> None:
     model = shared_model()
     cache = make_cache(model, budget="75KB")
     read(model, cache, ids_of(90))
-    before = [(layer.held(), *layer.dense()) for layer in cache.layers]
+    before = [(layer.stored_mask(), *layer.dense()) for layer in cache.layers]
     with pytest.raises(BudgetError, match=r"37500 bytes per layer.*of 8 rows may take \d+"):
         cache.batch_repeat_interleave(8)
     for layer, then in zip(cache.layers, before, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(then, (layer.held(), *layer.dense()), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(then, (layer.stored_mask(), *layer.dense()), strict=True))
     assert decode(model, cache, ids_of(1)).shape[0] == 1
 
 
@@ -51,10 +51,10 @@ def test_a_failed_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     model = shared_model()
     cache = make_cache(model, budget=56)
     run(model, cache, ids_of(100), 80, 40)
-    before = [(layer.seen, layer.held(), *layer.dense()) for layer in cache.layers]
+    before = [(layer.seen, layer.stored_mask(), *layer.dense()) for layer in cache.layers]
 
     def unchanged() -> bool:
-        now = [(layer.seen, layer.held(), *layer.dense()) for layer in cache.layers]
+        now = [(layer.seen, layer.stored_mask(), *layer.dense()) for layer in cache.layers]
         return all(
             torch.equal(a, b) if torch.is_tensor(a) else a == b
             for then, after in zip(before, now, strict=True)
@@ -64,7 +64,7 @@ def test_a_failed_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="but the cache holds"):
         cache.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
     assert unchanged()
-    reached = copy.copy(cache.layers[0].schedule.policy)
+    reached = copy.copy(cache.layers[0].scheduler.policy)
     monkeypatch.setattr(type(reached), "priority", lambda self, view: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         decode(model, cache, ids_of(30))

@@ -39,7 +39,7 @@ def test_a_budget_holds_after_every_update(budget: Any, scope: str | None, sched
     options = {"key_codec": codec, "value_codec": codec, "rank": 4}
     cache = make_cache(model, budget=budget, budget_scope=scope, scheduler=scheduler, **options)
     run(model, cache, ids_of(prompt + 9, batch=2), prompt, chunk)
-    assert all(layer.schedule.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
     assert cache.get_seq_length() == prompt + 9
 
 
@@ -49,7 +49,7 @@ def test_a_budget_holds_with_every_codec(budget: Any, scope: str | None, codec: 
     model = shared_model()
     cache = make_cache(model, budget=budget, budget_scope=scope, key_codec=codec, value_codec=codec, rank=4)
     run(model, cache, ids_of(270, batch=2), 255, 255)
-    assert all(layer.schedule.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize(("budget", "codec"), [(LEAST, "none"), ("76KB", "none"), ("82KB", "int4"), (0.4, "int4")])
@@ -58,7 +58,7 @@ def test_bounded_sliding_layers_count(budget: Any, codec: str) -> None:
     cache = make_cache(model, budget=budget, key_codec=codec, value_codec=codec)
     assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
     run(model, cache, ids_of(135, batch=2), 110, 55)
-    assert all(layer.schedule.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize(("budget", "scheduler"), [(56, "h2o"), ("90KB", "quest"), (0.4, "ada_kv")])
@@ -66,7 +66,7 @@ def test_a_budget_holds_with_routing(budget: Any, scheduler: str) -> None:
     model = shared_model()
     cache = make_cache(model, budget=budget, scheduler=scheduler, routing="page_bound", max_pages=2, key_codec="int4")
     run(model, cache, ids_of(115), 90, 45)
-    assert all(layer.schedule.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize("budget", [56, 0.3, "220KB"])
@@ -115,10 +115,10 @@ def test_forks_keep_to_their_budgets(budget: Any) -> None:
         logits = decode(model, fork, ids[:, 100 + number : 130])
         assert torch.isfinite(logits).all()
         check(fork, forks=3)
-    before = cache.layers[0].held()
+    before = cache.layers[0].stored_mask()
     del fork, forks
     gc.collect()
-    assert torch.equal(cache.layers[0].held(), before)
+    assert torch.equal(cache.layers[0].stored_mask(), before)
     decode(model, cache, ids[:, 100:109])
     check(cache)
 
@@ -129,9 +129,9 @@ def test_a_fork_evicts_nothing_that_makes_no_room() -> None:
     cache = make_cache(model, budget="75KB")
     run(model, cache, ids_of(100), 80, 80)
     fork = cache.fork()
-    before = fork.layers[0].held()
+    before = fork.layers[0].stored_mask()
     decode(model, fork, ids_of(10, seed=3))
-    assert torch.equal(fork.layers[0].held()[:, :, :100], before)
+    assert torch.equal(fork.layers[0].stored_mask()[:, :, :100], before)
 
 
 @pytest.mark.parametrize("budget", [4096, "100MB"])
@@ -144,7 +144,7 @@ def test_a_budget_that_is_not_reached_changes_nothing(budget: Any, family: str) 
     ours = model.generate(ids, past_key_values=cache, **options)
     theirs = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
     assert torch.equal(ours, theirs)
-    assert all(layer.schedule.pages_evicted == 0 for layer in paged_layers(cache))
+    assert all(layer.scheduler.pages_evicted == 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -158,7 +158,7 @@ def test_attention_is_that_over_what_is_held(scheduler: str) -> None:
             model(part, past_key_values=cache)
         cache.memory_report()
         for index, layer in enumerate(cache.layers):
-            there = layer.held()
+            there = layer.stored_mask()
             assert not bool((there[:, :, : gone[index].shape[2]] & gone[index]).any())
             gone[index] = ~there
             assert bool(there[:, :, :4].all())
@@ -166,7 +166,7 @@ def test_attention_is_that_over_what_is_held(scheduler: str) -> None:
     for layer in cache.layers:
         query = torch.randn(2, 4, 1, 16)
         keys, values = (part.repeat_interleave(2, dim=1) for part in layer.dense())
-        hidden = ~layer.held().repeat_interleave(2, dim=1)[:, :, None]
+        hidden = ~layer.stored_mask().repeat_interleave(2, dim=1)[:, :, None]
         assert float(hidden.float().mean()) > 0.3
         expected = torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=~hidden)
         torch.testing.assert_close(attend(layer, query)[0], expected, atol=1e-5, rtol=1e-4)
@@ -177,7 +177,7 @@ def test_heads_keep_different_tokens(scheduler: str) -> None:
     model = shared_model()
     cache = make_cache(model, budget=64, scheduler=scheduler)
     run(model, cache, ids_of(160), 90, 30)
-    assert any(not torch.equal(layer.held()[:, 0], layer.held()[:, 1]) for layer in cache.layers)
+    assert any(not torch.equal(layer.stored_mask()[:, 0], layer.stored_mask()[:, 1]) for layer in cache.layers)
 
 
 @pytest.mark.parametrize("capacity", [16, 20, 33])
@@ -201,7 +201,7 @@ def test_lru_without_uses_is_a_circular_buffer_per_shard(capacity: int, monkeypa
             assert there == every[len(every) - len(there) :], shard
             # Nothing goes that need not: with the page that went last there were too many.
             assert len(there) == len(every) or len(there) + 8 > capacity
-    assert layer.schedule.tokens_evicted > 60
+    assert layer.scheduler.tokens_evicted > 60
 
 
 def shards_of_the_window(layer: PiKVLayer) -> dict[int, int]:

@@ -255,20 +255,20 @@ def test_a_low_hit_rate_lowers_the_threshold_and_a_high_one_raises_it() -> None:
     start = float(np.median(PiKV().utility(view)))
     low, high = PiKV(threshold=start), PiKV(threshold=start)
     for _ in range(5):
-        low.observe(hits=1, misses=9)
-        high.observe(hits=100, misses=0)
+        low.count_reads(hits=1, misses=9)
+        high.count_reads(hits=100, misses=0)
     assert low.threshold < start < high.threshold
     assert len(low.surplus(view)) < 25 < len(high.surplus(view))
     for _ in range(200):
-        low.observe(0, 1)
-        high.observe(1, 0)
+        low.count_reads(0, 1)
+        high.count_reads(1, 0)
     assert (low.threshold, high.threshold) == (0.0, 1.0)
 
 
 def test_no_access_and_the_target_leave_the_threshold_where_it_is() -> None:
     policy = PiKV(threshold=0.3, target_hit_rate=0.75)
-    policy.observe(0, 0)
-    policy.observe(3, 1)
+    policy.count_reads(0, 0)
+    policy.count_reads(3, 1)
     assert policy.threshold == 0.3
 
 

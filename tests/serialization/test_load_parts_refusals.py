@@ -49,7 +49,7 @@ def test_options(saved: Path) -> None:
     model = shared_model()
     loaded = PiKVCache.load(saved, model, devices=names(2), budget=60)
     go_on(model, loaded)
-    assert all(part.schedule.pages_evicted for layer in loaded.layers for part in layer.parts)
+    assert all(part.scheduler.pages_evicted for layer in loaded.layers for part in layer.parts)
     with pytest.raises(ValueError, match="budget_scope='shard' was asked for, but the cache was saved with None"):
         PiKVCache.load(saved, model, devices=names(2), budget=60, budget_scope="shard")
 

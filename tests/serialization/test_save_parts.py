@@ -36,9 +36,9 @@ def test_several_devices(devices: int, options: dict[str, Any], tmp_path: Path) 
     cache = spread_over(model, devices, **options)
     read(model, cache, **({"tokens": 300, "batch": 1} if "160KiB" in options.values() else {"tokens": 150}))
     if "budget" in options:
-        assert any(part.schedule.pages_evicted for layer in cache.layers for part in layer.parts)
+        assert any(part.scheduler.pages_evicted for layer in cache.layers for part in layer.parts)
     if "tiers" in options:
-        pools = [pool for layer in cache.layers for table in layer.tables() for pool in table.pages.sealed.values()]
+        pools = [pool for layer in cache.layers for table in layer.tables() for pool in table.pages.packed.values()]
         assert any(pool.pages_by_tier()["disk"] for pool in pools)
     round_trip(model, cache, tmp_path)
 
@@ -113,7 +113,7 @@ def test_pages_that_a_crop_has_cut(tmp_path: Path) -> None:
                 model(torch.tensor([[5 + step], [6]]), past_key_values=cache)
         cache.crop(length)
         tables = [table for layer in cache.layers for table in layer.tables()]
-        found += sum(int((table.pool.count[row.sealed] < 8).sum()) for table in tables for row in table.rows)
+        found += sum(int((table.pool.count[row.full] < 8).sum()) for table in tables for row in table.rows)
         round_trip(model, cache, tmp_path, steps=8)
     assert found
 

@@ -17,12 +17,12 @@ from pikv_hf.layer.layer import PiKVLayer
 def test_codecs(codec: str, tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, **both(codec)))
-    assert any(layer.table.pages.sealed for layer in cache.layers) == (codec != "none")
+    assert any(layer.table.pages.packed for layer in cache.layers) == (codec != "none")
     loaded = round_trip(model, cache, tmp_path)
     for layer in loaded.layers:
-        for sealer, keys in zip(layer.table.pages._sealers or (), (True, False), strict=False):
-            pools = [pool for name, pool in layer.table.pages.sealed.items() if "lowrank" in name]
-            assert all((pool.key_codec if keys else pool.value_codec) in sealer.codecs.values() for pool in pools)
+        for encoder, keys in zip(layer.table.pages._encoders or (), (True, False), strict=False):
+            pools = [pool for name, pool in layer.table.pages.packed.items() if "lowrank" in name]
+            assert all((pool.key_codec if keys else pool.value_codec) in encoder.codecs.values() for pool in pools)
 
 
 @pytest.mark.parametrize("codecs", [("int4", "none"), ("auto", "lowrank")])

@@ -19,7 +19,7 @@ from pikv_hf.serialization.pool_records import companions
 def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, **both("fp8")))
-    pool = cache.layers[1].table.pages.sealed["fp8"]
+    pool = cache.layers[1].table.pages.packed["fp8"]
     ids = np.flatnonzero(pool.refcount)
     pool.key_bounds(ids[::2])
     pool.watch(4)
@@ -29,7 +29,7 @@ def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model)
     assert_equal(cache, loaded)
-    there = loaded.layers[1].table.pages.sealed["fp8"]
+    there = loaded.layers[1].table.pages.packed["fp8"]
     assert there.usage.now == 5
     assert set(companions(there)) == {"bounds", "usage"}
     assert sum(there.bounds.known) == len(ids[::2])
@@ -52,20 +52,20 @@ def test_a_budget(scheduler: str, budget: Any, codec: str, tmp_path: Path) -> No
     cache = read(model, new_cache(model, budget=budget, scheduler=scheduler, **both(codec)))
     for layer in cache.layers:
         layer.settle()
-        assert layer.schedule.pages_evicted > 0
+        assert layer.scheduler.pages_evicted > 0
         if scheduler == "pikv":
-            layer.schedule.policy.threshold = 0.3
+            layer.scheduler.policy.threshold = 0.3
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model)
     for mine, theirs in zip(cache.layers, loaded.layers, strict=True):
-        one, other = mine.schedule, theirs.schedule
+        one, other = mine.scheduler, theirs.scheduler
         assert (one.now, one.pages_evicted, one.policy) == (other.now, other.pages_evicted, other.policy)
         assert (one.queries is None) == (other.queries is None)
         assert one.queries is None or torch.equal(one.queries, other.queries)
     assert_equal(cache, loaded)
     # Without a fork: what forks share is not evicted.
     assert_go_on_alike(model, cache, loaded)
-    evicted = [[layer.schedule.pages_evicted for layer in each.layers] for each in (cache, loaded)]
+    evicted = [[layer.scheduler.pages_evicted for layer in each.layers] for each in (cache, loaded)]
     assert evicted[0] == evicted[1]
 
 
@@ -80,7 +80,7 @@ def test_a_budget(scheduler: str, budget: Any, codec: str, tmp_path: Path) -> No
 def test_pages_in_slow_tiers(tiers: dict[str, Any], codec: str, tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, tiers=tiers, **both(codec)), tokens=200)
-    pools = [pool for layer in cache.layers for pool in layer.table.pages.sealed.values()]
+    pools = [pool for layer in cache.layers for pool in layer.table.pages.packed.values()]
     assert all(pool.pages_by_tier()["disk"] > 0 for pool in pools)
     path = tmp_path / "cache"
     cache.save(path)
@@ -88,7 +88,7 @@ def test_pages_in_slow_tiers(tiers: dict[str, Any], codec: str, tmp_path: Path) 
     assert_equal(cache, loaded)
     for layer in loaded.layers:
         assert torch.equal(layer.dense()[0], elsewhere.layers[layer.layer_idx].dense()[0])
-        for pool in layer.table.pages.sealed.values():
+        for pool in layer.table.pages.packed.values():
             assert pool.tier_bytes(pool.tiers.fast) <= 24 * 1024
             assert pool.pages_by_tier()["disk"] > 0
     logits = [go_on(model, each) for each in (cache, loaded, elsewhere)]
@@ -112,7 +112,7 @@ def test_every_plain_attribute_of_a_layer_is_saved_or_known_to_pass(tmp_path: Pa
     layer = read(model, new_cache(model)).layers[0]
     plain = {name for name, value in vars(layer).items() if type(value) in (bool, int, float, str)}
     # What the model, the options or the tensors tell, and what is over with the call.
-    assert plain - set(STATE) == {"layer_idx", "routed", "heads", "holds", "_returns", "leads"}
+    assert plain - set(STATE) == {"layer_idx", "has_expert_router", "heads", "awaits_press", "_returns", "leads"}
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
@@ -170,13 +170,13 @@ def test_tokens_held_by_a_press(tmp_path: Path) -> None:
     cache = new_cache(model)
     with torch.no_grad():
         for layer in cache.layers:
-            layer.hold()
+            layer.begin_press()
         model(torch.randint(3, 190, (1, 40)), past_key_values=cache)
     with pytest.raises(ValueError, match="layer 0: 40 of 40 tokens wait for a press"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
     for layer in cache.layers:
-        layer.release()
+        layer.end_press()
     round_trip(model, cache, tmp_path)
 
 

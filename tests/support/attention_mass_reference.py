@@ -64,7 +64,7 @@ def weights(
 ) -> torch.Tensor:
     """Return eager softmax attention in float64 of a call's queries over all columns, `(B, Hq, Q, T)`."""
     keys = layer.dense()[0].repeat_interleave(GROUPS, 1).double()
-    held = layer.held().repeat_interleave(GROUPS, 1)
+    held = layer.stored_mask().repeat_interleave(GROUPS, 1)
     new = query.shape[2]
     logits = torch.einsum("bhqd,bhtd->bhqt", query.double(), keys) * SCALE
     if softcap is not None:

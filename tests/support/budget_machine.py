@@ -67,7 +67,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     def follow(self, twin: Twin) -> None:
         """Take what the layer holds: nothing that had gone before, and of what was there all that must stay."""
-        held, columns = twin.layer.held(), torch.arange(twin.seen)
+        held, columns = twin.layer.stored_mask(), torch.arange(twin.seen)
         assert not bool((held & ~twin.held).any()), "an evicted token is back"
         never = (columns < self.config.sink_tokens) | (columns >= twin.seen - self.config.recent_window)
         assert torch.equal(held[:, :, never], twin.held[:, :, never]), "a sink or a recent token was evicted"
@@ -188,7 +188,7 @@ class BudgetMachine(RuleBasedStateMachine):
             assert twin.layer.get_seq_length() == twin.seen
             if twin.layer.table is None or not twin.seen:
                 continue
-            assert torch.equal(twin.layer.held(), twin.held)
+            assert torch.equal(twin.layer.stored_mask(), twin.held)
             query = self.random(len(twin.held), HEADS * GROUPS, 1, KEY_DIM)
             out, _ = attend(twin.layer, query, scale=SCALE)
             expected = reference_attention(twin, query[:, :, 0])

@@ -32,7 +32,7 @@ def paged_layers(cache: PiKVCache) -> list[PiKVLayer]:
 
 def held(layer: PiKVLayer) -> float:
     """Return the most tokens that a sequence holds, mean over KV heads."""
-    return float(layer.held().sum(2).float().mean(1).max())
+    return float(layer.stored_mask().sum(2).float().mean(1).max())
 
 
 @torch.no_grad()

@@ -5,14 +5,14 @@ from fake_attachment import GROUPS, FakeAttachment
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.scheduling.page_scheduler import make_schedule
+from pikv_hf.scheduling.page_scheduler import make_scheduler
 
 
 def budgeted_layer(config: PiKVConfig) -> PiKVLayer:
     """Return an empty layer that is the only one of its cache."""
     layer = PiKVLayer(0, config, FakeAttachment())
-    layer.schedule = make_schedule(config, 1, 0)
-    layer.schedule.query_groups = GROUPS
+    layer.scheduler = make_scheduler(config, 1, 0)
+    layer.scheduler.query_groups = GROUPS
     return layer
 
 

@@ -144,7 +144,7 @@ class DeviceMachine(EvictionMachine):
         self.contents_agree()
         twin.layer.truncate(length)
         twin.change(lambda part: part[:, :, :length])
-        if twin.layer.table.pages.seals:
+        if twin.layer.table.pages.packs:
             # What the question packed is as it was, bit by bit.
             for name in NAMES:
                 setattr(twin, name, old[name])
@@ -186,7 +186,7 @@ class DeviceMachine(EvictionMachine):
             owners = torch.zeros(shape, dtype=torch.int64)
             for table in layer.tables():
                 assert len(table.rows) == len(layer.table.rows)
-                owners += table.held(stored).view(shape)
+                owners += table.stored_mask(stored).view(shape)
             assert torch.equal(owners.expand(-1, HEADS, -1), twin.held[:, :, :stored].long())
             self.rows_are_alike(layer)
             for number, weight in enumerate(layer.layout.weights):

@@ -26,7 +26,7 @@ def contents(table: PageTable | None) -> list[dict[str, Any]]:
     """Return all that is known of the pages of each row, in the order of the row's pages, without their numbers."""
     found = []
     for row in [] if table is None else table.rows:
-        known: dict[str, Any] = {"window": len(row.window), "open": (row.open >= 0).tolist(), "full": len(row.sealed)}
+        known: dict[str, Any] = {"window": len(row.window), "open": (row.open >= 0).tolist(), "full": len(row.full)}
         for name, pool in table.pages.pools().items():
             if len(ids := row.pages(name)):
                 notes = {part: note.pick(pool.index(ids)) for part, note in page_notes(pool).items()}
@@ -43,7 +43,7 @@ def capacities(cache: PiKVCache) -> list[int]:
 def positions(cache: PiKVCache) -> list[list[list[int]]]:
     """Return which positions each row has in each part."""
     tables = [(layer.seen, table) for layer in paged(cache) for table in layer.tables()]
-    return [[held.nonzero().flatten().tolist() for held in table.held(seen)] for seen, table in tables]
+    return [[held.nonzero().flatten().tolist() for held in table.stored_mask(seen)] for seen, table in tables]
 
 
 def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
@@ -63,9 +63,12 @@ def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
             for keys in (True, False):
                 bases = one.table.pages.bases(keys), other.table.pages.bases(keys)
                 assert all(torch.equal(a, b) for a, b in zip(*bases, strict=True))
-        if one.schedule is not None:
-            assert vars(one.schedule.policy) == vars(other.schedule.policy)
-            assert (one.schedule.now, one.schedule.pages_evicted) == (other.schedule.now, other.schedule.pages_evicted)
+        if one.scheduler is not None:
+            assert vars(one.scheduler.policy) == vars(other.scheduler.policy)
+            assert (one.scheduler.now, one.scheduler.pages_evicted) == (
+                other.scheduler.now,
+                other.scheduler.pages_evicted,
+            )
 
 
 def assert_equal_shards(mine: PiKVLayer, theirs: PiKVLayer) -> None:

@@ -84,7 +84,7 @@ class EvictionMachine(RuleBasedStateMachine):
         twin.layer.settle()
         self.contents_agree()
         if held:
-            twin.layer.hold()
+            twin.layer.begin_press()
         got = twin.layer.update(keys, values)
         out, _ = pikv_attention_forward(ATTENTION, query, *got, None, scaling=SCALE)
         experts = torch.randint(0, EXPERTS, (1 if identical else batch, new), generator=self.generator)
@@ -160,7 +160,7 @@ class EvictionMachine(RuleBasedStateMachine):
             assert twin.layer.get_seq_length() == twin.seen
             if twin.layer.table is None:
                 continue
-            assert torch.equal(twin.layer.held(), twin.held)
+            assert torch.equal(twin.layer.stored_mask(), twin.held)
             self.changed_once_at_most(twin, *twin.layer.dense(), most=CHANGE[self.codec])
             query = self.random(len(twin.held), HEADS * GROUPS, 1, KEY_DIM)
             if twin.layer.pending is None and twin.seen:

@@ -17,7 +17,7 @@ class FakeAttachment:
     """An attached model of one routed layer; the test plays the router."""
 
     def __init__(self) -> None:
-        self.routers = {0: SimpleNamespace(num_experts=EXPERTS)}
+        self.expert_routers = {0: SimpleNamespace(num_experts=EXPERTS)}
 
     def is_active(self, layer_idx: int) -> bool:
         return True

@@ -227,7 +227,7 @@ class LayerMachine(RuleBasedStateMachine):
                     held.setdefault(id(pool), []).append(sequence.pages(name))
             for sequence in {id(s): s for s in table.rows}.values():
                 size = table.pool.page_size
-                assert all(table.pool.count[p] == size for p in [*sequence.sealed, *sequence.window[:-1]])
+                assert all(table.pool.count[p] == size for p in [*sequence.full, *sequence.window[:-1]])
                 assert all(0 < table.pool.count[p] < size for p in sequence.open[sequence.open >= 0])
             self.shards_follow_experts(twin)
         for key, pool in pools.items():

@@ -85,7 +85,7 @@ def next_logits(model: Any, cache: Any, position: int, steps: int = 3) -> torch.
 
 def held_by(cache: PiKVCache) -> list[torch.Tensor]:
     """Return which columns each layer holds, `(B, H, T)` bool."""
-    return [layer.held() for layer in cache.layers if not layer.is_sliding]
+    return [layer.stored_mask() for layer in cache.layers if not layer.is_sliding]
 
 
 def kept_columns(model: Any, ids: torch.Tensor, press: Any, cache: Any, mask: Any = None) -> list[torch.Tensor]:

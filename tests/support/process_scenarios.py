@@ -129,7 +129,7 @@ def _ended(result: dict[str, Any], cache: PiKVCache) -> dict[str, Any]:
     """Add what each layer still holds, and what moved between tiers."""
     stats = cache.stats()
     moved = None if stats.tiers is None else bool(stats.tiers["demoted"])
-    return {**result, "held": [layer.held() for layer in cache.layers], "moved": moved}
+    return {**result, "held": [layer.stored_mask() for layer in cache.layers], "moved": moved}
 
 
 def beams(spread: Spread, **options: Any) -> Any:
@@ -200,7 +200,7 @@ def _asked(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor) -> Any
             at = at + count
             tokens = tokens.expand(len(ids), -1)
             steps.append(model(tokens, past_key_values=cache, position_ids=where, **given).logits)
-    held = [layer.held() for layer in cache.layers]
+    held = [layer.stored_mask() for layer in cache.layers]
     dense = [layer.dense() for layer in cache.layers]
     return {"logits": torch.cat(steps, dim=1), "held": held, "dense": dense}
 

@@ -91,7 +91,7 @@ def full_pages(layer: PiKVLayer, row: int) -> list[Page]:
     keys = layer.table.dense_part(layer.seen, True)[row].double()
     pages = []
     for name, pool in layer.table.pages.pools().items():
-        for number in layer.table.rows[row].full(name).tolist():
+        for number in layer.table.rows[row].full_pages(name).tolist():
             positions = [p for p in pool.positions[number].tolist() if p >= 0]
             coded = _code_range(pool, number) if name else None
             pages.append(Page((name, number), int(pool.shard[number]), positions, keys[:, positions], coded))
@@ -178,9 +178,9 @@ def queries_of(layer: PiKVLayer, query: torch.Tensor, row: int, head: int) -> to
 def choose(layer: PiKVLayer, query: torch.Tensor) -> Choice | None:
     """Return what the layer's router chooses for queries `(B, Hq, D)`, lanes or not."""
     assert layer.table is not None
-    assert layer.router is not None
+    assert layer.page_router is not None
     by_row = query.reshape(len(layer.table.rows), -1, query.shape[-1])
-    return layer.router.choose(layer.table.index(), by_row, SCALE, layer.seen)
+    return layer.page_router.choose(layer.table.index(), by_row, SCALE, layer.seen)
 
 
 def chosen(layer: PiKVLayer, choice: Choice | None, row: int, head: int) -> set[tuple[str, int]]:

@@ -17,7 +17,7 @@ def pages_by_row(layer: PiKVLayer) -> list[dict[str, Any]]:
     """Return all that is known of the pages of each row, in the order of the row's pages, without their numbers."""
     found = []
     for row in layer.table.rows:
-        pages = {"window": len(row.window), "open": (row.open >= 0).tolist(), "sealed": len(row.sealed)}
+        pages = {"window": len(row.window), "open": (row.open >= 0).tolist(), "sealed": len(row.full)}
         for name, pool in layer.table.pages.pools().items():
             ids = row.pages(name)
             if len(ids):
@@ -53,7 +53,7 @@ def assert_same_tables(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     for name in ("heads", "dtype", "device", "lanes"):
         assert getattr(mine, name) == getattr(theirs, name)
     assert mine.padding() == theirs.padding()
-    assert torch.equal(mine.held(), theirs.held())
+    assert torch.equal(mine.stored_mask(), theirs.stored_mask())
     for one, other in zip(mine.dense(), theirs.dense(), strict=True):
         assert torch.equal(one, other)
     tables = mine.table, theirs.table

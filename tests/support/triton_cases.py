@@ -52,7 +52,7 @@ def poisoned(
     pages = len(counts)
     spread = torch.exp(torch.randn(heads, pages, 1, dim))
     tokens = torch.randn(heads, pages, size, dim) * spread + torch.randn(heads, pages, 1, dim)
-    sealed = encode_pages((tokens * factor).to(dtype), kind, keys=keys, backend="torch")
+    encoded = encode_pages((tokens * factor).to(dtype), kind, keys=keys, backend="torch")
     empty = torch.arange(size) >= counts[:, None]
     unused = counts == 0
 
@@ -62,13 +62,13 @@ def poisoned(
         return tensor.masked_fill(unused.view(1, -1, *[1] * (tensor.dim() - 2)), value)
 
     if kind in BITS:
-        numbers = unpack(sealed.codes, BITS[kind], size).masked_fill(empty[..., None], sealed.levels)
+        numbers = unpack(encoded.codes, BITS[kind], size).masked_fill(empty[..., None], encoded.levels)
         codes = pack(numbers, BITS[kind])
     else:
-        codes = sealed.codes.masked_fill(empty[..., None], math.nan if kind == "none" else 255)
+        codes = encoded.codes.masked_fill(empty[..., None], math.nan if kind == "none" else 255)
     rest = torch.randn(heads, pages, size, latent).to(dtype).masked_fill(empty[..., None], math.nan) if latent else None
-    floor = spoil(sealed.floor, math.nan if keys else 127)
-    spoiled = (spoil(sealed.spread, 255), floor, spoil(sealed.outliers, dim - 1), spoil(sealed.fine, 255))
+    floor = spoil(encoded.floor, math.nan if keys else 127)
+    spoiled = (spoil(encoded.spread, 255), floor, spoil(encoded.outliers, dim - 1), spoil(encoded.fine, 255))
     return PageCodes(kind, size, codes, *spoiled, rest).map(lambda tensor: tensor.to(DEVICE))
 
 

@@ -114,9 +114,9 @@ class Packed:
         for table in (layer.table for layer in cache.layers):
             pool = table.pool
             per_token = pool.keys.shape[0] * (pool.keys.shape[-1] + pool.values.shape[-1]) * 2
-            held = pool.kept & (pool.refcount > 0)
-            here = Counter({name: int(sealed.count.sum()) for name, sealed in table.pages.sealed.items()})
-            if table.pages.seals:
+            held = pool.incompressible & (pool.refcount > 0)
+            here = Counter({name: int(sealed.count.sum()) for name, sealed in table.pages.packed.items()})
+            if table.pages.packs:
                 size -= live_bytes(pool.tensors()) + pool.host_bytes - int(held.sum()) * pool.page_bytes
                 here["none"] += int(pool.count[held].sum())
             else:
@@ -209,7 +209,7 @@ class Reader:
         past = slice(0, tokens - QUERIES)
         cache.update(layer.keys[None, :, past], layer.values[None, :, past], 0)
         held.attend_begins(None)
-        held.observe(layer.observed[None], dim**-0.5)
+        held.remember_queries(layer.observed[None], dim**-0.5)
         held.record_experts(layer.experts[past])
         held.settle()
         packed = CodecMemory(choice.codec, 0, 0, 0, 0)

@@ -57,7 +57,7 @@ def recorded(sequences: int, tokens: int) -> Sequences:
     for seed in range(sequences):
         task = build_task(DemoOptions(tokens=tokens, seed=seed))
         with attach(task.model) as attached:
-            found.append(record_trace(task, pikv_cache(task.model, PiKVConfig()), attached.routers, 48))
+            found.append(record_trace(task, pikv_cache(task.model, PiKVConfig()), attached.expert_routers, 48))
     return [trace.experts.astype(np.int64) for trace in found], found[0].num_experts
 
 

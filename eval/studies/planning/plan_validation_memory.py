@@ -109,8 +109,10 @@ def filled(model: Any, shape: ModelShape, tokens: int, batch: int, generated: in
             cache.update(keys, values, index)
             if geometry.sliding is None:
                 layer.attend_begins(None)
-                layer.observe(torch.randn(batch, geometry.query_heads, min(new, 16), geometry.key_dim, dtype=dtype), 1)
-                if layer.routed:
+                layer.remember_queries(
+                    torch.randn(batch, geometry.query_heads, min(new, 16), geometry.key_dim, dtype=dtype), 1
+                )
+                if layer.has_expert_router:
                     layer.record_experts(torch.randint(0, geometry.experts, (batch * new,)))
     return cache
 

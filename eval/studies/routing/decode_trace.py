@@ -121,7 +121,7 @@ def pages_of(layer: PiKVLayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the full pages of a layer of one sequence, and those that are always read, numbers in the plain pool."""
     assert layer.table is not None
     (row,) = layer.table.rows
-    return torch.from_numpy(row.full()), torch.from_numpy(row.unfilled())
+    return torch.from_numpy(row.full_pages()), torch.from_numpy(row.unfilled())
 
 
 def page_attention(layer: PiKVLayer, query: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,7 +279,7 @@ class Reader:
         token = self.ask(sample, cache)
         watchers = [Watcher(layer, rules) for layer in cache.layers]
         for layer, watcher in zip(cache.layers, watchers, strict=True):
-            layer.router = PageRouter(watcher, SINKS, WINDOW)
+            layer.page_router = PageRouter(watcher, SINKS, WINDOW)
         for _ in self.steps(sample, cache, token):
             pass
         return {rule: _mean([note for watcher in watchers for note in watcher.notes[rule]]) for rule in rules}
@@ -313,5 +313,5 @@ def routed(cache: PiKVCache, rule: Rule) -> tuple[PiKVCache, list[Counter]]:
     twin, counters = cache.fork(), []
     for layer in twin.layers:
         counters.append(Counter(layer, rule.policy(layer)))
-        layer.router = PageRouter(counters[-1], SINKS, WINDOW)
+        layer.page_router = PageRouter(counters[-1], SINKS, WINDOW)
     return twin, counters

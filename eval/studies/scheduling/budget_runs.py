@@ -47,7 +47,7 @@ def make_cache(model: Any, scheduler: str | None, budget: int | float, **options
     cache = PiKVCache.for_model(model, budget=budget, scheduler=name, **options)
     if scheduler == RANDOM:
         for layer in cache.layers:
-            layer.schedule.policy = RandomPages(layer.layer_idx)
+            layer.scheduler.policy = RandomPages(layer.layer_idx)
     return cache
 
 

@@ -36,7 +36,7 @@ class Attachment:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self._configs = _attention_configs(model)
-        self.routers = _find_routers(model)
+        self.expert_routers = _find_routers(model)
         modules = _attention_modules(model)
         self._modules = {id(module) for _, module in modules.values()}
         self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
@@ -122,7 +122,7 @@ class Attachment:
                 self._previous[id(config)] = config._attn_implementation
                 config._attn_implementation = ATTENTION_NAME
         if not self._handles:
-            self._handles = [router.listen(self._receiver(index)) for index, router in self.routers.items()]
+            self._handles = [router.listen(self._receiver(index)) for index, router in self.expert_routers.items()]
             before = functools.partial(_before_attention, weakref.ref(self))
             for module in filter(None, [reference() for reference in self._attention.values()]):
                 self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -139,7 +139,7 @@ class Attachment:
 
     def require_routers(self, model: Any, placement: str = "expert") -> None:
         """Raise `ValueError` if no layer's routing can be read."""
-        if not self.routers:
+        if not self.expert_routers:
             raise ValueError(
                 f"no router found in {type(model).__name__}, whose layers hold "
                 f"{', '.join(_feed_forward_classes(model))}; "

@@ -88,11 +88,11 @@ def pikv_attention_forward(
     if attention_mask is not None and layer.dropped:
         attention_mask = trailing_columns(attention_mask, layer.seen)
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
-    layer.observe(query, scale)
+    layer.remember_queries(query, scale)
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scale)
-        if layer.schedule is not None:
+        if layer.scheduler is not None:
             _begin_step(layer)
             _watch_new(layer, query, attention_mask, scale, softcap, None)
         layer.attend_ends()
@@ -131,12 +131,12 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     assert layer.table is not None
     history_mask = None if layer.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
-    masses = [None if part.schedule is None else AttentionMass() for part in layer.parts]
+    masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
     out, lse = _attend_parts(layer, query, history_mask, scale, softcap, masses)
     if layer.pending is not None:
         new = _attend_new(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
         out, lse = merge_pair(out, lse, *new)
-    if layer.schedule is not None:
+    if layer.scheduler is not None:
         _begin_step(layer)
         total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
         for table, known in zip(layer.tables(), masses, strict=True):
@@ -174,7 +174,7 @@ def _attend_parts(
             part, table = layer.parts[index], layer.parts[index].table
             assert table is not None
             # A call with several new tokens has many queries, which together look everywhere.
-            router = part.router if routes else None
+            router = part.page_router if routes else None
             given = table, there[index], hidden[index], scale, softcap, router, layer.seen, masses[index]
             results.append(attend_pages(*given))
         home = [(carried(out, query.device), carried(lse, query.device)) for out, lse in results]
@@ -192,8 +192,8 @@ def _value_dim(layer: PiKVLayer) -> int:
 def _begin_step(layer: PiKVLayer) -> None:
     """Let the parts' schedules count a step."""
     for part in layer.parts:
-        if part.schedule is not None and part.table is not None:
-            part.schedule.begin_step(part.table)
+        if part.scheduler is not None and part.table is not None:
+            part.scheduler.begin_step(part.table)
 
 
 def _by_kv_head(lse: torch.Tensor, table: PageTable) -> torch.Tensor:
@@ -209,12 +209,12 @@ def _watch_new(
     softcap: float | None,
     lse: torch.Tensor | None,
 ) -> None:
-    """Tell the layer's schedule of the queries, and how the call's own tokens are attended to until they are stored."""
-    if layer.schedule is None:
+    """Tell the layer's scheduler of the queries, and how the call's own tokens are attended to."""
+    if layer.scheduler is None:
         return
     for part in layer.parts:
-        if part.schedule is not None:
-            part.schedule.observe(query.to(part.device), scale)
+        if part.scheduler is not None:
+            part.scheduler.remember_queries(query.to(part.device), scale)
     if (new := layer.pending) is not None:
         batch, heads = new.keys.shape[:2]
         bias = None

@@ -29,7 +29,7 @@ def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwa
     following = next(
         (index for index in range(module.layer_idx + 1, len(layers)) if hasattr(layers[index], "router")), -1
     )
-    if following < 0 or following not in modules or layers[following].router is None:
+    if following < 0 or following not in modules or layers[following].page_router is None:
         return
     layer, attention = layers[following], modules[following]
     query = predicted_query(attention, hidden, kwargs.get("position_embeddings"))
@@ -40,8 +40,8 @@ def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwa
 def prefetch(layer: "PiKVLayer", query: torch.Tensor, scale: float) -> None:
     """Begin to fetch the pages that a layer would read for queries `(B, Hq, D)`; never fails for what it cannot get."""
     for part in layer.parts:
-        if part.table is not None and part.router is not None and query.shape[0] == layer.batch:
-            _prefetch(part.table, part.router, query.to(part.device), scale, layer.seen + 1)
+        if part.table is not None and part.page_router is not None and query.shape[0] == layer.batch:
+            _prefetch(part.table, part.page_router, query.to(part.device), scale, layer.seen + 1)
 
 
 def _prefetch(table: "PageTable", router: "PageRouter", query: torch.Tensor, scale: float, seen: int) -> None:

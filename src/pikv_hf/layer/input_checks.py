@@ -4,10 +4,10 @@ import torch
 import transformers
 from packaging.version import Version
 
-Held = tuple[tuple[int, int, int, int], torch.dtype, torch.device]
+KVFormat = tuple[tuple[int, int, int, int], torch.dtype, torch.device]
 
 
-def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: Held | None) -> None:
+def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: KVFormat | None) -> None:
     """Raise unless new K/V are well-formed and fit what a layer holds.
 
     Parameters

@@ -67,13 +67,13 @@ class PiKVLayer(LayerEdits):
         ValueError, RuntimeError
             If the tensors do not fit what is stored; nothing has changed then.
         """
-        check_fits(self.layer_idx, key_states, value_states, self._held())
+        check_fits(self.layer_idx, key_states, value_states, self._kv_format())
         in_place = self._reads_in_place()
         if self.leads and self.layout.exchange is not None and (key_states.shape[2] > 1 or not self.seen):
             self.prompt_mark = prompt_mark(key_states)
         if self.attachment is not None and not self._reference_lost:
             self.attachment.reads(self, prompt=not self.seen)
-        holds = self.holds
+        holds = self.awaits_press
         self.settle()
         if self.table is None:
             self.lazy_initialization(key_states, value_states)
@@ -90,10 +90,10 @@ class PiKVLayer(LayerEdits):
             self._append(key_states, value_states)
         else:
             self.pending = PendingTokens(key_states, value_states)
-            self.holds = holds
+            self.awaits_press = holds
         self.seen += key_states.shape[2]
         self.vetted &= in_place
-        if self.routed and self.attachment is not None:
+        if self.has_expert_router and self.attachment is not None:
             self.attachment.expect(self)
         elif not in_place:
             self._settle_soon()
@@ -134,7 +134,7 @@ class PiKVLayer(LayerEdits):
         elif valid is not None:
             self.vetted = False
 
-    def observe(self, query: torch.Tensor, scale: float) -> None:
+    def remember_queries(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
         if self.lanes > 1:
             # A page of a lane is of any head: no queries are those of all pages.
@@ -142,16 +142,16 @@ class PiKVLayer(LayerEdits):
         batch, _, new, dim = query.shape
         for table in self.tables():
             pages = table.pages
-            if not pages.seals or (new == 1 and pages.queries is not None and self.seen % self.config.page_size):
+            if not pages.packs or (new == 1 and pages.queries is not None and self.seen % self.config.page_size):
                 # Pages fill now and then: looking at every decoded token would only cost time.
                 continue
             recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
             few = recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone()
-            pages.observe(few.to(table.pool.device), scale)
+            pages.remember_queries(few.to(table.pool.device), scale)
 
     def attend_ends(self) -> None:
         """Store the new tokens soon if no router is to be awaited."""
-        if not self.routed:
+        if not self.has_expert_router:
             self._settle_soon()
 
     def _settle_soon(self) -> None:
@@ -163,8 +163,8 @@ class PiKVLayer(LayerEdits):
 
     def settle_unless_held(self) -> None:
         """Store what is pending, unless a router or a press has yet to say where."""
-        awaited = self.routed and self.pending is not None and self.pending.experts is None
-        if self._staged is None and not self.holds and not awaited:
+        awaited = self.has_expert_router and self.pending is not None and self.pending.experts is None
+        if self._staged is None and not self.awaits_press and not awaited:
             self.settle()
 
     def rollback(self, tokens: int) -> None:
@@ -209,7 +209,7 @@ class PiKVLayer(LayerEdits):
         if self.pending is not None:
             self.pending.experts = experts.view(batch, -1)
             self.settle_marks()
-            if self.pending is not None and not self.holds:
+            if self.pending is not None and not self.awaits_press:
                 self._place(self.pending.experts)
         else:
             chosen = self._row_by_lane(experts.view(-1)).to(torch.int16)

@@ -42,7 +42,7 @@ class LayerEdits(LayerTokens):
             keys = self._hand_out("keys")
         if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
             raise TypeError(f"layer {self.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
-        check_fits(self.layer_idx, keys, values, self._held())
+        check_fits(self.layer_idx, keys, values, self._kv_format())
         handed = self._handed
         if {"keys", "values"} <= set(handed) and handed["keys"].is_prefix(keys) and handed["values"].is_prefix(values):
             self.truncate(values.shape[2])
@@ -132,14 +132,14 @@ class LayerEdits(LayerTokens):
 
     # Evicting
 
-    def hold(self) -> None:
+    def begin_press(self) -> None:
         """Wait with the next call's tokens for :meth:`keep`, at the latest until the call after it."""
         self.settle()
-        self.holds = True
+        self.awaits_press = True
 
-    def release(self) -> None:
-        """End :meth:`hold`: the tokens are stored as they would have been."""
-        self.holds = False
+    def end_press(self) -> None:
+        """End :meth:`begin_press`: the tokens are stored as they would have been."""
+        self.awaits_press = False
         if self.pending is not None and self.pending.experts is not None:
             self._place(self.pending.experts)
 
@@ -180,7 +180,7 @@ class LayerEdits(LayerTokens):
         self._drop_pending()
         self._replace_tables(tables)
         self.evicted |= bool((widths == 0).any())
-        self.holds = False
+        self.awaits_press = False
         self._note_evictions()
 
     def _kept_tables(self, widths: torch.Tensor) -> list[PageTable]:
@@ -197,7 +197,7 @@ class LayerEdits(LayerTokens):
             mine = widths
             if own is not None:
                 # What is stored stays in the part that has it; what is new is divided.
-                held = part.table.held(stored).to(self.device).view(self.batch, self.lanes, stored)
+                held = part.table.stored_mask(stored).to(self.device).view(self.batch, self.lanes, stored)
                 mine = widths * torch.cat([held.expand(-1, self.heads, -1), own], dim=2)
             table = part.kept(self.pending, mine, self.config, self._shard_of(), self.shard_map, leaders, split)
             part.fit(table, self.heads // table.pool.keys.shape[0], self.seen)
@@ -252,10 +252,10 @@ class LayerEdits(LayerTokens):
         if self._returns and self.table is not None:
             pages = [table.pages for table in self.tables()]
             # It would hold on to what a budget in bytes has to get rid of.
-            free = all(each.plain.allowance is None for each in pages)
+            free = all(each.plain.growth_limit is None for each in pages)
             forks = [
-                (table.fork(), {name for name, pool in table.pages.sealed.items() if pool.refcount.any()})
-                for table in (self.tables() if pages[0].seals and free else [])
+                (table.fork(), {name for name, pool in table.pages.packed.items() if pool.refcount.any()})
+                for table in (self.tables() if pages[0].packs and free else [])
             ]
             self._checkpoint = (self.seen, forks) if forks else None
         self._returns = False
@@ -359,7 +359,7 @@ def _packed_pages(
     """Return the pages of one part; see :meth:`LayerEdits.packed_pages`."""
     rows, columns, sizes = [], [], []
     size = table.pool.page_size
-    for name, pool in table.pages.sealed.items():
+    for name, pool in table.pages.packed.items():
         for row, sequence in enumerate(table.rows):
             pages = sequence.pages(name)
             positions = pool.positions[pool.index(pages)].long().to(device)

@@ -36,9 +36,9 @@ class LayerPart:
     ----------
     place : Place
         Its number, and its device.
-    schedule : PageScheduler or None
+    scheduler : PageScheduler or None
         Evicts what exceeds this part's share of a budget.
-    router : PageRouter or None
+    page_router : PageRouter or None
         Chooses what decoding steps read of it.
     tiers : LayerTiers or None
         Where its full pages may go.
@@ -49,8 +49,8 @@ class LayerPart:
     """
 
     place: Place
-    schedule: PageScheduler | None = None
-    router: PageRouter | None = None
+    scheduler: PageScheduler | None = None
+    page_router: PageRouter | None = None
     tiers: LayerTiers | None = None
     table: PageTable | None = None
     slots: torch.Tensor | None = None
@@ -77,16 +77,16 @@ class LayerPart:
     ) -> PageTable:
         """Return an empty table for `(B, H, D, Dv)` K/V of a layer whose attention is on `home`."""
         batch, heads, dim, value_dim = shape
-        per_head = self.schedule is not None and self.schedule.policy.per_head
+        per_head = self.scheduler is not None and self.scheduler.policy.per_head
         device = home if self.place.device is None else self.place.device
         pool = PlainPool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
         pages = LayerPools(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
         self._share(writer, shard_map)
         table = PageTable(writer, batch * heads if per_head else batch)
-        if self.schedule is not None:
-            self.schedule.prepare(table)
-        if self.router is not None:
+        if self.scheduler is not None:
+            self.scheduler.prepare(table)
+        if self.page_router is not None:
             pages.know_bounds()
         return table
 
@@ -98,21 +98,21 @@ class LayerPart:
 
     def with_room(self, seen: int, work: Callable[[], _Result]) -> _Result:
         """Do what may need new pages, within the budget, after `seen` positions of the layer."""
-        if self.schedule is None:
+        if self.scheduler is None:
             return work()
         assert self.table is not None
-        return self.schedule.with_room(self.table, seen, work)
+        return self.scheduler.with_room(self.table, seen, work)
 
     def enforce(self, lanes: int, seen: int, headroom: int = 0) -> None:
         """Evict what exceeds a budget in tokens, if pages have changed hands since this was last done."""
-        if self.schedule is not None and self.table is not None and self.table.is_at_page_end:
-            self.schedule.enforce(self.table, lanes, seen, headroom)
+        if self.scheduler is not None and self.table is not None and self.table.is_at_page_end:
+            self.scheduler.enforce(self.table, lanes, seen, headroom)
 
     def make_room(self, seen: int, error: NoRoomError) -> None:
         """Evict what a pool of this part needs to go on; see :meth:`PageScheduler.make_room`."""
-        assert self.schedule is not None
+        assert self.scheduler is not None
         assert self.table is not None
-        self.schedule.make_room(self.table, seen, error)
+        self.scheduler.make_room(self.table, seen, error)
 
     def store(
         self,
@@ -136,8 +136,8 @@ class LayerPart:
 
     def credit(self, masses: torch.Tensor, start: int) -> None:
         """Take how the tokens just stored, from position `start` on, were attended to in their own call, `(R, Q)`."""
-        if self.schedule is not None and self.table is not None:
-            self.schedule.credit(self.table, masses.to(self.device), start)
+        if self.scheduler is not None and self.table is not None:
+            self.scheduler.credit(self.table, masses.to(self.device), start)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
         """Write one decoded token per row, `(R, H', D)` and `(R, H', Dv)`, into the window."""
@@ -157,9 +157,9 @@ class LayerPart:
 
     def fit(self, table: PageTable, lanes: int, seen: int) -> None:
         """Let a table of `seen` columns that is to replace this part's keep to the budget; statistics begin anew."""
-        if self.schedule is not None:
-            self.schedule.prepare(table)
-            self.schedule.enforce(table, lanes, seen)
+        if self.scheduler is not None:
+            self.scheduler.prepare(table)
+            self.scheduler.enforce(table, lanes, seen)
 
     def kept(
         self,
@@ -200,8 +200,8 @@ class LayerPart:
     def select(self, indices: Sequence[int], lanes: int) -> None:
         """Replace the sequences by those at `indices`."""
         assert self.table is not None
-        if self.schedule is not None:
-            self.schedule.select(self.table, indices, lanes)
+        if self.scheduler is not None:
+            self.scheduler.select(self.table, indices, lanes)
         self.table.select([row * lanes + lane for row in indices for lane in range(lanes)])
         self.slots = None
 
@@ -209,7 +209,7 @@ class LayerPart:
         """Give another part this one's tokens; both share all pages until either writes to them."""
         twin.tiers = self.tiers
         twin.table = None if self.table is None else self.table.fork()
-        if self.schedule is not None:
-            twin.schedule = self.schedule.fork()
+        if self.scheduler is not None:
+            twin.scheduler = self.scheduler.fork()
             if twin.table is not None:
-                twin.schedule.prepare(twin.table)
+                twin.scheduler.prepare(twin.table)

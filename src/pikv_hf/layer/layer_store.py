@@ -19,7 +19,7 @@ from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.placement import balanced_placement, expert_placement, hash_placement
 from ..sharding.shard_map import ShardMap
 from ..tiers.tier_limits import LayerTiers, Tiers
-from .input_checks import Held
+from .input_checks import KVFormat
 from .kv_assignment import HandedOut
 from .layer_part import LayerPart
 from .page_migration import level
@@ -58,7 +58,7 @@ class LayerTokens(CacheLayerMixin):
         Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
     leads : bool
         Whether it is the cache's first, in which processes make sure that they have the same tokens.
-    holds : bool
+    awaits_press : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
     """
 
@@ -76,9 +76,11 @@ class LayerTokens(CacheLayerMixin):
         self.config = config
         self.attachment = attachment
         self.layout = Layout() if layout is None else layout
-        self.routed = attachment is not None and config.placement != "hash" and layer_idx in attachment.routers
+        self.has_expert_router = (
+            attachment is not None and config.placement != "hash" and layer_idx in attachment.expert_routers
+        )
         self.leads = False
-        self.parts = [LayerPart(place, router=self._new_router()) for place in self.layout.places]
+        self.parts = [LayerPart(place, page_router=self._new_page_router()) for place in self.layout.places]
         if config.tiers is not None:
             # The cache replaces them by parts of its own, so that its layers share limits and counters.
             tiers = Tiers(config, self.layout.parts)
@@ -86,7 +88,7 @@ class LayerTokens(CacheLayerMixin):
                 part.tiers = tiers.layer(layer_idx, part.place.number)
         self._clear()
 
-    def _new_router(self) -> PageRouter | None:
+    def _new_page_router(self) -> PageRouter | None:
         policy = make_routing(self.config)
         return None if policy is None else PageRouter(policy, self.config.sink_tokens, self.config.recent_window)
 
@@ -98,7 +100,7 @@ class LayerTokens(CacheLayerMixin):
         self._expert_loads: np.ndarray | None = None
         self.pending: PendingTokens | None = None
         self.seen = self.dropped = 0
-        self.holds = False
+        self.awaits_press = False
         self.is_initialized = False
         # Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
         self.vetted = True
@@ -127,22 +129,22 @@ class LayerTokens(CacheLayerMixin):
         self.parts[0].table = table
 
     @property
-    def schedule(self) -> PageScheduler | None:
+    def scheduler(self) -> PageScheduler | None:
         """What evicts the first part's pages."""
-        return self.parts[0].schedule
+        return self.parts[0].scheduler
 
-    @schedule.setter
-    def schedule(self, schedule: PageScheduler | None) -> None:
-        self.parts[0].schedule = schedule
+    @scheduler.setter
+    def scheduler(self, scheduler: PageScheduler | None) -> None:
+        self.parts[0].scheduler = scheduler
 
     @property
-    def router(self) -> PageRouter | None:
+    def page_router(self) -> PageRouter | None:
         """What chooses the pages that steps read of the first part."""
-        return self.parts[0].router
+        return self.parts[0].page_router
 
-    @router.setter
-    def router(self, router: PageRouter | None) -> None:
-        self.parts[0].router = router
+    @page_router.setter
+    def page_router(self, router: PageRouter | None) -> None:
+        self.parts[0].page_router = router
 
     @property
     def tiers(self) -> LayerTiers | None:
@@ -158,8 +160,8 @@ class LayerTokens(CacheLayerMixin):
         return [part.table for part in self.parts if part.table is not None]
 
     def _shard_of(self) -> ShardOf:
-        if self.routed and self.attachment is not None:
-            config, experts = self.config, self.attachment.routers[self.layer_idx].num_experts
+        if self.has_expert_router and self.attachment is not None:
+            config, experts = self.config, self.attachment.expert_routers[self.layer_idx].num_experts
             if config.placement == "balanced":
                 loads = np.ones(experts) if self._expert_loads is None else self._expert_loads
                 return balanced_placement(
@@ -203,7 +205,7 @@ class LayerTokens(CacheLayerMixin):
         """Positions that the model has seen, padding included."""
         return self.seen + self.dropped
 
-    def _held(self) -> Held | None:
+    def _kv_format(self) -> KVFormat | None:
         if self.table is None:
             return None
         pool = self.table.pool
@@ -231,7 +233,7 @@ class LayerTokens(CacheLayerMixin):
                 f"layer {self.layer_idx}: keys {tuple(staged.shape)} were assigned without values; assign both"
             )
         self.settle_marks()
-        self.holds = False
+        self.awaits_press = False
         if self.pending is not None:
             experts = self.pending.experts
             if experts is None:
@@ -312,7 +314,7 @@ class LayerTokens(CacheLayerMixin):
         Groups are those of the first prompt. `positions` are `(Q,)`, `experts` and `valid` `(B, Q)`.
         """
         assert self.table is not None
-        balances = self.config.placement == "balanced" and self.routed and self._expert_loads is None
+        balances = self.config.placement == "balanced" and self.has_expert_router and self._expert_loads is None
         divides = self.shard_map is not None and self.shard_map.is_to_plan(positions.shape[0])
         if not balances and not divides:
             return
@@ -321,7 +323,7 @@ class LayerTokens(CacheLayerMixin):
             every, experts = every[valid], experts[valid]
         every, experts = every.flatten(), experts.flatten()
         if balances and len(experts) and self.attachment is not None:
-            known = self.attachment.routers[self.layer_idx].num_experts
+            known = self.attachment.expert_routers[self.layer_idx].num_experts
             self._expert_loads = np.bincount(experts.clamp_min(0).cpu().numpy(), minlength=known)
             for table in self.tables():
                 table.writer.follow(self._shard_of())
@@ -335,9 +337,9 @@ class LayerTokens(CacheLayerMixin):
         """Return how many of the new tokens to store before pages may have to go."""
         per_token = (new.keys[:, :, :1].numel() + new.values[:, :, :1].numel()) * new.keys.element_size()
         sizes = [
-            part.schedule.piece(self.seen, self.config.page_size, per_token)
+            part.scheduler.piece(self.seen, self.config.page_size, per_token)
             for part in self.parts
-            if part.schedule is not None
+            if part.scheduler is not None
         ]
         return min(max(1, new.tokens), *sizes, 1 << 60)
 
@@ -363,7 +365,7 @@ class LayerTokens(CacheLayerMixin):
             each.enforce(self.lanes, self.seen)
 
     def _note_evictions(self) -> None:
-        self.evicted |= any(part.schedule is not None and part.schedule.pages_evicted > 0 for part in self.parts)
+        self.evicted |= any(part.scheduler is not None and part.scheduler.pages_evicted > 0 for part in self.parts)
 
     def _drop_pending(self) -> None:
         """Forget what was pending, once it is stored."""
@@ -404,14 +406,14 @@ class LayerTokens(CacheLayerMixin):
         past = past.reshape(self.batch, self.heads, stored, past.shape[-1])
         return past if new is None else torch.cat([past, new], dim=2)
 
-    def held(self) -> torch.Tensor:
+    def stored_mask(self) -> torch.Tensor:
         """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
         if self.table is None:
             return torch.zeros((0, 0, 0), dtype=torch.bool)
         new = 0 if self.pending is None else self.pending.tokens
-        stored = self.table.held(self.seen - new)
+        stored = self.table.stored_mask(self.seen - new)
         for table in self.tables()[1:]:
-            stored |= table.held(self.seen - new).to(stored.device)
+            stored |= table.stored_mask(self.seen - new).to(stored.device)
         if self.layout.exchange is not None:
             stored = self.layout.exchange.total(stored)
         stored = stored.view(self.batch, self.lanes, self.seen - new).expand(-1, self.heads, -1)
@@ -432,7 +434,7 @@ class LayerTokens(CacheLayerMixin):
         held = []
         for each in self.parts if part is None else [self.parts[part]]:
             held += [] if each.table is None else each.table.pages.tensors()
-            held += [] if each.schedule is None else each.schedule.tensors()
+            held += [] if each.scheduler is None else each.scheduler.tensors()
         return held if self.pending is None or part else [*held, self.pending.keys, self.pending.values]
 
     def padding(self) -> list[int]:

@@ -30,7 +30,7 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
     budgets of their own, and are left alone. Pages that other caches hold too would take memory twice: they stay.
     """
     tables = [part.table for part in parts]
-    if shard_map.whole or len(parts) < 2 or any(part.schedule is not None and part.schedule.limit for part in parts):
+    if shard_map.whole or len(parts) < 2 or any(part.scheduler is not None and part.scheduler.limit for part in parts):
         return 0
     numbers = [part.place.number for part in parts]
     weights = shard_map.weights[numbers] / shard_map.weights[numbers].sum()
@@ -83,7 +83,7 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[str, PageIds
             continue
         own = np.zeros(pool.capacity, dtype=np.int64)
         for sequence in sequences:
-            own[sequence.full(name)] += 1
+            own[sequence.full_pages(name)] += 1
         pages = np.flatnonzero((own > 0) & (own == pool.refcount) & (pool.count == pool.page_size))
         order = np.argsort(-preferred[pool.shard[pages]], kind="stable")
         found.append((name, pages[order]))
@@ -98,11 +98,11 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
     if isinstance(pool, PackedPool):
         keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
         target, ids = there.pages.adopt(pool, pages, keys, values)
-        book = there.pages.sealed[target]
+        book = there.pages.packed[target]
         book.positions[book.index(ids)] = positions
         book.count[ids] = pool.count[pages]
     else:
-        contents = here.pool.full_pages(pages)
+        contents = here.pool.contents(pages)
         target, ids = (
             "",
             there.pool.adopt(
@@ -115,17 +115,17 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
                 )
             ),
         )
-        there.pool.kept[ids] = here.pool.kept[pages]
+        there.pool.incompressible[ids] = here.pool.incompressible[pages]
     known, known_there = pool.usage, there.pages.pools()[target].usage
     if known is not None and known_there is not None:
         known_there.take(known, index, there.pages.pools()[target].index(ids))
     number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
     for old, new in _pairs(here, there):
-        held = np.array([number[page] for page in old.full(name).tolist() if page in number], dtype=np.int64)
+        held = np.array([number[page] for page in old.full_pages(name).tolist() if page in number], dtype=np.int64)
         if len(held):
             there.add(new, target, held)
     for old, _ in _pairs(here, there):
-        here.drop(old, name, np.intersect1d(old.full(name), pages))
+        here.drop(old, name, np.intersect1d(old.full_pages(name), pages))
     here.compact(name)
 
 

@@ -82,14 +82,14 @@ def kept_table(
     batch, heads, columns = widths.shape
     was_split = table.pool.keys.shape[0] != heads
     # A low-rank basis belongs to a head: pages of one head cannot share it.
-    decoded = ["", "none"] + [name for name in table.pages.sealed if split and "lowrank" in name]
+    decoded = ["", "none"] + [name for name in table.pages.packed if split and "lowrank" in name]
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
     kept = Compaction(widths, leaders, exact, config, split, table.pages.tiers)
     with kept.retired_on_error():
         if not split:
             kept.store.inherit(table.pages)
         kept.add_exact()
-        for name, pool in table.pages.sealed.items():
+        for name, pool in table.pages.packed.items():
             if name not in decoded:
                 kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
     return _table_of(kept, config, shard_of)
@@ -140,7 +140,7 @@ def _exact_tokens(
         if not stored:
             return ExactTokens(pending.keys, pending.values, new_held)
     keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.dense(stored, names))
-    held = table.held(stored, names).view(batch, len(table.rows) // batch, stored).expand(batch, heads, stored)
+    held = table.stored_mask(stored, names).view(batch, len(table.rows) // batch, stored).expand(batch, heads, stored)
     if pending is None or new_held is None:
         return ExactTokens(keys, values, held)
     return ExactTokens(

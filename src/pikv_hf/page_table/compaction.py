@@ -130,7 +130,7 @@ class Compaction:
         try:
             yield
         except BaseException:
-            for pool in self.store.sealed.values():
+            for pool in self.store.packed.values():
                 pool.retire()
             raise
 
@@ -185,7 +185,7 @@ class Compaction:
         """Hand packed pages, `counts` `(n,)` tokens in each, to the lanes `owners` `(n,)` that they belong to."""
         lanes = list(self._sequences)
         for name, (which, ids) in packed.items():
-            self.store.sealed[name].count[ids] = counts[which]
+            self.store.packed[name].count[ids] = counts[which]
             for owner in np.unique(owners[which]):
                 self.store.give(self._sequences[lanes[owner]], name, ids[owners[which] == owner])
 
@@ -214,7 +214,7 @@ class Compaction:
             if (counts[block] < pool.count[numbers[block]]).any():
                 keys, values = reordered(keys, order), reordered(values, order)
             name, ids = self.store.adopt(pool, numbers[block], keys, values)
-            book = self.store.sealed[name]
+            book = self.store.packed[name]
             book.positions[book.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
             self._give({name: (np.arange(len(block)), ids)}, counts[block], owner[block])
 

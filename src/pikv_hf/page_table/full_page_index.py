@@ -58,7 +58,7 @@ class FullPageIndex:
     def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PageAllocator]) -> "FullPageIndex":
         """Index the full pages of rows."""
         device = next(iter(pools.values())).device
-        of_pool = {name: [row.full(name) for row in rows] for name in pools}
+        of_pool = {name: [row.full_pages(name) for row in rows] for name in pools}
         used = {name: pools[name] for name, pages in of_pool.items() if any(map(len, pages))}
         facts = [torch.zeros((6, len(rows), 0), dtype=torch.int64, device=device)]
         facts += [_facts(pool, of_pool[name]) for name, pool in used.items()]

@@ -41,7 +41,7 @@ class LayerPools:
 
     Attributes
     ----------
-    sealed : dict
+    packed : dict
         Pools of packed pages by their name; each is made when the first page comes.
     queries : torch.Tensor or None
         `(H, m, D)`, the last queries that attended, by which errors are judged.
@@ -55,44 +55,44 @@ class LayerPools:
             tiers.check_limit(plain.page_bytes)
         self.plain = plain
         self.tiers = tiers
-        self.sealed: dict[str, PackedPool] = {}
+        self.packed: dict[str, PackedPool] = {}
         self.queries: torch.Tensor | None = None
         self.query_scale = 1.0
         self.config = config
-        self._sealers: tuple[PageEncoder, PageEncoder] | None = None
+        self._encoders: tuple[PageEncoder, PageEncoder] | None = None
         if tiers is not None or config.key_codec != "none" or config.value_codec != "none":
-            self._sealers = (
+            self._encoders = (
                 PageEncoder(config.key_codec, True, config),
                 PageEncoder(config.value_codec, False, config),
             )
 
     @property
-    def seals(self) -> bool:
+    def packs(self) -> bool:
         """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
-        return self._sealers is not None
+        return self._encoders is not None
 
     def pools(self) -> dict[str, PageAllocator]:
         """Return all pools; the plain one is `""`."""
-        return {"": self.plain, **self.sealed}
+        return {"": self.plain, **self.packed}
 
     def bases(self, keys: bool) -> list[torch.Tensor]:
         """Return what the codecs of keys, or of values, keep beside the pages."""
-        if self._sealers is None:
+        if self._encoders is None:
             return []
-        codecs = self._sealers[0 if keys else 1].codecs.values()
+        codecs = self._encoders[0 if keys else 1].codecs.values()
         return [codec.basis for codec in codecs if codec.basis is not None]
 
     def set_bases(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         """Give low-rank codecs their bases `(H, D, rank)` instead of having them fitted."""
         dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
-        for sealer, basis, dim in zip(self._sealers or (), (keys, values), dims, strict=False):
-            codec = sealer.codec(sealer.rungs[0], dim)
+        for encoder, basis, dim in zip(self._encoders or (), (keys, values), dims, strict=False):
+            codec = encoder.codec(encoder.rungs[0], dim)
             if codec.is_lowrank and basis is not None:
                 codec.basis = basis
 
     def inherit(self, other: "LayerPools") -> None:
         """Go on with the bases that another store of these heads has fitted: its pages may move here."""
-        for mine, theirs in zip(self._sealers or (), other._sealers or (), strict=False):
+        for mine, theirs in zip(self._encoders or (), other._encoders or (), strict=False):
             mine.codecs.update({name: codec for name, codec in theirs.codecs.items() if codec.basis is not None})
 
     def tensors(self) -> list[torch.Tensor]:
@@ -105,10 +105,10 @@ class LayerPools:
         """The most bytes that are kept beside pages: queries to judge errors by, and bases of low-rank codecs."""
         heads, _, _, dim = self.plain.keys.shape
         size, most = self.plain.keys.element_size(), 0
-        if self._sealers is not None:
+        if self._encoders is not None:
             most = heads * MAX_OBSERVED * dim * size
-            for sealer, width in zip(self._sealers, (dim, self.plain.values.shape[-1]), strict=True):
-                most += heads * width * min(width, sealer.codec(sealer.rungs[0], width).rank) * size
+            for encoder, width in zip(self._encoders, (dim, self.plain.values.shape[-1]), strict=True):
+                most += heads * width * min(width, encoder.codec(encoder.rungs[0], width).rank) * size
         return most
 
     @property
@@ -125,73 +125,73 @@ class LayerPools:
 
     # References
 
-    def hold(self, sequence: "SequencePages") -> None:
+    def incref(self, sequence: "SequencePages") -> None:
         """Add a reference to every page of a sequence."""
         for name, pool in self.pools().items():
-            pool.hold(sequence.pages(name))
+            pool.incref(sequence.pages(name))
 
-    def release(self, sequence: "SequencePages") -> None:
+    def decref(self, sequence: "SequencePages") -> None:
         """Drop a reference to every page of a sequence."""
         for name, pool in self.pools().items():
-            pool.release(sequence.pages(name))
+            pool.decref(sequence.pages(name))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo every change of counts and references, in all pools, if the block raises."""
-        before = dict(self.sealed)
+        before = dict(self.packed)
         with ExitStack() as stack:
             for pool in self.pools().values():
                 stack.enter_context(pool.transaction())
             try:
                 yield
             except BaseException:
-                made, self.sealed = self.sealed, before
+                made, self.packed = self.packed, before
                 for name in made.keys() - before.keys():
                     made[name].retire()
                 raise
 
     # Packing
 
-    def observe(self, queries: torch.Tensor, scale: float) -> None:
+    def remember_queries(self, queries: torch.Tensor, scale: float) -> None:
         """Remember queries `(H, m, D)` to judge errors by."""
         self.queries, self.query_scale = queries, scale
 
     def is_ready(self, pages: int) -> bool:
         """Return whether so many full pages could be packed now."""
         tokens, dims = pages * self.plain.page_size, (self.plain.keys.shape[-1], self.plain.values.shape[-1])
-        return self._sealers is not None and all(
-            sealer.is_ready(tokens, dim) for sealer, dim in zip(self._sealers, dims, strict=True)
+        return self._encoders is not None and all(
+            encoder.is_ready(tokens, dim) for encoder, dim in zip(self._encoders, dims, strict=True)
         )
 
-    def seal(self, sequences: Sequence["SequencePages"]) -> None:
+    def pack_full(self, sequences: Sequence["SequencePages"]) -> None:
         """Pack the full pages of sequences, once for all of those that share them.
 
         Everything that may fail happens before anything changes.
         """
-        full = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.sealed for s in sequences)]))
-        full = full[~self.plain.kept[full]]
+        full = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.full for s in sequences)]))
+        full = full[~self.plain.incompressible[full]]
         if not len(full) or not self.is_ready(len(full)):
             return
-        packed = self.pack(self.plain.full_pages(full))
-        self.plain.kept[full] = True
+        packed = self.pack(self.plain.contents(full))
+        self.plain.incompressible[full] = True
         for name, (which, ids) in packed.items():
             leaving = full[which]
-            self.plain.kept[leaving] = False
-            pool = self.sealed[name]
+            self.plain.incompressible[leaving] = False
+            pool = self.packed[name]
             if self.plain.usage is not None and pool.usage is not None:
                 pool.usage.take(self.plain.usage, self.plain.index(leaving), pool.index(ids))
             for sequence in sequences:
-                moving = np.isin(sequence.sealed, leaving)
-                old = sequence.sealed[moving]
-                sequence.sealed = sequence.sealed[~moving]
+                moving = np.isin(sequence.full, leaving)
+                old = sequence.full[moving]
+                sequence.full = sequence.full[~moving]
                 # In the order in which the sequence had them.
                 self.give(sequence, name, ids[np.searchsorted(leaving, old)])
-                self.plain.release(old)
+                self.plain.decref(old)
 
     def give(self, sequence: "SequencePages", name: str, ids: PageIds) -> None:
         """Add packed pages to a sequence."""
         sequence.packed = {**sequence.packed, name: np.append(sequence.pages(name), ids)}
-        self.sealed[name].hold(ids)
+        self.packed[name].incref(ids)
 
     def pack(self, pages: PageContents, codec: str | None = None) -> dict[str, tuple[np.ndarray, PageIds]]:
         """Encode full pages.
@@ -210,10 +210,10 @@ class LayerPools:
             Pages that no codec could hold well enough are in none.
         """
         guarded = codec is None
-        sealers = self._sealers if codec is None else (self._sealer(codec, True), self._sealer(codec, False))
-        assert sealers is not None
-        keys = sealers[0].encode(pages.keys, self.queries, self.query_scale, guarded)
-        values = sealers[1].encode(pages.values, None, 1.0, guarded)
+        encoders = self._encoders if codec is None else (self._encoder(codec, True), self._encoder(codec, False))
+        assert encoders is not None
+        keys = encoders[0].encode(pages.keys, self.queries, self.query_scale, guarded)
+        values = encoders[1].encode(pages.values, None, 1.0, guarded)
         every = codec is not None or self.tiers is not None
         pairs = [_Batch(k, v) for k in keys for v in values if every or not k.codec.name == v.codec.name == "none"]
         batches = [batch for batch in pairs if len(batch.which)]
@@ -232,10 +232,10 @@ class LayerPools:
             pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
             packed[pool.name] = batch.which, ids
         for name, (_, ids) in packed.items():
-            self.sealed[name].count[ids] = self.plain.page_size
+            self.packed[name].count[ids] = self.plain.page_size
         return packed
 
-    def _sealer(self, codec: str, keys: bool) -> PageEncoder:
+    def _encoder(self, codec: str, keys: bool) -> PageEncoder:
         return PageEncoder(codec, keys, self.config)
 
     def adopt(self, source: PackedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes) -> tuple[str, PageIds]:
@@ -266,25 +266,25 @@ class LayerPools:
 
     def _pool(self, key_codec: Codec, value_codec: Codec) -> PackedPool:
         name = pool_name(key_codec, value_codec)
-        if name not in self.sealed:
+        if name not in self.packed:
             if self.tiers is None:
-                self.sealed[name] = PackedPool(self.plain, key_codec, value_codec)
+                self.packed[name] = PackedPool(self.plain, key_codec, value_codec)
             else:
-                self.sealed[name] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
-            self._prepare(self.sealed[name])
-        return self.sealed[name]
+                self.packed[name] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
+            self._prepare(self.packed[name])
+        return self.packed[name]
 
     def _prepare(self, pool: PageAllocator) -> None:
-        pool.allowance = self.plain.allowance
+        pool.growth_limit = self.plain.growth_limit
         if self.plain.usage is not None:
             pool.watch(self.plain.usage.now)
         if self.plain.bounds is not None:
             pool.know_bounds()
 
-    def limit(self, allowance: "GrowthLimit") -> None:
-        """Let pools grow only by the bytes that `allowance` returns."""
-        self.plain.allowance = allowance
-        for pool in self.sealed.values():
+    def limit(self, growth_limit: "GrowthLimit") -> None:
+        """Let pools grow only by the bytes that `growth_limit` returns."""
+        self.plain.growth_limit = growth_limit
+        for pool in self.packed.values():
             self._prepare(pool)
 
     def know_bounds(self) -> None:
@@ -299,19 +299,19 @@ class LayerPools:
 
     def forget_pools(self, known: set[str]) -> None:
         """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
-        for name in set(self.sealed) - known:
-            if not self.sealed[name].refcount.any():
-                pool = self.sealed.pop(name)
+        for name in set(self.packed) - known:
+            if not self.packed[name].refcount.any():
+                pool = self.packed.pop(name)
                 pool.retire()
-                for sealer, codec in zip(self._sealers or (), (pool.key_codec, pool.value_codec), strict=False):
-                    if sealer.codecs.get(codec.name) is codec:
-                        del sealer.codecs[codec.name]
+                for encoder, codec in zip(self._encoders or (), (pool.key_codec, pool.value_codec), strict=False):
+                    if encoder.codecs.get(codec.name) is codec:
+                        del encoder.codecs[codec.name]
 
-    def reserve_sealed(self, pages: int) -> None:
+    def reserve_packed(self, pages: int) -> None:
         """Make room for packed pages of a prompt, where it is known which codec will take them."""
-        if self._sealers is not None and all(sealer.name != "auto" for sealer in self._sealers):
+        if self._encoders is not None and all(encoder.name != "auto" for encoder in self._encoders):
             dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
-            codecs = [s.codec(s.rungs[0], dim) for s, dim in zip(self._sealers, dims, strict=True)]
+            codecs = [s.codec(s.rungs[0], dim) for s, dim in zip(self._encoders, dims, strict=True)]
             self._pool(*codecs).reserve(pages)
 
 

@@ -40,7 +40,7 @@ class PageTable:
         self.writer = writer
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
         # Whether packing failed, for want of memory: it is tried again.
-        self._unsealed = False
+        self._packing_due = False
         self._changed()
         # Dropping a fork must give its pages back to the pools it shares.
         weakref.finalize(self, _release_rows, self.pages, self.rows).atexit = False
@@ -93,7 +93,7 @@ class PageTable:
         twin = PageTable(self.writer, len(self.rows))
         copies = {id(sequence): sequence.copy() for sequence in self._sequences()}
         for sequence in copies.values():
-            self.pages.hold(sequence)
+            self.pages.incref(sequence)
         twin.rows[:] = [copies[id(row)] for row in self.rows]
         return twin
 
@@ -103,7 +103,7 @@ class PageTable:
         kept = {id(row) for row in rows}
         for sequence in self._sequences():
             if id(sequence) not in kept:
-                self.pages.release(sequence)
+                self.pages.decref(sequence)
         self.rows[:] = rows
         self._changed()
 
@@ -164,7 +164,7 @@ class PageTable:
             sequence = self.rows[leader]
             if id(sequence) in taken:
                 sequence = sequence.copy()
-                self.pages.hold(sequence)
+                self.pages.incref(sequence)
             taken.add(id(sequence))
             parted[leader] = sequence
         return [parted[leader] for leader in leaders]
@@ -202,11 +202,11 @@ class PageTable:
             rows = [copies[id(row)] for row in parted]
             shards = {row: self.writer.shards(positions[pick], experts[row][pick]) for row, pick in picks.items()}
             self.pool.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in picks))
-            self.pages.reserve_sealed(sum(self.writer.pages_sealed(rows[row], shards[row]) for row in picks))
+            self.pages.reserve_packed(sum(self.writer.pages_filled(rows[row], shards[row]) for row in picks))
             for row, pick in picks.items():
                 tokens = keys[row][:, pick], values[row][:, pick], positions[pick], experts[row][pick]
                 self.writer.store(rows[row], shards[row], *tokens)
-            self.pages.seal(list(copies.values()))
+            self.pages.pack_full(list(copies.values()))
         self.rows[:] = rows
         self._changed()
 
@@ -266,9 +266,9 @@ class PageTable:
             own = sequence.pages(name)
             sequence.packed = {**sequence.packed, name: own[~np.isin(own, pages)]}
         else:
-            sequence.sealed = sequence.sealed[~np.isin(sequence.sealed, pages)]
+            sequence.full = sequence.full[~np.isin(sequence.full, pages)]
             sequence.open = np.where(np.isin(sequence.open, pages), -1, sequence.open)
-        self.pages.pools()[name].release(pages)
+        self.pages.pools()[name].decref(pages)
         self._changed()
 
     def add(self, sequence: SequencePages, name: str, pages: PageIds) -> None:
@@ -276,14 +276,14 @@ class PageTable:
         if name:
             self.pages.give(sequence, name, pages)
         else:
-            sequence.sealed = np.append(sequence.sealed, pages)
-            self.pool.hold(pages)
+            sequence.full = np.append(sequence.full, pages)
+            self.pool.incref(pages)
         self._changed()
 
     @property
     def is_ripe(self) -> bool:
         """Whether :meth:`flush` has anything to do."""
-        return self._unsealed or any(map(self.writer.is_ripe, self._sequences()))
+        return self._packing_due or any(map(self.writer.is_ripe, self._sequences()))
 
     def flush(self) -> bool:
         """Move every page that has left the recent window to the shards, once for all rows that share it.
@@ -292,7 +292,7 @@ class PageTable:
         """
         writer = self.writer
         ripe = [sequence for sequence in self._sequences() if writer.is_ripe(sequence)]
-        moved = bool(ripe) or self._unsealed
+        moved = bool(ripe) or self._packing_due
         while ripe:
             groups: dict[tuple[int, bytes], list[SequencePages]] = defaultdict(list)
             for sequence in ripe:
@@ -308,9 +308,9 @@ class PageTable:
             self._changed()
             ripe = [sequence for sequence in ripe if writer.is_ripe(sequence)]
         if moved:
-            self._unsealed = True
-            self.pages.seal(self._sequences())
-            self._unsealed = False
+            self._packing_due = True
+            self.pages.pack_full(self._sequences())
+            self._packing_due = False
         return moved
 
     def crop(self, length: int) -> None:
@@ -401,7 +401,7 @@ class PageTable:
             part[row].index_copy_(1, positions[held].long(), pool.decoded(ids, keys).index_select(1, held))
         return part
 
-    def held(self, length: int, names: Iterable[str] | None = None) -> torch.Tensor:
+    def stored_mask(self, length: int, names: Iterable[str] | None = None) -> torch.Tensor:
         """Return `(B, length)` bool, at which positions the rows hold a token in these pools, by default in any."""
         held = torch.zeros((len(self.rows), length), dtype=torch.bool, device=self.pool.device)
         for row, pool, ids in self._read(names):
@@ -434,4 +434,4 @@ class PageTable:
 
 def _release_rows(pages: LayerPools, rows: list[SequencePages]) -> None:
     for sequence in {id(row): row for row in rows}.values():
-        pages.release(sequence)
+        pages.decref(sequence)

@@ -25,7 +25,7 @@ def pack_prompt(
         if not writer.pages.is_ready(len(whole)):
             whole, before, after = whole[:0], np.arange(len(chunk)), after[:0]
         _pass(writer, sequence, chunk, before, start, tokens)
-        writer.pages.seal([sequence])
+        writer.pages.pack_full([sequence])
         if len(whole):
             _pack(writer, sequence, chunk[whole[:, 0]], writer.pool.index(start + whole), tokens)
         _pass(writer, sequence, chunk, after, start, tokens)
@@ -89,13 +89,13 @@ def _pack(
 def _keep(pool: PlainPool, sequence: SequencePages, contents: PageContents, which: np.ndarray) -> None:
     """Store full pages as they are."""
     ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards[which]])
-    pool.count[ids], pool.kept[ids] = pool.page_size, True
+    pool.count[ids], pool.incompressible[ids] = pool.page_size, True
     slots = (ids[:, None] * pool.page_size + np.arange(pool.page_size)).reshape(-1)
     index = pool.index(which)
     keys, values = contents.keys.index_select(1, index), contents.values.index_select(1, index)
     positions, experts = contents.positions[index].view(-1), contents.experts[index].view(-1)
     pool.write(pool.index(slots), keys.flatten(1, 2), values.flatten(1, 2), positions, experts)
-    sequence.sealed = np.append(sequence.sealed, ids)
+    sequence.full = np.append(sequence.full, ids)
 
 
 def _picked(tokens: tuple[torch.Tensor, ...], index: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,15 +17,15 @@ class SequencePages:
         Sink pages, then the pages of the recent tokens, in time order; all full but the last.
     open : numpy.ndarray
         `(S,)` int64, the partly filled page of each shard, -1 if it has none.
-    sealed : numpy.ndarray
-        `(n,)` int64, full pages of all shards in order of sealing.
+    full : numpy.ndarray
+        `(n,)` int64, full pages of all shards in the order in which they filled up.
     packed : dict
         By the name of their pool, the numbers `(n,)` of the pages that a codec packed. Never changed in place.
     """
 
     window: list[int]
     open: PageIds
-    sealed: PageIds
+    full: PageIds
     packed: dict[str, PageIds] = dataclasses.field(default_factory=dict)
 
     @classmethod
@@ -37,15 +37,15 @@ class SequencePages:
         """Return the numbers of all pages in a pool, by default those kept as they came."""
         if pool:
             return self.packed.get(pool, np.zeros(0, dtype=np.int64))
-        return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0], self.sealed])
+        return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0], self.full])
 
     def unfilled(self) -> PageIds:
         """Return the pages that are always read: the window's, and those of the shards that are not full."""
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0]])
 
-    def full(self, pool: str = "") -> PageIds:
+    def full_pages(self, pool: str = "") -> PageIds:
         """Return the pages of the shards in a pool that take no more tokens."""
-        return self.pages(pool) if pool else self.sealed
+        return self.pages(pool) if pool else self.full
 
     def renumber(self, pool: str, number: PageIds) -> None:
         """Follow the pages of a pool to other numbers, `number` `(N,)` by old one."""
@@ -55,8 +55,8 @@ class SequencePages:
             return
         self.window = number[np.asarray(self.window, dtype=np.int64)].tolist()
         self.open = np.where(self.open >= 0, number[self.open], -1)
-        self.sealed = number[self.sealed]
+        self.full = number[self.full]
 
     def copy(self) -> "SequencePages":
         """Return an independent object; the caller adds the references."""
-        return SequencePages(list(self.window), self.open.copy(), self.sealed, self.packed)
+        return SequencePages(list(self.window), self.open.copy(), self.full, self.packed)

@@ -100,12 +100,12 @@ class SequenceWriter:
         leaving_shards = self._leaving_shards(sequence, leaving, shards[:first])
         passing = np.append(leaving_shards, shards[first : first + direct])
         needed = self.shard_pages_needed(sequence, 1, passing)
-        if not self.pages.seals:
+        if not self.pages.packs:
             return window + needed
         # Most pages are packed without passing through this pool; nothing hangs on this number being right.
         return window + min(needed, len(np.unique(passing[passing >= 0])))
 
-    def pages_sealed(self, sequence: SequencePages, shards: np.ndarray) -> int:
+    def pages_filled(self, sequence: SequencePages, shards: np.ndarray) -> int:
         """Return how many pages :meth:`store` fills with tokens of these shards."""
         first, direct, leaving = self._divide(sequence, len(shards))
         passing = np.append(self._leaving_shards(sequence, leaving, shards[:first]), shards[first : first + direct])
@@ -161,8 +161,8 @@ class SequenceWriter:
             self.note(passing)
             tokens = self._without_others(tokens, passing)
             passing = passing[passing >= 0]
-        if self.pages.seals and direct:
-            self.pages.seal([sequence])
+        if self.pages.packs and direct:
+            self.pages.pack_full([sequence])
             tokens = pack_prompt(self, sequence, passing, tokens)
             passing = passing[:0]
         if len(passing) or staying:
@@ -220,7 +220,7 @@ class SequenceWriter:
             self.pool.move(self.pool.index(page * self.pool.page_size + mine), self.pool.index(slots))
         for sequence in group:
             del sequence.window[self.sink_pages]
-        self.pool.release(np.full(len(group), page))
+        self.pool.decref(np.full(len(group), page))
 
     def shard_pages_needed(self, sequence: SequencePages, holders: int, shards: np.ndarray) -> int:
         """Return how many pages tokens of these shards take, copies of open pages that others hold included."""
@@ -235,18 +235,18 @@ class SequenceWriter:
     def shard_slots(self, group: list[SequencePages], shards: np.ndarray) -> PageIds:
         """Take a slot for each token in the open page of its shard, the same for all sequences of `group`."""
         slots = np.empty(len(shards), dtype=np.int64)
-        open_pages, sealed = group[0].open.copy(), []
+        open_pages, filled = group[0].open.copy(), []
         for shard in np.unique(shards):
             tokens = np.flatnonzero(shards == shard)
             pages = self._shard_room(int(open_pages[shard]), int(shard), len(tokens), len(group))
             slots[tokens] = self._fill(pages, len(tokens))
             is_full = self.pool.count[pages[-1]] == self.pool.page_size
-            sealed += pages if is_full else pages[:-1]
+            filled += pages if is_full else pages[:-1]
             open_pages[shard] = -1 if is_full else pages[-1]
         for sequence in group:
             sequence.open = open_pages.copy()
-            if sealed:
-                sequence.sealed = np.append(sequence.sealed, np.asarray(sealed, dtype=np.int64))
+            if filled:
+                sequence.full = np.append(sequence.full, np.asarray(filled, dtype=np.int64))
         return slots
 
     def _shard_room(self, open_page: int, shard: int, tokens: int, holders: int) -> list[int]:
@@ -282,19 +282,19 @@ class SequenceWriter:
         kept = self._cut(sequence, length, "")
         # Pages of a shard follow one another in time, so at most one page per shard is left partly filled.
         open_pages = np.full(self.num_shards, -1, dtype=np.int64)
-        sealed = []
-        for page in [*sequence.sealed.tolist(), *sequence.open[sequence.open >= 0].tolist()]:
+        filled = []
+        for page in [*sequence.full.tolist(), *sequence.open[sequence.open >= 0].tolist()]:
             if page in kept and self.pool.count[kept[page]] == self.pool.page_size:
-                sealed.append(kept[page])
+                filled.append(kept[page])
             elif page in kept and open_pages[self.pool.shard[page]] < 0:
                 open_pages[self.pool.shard[page]] = kept[page]
             elif page in kept:
                 # Of two parts one has given its pages of a shard to the other: it stays as it is, and is not packed.
-                self.pool.kept[kept[page]] = True
-                sealed.append(kept[page])
+                self.pool.incompressible[kept[page]] = True
+                filled.append(kept[page])
         window = [kept[page] for page in sequence.window if page in kept]
         packed = {name: ids.astype(np.int64) for name, ids in packed.items() if len(ids)}
-        return SequencePages(window, open_pages, np.asarray(sealed, dtype=np.int64), packed)
+        return SequencePages(window, open_pages, np.asarray(filled, dtype=np.int64), packed)
 
     def wipe_cut(self, sequence: SequencePages, length: int) -> None:
         """Forget the tokens of a sequence that :meth:`cropped` no longer counts."""
@@ -312,7 +312,7 @@ class SequenceWriter:
             if 0 < count < book.count[page]:
                 kept[page] = book.own(page, holders=1)
                 book.count[kept[page]] = count
-        book.release(ids[keep == 0])
+        book.decref(ids[keep == 0])
         return kept
 
 

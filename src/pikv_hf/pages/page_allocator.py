@@ -45,7 +45,7 @@ class PageAllocator(PageStorage):
     ----------
     allocations : int
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
-    allowance : GrowthLimit, optional
+    growth_limit : GrowthLimit, optional
         Returns the bytes by which the pool may grow; without one there is no limit.
     """
 
@@ -53,7 +53,7 @@ class PageAllocator(PageStorage):
         super().__init__(page_size, device, keeps_experts)
         self.growth = growth
         self.allocations = 0
-        self.allowance: GrowthLimit | None = None
+        self.growth_limit: GrowthLimit | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
 
@@ -78,15 +78,15 @@ class PageAllocator(PageStorage):
         Raises
         ------
         NoRoomError
-            If the pool would have to grow beyond what `allowance` says.
+            If the pool would have to grow beyond what `growth_limit` says.
         """
         missing = pages - self.free_pages
         if missing > 0:
             # The first reservation is exact (a prompt whose size is known); later ones leave room for what follows.
             slack = max(MIN_GROWTH, int(self.capacity * self.growth)) if self.capacity else 0
             extra = max(missing, slack)
-            if self.allowance is not None:
-                most = max(0, self.allowance() // self.full_page_bytes)
+            if self.growth_limit is not None:
+                most = max(0, self.growth_limit() // self.full_page_bytes)
                 if missing > most:
                     raise NoRoomError(self, missing - most)
                 extra = min(extra, most)
@@ -132,11 +132,11 @@ class PageAllocator(PageStorage):
         self.allocations += 1
         return ids
 
-    def hold(self, ids: PageIds) -> None:
+    def incref(self, ids: PageIds) -> None:
         """Add a reference to each page (a page number may repeat)."""
         np.add.at(self.refcount, ids, 1)
 
-    def release(self, ids: PageIds) -> None:
+    def decref(self, ids: PageIds) -> None:
         """Drop a reference to each page; pages without one are free and hold no tokens."""
         np.subtract.at(self.refcount, ids, 1)
         assert (self.refcount[ids] >= 0).all(), "a page was released more often than held"

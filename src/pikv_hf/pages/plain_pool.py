@@ -60,7 +60,7 @@ class PlainPool(PageAllocator):
     keys, values : torch.Tensor
         `(H, N, P, D)` and `(H, N, P, Dv)`. Heads come first, so that neighbouring pages are one contiguous block per
         head and attention reads them without a copy.
-    kept : numpy.ndarray
+    incompressible : numpy.ndarray
         `(N,)` bool, the full pages that were to be packed and that no codec could hold well enough.
     """
 
@@ -70,7 +70,7 @@ class PlainPool(PageAllocator):
         super().__init__(page_size, device, GROWTH)
         self.keys = torch.zeros((num_heads, 0, page_size, key_dim), dtype=dtype, device=device)
         self.values = torch.zeros((num_heads, 0, page_size, value_dim), dtype=dtype, device=device)
-        self.kept = np.zeros(0, dtype=np.bool_)
+        self.incompressible = np.zeros(0, dtype=np.bool_)
 
     def token_tensors(self) -> list[torch.Tensor]:
         """Return keys and values."""
@@ -81,10 +81,10 @@ class PlainPool(PageAllocator):
 
     def _grow(self, extra: int) -> None:
         super()._grow(extra)
-        self.kept = np.append(self.kept, np.zeros(extra, dtype=np.bool_))
+        self.incompressible = np.append(self.incompressible, np.zeros(extra, dtype=np.bool_))
 
     def _notes(self) -> list[str]:
-        return [*super()._notes(), "kept"]
+        return [*super()._notes(), "incompressible"]
 
     def _new_bounds(self) -> KeyBounds:
         return KeyBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
@@ -92,13 +92,13 @@ class PlainPool(PageAllocator):
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
         """Take free pages; see :meth:`PageAllocator.allocate`."""
         ids = super().allocate(pages, after, shard)
-        self.kept[ids] = False
+        self.incompressible[ids] = False
         return ids
 
     @property
     def host_bytes(self) -> int:
         """Bytes of the bookkeeping kept outside of tensors."""
-        return super().host_bytes + self.kept.nbytes
+        return super().host_bytes + self.incompressible.nbytes
 
     def write(
         self,
@@ -152,7 +152,7 @@ class PlainPool(PageAllocator):
         """`(H, N * P, Dv)` view of the values, one row per slot."""
         return self.values.view(self.values.shape[0], -1, self.values.shape[-1])
 
-    def full_pages(self, ids: PageIds) -> PageContents:
+    def contents(self, ids: PageIds) -> PageContents:
         """Return copies of full pages."""
         index = self.index(ids)
         keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)

@@ -15,7 +15,7 @@ from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec
 from pikv_hf.common.budget import Budget
 from pikv_hf.config import PiKVConfig
 from pikv_hf.page_table.layer_pools import MAX_OBSERVED
-from pikv_hf.pages.packed_pool import GROWTH as SEALED_GROWTH
+from pikv_hf.pages.packed_pool import GROWTH as PACKED_GROWTH
 from pikv_hf.pages.plain_pool import GROWTH as PLAIN_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
 from pikv_hf.scheduling.page_scheduler import GROWTH as BUDGET_GROWTH
@@ -25,7 +25,7 @@ from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_load
 
 # Bytes that the host keeps of a page: count, references, shard, whether it was used; whether it stays as it is, or its
 # errors; and its number in the table of the sequence that holds it.
-_PLAIN_NOTES, _SEALED_NOTES, _TABLE_ENTRY = 10, 29, 8
+_PLAIN_NOTES, _PACKED_NOTES, _TABLE_ENTRY = 10, 29, 8
 # Statistics of use: two shares and four steps of 4 bytes.
 _USAGE = 24
 # Queries that errors are judged by are those of so many newest positions.
@@ -150,7 +150,7 @@ def layer_bytes(
     first = page_counts(tokens - generated, options, shares, layer.experts, share)
     packs = _packs(options, layer, now)
     plain_page = options.page_size * layer.width * element
-    sealed_page = packed_page_bytes(layer, options, dtype) if packs else plain_page
+    packed_page = packed_page_bytes(layer, options, dtype) if packs else plain_page
     held = now.window + now.open + (0 if packs else now.full)
     # A prompt's pages are packed before they are stored: the plain pool has room for one per shard.
     most = shards_of_part(options.num_shards, share) if packs else math.inf
@@ -160,13 +160,13 @@ def layer_bytes(
     plain = batch * begun
     if generated:
         plain = plain_pages(plain, batch * held, batch, flushes, now, options, slow, bool(layer.experts))
-    sealed = grown(batch * first.full, batch * now.full, SEALED_GROWTH) if packs else 0.0
+    packed = grown(batch * first.full, batch * now.full, PACKED_GROWTH) if packs else 0.0
     return CacheBytes(
         window=batch * now.window * plain_page,
-        shards=batch * (now.open * plain_page + now.full * sealed_page),
-        free=max(0.0, plain - batch * held) * plain_page + max(0.0, sealed - batch * now.full * packs) * sealed_page,
+        shards=batch * (now.open * plain_page + now.full * packed_page),
+        free=max(0.0, plain - batch * held) * plain_page + max(0.0, packed - batch * now.full * packs) * packed_page,
         metadata=_metadata(
-            layer, batch, options, element, plain, sealed, batch * (now.window + now.open + now.full), generated
+            layer, batch, options, element, plain, packed, batch * (now.window + now.open + now.full), generated
         ),
     )
 
@@ -273,16 +273,16 @@ def _metadata(
     options: PiKVConfig,
     element: int,
     plain: float,
-    sealed: float,
+    packed: float,
     held: float,
     generated: int,
 ) -> float:
     size = options.page_size
-    total = plain * (6 * size + _PLAIN_NOTES) + sealed * (4 * size + _SEALED_NOTES) + held * _TABLE_ENTRY
+    total = plain * (6 * size + _PLAIN_NOTES) + packed * (4 * size + _PACKED_NOTES) + held * _TABLE_ENTRY
     if options.budget is not None:
-        total += (plain + sealed) * _USAGE
+        total += (plain + packed) * _USAGE
     if uses_bounds(options):
-        total += (sealed or plain) * (2 * layer.key_dim * layer.kv_heads * element + 1)
+        total += (packed or plain) * (2 * layer.key_dim * layer.kv_heads * element + 1)
     if is_packed(options):
         # Those of the prompt's end, later those of the steps that filled a page.
         seen = 1 if generated > size else _OBSERVED_POSITIONS

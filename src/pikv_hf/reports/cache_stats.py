@@ -39,14 +39,14 @@ class CacheStats:
     def of(cls, layers: list[LayerTokens], tiers: Any) -> "CacheStats":
         """Add up what the layers counted."""
         parts = [part for layer in layers for part in layer.parts]
-        counts = [part.router.counts for part in parts if part.router is not None]
-        schedules = [part.schedule for part in parts if part.schedule is not None]
+        counts = [part.page_router.counts for part in parts if part.page_router is not None]
+        schedules = [part.scheduler for part in parts if part.scheduler is not None]
         return cls(
             routed_steps=sum(count.steps for count in counts),
             pages_held=sum(count.held for count in counts),
             pages_read=sum(int(count.read) for count in counts),
-            pages_evicted=sum(schedule.pages_evicted for schedule in schedules),
-            tokens_evicted=sum(schedule.tokens_evicted for schedule in schedules),
+            pages_evicted=sum(scheduler.pages_evicted for scheduler in schedules),
+            tokens_evicted=sum(scheduler.tokens_evicted for scheduler in schedules),
             tiers=None if tiers is None else tiers.to_dict(),
         )
 

@@ -23,9 +23,9 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     pages, plain = table.pages, table.pool
     pools = pages.pools()
     held = {name: table.distinct_pages(name) for name in pools}
-    keys = live_bytes([plain.keys, *(t for p in pages.sealed.values() for t in p.keys.tensors()), *pages.bases(True)])
+    keys = live_bytes([plain.keys, *(t for p in pages.packed.values() for t in p.keys.tensors()), *pages.bases(True)])
     values = live_bytes(
-        [plain.values, *(t for p in pages.sealed.values() for t in p.values.tensors()), *pages.bases(False)]
+        [plain.values, *(t for p in pages.packed.values() for t in p.values.tensors()), *pages.bases(False)]
     )
     storages = layer.storages(number)
     total = live_bytes(storages) + pages.host_bytes + table.host_bytes
@@ -55,7 +55,7 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
         shard_tokens=tuple(shard_tokens.tolist()),
         tokens_seen=layer.seen,
         tokens_stored=stored,
-        codecs=(_plain_codec(table, held[""]), *(_codec(pool, held[name]) for name, pool in pages.sealed.items())),
+        codecs=(_plain_codec(table, held[""]), *(_codec(pool, held[name]) for name, pool in pages.packed.items())),
     )
 
 

@@ -104,7 +104,7 @@ class EvictionCandidates:
 
 def _pages(place: PagesOfSequence, is_open: bool) -> PageIds:
     if not is_open:
-        return place.sequence.full(place.pool)
+        return place.sequence.full_pages(place.pool)
     return place.sequence.open[place.sequence.open >= 0] if not place.pool else np.zeros(0, dtype=np.int64)
 
 

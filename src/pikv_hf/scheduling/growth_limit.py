@@ -33,7 +33,7 @@ class GrowthLimit:
         # Rows of the table of each layer that has pages here.
         self._users: weakref.WeakKeyDictionary[PageScheduler, int] = weakref.WeakKeyDictionary()
 
-    def admit(self, schedule: "PageScheduler", rows: int) -> None:
+    def admit(self, scheduler: "PageScheduler", rows: int) -> None:
         """Count the budget of a layer with so many rows.
 
         Raises
@@ -41,15 +41,15 @@ class GrowthLimit:
         BudgetError
             If it is less than what is never evicted of these rows, naming both; nothing has changed then.
         """
-        if self._users.get(schedule) == rows:
+        if self._users.get(scheduler) == rows:
             return
-        most, least = self._budget(rows), self._least(schedule, rows)
+        most, least = self._budget(rows), self._least(scheduler, rows)
         if most < least:
             raise BudgetError(
                 f"a budget of {self._limit.total_bytes} bytes per layer leaves {most} for pages, but sinks, window and "
                 f"what else cannot go of {rows} rows may take {least}"
             )
-        self._users[schedule] = rows
+        self._users[scheduler] = rows
 
     def _store(self) -> "LayerPools":
         pages = self._pages()
@@ -62,16 +62,16 @@ class GrowthLimit:
         plain = self._store().plain
         return self._limit.total_bytes - int(self._limit.sliding_tokens * rows * plain.page_bytes / plain.page_size)
 
-    def _least(self, schedule: "PageScheduler", rows: int) -> int:
+    def _least(self, scheduler: "PageScheduler", rows: int) -> int:
         """Return what may be needed while nothing can go: a page that leaves the window may begin one per shard."""
         pages = self._store()
         size = pages.plain.page_size
         needed = -(-self._limit.least // size) + 2 + min(size, self._limit.shards)
-        beside = pages.most_beside + schedule.most_beside(pages.plain, rows)
+        beside = pages.most_beside + scheduler.most_beside(pages.plain, rows)
         return rows * needed * pages.plain.full_page_bytes + beside
 
     def __call__(self) -> int:
         """Return the bytes; less than 0 if what there is exceeds the budget."""
         users = dict(self._users)
-        queries = sum(live_bytes(schedule.tensors()) for schedule in users)
+        queries = sum(live_bytes(scheduler.tensors()) for scheduler in users)
         return sum(map(self._budget, users.values())) - self._store().nbytes - queries

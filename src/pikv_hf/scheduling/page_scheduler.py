@@ -81,7 +81,7 @@ class PageScheduler:
         return queries * dim * pool.keys.element_size()
 
     def fork(self) -> "PageScheduler":
-        """Return an independent schedule that has seen the same."""
+        """Return an independent scheduler that has seen the same."""
         twin = copy.copy(self)
         twin.policy = copy.deepcopy(self.policy)
         return twin
@@ -113,7 +113,7 @@ class PageScheduler:
                 pool.priority = _TierPriority(self, pool)
         if table.pages.tiers is not None:
             counted = table.pages.tiers.counters
-            self.policy.observe(counted.hits - self._read[0], counted.misses - self._read[1])
+            self.policy.count_reads(counted.hits - self._read[0], counted.misses - self._read[1])
             self._read = counted.hits, counted.misses
 
     def prepare(self, table: PageTable) -> None:
@@ -130,12 +130,12 @@ class PageScheduler:
     def _admit(self, table: PageTable, rows: int) -> None:
         pages = table.pages
         if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
-            if pages.plain.allowance is None:
+            if pages.plain.growth_limit is None:
                 pages.limit(GrowthLimit(pages, self.limit))
-            assert pages.plain.allowance is not None
-            pages.plain.allowance.admit(self, rows)
+            assert pages.plain.growth_limit is not None
+            pages.plain.growth_limit.admit(self, rows)
 
-    def observe(self, query: torch.Tensor, scale: float) -> None:
+    def remember_queries(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds."""
         if self.policy.reads_bounds:
             newest = query[:, :, -RECENT_QUERIES:].detach() * scale
@@ -233,8 +233,8 @@ class PageScheduler:
 
     def _shrink(self, table: PageTable, seen: int) -> bool:
         """Evict until the pools are within a budget in bytes: a table that replaces another was not made within it."""
-        allowance, shrunk = table.pages.plain.allowance, False
-        while allowance is not None and (over := -allowance()) > 0:
+        growth_limit, shrunk = table.pages.plain.growth_limit, False
+        while growth_limit is not None and (over := -growth_limit()) > 0:
             if not self._free_bytes(table, list(table.pages.pools()), over, seen):
                 raise BudgetError(f"{over} bytes too many are stored, and none of them may be evicted")
             shrunk = True
@@ -297,14 +297,14 @@ class PageScheduler:
             if self.limit.per_shard:
                 most = limit if limit is not None else self._shard_tokens(table, lanes)
                 for shard in range(table.num_shards):
-                    excess = _held(table, rows, shard) - most * len(rows)
+                    excess = _token_count(table, rows, shard) - most * len(rows)
                     evicted |= self._evict_tokens(table, rows, excess, seen, shard)
             else:
                 assert limit is not None
                 # The window is in every part, and counts once; of what is left each has its share.
                 window = sum(int(table.pool.count[row.window].sum()) for row in rows)
                 allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
-                excess = _held(table, rows) - window - allowed
+                excess = _token_count(table, rows) - window - allowed
                 evicted |= self._evict_tokens(table, rows, excess, seen)
         return evicted
 
@@ -374,7 +374,7 @@ class PageScheduler:
         self.tokens_evicted += int(facts.view.tokens[which].sum())
 
 
-def make_schedule(
+def make_scheduler(
     config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1, share: float = 1.0
 ) -> PageScheduler | None:
     """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
@@ -396,16 +396,16 @@ def make_schedule(
 class _TierPriority:
     """Tells a pool of tiers which of its pages leave fast memory first."""
 
-    def __init__(self, schedule: PageScheduler, pool: TieredPool) -> None:
+    def __init__(self, scheduler: PageScheduler, pool: TieredPool) -> None:
         # Neither keeps the other alive: files are removed with the pool.
-        self._schedule, self._pool = weakref.ref(schedule), weakref.ref(pool)
+        self._scheduler, self._pool = weakref.ref(scheduler), weakref.ref(pool)
 
     def __call__(self, pages: PageIds) -> np.ndarray:
-        schedule, pool = self._schedule(), self._pool()
+        scheduler, pool = self._scheduler(), self._pool()
         assert pool is not None
-        if schedule is None or pool.usage is None:
+        if scheduler is None or pool.usage is None:
             return pool.fetched[pages]
-        return schedule.policy.priority(view_of(pool, pages, schedule.now))
+        return scheduler.policy.priority(view_of(pool, pages, scheduler.now))
 
 
 def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
@@ -418,7 +418,7 @@ def _holders(table: PageTable, name: str) -> np.ndarray:
     return np.bincount(np.concatenate(pages), minlength=table.pages.pools()[name].capacity)
 
 
-def _held(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:
+def _token_count(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:
     """Return the tokens that rows hold, those that they share counted for each, in one shard or everywhere."""
     total = 0
     for name, pool in table.pages.pools().items():

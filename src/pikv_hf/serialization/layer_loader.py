@@ -135,9 +135,12 @@ class SavedPaged:
     def check_fits(self, layer: PiKVLayer) -> None:
         """Raise unless the model's layer is of this kind, and in as many parts."""
         require(isinstance(layer, PiKVLayer), "it was saved as a paged layer, and is a sliding one here")
-        require(layer.routed == self.routed, f"a router was known: {self.routed} there, {layer.routed} here")
+        require(
+            layer.has_expert_router == self.routed,
+            f"a router was known: {self.routed} there, {layer.has_expert_router} here",
+        )
         if self._expert_loads is not None:
-            router = None if layer.attachment is None else layer.attachment.routers.get(layer.layer_idx)
+            router = None if layer.attachment is None else layer.attachment.expert_routers.get(layer.layer_idx)
             experts, loads = 0 if router is None else router.num_experts, len(self._expert_loads)
             require(experts == loads, f"it has loads of {loads} experts, the router chooses among {experts}")
         parts, numbers = layer.layout.parts, [part.place.number for part in layer.parts]

@@ -48,7 +48,7 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
         "state": {name: getattr(layer, name) for name in STATE},
         "padding": None if layer._padding is None else layer._padding.tolist(),
         "config": layer.config.to_dict(),
-        "routed": layer.routed,
+        "routed": layer.has_expert_router,
         **parts[0],
     }
     if layer._expert_loads is not None:
@@ -87,7 +87,7 @@ def _require_settled(layer: PiKVLayer) -> None:
     if layer._staged is not None:
         raise ValueError(f"{where}: keys were assigned without values; assign both before saving")
     if layer.pending is not None:
-        awaited = "a press" if layer.holds else "the layer's router"
+        awaited = "a press" if layer.awaits_press else "the layer's router"
         raise ValueError(
             f"{where}: {layer.pending.tokens} of {layer.seen} tokens wait for {awaited}; save the cache after the "
             "forward pass, and outside of the press's block"

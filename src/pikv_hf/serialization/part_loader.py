@@ -129,15 +129,15 @@ class SavedPart:
 
     def _restore_schedule(self, part: LayerPart, device: torch.device) -> None:
         """Let the part's schedule, if its options ask for one now, know what the saved one knew."""
-        if part.schedule is None or self._schedule is None:
+        if part.scheduler is None or self._schedule is None:
             return
         for name in SCHEDULE:
-            setattr(part.schedule, name, self._schedule["state"][name])
+            setattr(part.scheduler, name, self._schedule["state"][name])
         kind, options = self._schedule["policy"]
-        if type(part.schedule.policy).__name__ == kind:
-            part.schedule.policy = dataclasses.replace(part.schedule.policy, **options)  # type: ignore[type-var]
-        if self._schedule["queries"] and part.schedule.policy.reads_bounds:
-            part.schedule.queries = self._file[f"{self._prefix}.schedule.queries"].to(device, copy=True)
+        if type(part.scheduler.policy).__name__ == kind:
+            part.scheduler.policy = dataclasses.replace(part.scheduler.policy, **options)  # type: ignore[type-var]
+        if self._schedule["queries"] and part.scheduler.policy.reads_bounds:
+            part.scheduler.queries = self._file[f"{self._prefix}.schedule.queries"].to(device, copy=True)
 
 
 class SavedShards:

@@ -167,8 +167,8 @@ class SavedTable:
             window, is_open = np.array(each.window[:-1], dtype=np.int64), each.open >= 0
             partial = count[each.open[is_open]]
             # Cut by a crop where parts have given pages to each other; see :meth:`SequenceWriter.cropped`.
-            may_be_cut = kept[each.sealed] & (count[each.sealed] > 0) & (not self._is_alone)
-            is_full = np.append(count[window] == size, (count[each.sealed] == size) | may_be_cut)
+            may_be_cut = kept[each.full] & (count[each.full] > 0) & (not self._is_alone)
+            is_full = np.append(count[window] == size, (count[each.full] == size) | may_be_cut)
             require(bool(is_full.all()), "a page that should be full is not")
             require(bool(((partial > 0) & (partial < size)).all()), "an open page is empty or full")
             shards = shard[each.open[is_open]]
@@ -183,19 +183,19 @@ class SavedTable:
         for book, prefix, pool in books:
             fill_pool(book, prefix, pool, self._file)
         if self._table["queries"]:
-            store.observe(self._tensor("queries").to(device, copy=True), self._table["query_scale"])
+            store.remember_queries(self._tensor("queries").to(device, copy=True), self._table["query_scale"])
         sequences = self._sequences({pool["name"]: self._tensor("numbers", pool["name"]).numpy() for pool in pools})
         for sequence in sequences:
-            store.hold(sequence)
+            store.incref(sequence)
         sinks = self._table["sink_pages"] * store.plain.page_size
         shards, window = self._table["num_shards"], self._table["recent_window"]
         writer = SequenceWriter(store, shards, window, sinks, layer._shard_of())
         part._share(writer, layer.shard_map)
         table = PageTable.of(writer, [sequences[number] for number in self.rows.tolist()])
-        if part.router is not None:
+        if part.page_router is not None:
             store.know_bounds()
-        if part.schedule is not None:
-            part.schedule.prepare(table)
+        if part.scheduler is not None:
+            part.scheduler.prepare(table)
         for book, prefix, pool in books:
             restore_companions(book, prefix, pool, self._file)
         return table
@@ -206,8 +206,8 @@ class SavedTable:
         plain = PlainPool(self._table["page_heads"], keys, values, size, self.dtype, device)
         store = LayerPools(plain, self.config, tiers)
         codecs = [self._codec(number, codec, device) for number, codec in enumerate(self._table["codecs"])]
-        for sealer, known in zip(store._sealers or (), self._table["sealers"], strict=False):
-            sealer.codecs.update({name: codecs[number] for name, number in known.items()})
+        for encoder, known in zip(store._encoders or (), self._table["sealers"], strict=False):
+            encoder.codecs.update({name: codecs[number] for name, number in known.items()})
         for pool in self._table["pools"]:
             if pool["name"]:
                 made = store._pool(*(codecs[number] for number in pool["codecs"]))
@@ -244,7 +244,7 @@ def _renumbered(sequence: SequencePages, numbers: dict[str, np.ndarray]) -> Sequ
     plain = numbers[""]
     opened = np.array([plain[page] if page >= 0 else -1 for page in sequence.open], dtype=np.int64)
     packed = {name: numbers[name][pages] for name, pages in sequence.packed.items()}
-    return SequencePages([int(plain[page]) for page in sequence.window], opened, plain[sequence.sealed], packed)
+    return SequencePages([int(plain[page]) for page in sequence.window], opened, plain[sequence.full], packed)
 
 
 def are_distinct(positions: Sequence[np.ndarray]) -> bool:

@@ -25,14 +25,14 @@ SCHEDULE = ("now", "pages_evicted", "tokens_evicted")
 def describe_part(prefix: str, layer: PiKVLayer, part: LayerPart) -> tuple[dict[str, Any], list[Group]]:
     """Return what is written of a part, with names of tensors that begin with `prefix`."""
     description: dict[str, Any] = {
-        "schedule": None if part.schedule is None else _describe_schedule(part.schedule),
+        "schedule": None if part.scheduler is None else _describe_schedule(part.scheduler),
         "table": None,
     }
     groups: list[Group] = []
     if part.table is not None:
         description["table"], groups = _describe_table(prefix, layer, part.table)
-    if part.schedule is not None and part.schedule.queries is not None:
-        groups.append(Group.of({f"{prefix}.schedule.queries": part.schedule.queries}))
+    if part.scheduler is not None and part.scheduler.queries is not None:
+        groups.append(Group.of({f"{prefix}.schedule.queries": part.scheduler.queries}))
     return description, groups
 
 
@@ -93,7 +93,7 @@ def _sequences(table: PageTable, used: dict[str, PageIds]) -> dict[str, torch.Te
     ids, lengths = [np.zeros(0, dtype=np.int64)], []
     for sequence in sequences:
         window = np.asarray(sequence.window, dtype=np.int64)
-        parts = [renumbered[""][window], renumbered[""][sequence.sealed]]
+        parts = [renumbered[""][window], renumbered[""][sequence.full]]
         parts += [renumbered[name][sequence.pages(name)] for name in used if name]
         ids += parts
         lengths.append([len(part) for part in parts])
@@ -117,9 +117,9 @@ def _renumbering(used: PageIds) -> PageIds:
 
 def _describe_codecs(prefix: str, store: LayerPools, names: list[str]) -> tuple[dict[str, Any], list[Group]]:
     """Describe the codecs, by number: pools and those that will pack the next pages share them."""
-    sealers = [dict(sealer.codecs) for sealer in store._sealers or ()]
-    pools = {name: store.sealed[name] for name in names if name}
-    every = [codec for codecs in sealers for codec in codecs.values()]
+    encoders = [dict(encoder.codecs) for encoder in store._encoders or ()]
+    pools = {name: store.packed[name] for name in names if name}
+    every = [codec for codecs in encoders for codec in codecs.values()]
     every += [codec for pool in pools.values() for codec in (pool.key_codec, pool.value_codec)]
     distinct = list({id(codec): codec for codec in every}.values())
     number = {id(codec): index for index, codec in enumerate(distinct)}
@@ -129,7 +129,7 @@ def _describe_codecs(prefix: str, store: LayerPools, names: list[str]) -> tuple[
             {"name": codec.name, "keys": codec.keys, "rank": codec.rank, "basis": codec.basis is not None}
             for codec in distinct
         ],
-        "sealers": [{name: number[id(codec)] for name, codec in codecs.items()} for codecs in sealers],
+        "sealers": [{name: number[id(codec)] for name, codec in codecs.items()} for codecs in encoders],
         "pools": {
             name: {"codecs": [number[id(pool.key_codec)], number[id(pool.value_codec)]]} for name, pool in pools.items()
         },

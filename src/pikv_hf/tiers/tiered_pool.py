@@ -91,14 +91,14 @@ class TieredPool(FramedPool):
         self._drop(ids)
         return ids
 
-    def hold(self, ids: PageIds) -> None:
+    def incref(self, ids: PageIds) -> None:
         """Add a reference to each page (a page number may repeat)."""
-        super().hold(ids)
+        super().incref(ids)
         self._fresh[ids] = False
 
-    def release(self, ids: PageIds) -> None:
+    def decref(self, ids: PageIds) -> None:
         """Drop a reference to each page; the memory of those without one is given back."""
-        super().release(ids)
+        super().decref(ids)
         if not len(self._spared):
             self._drop(np.unique(ids[self.refcount[ids] == 0]))
 

@@ -68,7 +68,7 @@ def test_the_control_lets_any_page_go(generator: Generator) -> None:
     with torch.no_grad():
         generator.model(ids, past_key_values=cache)
         cache.memory_report()
-    evicted = [~layer.held()[0, 0] for layer in cache.layers]
+    evicted = [~layer.stored_mask()[0, 0] for layer in cache.layers]
     assert all(112 >= PROMPT - int(gone.sum()) > 80 for gone in evicted)
     assert len({tuple(gone.tolist()) for gone in evicted}) == len(evicted)
     # Neither the oldest nor the newest first.

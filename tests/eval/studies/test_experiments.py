@@ -164,12 +164,12 @@ def test_shipped_is_what_the_cache_stores(keys: bool) -> None:
     torch.manual_seed(0)
     pages = torch.randn(4, 3, 32, 128)
     for bits, kind in KIND_OF_BITS.items():
-        sealed = encode_pages(pages, kind, keys=keys)
-        assert torch.equal(Shipped(keys=keys)(pages, bits), decode_pages(sealed, torch.float32))
-        held = sum(part.numel() * part.element_size() for part in sealed.tensors())
+        encoded = encode_pages(pages, kind, keys=keys)
+        assert torch.equal(Shipped(keys=keys)(pages, bits), decode_pages(encoded, torch.float32))
+        held = sum(part.numel() * part.element_size() for part in encoded.tensors())
         assert Shipped(keys=keys).page_bytes(bits, 32, 128) == held / (4 * 3)
-    sealed = encode_pages(pages, "fp8", keys=keys)
-    held = sum(part.numel() * part.element_size() for part in sealed.tensors())
+    encoded = encode_pages(pages, "fp8", keys=keys)
+    held = sum(part.numel() * part.element_size() for part in encoded.tensors())
     assert Shipped(keys=keys, fp8=True).page_bytes(8, 32, 128) == held / (4 * 3)
 
 

@@ -33,7 +33,7 @@ class SchedulingPolicy(ABC):
     def priority(self, view: PageStats) -> Floats:
         """Return `(n,)` float64, finite or +inf; the page with the lowest goes first, of equal ones the oldest."""
 
-    def observe(self, hits: int, misses: int) -> None:  # noqa: B027 (most policies do not care)
+    def count_reads(self, hits: int, misses: int) -> None:  # noqa: B027 (most policies do not care)
         """Learn how many of the pages asked for were in fast memory, and how many were not."""
 
 

@@ -42,7 +42,7 @@ class PiKV(SchedulingPolicy):
     target_hit_rate : float
         Hit rate, in [0, 1], at which the threshold stays.
     rate : float
-        How far the threshold moves per unit of difference between hit rate and target, in one :meth:`observe`.
+        How far the threshold moves per unit of difference between hit rate and target, in one :meth:`count_reads`.
     """
 
     mass_weight: float = 6.0
@@ -93,7 +93,7 @@ class PiKV(SchedulingPolicy):
         order = np.lexsort((view.newest, utility))
         return order[utility[order] < self.threshold].astype(np.int64)
 
-    def observe(self, hits: int, misses: int) -> None:
+    def count_reads(self, hits: int, misses: int) -> None:
         """Move the threshold, within [0, 1]: down after a low hit rate, up after a high one."""
         if hits + misses:
             step = self.rate * (hits / (hits + misses) - self.target_hit_rate)
