@@ -21,6 +21,8 @@ from .tensor_file import Group, Spec, TensorFile
 
 #: Arrays with an entry per page that follow from others: who holds it, and whether it ever held tokens.
 _DERIVED = ("refcount", "used")
+#: What files call an array whose name has changed since.
+_FILE_NAMES = {"incompressible": "kept"}
 # So many pages are written, or read, at a time.
 CHUNK_PAGES = 128
 # So many free pages, and a sixteenth of those in use, come back with a pool; of more it is freed.
@@ -92,7 +94,7 @@ def _own_notes(pool: PageAllocator) -> dict[str, PagedTensor]:
     # Asked of these classes themselves: where a subclass has its pages lie is nothing to be written down.
     for name in kind._notes(pool):  # type: ignore[arg-type]
         if name not in _DERIVED:
-            notes[name] = PagedTensor(torch.from_numpy(getattr(pool, name)), 0)
+            notes[_FILE_NAMES.get(name, name)] = PagedTensor(torch.from_numpy(getattr(pool, name)), 0)
     return notes
 
 
