@@ -14,11 +14,15 @@ import yaml
 from transformers import DynamicCache, QuantizedCache
 
 from pikv_hf import PiKVCache, PiKVConfig, attach
+from pikv_hf.common.extras import install_command
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError, user_input
 
-#: Backends of transformers' QuantizedCache: the module each needs, and the widths it knows.
-_BACKENDS = {"quanto": ("optimum.quanto", (2, 4)), "hqq": ("hqq", (1, 2, 3, 4, 8))}
+#: Backends of transformers' QuantizedCache: the module each needs, what installs it, and the widths it knows.
+_BACKENDS = {
+    "quanto": ("optimum.quanto", install_command("quanto"), (2, 4)),
+    "hqq": ("hqq", "pip install hqq", (1, 2, 3, 4, 8)),
+}
 
 #: Arguments of `PiKVCache.for_model` beside the options of its configuration.
 _WHERE = ("devices", "process_group", "timeout")
@@ -74,11 +78,11 @@ def _quantized(spec: str, rest: str) -> CacheFactory:
     if backend not in _BACKENDS:
         hint = did_you_mean(backend, _BACKENDS)
         raise InputError(f"unknown backend {backend!r}{hint} in {spec!r} (known: {', '.join(_BACKENDS)})")
-    module, widths = _BACKENDS[backend]
+    module, install, widths = _BACKENDS[backend]
     if width not in map(str, widths):
         raise InputError(f"{backend} quantises to {', '.join(map(str, widths))} bits, got {width!r} in {spec!r}")
     if not _installed(module):
-        raise InputError(f"the cache {spec!r} needs the package {module.replace('.', '-')}, which is not installed")
+        raise InputError(f"the cache {spec!r} needs {module}: {install}")
 
     def make(model: Any) -> Any:
         # kvpress and the backends write to all layers alike; a config with sliding layers would mix the kinds.

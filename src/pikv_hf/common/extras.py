@@ -6,6 +6,7 @@ from contextlib import contextmanager
 _KVPRESS = ("kvpress",)
 _EVAL = (
     *_KVPRESS,
+    "PIL",
     "datasets",
     "evaluate",
     "huggingface_hub",
@@ -54,5 +55,9 @@ def extra(name: str, needed_by: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS[name]:
             raise
-        message = f'{needed_by} needs {package}: pip install "pikv-hf[{name}]"'
-        raise MissingExtraError(message, name=error.name) from None
+        raise MissingExtraError(f"{needed_by} needs {package}: {install_command(name)}", name=error.name) from None
+
+
+def install_command(name: str) -> str:
+    """Return the command that installs an extra."""
+    return f'pip install "pikv-hf[{name}]"'
