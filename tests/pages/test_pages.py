@@ -11,6 +11,7 @@ from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.page_table.read_plan import make_plan
 from pikv_hf.pages.plain_pool import PlainPool
+from pikv_hf.pages.tokens import TokenBatch
 
 
 def pool() -> PlainPool:
@@ -33,7 +34,7 @@ def test_growth_keeps_content_and_is_geometric() -> None:
     pages = pool()
     ids = pages.allocate(64)
     slots = pages.index(np.arange(256))
-    pages.write(slots, torch.randn(2, 256, 4), torch.randn(2, 256, 3), slots.int(), slots.to(torch.int16))
+    pages.write(slots, TokenBatch(torch.randn(2, 256, 4), torch.randn(2, 256, 3), slots.int(), slots.to(torch.int16)))
     before = [tensor.clone() for tensor in pages.tensors()]
     sizes = set()
     for _ in range(40):
@@ -50,7 +51,7 @@ def test_reused_pages_start_clean() -> None:
     ids = pages.allocate(2)
     slots = pages.index(np.arange(8))
     nan = torch.full((2, 8, 4), torch.nan)
-    pages.write(slots, nan, nan[..., :3], slots.int(), slots.to(torch.int16))
+    pages.write(slots, TokenBatch(nan, nan[..., :3], slots.int(), slots.to(torch.int16)))
     pages.count[ids] = 4
     pages.decref(ids)
     assert pages.count.tolist() == [0, 0]

@@ -15,6 +15,7 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..pages.page_allocator import NoRoomError
 from ..pages.plain_pool import PlainPool
+from ..pages.tokens import TokenBatch
 from ..routing.policies import PageRouter
 from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.shard_map import ShardMap
@@ -114,25 +115,20 @@ class LayerPart:
         assert self.table is not None
         self.scheduler.make_room(self.table, seen, error)
 
-    def store(
-        self,
-        tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
-        valid: torch.Tensor | None,
-        leaders: list[int],
-    ) -> None:
+    def store(self, tokens: TokenBatch, valid: torch.Tensor | None, leaders: list[int]) -> None:
         """Store new tokens: those of the window, and those that go straight to shards of this part.
 
         Parameters
         ----------
-        tokens : tuple of torch.Tensor
-            `(R, H', Q, D)`, `(R, H', Q, Dv)`, `(Q,)` int32 positions and `(R, Q)` int16 experts, by row of the table.
+        tokens : TokenBatch
+            Q tokens of each of the R rows of the table.
         valid : torch.Tensor, optional
             `(R, Q)` bool, False for padding.
         leaders : list of int
             See :meth:`PageTable.store`.
         """
         assert self.table is not None
-        self.table.store(*tokens, valid, leaders)
+        self.table.store(tokens, valid, leaders)
 
     def credit(self, masses: torch.Tensor, start: int) -> None:
         """Take how the tokens just stored, from position `start` on, were attended to in their own call, `(R, Q)`."""

@@ -14,6 +14,7 @@ from ..distributed.process_exchange import leaves_others
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.page_allocator import NoRoomError
+from ..pages.tokens import TokenBatch
 from ..routing.policies import PageRouter, make_routing
 from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.placement import balanced_placement, expert_placement, hash_placement
@@ -291,7 +292,7 @@ class LayerTokens(CacheLayerMixin):
         new, start = self.pending, self.seen - self.pending.tokens
         positions = torch.arange(start, self.seen, dtype=torch.int32, device=self.device)
         by_lane = self._row_by_lane(experts).to(torch.int16)
-        tokens = self._by_lane(new.keys), self._by_lane(new.values), positions, by_lane
+        tokens = TokenBatch(self._by_lane(new.keys), self._by_lane(new.values), positions, by_lane)
         valid = None if new.valid is None else self._row_by_lane(new.valid)
         masses = None
         if new.masses is not None:
@@ -345,23 +346,22 @@ class LayerTokens(CacheLayerMixin):
 
     def _store(
         self,
-        tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        tokens: TokenBatch,
         valid: torch.Tensor | None,
         masses: torch.Tensor | None,
         part: slice,
     ) -> None:
         """Store some of the new tokens, of all rows."""
         assert self.table is not None
-        keys, values, positions, experts = tokens
-        some = keys[:, :, part], values[:, :, part], positions[part], experts[:, part]
+        some = tokens[part]
         real = None if valid is None else valid[:, part]
         credit = None if masses is None else masses[:, part]
         # Rows are alike in all parts or in none.
-        leaders = self.table.identical_rows(some[0], some[1], real)
+        leaders = self.table.identical_rows(some, real)
         self._in_all_parts(lambda part, _: part.store(some, real, leaders))
         for each in self.parts:
             if credit is not None:
-                each.credit(credit, int(some[2][0]))
+                each.credit(credit, int(some.positions[0]))
             each.enforce(self.lanes, self.seen)
 
     def _note_evictions(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ..pages.page_allocator import PageAllocator, PageIds
 from ..pages.plain_pool import PlainPool
+from ..pages.tokens import TokenBatch
 from .full_page_index import FullPageIndex
 from .layer_pools import LayerPools
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
@@ -171,10 +172,7 @@ class PageTable:
 
     def store(
         self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        positions: torch.Tensor,
-        experts: torch.Tensor,
+        tokens: TokenBatch,
         valid: torch.Tensor | None,
         leaders: list[int] | None = None,
     ) -> None:
@@ -182,40 +180,38 @@ class PageTable:
 
         Parameters
         ----------
-        keys, values : torch.Tensor
-            `(B, H, Q, D)` and `(B, H, Q, Dv)`.
-        positions : torch.Tensor
-            `(Q,)` int32.
-        experts : torch.Tensor
-            `(B, Q)` int16.
+        tokens : TokenBatch
+            Q tokens of each of the B rows.
         valid : torch.Tensor, optional
             `(B, Q)` bool, False for padding, which is not stored.
         leaders : list of int, optional
             What :meth:`identical_rows` says of them, if that is known.
         """
-        leaders = self.identical_rows(keys, values, valid) if leaders is None else leaders
-        picks = {row: slice(None) if valid is None else valid[row].nonzero().squeeze(1) for row in set(leaders)}
+        leaders = self.identical_rows(tokens, valid) if leaders is None else leaders
+        new = {row: tokens.row(row) for row in set(leaders)}
+        if valid is not None:
+            new = {row: mine.pick(valid[row].nonzero().squeeze(1)) for row, mine in new.items()}
         with self.pages.transaction():
             parted = self._part(leaders)
             # Copies take over the references: should anything fail, the rows are as they were.
             copies = {id(row): row.copy() for row in parted}
             rows = [copies[id(row)] for row in parted]
-            shards = {row: self.writer.shards(positions[pick], experts[row][pick]) for row, pick in picks.items()}
-            self.pool.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in picks))
-            self.pages.reserve_packed(sum(self.writer.pages_filled(rows[row], shards[row]) for row in picks))
-            for row, pick in picks.items():
-                tokens = keys[row][:, pick], values[row][:, pick], positions[pick], experts[row][pick]
-                self.writer.store(rows[row], shards[row], *tokens)
+            shards = {row: self.writer.shards(mine.positions, mine.experts) for row, mine in new.items()}
+            self.pool.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in new))
+            self.pages.reserve_packed(sum(self.writer.pages_filled(rows[row], shards[row]) for row in new))
+            for row, mine in new.items():
+                self.writer.store(rows[row], shards[row], mine)
             self.pages.pack_full(list(copies.values()))
         self.rows[:] = rows
         self._changed()
 
-    def identical_rows(self, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None) -> list[int]:
+    def identical_rows(self, tokens: TokenBatch, valid: torch.Tensor | None) -> list[int]:
         """Return for each row the first row with the same past and the same new tokens.
 
         `generate(num_beams=n)` repeats its inputs before the prompt is run, so n rows of one prompt arrive as n equal
         blocks of K/V. Comparing the last token of all rows first makes the usual answer, no, almost free.
         """
+        keys, values = tokens.keys, tokens.values
         last = keys[:, :, -1].flatten(1)
         maybe = (last[:, None] == last).all(dim=-1).tolist()
         leaders = list(range(len(self.rows)))

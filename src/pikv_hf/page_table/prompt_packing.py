@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.tokens import TokenBatch
 from .sequence_pages import SequencePages
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ CHUNK_PAGES = 128
 
 
 def pack_prompt(
-    writer: "SequenceWriter", sequence: SequencePages, shards: np.ndarray, tokens: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, ...]:
+    writer: "SequenceWriter", sequence: SequencePages, shards: np.ndarray, tokens: TokenBatch
+) -> TokenBatch:
     """Move the first tokens to their shards and pack the pages that they fill; return the other tokens."""
     for start in range(0, len(shards), step := CHUNK_PAGES * writer.pool.page_size):
         chunk = shards[start : start + step]
@@ -29,9 +30,7 @@ def pack_prompt(
         if len(whole):
             _pack(writer, sequence, chunk[whole[:, 0]], writer.pool.index(start + whole), tokens)
         _pass(writer, sequence, chunk, after, start, tokens)
-    keys, values, positions, experts = tokens
-    rest = slice(len(shards), None)
-    return keys[:, rest], values[:, rest], positions[rest], experts[rest]
+    return tokens[len(shards) :]
 
 
 def _divide_by_pages(
@@ -56,13 +55,12 @@ def _pass(
     shards: np.ndarray,
     which: np.ndarray,
     start: int,
-    tokens: tuple[torch.Tensor, ...],
+    tokens: TokenBatch,
 ) -> None:
     """Write some tokens of a chunk that begins at `start` to the open pages of their shards."""
     if len(which):
         slots = writer.pool.index(writer.shard_slots([sequence], shards[which]))
-        picked = _picked(tokens, writer.pool.index(start + which))
-        writer.pool.write(slots, *picked)
+        writer.pool.write(slots, tokens.pick(writer.pool.index(start + which)))
 
 
 def _pack(
@@ -70,14 +68,10 @@ def _pack(
     sequence: SequencePages,
     shards: np.ndarray,
     index: torch.Tensor,
-    tokens: tuple[torch.Tensor, ...],
+    tokens: TokenBatch,
 ) -> None:
     """Pack tokens that fill pages on their own: `index` `(n, P)` are their numbers, `shards` `(n,)` the pages'."""
-    keys, values, positions, experts = _picked(tokens, index.view(-1))
-    shape = index.shape
-    contents = PageContents(
-        keys.unflatten(1, shape), values.unflatten(1, shape), positions.view(shape), experts.view(shape), shards
-    )
+    contents = PageContents.of(tokens.pick(index.view(-1)), shards)
     left = np.ones(len(shards), dtype=np.bool_)
     for name, (which, ids) in writer.pages.pack(contents).items():
         writer.pages.give(sequence, name, ids)
@@ -91,14 +85,5 @@ def _keep(pool: PlainPool, sequence: SequencePages, contents: PageContents, whic
     ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards[which]])
     pool.count[ids], pool.incompressible[ids] = pool.page_size, True
     slots = (ids[:, None] * pool.page_size + np.arange(pool.page_size)).reshape(-1)
-    index = pool.index(which)
-    keys, values = contents.keys.index_select(1, index), contents.values.index_select(1, index)
-    positions, experts = contents.positions[index].view(-1), contents.experts[index].view(-1)
-    pool.write(pool.index(slots), keys.flatten(1, 2), values.flatten(1, 2), positions, experts)
+    pool.write(pool.index(slots), contents.pick(which).tokens())
     sequence.full = np.append(sequence.full, ids)
-
-
-def _picked(tokens: tuple[torch.Tensor, ...], index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Return some of the tokens: keys and values `(H, n, D)`, positions and experts `(n,)`."""
-    keys, values, positions, experts = tokens
-    return keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..common.tensors import carried
 from ..pages.page_allocator import PageIds
+from ..pages.tokens import TokenBatch
 from ..sharding.shard_map import ShardMap
 from .layer_pools import LayerPools
 from .prompt_packing import pack_prompt
@@ -133,7 +133,7 @@ class SequenceWriter:
         full = max(0, (held + first) // size - self.sink_pages)
         return first, min(max(0, leaving - full) * size, new - first), min(leaving, full)
 
-    def store(self, sequence: SequencePages, shards: np.ndarray, *tokens: torch.Tensor) -> None:
+    def store(self, sequence: SequencePages, shards: np.ndarray, tokens: TokenBatch) -> None:
         """Append tokens of known shards.
 
         Parameters
@@ -142,16 +142,14 @@ class SequenceWriter:
             Changed in place.
         shards : numpy.ndarray
             `(n,)`.
-        *tokens : torch.Tensor
-            `(H, n, D)` keys, `(H, n, Dv)` values, `(n,)` int32 positions, `(n,)` int16 experts.
+        tokens : TokenBatch
+            n tokens of one sequence.
         """
         first, direct, leaving = self._divide(sequence, len(shards))
         if first:
-            keys, values, positions, experts = tokens
             slots = self.pool.index(self._window_slots(sequence, first))
-            begun = keys[:, :first], values[:, :first], positions[:first], experts[:first]
-            self.pool.write(slots, *(part.to(self.pool.device) for part in begun))
-            tokens = keys[:, first:], values[:, first:], positions[first:], experts[first:]
+            self.pool.write(slots, tokens[:first].to(self.pool.device))
+            tokens = tokens[first:]
         for _ in range(leaving):
             leaving_shards = self.page_shards(sequence.window[self.sink_pages])
             self.note(leaving_shards)
@@ -167,15 +165,13 @@ class SequenceWriter:
             passing = passing[:0]
         if len(passing) or staying:
             places = self.shard_slots([sequence], passing), self._window_slots(sequence, staying)
-            self.pool.write(self.pool.index(np.concatenate(places)), *tokens)
+            self.pool.write(self.pool.index(np.concatenate(places)), tokens)
 
-    def _without_others(self, tokens: tuple[torch.Tensor, ...], passing: np.ndarray) -> tuple[torch.Tensor, ...]:
+    def _without_others(self, tokens: TokenBatch, passing: np.ndarray) -> TokenBatch:
         """Return this part's tokens and those of the window, on its device: no others travel."""
-        stays = np.concatenate([passing >= 0, np.ones(tokens[2].shape[0] - len(passing), dtype=np.bool_)])
-        index = torch.from_numpy(np.flatnonzero(stays)).to(tokens[2].device)
-        keys, values, positions, experts = tokens
-        mine = keys.index_select(1, index), values.index_select(1, index), positions[index], experts[index]
-        return tuple(carried(part, self.pool.device) for part in mine)
+        stays = np.concatenate([passing >= 0, np.ones(len(tokens) - len(passing), dtype=np.bool_)])
+        index = torch.from_numpy(np.flatnonzero(stays)).to(tokens.positions.device)
+        return tokens.pick(index).to(self.pool.device)
 
     def _window_slots(self, sequence: SequencePages, tokens: int) -> PageIds:
         """Take the next window slots: the rest of the last page, then new pages."""

@@ -8,6 +8,7 @@ import torch
 from ..kernels import append_tokens, gather_dense
 from .key_bounds import KeyBounds
 from .page_allocator import PageAllocator, PageIds
+from .tokens import TokenBatch
 
 GROWTH = 1 / 16
 
@@ -31,6 +32,18 @@ class PageContents:
     positions: torch.Tensor
     experts: torch.Tensor
     shards: np.ndarray
+
+    @classmethod
+    def of(cls, tokens: TokenBatch, shards: np.ndarray) -> "PageContents":
+        """Return n pages of `(n * P)` tokens, one page after another."""
+        shape = len(shards), len(tokens) // len(shards)
+        keys, values = tokens.keys.unflatten(1, shape), tokens.values.unflatten(1, shape)
+        return cls(keys, values, tokens.positions.view(shape), tokens.experts.view(shape), shards)
+
+    def tokens(self) -> TokenBatch:
+        """Return the tokens of the pages, one page after another."""
+        keys, values = self.keys.flatten(1, 2), self.values.flatten(1, 2)
+        return TokenBatch(keys, values, self.positions.view(-1), self.experts.view(-1))
 
     def pick(self, which: np.ndarray) -> "PageContents":
         """Return copies of the pages at `which` `(m,)`."""
@@ -100,29 +113,20 @@ class PlainPool(PageAllocator):
         """Bytes of the bookkeeping kept outside of tensors."""
         return super().host_bytes + self.incompressible.nbytes
 
-    def write(
-        self,
-        slots: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        positions: torch.Tensor,
-        experts: torch.Tensor,
-    ) -> None:
+    def write(self, slots: torch.Tensor, tokens: TokenBatch) -> None:
         """Store tokens; the caller has counted them.
 
         Parameters
         ----------
         slots : torch.Tensor
             `(n,)` int64, `page * page_size + offset`.
-        keys, values : torch.Tensor
-            `(H, n, D)` and `(H, n, Dv)`.
-        positions, experts : torch.Tensor
-            `(n,)` int32 and int16.
+        tokens : TokenBatch
+            n tokens of one sequence.
         """
-        append_tokens(self.keys, slots, keys)
-        append_tokens(self.values, slots, values)
-        self.positions.view(-1).index_copy_(0, slots, positions)
-        self.experts.view(-1).index_copy_(0, slots, experts)
+        append_tokens(self.keys, slots, tokens.keys)
+        append_tokens(self.values, slots, tokens.values)
+        self.positions.view(-1).index_copy_(0, slots, tokens.positions)
+        self.experts.view(-1).index_copy_(0, slots, tokens.experts)
 
     def write_newest(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Store one decoded token per slot, all at one position, their experts yet unknown. See :meth:`write`."""
@@ -132,11 +136,8 @@ class PlainPool(PageAllocator):
 
     def move(self, sources: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy tokens from one set of slots to another, both `(n,)` int64."""
-        keys, values = self.flat_keys, self.flat_values
-        positions, experts = self.positions.view(-1), self.experts.view(-1)
-        self.write(
-            slots, keys.index_select(1, sources), values.index_select(1, sources), positions[sources], experts[sources]
-        )
+        every = TokenBatch(self.flat_keys, self.flat_values, self.positions.view(-1), self.experts.view(-1))
+        self.write(slots, every.pick(sources))
         if self.usage is not None:
             pages = slots // self.page_size
             held = (self.positions[pages] >= 0).sum(dim=1)
