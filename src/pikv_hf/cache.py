@@ -9,10 +9,11 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .config import PiKVConfig
-from .distributed.device_layout import Devices, Layout, attention_device, find_devices, process_layout
+from .distributed.device_layout import Devices, PartLayout, attention_device, find_spread
 from .integration.attachment import Attachment, check_supported, ensure_attached
 from .layer.input_checks import check_fits, cropped_length
 from .layer.layer import PiKVLayer
+from .layer.sliding_layer import copy_sliding, kv_format, trim_to_window
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
@@ -37,7 +38,7 @@ class PiKVCache(Cache):
         Storage options.
     attachment : Attachment, optional
         The attached model; :meth:`for_model` passes it.
-    spread : Devices or Layout, optional
+    spread : Devices or PartLayout, optional
         Where shards are, if not all where the layer's attention is; :meth:`for_model` passes it.
 
     Raises
@@ -57,7 +58,7 @@ class PiKVCache(Cache):
         config: Any,
         pikv_config: PiKVConfig | None = None,
         attachment: Attachment | None = None,
-        spread: Devices | Layout | None = None,
+        spread: Devices | PartLayout | None = None,
     ) -> None:
         options = PiKVConfig() if pikv_config is None else pikv_config
         if not isinstance(options, PiKVConfig):
@@ -85,11 +86,11 @@ class PiKVCache(Cache):
         for layer in paged:
             for part in layer.parts:
                 part.scheduler = make_scheduler(
-                    options, len(paged), bounded, parts, layer.layout.share(part.place.number)
+                    options, len(paged), bounded, parts, layer.layout.fraction(part.location.number)
                 )
                 if part.scheduler is not None and attachment is not None:
                     part.scheduler.query_groups = attachment.query_groups(layer.layer_idx)
-                number = part.place.number
+                number = part.location.number
                 part.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx, number)
 
     @classmethod
@@ -138,10 +139,10 @@ class PiKVCache(Cache):
         if pikv_config is not None and options:
             raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
         config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
-        return cls._over(_spread(model, devices, max_memory, process_group, timeout), model, config)
+        return cls._over(find_spread(model, devices, max_memory, process_group, timeout), model, config)
 
     @classmethod
-    def _over(cls, spread: Devices | Layout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
+    def _over(cls, spread: Devices | PartLayout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
         """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
         attachment = ensure_attached(model, config.placement or "expert")
         attachment.caches_made += 1
@@ -160,9 +161,9 @@ class PiKVCache(Cache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        check_fits(layer_idx, key_states, value_states, _kv_format(layer))
+        check_fits(layer_idx, key_states, value_states, kv_format(layer))
         result = layer.update(key_states, value_states, *args, **kwargs)
-        _let_go(layer)
+        trim_to_window(layer)
         return result
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
@@ -255,7 +256,7 @@ class PiKVCache(Cache):
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
         twin = PiKVCache.__new__(PiKVCache)
         twin.__dict__.update(self.__dict__)
-        twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else _copied(layer) for layer in self.layers]
+        twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else copy_sliding(layer) for layer in self.layers]
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
@@ -329,7 +330,7 @@ class PiKVCache(Cache):
         ProcessError
             If another process could not load its part.
         """
-        return load_cache(cls, path, model, _spread(model, devices, max_memory, process_group, timeout), options)
+        return load_cache(cls, path, model, find_spread(model, devices, max_memory, process_group, timeout), options)
 
     @property
     def nbytes(self) -> int:
@@ -365,34 +366,8 @@ class PiKVCache(Cache):
         )
 
 
-def _spread(
-    model: Any,
-    devices: str | Sequence[str | int | torch.device] | None,
-    max_memory: Mapping[Any, Any] | None,
-    process_group: str | None,
-    timeout: float,
-) -> Devices | Layout | None:
-    if devices is not None and process_group is not None:
-        raise ValueError(
-            f"give either devices or process_group, got devices={devices!r} and process_group={process_group!r}: "
-            "a process keeps its shards where its model is"
-        )
-    if process_group is not None and max_memory is not None:
-        raise ValueError(
-            f"max_memory={max_memory!r} divides shards among devices, but process_group={process_group!r} divides them "
-            "evenly among processes"
-        )
-    if process_group is not None:
-        return process_layout(process_group, timeout)
-    if devices is not None:
-        return find_devices(model, devices, max_memory)
-    if max_memory is not None:
-        raise ValueError(f'max_memory={max_memory!r} divides shards among devices; give devices="auto" or a list too')
-    return None
-
-
 def _make_layers(
-    config: Any, options: PiKVConfig, attachment: Attachment | None, spread: Devices | Layout | None
+    config: Any, options: PiKVConfig, attachment: Attachment | None, spread: Devices | PartLayout | None
 ) -> list[Any]:
     """Return a layer for each that `DynamicCache` would make: its sliding layers as they are, the others paged."""
     layers: list[Any] = []
@@ -412,26 +387,3 @@ def _make_layers(
                 "PiKVCache knows full and sliding attention"
             )
     return layers
-
-
-def _kv_format(layer: Any) -> Any:
-    if not layer.is_initialized or not layer.keys.numel():
-        return None
-    batch, heads, _, dim = layer.keys.shape
-    return (batch, heads, dim, layer.values.shape[-1]), layer.keys.dtype, layer.keys.device
-
-
-def _let_go(layer: Any) -> None:
-    """Have a bounded layer hold on to no more than its window: it keeps a view of all that a call brought."""
-    for name in ("keys", "values"):
-        kept = getattr(layer, name)
-        window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
-        if kept.untyped_storage().nbytes() > window:
-            setattr(layer, name, kept.clone())
-
-
-def _copied(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
-    """Copy a bounded layer; it never writes into its tensors, so that they can be shared."""
-    twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
-    twin.__dict__.update(layer.__dict__)
-    return twin

@@ -8,7 +8,7 @@ from device_runs import SMALL, shared_model
 from press_runs import ids_of, read
 
 from pikv_hf import PiKVCache
-from pikv_hf.distributed.device_layout import Place, find_devices
+from pikv_hf.distributed.device_layout import PartLocation, find_devices
 
 
 def devices_of(model: Any, devices: Any, max_memory: Any = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -34,7 +34,7 @@ def with_accelerators(monkeypatch: pytest.MonkeyPatch, free: dict[Any, int]) -> 
 def test_auto_without_accelerators() -> None:
     assert devices_of(None, "auto") == (("cpu",), (1.0,))
     cache = PiKVCache.for_model(shared_model(), devices="auto", **SMALL)
-    assert [layer.layout.places for layer in cache.layers] == [(Place(0, None, "cpu"),)] * 2
+    assert [layer.layout.locations for layer in cache.layers] == [(PartLocation(0, None, "cpu"),)] * 2
 
 
 def test_auto_takes_what_accelerate_sees(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,24 +68,24 @@ def test_a_home_that_is_not_among_the_devices() -> None:
     found = find_devices(None, ["cpu:0", "cpu:1"], {"cpu:0": 1, "cpu:1": 3})
     layout = found.around(torch.device("cuda", 0))
     assert layout.weights == (0.0, 1.0, 3.0)
-    assert layout.places == (
-        Place(0),
-        Place(1, torch.device("cpu", 0), "cpu:0"),
-        Place(2, torch.device("cpu", 1), "cpu:1"),
+    assert layout.locations == (
+        PartLocation(0),
+        PartLocation(1, torch.device("cpu", 0), "cpu:0"),
+        PartLocation(2, torch.device("cpu", 1), "cpu:1"),
     )
     home = found.around(torch.device("cpu"))
     assert home.weights == (1.0, 3.0)
-    assert [place.name for place in home.places] == ["cpu:0", "cpu:1"]
+    assert [location.name for location in home.locations] == ["cpu:0", "cpu:1"]
 
 
 def test_the_home_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with_accelerators(monkeypatch, {0: 4, 1: 5, 2: 6, "cpu": 7})
     layout = find_devices(None, "auto", None).around(torch.device("cuda", 1))
-    assert [place.name for place in layout.places] == ["cuda:1", "cuda:0", "cuda:2"]
+    assert [location.name for location in layout.locations] == ["cuda:1", "cuda:0", "cuda:2"]
     assert layout.weights == (5.0, 4.0, 6.0)
-    assert layout.places[0].device is None
+    assert layout.locations[0].device is None
     # A device without a number is the first of its type.
-    assert find_devices(None, [0, 1], None).around(torch.device("cuda")).places[0].name == "cuda:0"
+    assert find_devices(None, [0, 1], None).around(torch.device("cuda")).locations[0].name == "cuda:0"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from families import FAMILIES
 from pikv_hf import PiKVCache
 from pikv_hf.codecs.page_encoder import PageEncoder
 from pikv_hf.config import PiKVConfig
-from pikv_hf.distributed.device_layout import Layout
+from pikv_hf.distributed.device_layout import PartLayout
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MOVES, level
@@ -45,7 +45,7 @@ class Reader:
 
     def __init__(self, weights: tuple[float, ...] | None = (1.0, 1.0), batch: int = 1, **options: Any) -> None:
         config = PiKVConfig(**{**SMALL, **options})
-        self.layer = PiKVLayer(0, config, FakeRouters(), Layout() if weights is None else layout_of(weights))
+        self.layer = PiKVLayer(0, config, FakeRouters(), PartLayout() if weights is None else layout_of(weights))
         if config.tiers is not None:
             for part in self.layer.parts:
                 part.scheduler = make_scheduler(config, 1, 0, len(self.layer.parts))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.distributed.device_layout import Layout, Place
+from pikv_hf.distributed.device_layout import PartLayout, PartLocation
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.reports.memory_measure import layer_memory
@@ -24,10 +24,10 @@ WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 
 NAMES = ("keys", "values", "held", "packed")
 
 
-def layout_of(weights: tuple[float, ...]) -> Layout:
+def layout_of(weights: tuple[float, ...]) -> PartLayout:
     """Return logical devices of the CPU, the first on the layer's own."""
-    places = [Place(n, torch.device("cpu", n) if n else None, f"cpu:{n}") for n in range(len(weights))]
-    return Layout(tuple(places), weights)
+    places = [PartLocation(n, torch.device("cpu", n) if n else None, f"cpu:{n}") for n in range(len(weights))]
+    return PartLayout(tuple(places), weights)
 
 
 class DeviceMachine(EvictionMachine):
@@ -231,7 +231,7 @@ class DeviceMachine(EvictionMachine):
             if layer.table is None:
                 continue
             reports = layer_memory(0, layer)
-            assert [report.device for report in reports] == [part.place.name for part in layer.parts]
+            assert [report.device for report in reports] == [part.location.name for part in layer.parts]
             for number, (report, table) in enumerate(zip(reports, layer.tables(), strict=True)):
                 live = live_bytes(layer.storages(number))
                 assert report.total == live + table.pages.host_bytes + table.host_bytes

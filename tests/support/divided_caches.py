@@ -50,7 +50,7 @@ def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     """Compare everything that a layer consists of but the numbers of its pages."""
     assert {name: getattr(mine, name) for name in STATE} == {name: getattr(theirs, name) for name in STATE}
     assert (mine.config, mine.padding()) == (theirs.config, theirs.padding())
-    assert [part.place.number for part in mine.parts] == [part.place.number for part in theirs.parts]
+    assert [part.location.number for part in mine.parts] == [part.location.number for part in theirs.parts]
     loads = mine._expert_loads, theirs._expert_loads
     assert (loads[0] is None) == (loads[1] is None)
     assert loads[0] is None or loads[0].tolist() == loads[1].tolist()
@@ -95,7 +95,7 @@ def round_trip(
     cache.save(path)
     loaded = PiKVCache.load(path, model, devices=names(parts, first=3))
     assert [file.name for file in folder.iterdir()] == ["cache"]
-    assert [part.place.name for part in paged(loaded)[0].parts] == names(parts, first=3)
+    assert [part.location.name for part in paged(loaded)[0].parts] == names(parts, first=3)
     path.unlink()
     for mine, theirs in zip(paged(cache), paged(loaded), strict=True):
         assert_equal_layers(mine, theirs)

@@ -12,8 +12,8 @@ from .process_exchange import Exchange, join_processes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """One part of every layer.
+class PartLocation:
+    """Where one part of every layer keeps its pages.
 
     Attributes
     ----------
@@ -31,20 +31,20 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Layout:
-    """The parts of a layer.
+class PartLayout:
+    """The parts of a layer and how tokens are divided among them.
 
     Attributes
     ----------
-    places : tuple of Place
+    locations : tuple of PartLocation
         Those of this process.
     weights : tuple of float
-        Of all parts, those of other processes too: what share of the tokens outside of the window each is to have.
+        Of all parts, those of other processes too: in which proportion tokens outside of the window are divided.
     exchange : Exchange or None
         The processes, where there are several.
     """
 
-    places: tuple[Place, ...] = (Place(0),)
+    locations: tuple[PartLocation, ...] = (PartLocation(0),)
     weights: tuple[float, ...] = (1.0,)
     exchange: Exchange | None = None
 
@@ -53,14 +53,14 @@ class Layout:
         """How many parts there are, in all processes."""
         return len(self.weights)
 
-    def share(self, number: int) -> float:
-        """Return what share of the tokens outside of the window a part is to have."""
+    def fraction(self, number: int) -> float:
+        """Return the fraction of the tokens outside of the window that a part is to have."""
         return self.weights[number] / sum(self.weights)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Devices:
-    """Devices of one process, and the share of the tokens that each is to have.
+    """Devices of one process, and in which proportion tokens are divided among them.
 
     Attributes
     ----------
@@ -73,17 +73,55 @@ class Devices:
     names: tuple[str, ...]
     weights: tuple[float, ...]
 
-    def around(self, home: torch.device) -> Layout:
+    def around(self, home: torch.device) -> PartLayout:
         """Return the layout of a layer whose attention is on `home`: the window is there, with shards or without."""
         devices = [torch.device(name) for name in self.names]
         first = next((index for index, device in enumerate(devices) if _same(device, home)), None)
         order = [*([] if first is None else [first]), *(i for i in range(len(devices)) if i != first)]
-        places = [Place(0, None, "" if first is None else self.names[first])]
+        locations = [PartLocation(0, None, "" if first is None else self.names[first])]
         weights = [0.0 if first is None else self.weights[first]]
         for index in order if first is None else order[1:]:
-            places.append(Place(len(places), devices[index], self.names[index]))
+            locations.append(PartLocation(len(locations), devices[index], self.names[index]))
             weights.append(self.weights[index])
-        return Layout(tuple(places), tuple(weights))
+        return PartLayout(tuple(locations), tuple(weights))
+
+
+def find_spread(
+    model: Any,
+    devices: str | Sequence[str | int | torch.device] | None,
+    max_memory: Mapping[Any, Any] | None,
+    process_group: str | None,
+    timeout: float,
+) -> Devices | PartLayout | None:
+    """Return where a cache keeps its shards, from the arguments of :meth:`PiKVCache.for_model`.
+
+    Returns
+    -------
+    Devices, PartLayout or None
+        Devices of this process, one part in each of several processes, or everything where attention is.
+
+    Raises
+    ------
+    ValueError
+        For arguments that exclude each other, and as :func:`find_devices` and :func:`process_layout`.
+    """
+    if devices is not None and process_group is not None:
+        raise ValueError(
+            f"give either devices or process_group, got devices={devices!r} and process_group={process_group!r}: "
+            "a process keeps its shards where its model is"
+        )
+    if process_group is not None and max_memory is not None:
+        raise ValueError(
+            f"max_memory={max_memory!r} divides shards among devices, but process_group={process_group!r} divides them "
+            "evenly among processes"
+        )
+    if process_group is not None:
+        return process_layout(process_group, timeout)
+    if devices is not None:
+        return find_devices(model, devices, max_memory)
+    if max_memory is not None:
+        raise ValueError(f'max_memory={max_memory!r} divides shards among devices; give devices="auto" or a list too')
+    return None
 
 
 def find_devices(
@@ -203,7 +241,7 @@ def _same(device: torch.device, other: torch.device) -> bool:
     return device.type == "cpu" or (device.index or 0) == (other.index or 0)
 
 
-def process_layout(process_group: str, timeout: float) -> Layout:
+def process_layout(process_group: str, timeout: float) -> PartLayout:
     """Return the layout of a cache whose parts are processes; all of them must call this.
 
     Raises
@@ -218,7 +256,7 @@ def process_layout(process_group: str, timeout: float) -> Layout:
     if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
         raise ValueError(f"timeout must be a positive number of seconds, got {timeout!r}")
     exchange = join_processes(float(timeout))
-    return Layout((Place(exchange.rank),), (1.0,) * exchange.ranks, exchange)
+    return PartLayout((PartLocation(exchange.rank),), (1.0,) * exchange.ranks, exchange)
 
 
 def attention_device(module: nn.Module | None, model: Any) -> torch.device:

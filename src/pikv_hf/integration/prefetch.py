@@ -27,7 +27,7 @@ def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwa
         return
     modules, layers = attachment.attention_modules(), cache.layers  # type: ignore[union-attr]
     following = next(
-        (index for index in range(module.layer_idx + 1, len(layers)) if hasattr(layers[index], "router")), -1
+        (index for index in range(module.layer_idx + 1, len(layers)) if hasattr(layers[index], "page_router")), -1
     )
     if following < 0 or following not in modules or layers[following].page_router is None:
         return

@@ -97,7 +97,7 @@ class LayerEdits(LayerTokens):
         if self.layout.parts == 1:
             return [None]
         owners = shares_of(kept, self.config.page_size, self.layout.weights)
-        return [owners == part.place.number for part in self.parts]
+        return [owners == part.location.number for part in self.parts]
 
     def recode(
         self, key_basis: torch.Tensor | None = None, value_basis: torch.Tensor | None = None, **options: Any

@@ -8,7 +8,7 @@ import torch
 
 from ..common.tensors import carried
 from ..config import PiKVConfig
-from ..distributed.device_layout import Place
+from ..distributed.device_layout import PartLocation
 from ..page_table.compaction import config_of_lanes
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
@@ -35,7 +35,7 @@ class LayerPart:
 
     Attributes
     ----------
-    place : Place
+    location : PartLocation
         Its number, and its device.
     scheduler : PageScheduler or None
         Evicts what exceeds this part's share of a budget.
@@ -49,7 +49,7 @@ class LayerPart:
         Where the tokens of the last decoding step are, until their experts are known.
     """
 
-    place: Place
+    location: PartLocation
     scheduler: PageScheduler | None = None
     page_router: PageRouter | None = None
     tiers: LayerTiers | None = None
@@ -59,7 +59,7 @@ class LayerPart:
     @property
     def reads_window(self) -> bool:
         """Whether attention takes the window from this part."""
-        return self.place.number == 0
+        return self.location.number == 0
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +79,7 @@ class LayerPart:
         """Return an empty table for `(B, H, D, Dv)` K/V of a layer whose attention is on `home`."""
         batch, heads, dim, value_dim = shape
         per_head = self.scheduler is not None and self.scheduler.policy.per_head
-        device = home if self.place.device is None else self.place.device
+        device = home if self.location.device is None else self.location.device
         pool = PlainPool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
         pages = LayerPools(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
@@ -93,7 +93,7 @@ class LayerPart:
 
     def _share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
         # What leaves the window does so in all parts of a process: the first of them counts it.
-        writer.share(shard_map, self.place.number, counts=self.place.device is None)
+        writer.share(shard_map, self.location.number, counts=self.location.device is None)
 
     # Storing
 

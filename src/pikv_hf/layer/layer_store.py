@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..config import PiKVConfig
-from ..distributed.device_layout import Layout
+from ..distributed.device_layout import PartLayout
 from ..distributed.process_exchange import leaves_others
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
@@ -44,7 +44,7 @@ class LayerTokens(CacheLayerMixin):
         Page size, window, shards, codecs.
     attachment : Attachment, optional
         The attached model.
-    layout : Layout, optional
+    layout : PartLayout, optional
         Where its parts are; by default one, on the layer's own device.
 
     Attributes
@@ -71,22 +71,22 @@ class LayerTokens(CacheLayerMixin):
         layer_idx: int,
         config: PiKVConfig,
         attachment: "Attachment | None" = None,
-        layout: Layout | None = None,
+        layout: PartLayout | None = None,
     ) -> None:
         self.layer_idx = layer_idx
         self.config = config
         self.attachment = attachment
-        self.layout = Layout() if layout is None else layout
+        self.layout = PartLayout() if layout is None else layout
         self.has_expert_router = (
             attachment is not None and config.placement != "hash" and layer_idx in attachment.expert_routers
         )
         self.leads = False
-        self.parts = [LayerPart(place, page_router=self._new_page_router()) for place in self.layout.places]
+        self.parts = [LayerPart(location, page_router=self._new_page_router()) for location in self.layout.locations]
         if config.tiers is not None:
             # The cache replaces them by parts of its own, so that its layers share limits and counters.
             tiers = Tiers(config, self.layout.parts)
             for part in self.parts:
-                part.tiers = tiers.layer(layer_idx, part.place.number)
+                part.tiers = tiers.layer(layer_idx, part.location.number)
         self._clear()
 
     def _new_page_router(self) -> PageRouter | None:

@@ -32,7 +32,7 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
     tables = [part.table for part in parts]
     if shard_map.whole or len(parts) < 2 or any(part.scheduler is not None and part.scheduler.limit for part in parts):
         return 0
-    numbers = [part.place.number for part in parts]
+    numbers = [part.location.number for part in parts]
     weights = shard_map.weights[numbers] / shard_map.weights[numbers].sum()
     loads = np.array([0 if table is None else _tokens_outside(table) for table in tables], dtype=np.float64)
     excess = loads - weights * loads.sum()

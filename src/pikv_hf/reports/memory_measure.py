@@ -43,7 +43,7 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     return LayerMemory(
         layer=index,
         kind="paged",
-        device=layer.parts[number].place.name or str(plain.device),
+        device=layer.parts[number].location.name or str(plain.device),
         keys=keys,
         values=values,
         metadata=total - keys - values - pending,

@@ -143,7 +143,7 @@ class SavedPaged:
             router = None if layer.attachment is None else layer.attachment.expert_routers.get(layer.layer_idx)
             experts, loads = 0 if router is None else router.num_experts, len(self._expert_loads)
             require(experts == loads, f"it has loads of {loads} experts, the router chooses among {experts}")
-        parts, numbers = layer.layout.parts, [part.place.number for part in layer.parts]
+        parts, numbers = layer.layout.parts, [part.location.number for part in layer.parts]
         fits = (parts, numbers) == (self.spread.parts, self.spread.numbers)
         require(fits, f"it was saved in {self.spread} and has the parts {numbers} of {parts} here")
 
@@ -158,7 +158,7 @@ class SavedPaged:
         if self._tables:
             layer.heads, layer.dtype, layer.device = self._tables[0].heads, self._tables[0].dtype, device
         for saved, part in zip(self._parts, layer.parts, strict=True):
-            saved.restore(layer, part, device if part.place.device is None else part.place.device)
+            saved.restore(layer, part, device if part.location.device is None else part.location.device)
         for name, value in self.state.items():
             setattr(layer, name, value)
         layer._padding = None if self.padding is None else torch.tensor(self.padding, device=device)

@@ -40,7 +40,7 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
     _require_settled(layer)
     parts, groups = [], []
     for part in layer.parts:
-        described, written = describe_part(part_prefix(index, part.place.number), layer, part)
+        described, written = describe_part(part_prefix(index, part.location.number), layer, part)
         parts.append(described)
         groups += written
     description: dict[str, Any] = {
@@ -56,8 +56,8 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
     if layer.layout.parts > 1:
         description["spread"] = {
             "parts": layer.layout.parts,
-            "numbers": [part.place.number for part in layer.parts],
-            "devices": [part.place.name for part in layer.parts],
+            "numbers": [part.location.number for part in layer.parts],
+            "devices": [part.location.name for part in layer.parts],
             "shards": layer.shard_map is not None,
             "others": parts[1:],
         }

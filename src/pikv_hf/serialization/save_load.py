@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..config import PiKVConfig
-from ..distributed.device_layout import Devices, Layout, attention_device
+from ..distributed.device_layout import Devices, PartLayout, attention_device
 from ..distributed.process_exchange import Exchange
 from ..version import __version__
 from .layer_loader import SavedPaged, SavedSliding
@@ -88,11 +88,11 @@ def load_cache(
     kind: "type[PiKVCache]",
     path: str | os.PathLike[str],
     model: Any,
-    spread: Devices | Layout | None,
+    spread: Devices | PartLayout | None,
     options: dict[str, Any],
 ) -> "PiKVCache":
     """Return the cache that a file holds. See :meth:`PiKVCache.load`."""
-    exchange = spread.exchange if isinstance(spread, Layout) else None
+    exchange = spread.exchange if isinstance(spread, PartLayout) else None
     if exchange is not None and exchange.ranks == 1:
         exchange = None
     device = attention_device(None, model)
@@ -120,7 +120,9 @@ class _SavedCache:
         self.path, self._options = path, options
         self.save = ""
 
-    def read(self, stack: ExitStack, model: Any, spread: Devices | Layout | None, exchange: Exchange | None) -> None:
+    def read(
+        self, stack: ExitStack, model: Any, spread: Devices | PartLayout | None, exchange: Exchange | None
+    ) -> None:
         """Open the file, for as long as `stack` lasts, and check everything in it; nothing is built yet."""
         self.path = path = file_to_load(self.path, exchange)
         file = stack.enter_context(TensorFile(path, {"format": FORMAT, "layout": _layout_of(path)}))
@@ -138,7 +140,7 @@ class _SavedCache:
             _require_as_many_parts(self._layers, spread)
         _require_whole_shards(self._layers, saved_config, self.config)
 
-    def build(self, kind: "type[PiKVCache]", model: Any, spread: Devices | Layout | None) -> "PiKVCache":
+    def build(self, kind: "type[PiKVCache]", model: Any, spread: Devices | PartLayout | None) -> "PiKVCache":
         """Return the cache."""
         cache = kind._over(spread, model, self.config)
         with _described(self.path):
@@ -219,14 +221,14 @@ def _require_fitting(cache: "PiKVCache", layers: list[SavedPaged | SavedSliding]
             saved.check_fits(layer)
 
 
-def _require_as_many_parts(layers: list[SavedPaged | SavedSliding], spread: Devices | Layout | None) -> None:
+def _require_as_many_parts(layers: list[SavedPaged | SavedSliding], spread: Devices | PartLayout | None) -> None:
     """Raise unless a cache laid out like this has as many parts as a file; devices may be others."""
     spreads = [layer.spread for layer in layers if isinstance(layer, SavedPaged)]
     names = list(dict.fromkeys(name for each in spreads for name in each.devices if name))
     saved = sorted({each.parts for each in spreads})
     there = f"it was saved in {' and '.join(map(str, saved))} {'part' if saved == [1] else 'parts'}"
-    if isinstance(spread, Layout):
-        numbers = [place.number for place in spread.places]
+    if isinstance(spread, PartLayout):
+        numbers = [location.number for location in spread.locations]
         if any((each.parts, each.numbers) != (spread.parts, numbers) for each in spreads):
             raise CacheFileError(f"{there} of each layer, by one process; {spread.parts} processes are to load it")
         return

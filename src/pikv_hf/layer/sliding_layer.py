@@ -1,0 +1,30 @@
+"""Transformers' own sliding-window layers beside paged ones: what is checked, trimmed and copied of them."""
+
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from .input_checks import KVFormat
+
+
+def kv_format(layer: DynamicSlidingWindowLayer) -> KVFormat | None:
+    """Return the shape, dtype and device that new K/V of a sliding layer must have, None before the first."""
+    if not layer.is_initialized or not layer.keys.numel():
+        return None
+    batch, heads, _, dim = layer.keys.shape
+    return (batch, heads, dim, layer.values.shape[-1]), layer.keys.dtype, layer.keys.device
+
+
+def trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
+    """Free what a sliding layer holds beyond its window: transformers keeps a view of all that a call brought."""
+    for name in ("keys", "values"):
+        kept: torch.Tensor = getattr(layer, name)
+        window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
+        if kept.untyped_storage().nbytes() > window:
+            setattr(layer, name, kept.clone())
+
+
+def copy_sliding(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
+    """Copy a sliding layer; it never writes into its tensors, so that both may use the same."""
+    twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
+    twin.__dict__.update(layer.__dict__)
+    return twin
