@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from pikv_hf import PiKVCache, detach
 from pikv_hf.eval.bench.bench_table import show
 from pikv_hf.eval.bench.decode import geometry_model, timed
-from pikv_hf.eval.demo.measure import total_bytes
+from pikv_hf.eval.runner.memory_meter import stored_bytes
 from pikv_hf.reports.memory_report import format_bytes
 
 # Steps whose times are averaged: those after the first STEPS, and the last.
@@ -113,8 +113,8 @@ def _generate(model: Any, name: str, cache: Any, ids: torch.Tensor, tokens: int)
         seconds.append(spent)
         ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
         if step >= STEPS and step % 32 == 0:
-            sizes.append(total_bytes([cache]))
-    sizes.append(total_bytes([cache]))
+            sizes.append(stored_bytes(cache))
+    sizes.append(stored_bytes(cache))
     early, late = statistics.fmean(seconds[STEPS : 2 * STEPS]), statistics.fmean(seconds[-STEPS:])
     layers = model.config.num_hidden_layers
     return GenerationTiming(name, prompt, tokens, layers, early, late, late / early, sizes[0], max(sizes), sizes[-1])
@@ -154,7 +154,7 @@ def _read(model: Any, cache: PiKVCache, ids: torch.Tensor, chunk: int) -> None:
 
 
 def _note(cache: PiKVCache, seen: list[int], *_: Any) -> None:
-    seen.append(total_bytes([cache]))
+    seen.append(stored_bytes(cache))
 
 
 def run_and_show_generation(timings: Iterable[GenerationTiming], threads: int, output: Path | None) -> None:

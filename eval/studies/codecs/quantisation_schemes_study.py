@@ -22,7 +22,7 @@ from .attention_error import METRIC, PAGE, Subject, root_mean_square
 from .page_guard import Guarded, guard_by_rule, guard_pages
 from .quantisation_schemes import FLOATS, KEY_SCHEMES, KIND_OF_BITS, VALUE_SCHEMES, Scheme, Shipped
 from .sample_kv import DIFFICULT, GEOMETRIES, AttentionInput, difficult, random_inputs, reference_inputs
-from .scheme_tables import show
+from .scheme_tables import Measured, show
 
 BITS = (8, 4, 2)
 #: The bundled model, in pages of consecutive tokens and in pages of one expert's tokens, as the cache has them.
@@ -44,43 +44,6 @@ SHARES = (0.0, 0.25, CARRIED_ERROR, 0.5, 0.75, 1.0)
 
 #: Bytes of a page beside keys and values: a position and an expert per token, and the counters of the page.
 METADATA = PAGE * 6 + 17
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Measured:
-    """One row of the results.
-
-    Attributes
-    ----------
-    data, case : str
-        Model, and what was done to its keys.
-    part : str
-        What is coded: `"keys"`, `"values"` or `"both"`.
-    scheme : str
-        By name.
-    bits : int
-        Per code.
-    error : float
-        As in :data:`METRIC`.
-    relative : float, optional
-        Of a difficult case: the error over that of the same scheme and bits on ordinary keys.
-    moved, unpacked : float, optional
-        With the guard: share of pages, of keys and of values, stored in a wider kind, and share of those that no
-        integer kind held.
-    largest : float, optional
-        With the guard: the largest ratio of a page and head.
-    """
-
-    data: str
-    case: str
-    part: str
-    scheme: str
-    bits: int
-    error: float
-    relative: float | None = None
-    moved: float | None = None
-    unpacked: float | None = None
-    largest: float | None = None
 
 
 def measure_scheme(subjects: Sequence[Subject], keys: Scheme | None, values: Scheme | None, bits: int) -> float:

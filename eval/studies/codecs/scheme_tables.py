@@ -1,20 +1,52 @@
-"""The tables of :mod:`pikv_hf.eval.studies.codecs.quantisation_schemes_study`."""
+"""Show what :mod:`pikv_hf.eval.studies.codecs.quantisation_schemes_study` measured as tables in the terminal."""
 
-from __future__ import annotations
-
+import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ...report.result_rows import Row, percent, show_table
 from .attention_error import root_mean_square
 
-if TYPE_CHECKING:
-    from .quantisation_schemes_study import Measured
-
 #: Data that has a column of its own; the others share one.
 SINGLE, RANDOM = ("reference", "reference, pages by expert"), "random"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measured:
+    """One row of the results.
+
+    Attributes
+    ----------
+    data, case : str
+        Model, and what was done to its keys.
+    part : str
+        What is coded: `"keys"`, `"values"` or `"both"`.
+    scheme : str
+        By name.
+    bits : int
+        Per code.
+    error : float
+        As in :data:`~pikv_hf.eval.studies.codecs.attention_error.METRIC`.
+    relative : float, optional
+        Of a difficult case: the error over that of the same scheme and bits on ordinary keys.
+    moved, unpacked : float, optional
+        With the guard: share of pages, of keys and of values, stored in a wider kind, and share of those that no
+        integer kind held.
+    largest : float, optional
+        With the guard: the largest ratio of a page and head.
+    """
+
+    data: str
+    case: str
+    part: str
+    scheme: str
+    bits: int
+    error: float
+    relative: float | None = None
+    moved: float | None = None
+    unpacked: float | None = None
+    largest: float | None = None
 
 
 def show(console: Console, rows: Sequence[Measured], sizes: Sequence[Row]) -> None:

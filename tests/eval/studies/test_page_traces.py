@@ -13,22 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_hf.eval.studies.scheduling import page_traces
-from pikv_hf.eval.studies.scheduling.page_traces import (
-    CAPACITIES,
-    LENGTHS,
-    OPTIONS,
-    PAGE,
-    RULES,
-    Recorder,
-    Trace,
-    belady,
-    by_policy,
-    page_shares,
-    random_order,
-    simulate,
-    steps_of,
-)
+from pikv_hf.eval.studies.scheduling import attention_trace, page_traces
+from pikv_hf.eval.studies.scheduling.attention_trace import PAGE, Recorder, Trace, page_shares, steps_of
+from pikv_hf.eval.studies.scheduling.eviction_rules import RULES, belady, by_policy, random_order, simulate
+from pikv_hf.eval.studies.scheduling.page_traces import CAPACITIES, LENGTHS, OPTIONS
 from pikv_hf.eval.tasks import reference
 from pikv_hf.scheduling.policies.registry import POLICIES, make_policy
 
@@ -139,7 +127,7 @@ def test_shares_and_bounds_are_means_over_queries_and_heads_of_a_group() -> None
         share = [slow_shares(each[at], key[head, : at + 1], page, 0.5) for each in group for at in steps[index]]
         assert shares[index, head, page] == pytest.approx(np.mean(share), abs=1e-5)
         keys = key[head, page * PAGE : (page + 1) * PAGE]
-        recent = range(last - page_traces.RECENT_QUERIES, last)
+        recent = range(last - attention_trace.RECENT_QUERIES, last)
         bound = [slow_bound(each[at], keys, 0.5) for each in group for at in recent]
         assert bounds[index, head, page] == pytest.approx(np.mean(bound), abs=1e-5)
 
@@ -169,7 +157,7 @@ def test_a_recording_has_every_page_that_may_go(recorded: dict[str, list[Trace]]
     """From the second on, each after the step that moved the window past it; heads are lanes of their own."""
     for row, head in zip(recorded["row"], recorded["head"], strict=True):
         steps = len(row.shares)
-        assert row.counted == steps - page_traces.DECODED
+        assert row.counted == steps - attention_trace.DECODED
         assert (row.lane == 0).all()
         assert set(head.lane.tolist()) == {0, 1, 2, 3}
         assert row.newest.tolist() == list(range(2 * PAGE - 1, row.newest[-1] + 1, PAGE))
@@ -184,12 +172,12 @@ def test_a_recording_has_every_page_that_may_go(recorded: dict[str, list[Trace]]
 def test_pages_are_born_when_the_window_has_passed_them() -> None:
     steps = steps_of(300, 310)
     assert [(step.start, step.stop) for step in steps[:4]] == [(0, 128), (128, 256), (256, 300), (300, 301)]
-    shares = np.zeros((3 + page_traces.DECODED, 1, 20))
-    trace = page_traces._trace(shares, shares, 300)
-    ends = [128, 256, *range(300, 301 + page_traces.DECODED)]
+    shares = np.zeros((3 + attention_trace.DECODED, 1, 20))
+    trace = attention_trace._trace(shares, shares, 300)
+    ends = [128, 256, *range(300, 301 + attention_trace.DECODED)]
     for newest, born in zip(trace.newest, trace.born, strict=True):
-        assert ends[born] - page_traces.WINDOW > newest
-        assert born == 0 or ends[born - 1] - page_traces.WINDOW <= newest
+        assert ends[born] - attention_trace.WINDOW > newest
+        assert born == 0 or ends[born - 1] - attention_trace.WINDOW <= newest
 
 
 def rows(results: dict[str, Any], pages: str, tokens: int, capacity: float) -> dict[str, dict[str, float]]:
@@ -226,7 +214,7 @@ def test_the_weights_of_pikv_are_the_best_of_those_compared(results: dict[str, A
 
 
 def test_the_committed_results_say_where_they_come_from(results: dict[str, Any]) -> None:
-    assert results["command"].startswith("python -m pikv_hf.eval.studies.scheduling.page_traces")
+    assert results["command"].startswith("python -m pikv_hf.eval.experiments.page_traces")
     assert results["samples"] == len(reference.TASKS) * results["samples_per_task"]
     assert results["seed"] != results["training"]["seed"]
     assert not re.search(r'[ "=]/\w|~/', RESULTS.read_text()), "the file names a folder of the machine"
