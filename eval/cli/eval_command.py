@@ -1,11 +1,13 @@
 """``pikv eval``: accuracy, bytes and speed of a cache."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.cli.failure import one_line_errors
 from pikv_hf.eval.runner.options import EvalOptions, read_options
 
 if TYPE_CHECKING:
@@ -16,143 +18,141 @@ app = typer.Typer(
 )
 _DEFAULT = EvalOptions(suite="ruler")
 
-Model = Annotated[str, typer.Option(help="reference (bundled), a folder or a Hub name.")]
-Cache = Annotated[str, typer.Option(help="dynamic, quantized:quanto:4, pikv or pikv:OPTION=VALUE,...")]
-Press = Annotated[str | None, typer.Option(help="PiKVPress, SnapKVPress, AdaKVPress(SnapKVPress), ...")]
-Ratio = Annotated[float | None, typer.Option(help="Share of the cache that the press removes.")]
-QueryAware = Annotated[bool, typer.Option("--query-aware", help="Read the question with the context, by generate.")]
-Tasks = Annotated[list[str] | None, typer.Option("--task", help="Only this one; may be repeated.")]
-Samples = Annotated[int, typer.Option(help="Per task, per cell of the needle grid, or windows.")]
-Limit = Annotated[int | None, typer.Option(help="Most samples of the run (of each set of LongBench).")]
-Seed = Annotated[int, typer.Option(help="Of all randomness.")]
-BatchSize = Annotated[int, typer.Option(help="Samples at once, padded on the left; 1 with a press.")]
-MaxNewTokens = Annotated[int | None, typer.Option(help="Instead of the suite's own limit of an answer.")]
-MaxContext = Annotated[int | None, typer.Option(help="Longest context in tokens; by default the model's positions.")]
-Wording = Annotated[str, typer.Option(help="ruler, reference (the bundled model's words) or auto.")]
-Haystack = Annotated[Path | None, typer.Option(help="Text file or folder to use as haystack.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as saved.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda:0, or auto to spread layers over GPUs.")]
-Attention = Annotated[str | None, typer.Option(help="Attention implementation of transformers.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 Output = Annotated[Path, typer.Option(help="Folder in which the run's own folder is made.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Measure anew what is complete.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bar.")]
 
 RESULTS = Path("results")
 
+#: Options of several suites, in the order of the help: what a value is, and its default.
+_METHOD: dict[str, tuple[Any, Any]] = {
+    "model": (Annotated[str, typer.Option(help="reference (bundled), a folder or a Hub name.")], _DEFAULT.model),
+    "cache": (
+        Annotated[str, typer.Option(help="dynamic, quantized:quanto:4, pikv or pikv:OPTION=VALUE,...")],
+        _DEFAULT.cache,
+    ),
+    "press": (Annotated[str | None, typer.Option(help="PiKVPress, SnapKVPress, AdaKVPress(SnapKVPress), ...")], None),
+    "ratio": (Annotated[float | None, typer.Option(help="Share of the cache that the press removes.")], None),
+    "query_aware": (
+        Annotated[bool, typer.Option("--query-aware", help="Read the question with the context, by generate.")],
+        False,
+    ),
+    "tasks": (Annotated[list[str] | None, typer.Option("--task", help="Only this one; may be repeated.")], None),
+}
+_SAMPLES: dict[str, tuple[Any, Any]] = {
+    "samples": (
+        Annotated[int, typer.Option(help="Per task, per cell of the needle grid, or windows.")],
+        _DEFAULT.samples,
+    ),
+    "limit": (Annotated[int | None, typer.Option(help="Most samples of the run (of each set of LongBench).")], None),
+    "seed": (Annotated[int, typer.Option(help="Of all randomness.")], _DEFAULT.seed),
+    "batch_size": (
+        Annotated[int, typer.Option(help="Samples at once, padded on the left; 1 with a press.")],
+        _DEFAULT.batch_size,
+    ),
+    "max_new_tokens": (
+        Annotated[int | None, typer.Option(help="Instead of the suite's own limit of an answer.")],
+        None,
+    ),
+    "max_context": (
+        Annotated[int | None, typer.Option(help="Longest context in tokens; by default the model's positions.")],
+        None,
+    ),
+    "wording": (
+        Annotated[str, typer.Option(help="ruler, reference (the bundled model's words) or auto.")],
+        _DEFAULT.wording,
+    ),
+    "haystack": (Annotated[Path | None, typer.Option(help="Text file or folder to use as haystack.")], None),
+}
+_RUN: dict[str, tuple[Any, Any]] = {
+    "dtype": (Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; by default as saved.")], None),
+    "device": (Annotated[str | None, typer.Option(help="cpu, cuda:0, or auto to spread layers over GPUs.")], None),
+    "attn_implementation": (
+        Annotated[str | None, typer.Option(help="Attention implementation of transformers.")],
+        None,
+    ),
+    "threads": (Annotated[int | None, typer.Option(help="CPU threads.")], None),
+    "output": (Output, RESULTS),
+    "overwrite": (Overwrite, False),
+    "quiet": (Quiet, False),
+}
 
-@app.command()
+
+def _suite(*without: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function the command of a suite: its own options between the shared ones, all but those named.
+
+    The command line is made from the signature, so the function's `**shared` is replaced by what it stands for.
+    """
+
+    def register(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command)
+        options = [each for each in own.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        left_out = {*without, *(option.name for option in options)}
+        first, last = (_parameters(shared, left_out) for shared in (_METHOD, _SAMPLES | _RUN))
+        command.__signature__ = own.replace(parameters=[*first, *options, *last])  # type: ignore[attr-defined]
+        return app.command()(command)
+
+    return register
+
+
+def _parameters(shared: dict[str, tuple[Any, Any]], without: set[str]) -> list[inspect.Parameter]:
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for name, (kind, default) in shared.items()
+        if name not in without
+    ]
+
+
+@_suite()
 def ruler(
-    model: Model = _DEFAULT.model,
-    cache: Cache = _DEFAULT.cache,
-    press: Press = None,
-    ratio: Ratio = None,
-    query_aware: QueryAware = False,
-    tasks: Tasks = None,
+    *,
     length: Annotated[int, typer.Option(help="Tokens of a sample, answer included.")] = _DEFAULT.length,
-    samples: Samples = _DEFAULT.samples,
-    limit: Limit = None,
-    seed: Seed = _DEFAULT.seed,
-    batch_size: BatchSize = _DEFAULT.batch_size,
-    max_new_tokens: MaxNewTokens = None,
-    max_context: MaxContext = None,
-    wording: Wording = _DEFAULT.wording,
-    haystack: Haystack = None,
     squad: Annotated[Path | None, typer.Option(help="SQuAD JSON for qa_1.")] = None,
     hotpotqa: Annotated[Path | None, typer.Option(help="HotpotQA JSON for qa_2.")] = None,
     hub: Annotated[bool, typer.Option("--hub", help="Ready-made samples from the Hub.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    attn_implementation: Attention = None,
-    threads: Threads = None,
-    output: Output = RESULTS,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    **shared: Any,
 ) -> None:
     """RULER: retrieval, variable tracking, aggregation and questions, generated here for any tokenizer and length."""
-    _run("ruler", locals())
+    _run("ruler", length=length, squad=squad, hotpotqa=hotpotqa, hub=hub, **shared)
 
 
-@app.command()
+@_suite("samples", "wording", "haystack")
 def longbench(
-    model: Model = _DEFAULT.model,
-    cache: Cache = _DEFAULT.cache,
-    press: Press = None,
-    ratio: Ratio = None,
-    query_aware: QueryAware = False,
-    tasks: Tasks = None,
-    limit: Limit = None,
-    seed: Seed = _DEFAULT.seed,
-    batch_size: BatchSize = _DEFAULT.batch_size,
-    max_new_tokens: MaxNewTokens = None,
-    max_context: MaxContext = None,
+    *,
     data_dir: Annotated[
         str | None, typer.Option(help="Folder of the official .jsonl files, or 'bundled'; by default the Hub.")
     ] = None,
     prompts: Annotated[Path | None, typer.Option(help="The official dataset2prompt.json.")] = None,
     e: Annotated[bool, typer.Option("--e", help="LongBench-E.")] = False,
-    dtype: Dtype = None,
-    device: Device = None,
-    attn_implementation: Attention = None,
-    threads: Threads = None,
-    output: Output = RESULTS,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    **shared: Any,
 ) -> None:
     """LongBench or LongBench-E: 21 sets of questions, summaries, code, each with its own metric."""
-    _run("longbench", locals())
+    _run("longbench", data_dir=data_dir, prompts=prompts, e=e, **shared)
 
 
-@app.command()
+@_suite("query_aware", "tasks", "limit", "batch_size", "max_new_tokens", "max_context", "haystack")
 def perplexity(
-    model: Model = _DEFAULT.model,
-    cache: Cache = _DEFAULT.cache,
-    press: Press = None,
-    ratio: Ratio = None,
+    *,
     text: Annotated[Path | None, typer.Option(help="UTF-8 file; by default a bundled text.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a window.")] = _DEFAULT.length,
     prefill: Annotated[int, typer.Option(help="Tokens read and compressed before the rest.")] = _DEFAULT.prefill,
     chunk: Annotated[int, typer.Option(help="Tokens scored at once.")] = _DEFAULT.chunk,
-    samples: Samples = _DEFAULT.samples,
-    seed: Seed = _DEFAULT.seed,
-    wording: Wording = _DEFAULT.wording,
-    dtype: Dtype = None,
-    device: Device = None,
-    attn_implementation: Attention = None,
-    threads: Threads = None,
-    output: Output = RESULTS,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    **shared: Any,
 ) -> None:
     """Perplexity of a long text, chunk by chunk through the cache."""
-    _run("perplexity", locals())
+    _run("perplexity", text=text, length=length, prefill=prefill, chunk=chunk, **shared)
 
 
-@app.command()
+@_suite("tasks", "max_new_tokens", "max_context")
 def needle(
-    model: Model = _DEFAULT.model,
-    cache: Cache = _DEFAULT.cache,
-    press: Press = None,
-    ratio: Ratio = None,
-    query_aware: QueryAware = False,
+    *,
     lengths: Annotated[list[int] | None, typer.Option("--length", help="Tokens; may be repeated.")] = None,
     depths: Annotated[list[float] | None, typer.Option("--depth", help="Percent; may be repeated.")] = None,
-    samples: Samples = 5,
-    limit: Limit = None,
-    seed: Seed = _DEFAULT.seed,
-    batch_size: BatchSize = _DEFAULT.batch_size,
-    wording: Wording = _DEFAULT.wording,
-    haystack: Haystack = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    attn_implementation: Attention = None,
-    threads: Threads = None,
-    output: Output = RESULTS,
-    overwrite: Overwrite = False,
-    quiet: Quiet = False,
+    samples: Annotated[int, typer.Option(help="Per cell of the grid.")] = 5,
+    **shared: Any,
 ) -> None:
     """One needle at every depth of texts of every length."""
-    _run("needle", locals())
+    _run("needle", lengths=lengths, depths=depths, samples=samples, **shared)
 
 
 @app.command("run")
@@ -166,20 +166,15 @@ def run_file(
 
     A run that fails is named, and the others go on; the exit status is then 1.
     """
-    try:
+    with one_line_errors():
         runs = read_options(file)
-    except InputError as error:
-        raise _failure(error) from None
     _evaluate(runs, output, overwrite, quiet)
 
 
-def _run(suite: str, given: dict[str, Any]) -> None:
-    """Run one evaluation from a command's arguments; those left out keep the defaults of `EvalOptions`."""
-    output, overwrite, quiet = (given.pop(name) for name in ("output", "overwrite", "quiet"))
-    try:
+def _run(suite: str, *, output: Path, overwrite: bool, quiet: bool, **given: Any) -> None:
+    """Run one evaluation from a command's options; those left out keep the defaults of `EvalOptions`."""
+    with one_line_errors():
         options = EvalOptions.from_dict({"suite": suite} | {k: v for k, v in given.items() if v is not None})
-    except InputError as error:
-        raise _failure(error) from None
     _evaluate([options], output, overwrite, quiet)
 
 
@@ -188,20 +183,13 @@ def _evaluate(runs: "Sequence[EvalOptions]", output: Path, overwrite: bool, quie
     from pikv_hf.eval.runner.run_view import show, show_failures
 
     failures = []
-    try:
+    with one_line_errors():
         for result in run_all(runs, output, overwrite=overwrite, progress=not quiet):
             if isinstance(result, FailedRun):
                 failures.append(result)
                 show_failures([result])
             else:
                 show(result)
-    except InputError as error:
-        raise _failure(error) from None
     if failures:
         show_failures(failures, of=len(runs))
         raise typer.Exit(1)
-
-
-def _failure(error: InputError) -> typer.Exit:
-    typer.echo(f"Error: {error}", err=True)
-    return typer.Exit(2)

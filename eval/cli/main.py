@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pikv_hf.config import CODECS, PiKVConfig
+from pikv_hf.config import PiKVConfig
+from pikv_hf.eval.cli.bench_command import app as bench
 from pikv_hf.eval.cli.eval_command import app as evaluation
+from pikv_hf.eval.cli.failure import failure, one_line_errors
 from pikv_hf.eval.cli.plan_command import plan
 from pikv_hf.eval.cli.report_command import app as report
 from pikv_hf.eval.demo.options import DemoOptions, tier_limits
-from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.errors import user_input
 
 if TYPE_CHECKING:
     from pikv_hf.eval.demo.demo import DemoResult
@@ -21,7 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-bench = typer.Typer(help="Measure the cache against transformers' DynamicCache in the same run.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 app.add_typer(report, name="report")
@@ -94,178 +95,10 @@ def demo(
         "routing": routing,
         "max_pages": max_pages,
     }
-    try:
+    with one_line_errors():
         result = _run_demo(given, storage, as_json)
-    except InputError as error:
-        raise _failure(2, str(error)) from None
     if not result.agree:
-        raise _failure(1, result.describe_disagreement())
-
-
-@bench.command()
-def decode(
-    device: Annotated[str, typer.Option(help="Where to measure; cpu is the only choice in this release.")] = "cpu",
-    contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
-    codecs: Annotated[
-        list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated, or be all.")
-    ] = None,
-    routing: Annotated[str, typer.Option(help="Which pages are read: all, or a policy.")] = "all",
-    max_pages: Annotated[int, typer.Option(help="Of full pages, the most that a KV head reads.")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """One decoding step of one layer: 32 query and 4 KV heads, head dim 128, fp32, expert placement."""
-    if device != "cpu":
-        raise _failure(2, f"--device must be cpu in this release, got {device!r}; `make gpu-check` measures on a GPU")
-    names = list(CODECS) if codecs == ["all"] else codecs or ["none"]
-    try:
-        with user_input("invalid option"):
-            for name in names:
-                PiKVConfig(key_codec=name, routing=routing, max_pages=max_pages)
-    except InputError as error:
-        raise _failure(2, str(error)) from None
-    from pikv_hf.eval.bench.bench_table import run_and_show
-    from pikv_hf.eval.bench.decode import run_decode
-
-    sizes = contexts or (4096, 32768, 131072), batches or (1, 4)
-    cases = run_decode(*sizes, codecs=names, routing=routing, max_pages=max_pages)
-    run_and_show(cases, threads, output)
-
-
-@bench.command()
-def reorder(
-    beams: Annotated[int, typer.Option(help="Rows.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Cached tokens of each row.")] = 32768,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """Beam reordering of one layer, for beams of one prompt and for rows that share nothing."""
-    from pikv_hf.eval.bench.bench_table import run_and_show
-    from pikv_hf.eval.bench.decode import run_reorder
-
-    run_and_show(run_reorder(beams, tokens), threads, output)
-
-
-@bench.command()
-def prefill(
-    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8192,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """A prompt through a model of two layers, from embeddings to stored pages."""
-    from pikv_hf.eval.bench.bench_table import run_and_show
-    from pikv_hf.eval.bench.decode import run_prefill
-
-    run_and_show(run_prefill(tokens), threads, output)
-
-
-@bench.command()
-def press(
-    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8192,
-    ratio: Annotated[float, typer.Option(help="Share of the cache that presses remove.")] = 0.75,
-    presses: Annotated[
-        list[str] | None, typer.Option("--press", help="Only this one, any that pikv eval takes; may be repeated.")
-    ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds in which every press reads the prompt once.")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """What each press of this project adds to the prefill of a model of two layers on PiKVCache."""
-    from pikv_hf.eval.bench.bench_table import run_and_show_presses
-    from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
-
-    try:
-        timings = run_presses(tokens, ratio, repeats, presses or PRESSES)
-    except InputError as error:
-        raise _failure(2, str(error)) from None
-    run_and_show_presses(timings, threads, output)
-
-
-@bench.command()
-def generate(
-    tokens: Annotated[int, typer.Option(help="To generate.")] = 4096,
-    prompt: Annotated[int, typer.Option(help="Length of the prompt.")] = 1024,
-    budget: Annotated[int, typer.Option(help="Tokens that each layer may keep.")] = 1024,
-    schedulers: Annotated[
-        list[str] | None, typer.Option("--scheduler", help="Which pages go first; may be repeated.")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """A long generation under a budget: is a late step as fast, and the cache as small, as an early one."""
-    _check_schedulers(schedulers)
-    from pikv_hf.eval.bench.generation import run_and_show_generation, run_generation
-
-    run_and_show_generation(run_generation(tokens, prompt, budget, schedulers or ["pikv"]), threads, output)
-
-
-@bench.command()
-def chunks(
-    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 32768,
-    chunk: Annotated[int, typer.Option(help="Tokens per call.")] = 1024,
-    budget: Annotated[float, typer.Option(help="Share of the tokens that may be kept.")] = 0.25,
-    schedulers: Annotated[
-        list[str] | None, typer.Option("--scheduler", help="Which pages go first; may be repeated.")
-    ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """A prompt read in chunks under a budget: the most bytes that the cache ever takes."""
-    _check_schedulers(schedulers)
-    from pikv_hf.eval.bench.generation import run_and_show_chunks, run_chunks
-
-    run_and_show_chunks(run_chunks(tokens, chunk, budget, schedulers or ["pikv"]), threads, output)
-
-
-def _check_schedulers(names: list[str] | None) -> None:
-    try:
-        with user_input("invalid --scheduler"):
-            for name in names or ():
-                PiKVConfig(budget=0.5, scheduler=name)
-    except InputError as error:
-        raise _failure(2, str(error)) from None
-
-
-@bench.command()
-def load(
-    tokens: Annotated[int, typer.Option(help="Length of the context.")] = 32768,
-    codecs: Annotated[
-        list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated.")
-    ] = None,
-    layers: Annotated[int, typer.Option(help="Of the model.")] = 2,
-    chunk: Annotated[int | None, typer.Option(help="Tokens read per call; by default all at once.")] = None,
-    repeats: Annotated[int, typer.Option(help="Times that a file is saved and loaded.")] = 5,
-    directory: Annotated[Path | None, typer.Option(help="Where the file goes; by default a temporary one.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """Saving and loading the cache of a context, against reading the context again."""
-    names = codecs or ["none", "int4"]
-    try:
-        with user_input("invalid option"):
-            for name in names:
-                PiKVConfig(key_codec=name)
-    except InputError as error:
-        raise _failure(2, str(error)) from None
-    from pikv_hf.eval.bench.saved_cache import run_and_show_loads, run_load
-
-    run_and_show_loads(run_load(tokens, names, layers, repeats, chunk, directory), threads, output)
-
-
-@bench.command()
-def processes(
-    count: Annotated[int, typer.Option("--processes", help="Gloo processes, of one thread each.")] = 2,
-    contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
-) -> None:
-    """One decoding step of one layer whose shards are spread over processes, against one process of one thread."""
-    if count < 2:
-        raise _failure(2, f"--processes must be at least 2, got {count}")
-    from pikv_hf.eval.bench.processes import run_and_show_processes, run_processes
-
-    run_and_show_processes(run_processes(count, contexts or (512, 4096, 32768, 131072), batches or (1,)), output)
+        raise failure(result.describe_disagreement(), status=1)
 
 
 def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> "DemoResult":
@@ -279,8 +112,3 @@ def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> 
         result = run_demo(options)
     (print_json if as_json else print_result)(result)
     return result
-
-
-def _failure(status: int, message: str) -> typer.Exit:
-    typer.echo(f"Error: {message}", err=True)
-    return typer.Exit(status)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pikv_hf.config import PiKVConfig
+from pikv_hf.eval.cli.failure import one_line_errors
 from pikv_hf.eval.errors import InputError, user_input
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def plan(
     }
     given = {"mode": mode, "z": z}
     simulated = {"skew": skew, "plot": plot, "output": output}
-    try:
+    with one_line_errors():
         _check_simulated(simulate, simulated)
         workload = _workload(model, context, batch, devices, storage, given, dtype, weights, trace, calibrate)
         fixed = any(each is not None for each in (codec, key_codec, value_codec))
@@ -76,9 +77,6 @@ def plan(
             _simulate(workload, {"trace": trace, **simulated}, as_json)
         else:
             _show(workload, fixed, as_json)
-    except InputError as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from None
 
 
 def _check_simulated(simulate: bool, options: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pikv_hf.eval.cli.failure import one_line_errors
 from pikv_hf.eval.errors import InputError, user_input
 
 
@@ -40,11 +41,8 @@ def page(
     """
     from pikv_hf.eval.report import load_runs, write_report
 
-    try:
-        with user_input("cannot make a report"), _plain_warnings():
-            written = write_report(load_runs(folders), output, title)
-    except InputError as error:
-        raise _failure(error) from None
+    with one_line_errors(), user_input("cannot make a report"), _plain_warnings():
+        written = write_report(load_runs(folders), output, title)
     typer.echo(f"{written} and {len(list(output.glob('*.png')))} figures beside it")
 
 
@@ -56,15 +54,12 @@ def budgets(
     """Presses at equal bytes: a table of scores by method and budget, and a figure of it."""
     from pikv_hf.eval.report import budget_figure, budget_table, load_runs
 
-    try:
-        with user_input("cannot make the table"), _plain_warnings():
-            runs = load_runs(folders)
-            table = budget_table(runs)
-            output.mkdir(parents=True, exist_ok=True)
-            (output / "budgets.md").write_text(table, encoding="utf-8")
-            budget_figure(runs, output / "budgets.png")
-    except InputError as error:
-        raise _failure(error) from None
+    with one_line_errors(), user_input("cannot make the table"), _plain_warnings():
+        runs = load_runs(folders)
+        table = budget_table(runs)
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "budgets.md").write_text(table, encoding="utf-8")
+        budget_figure(runs, output / "budgets.png")
     typer.echo(table, nl=False)
 
 
@@ -78,11 +73,8 @@ def compare(
     from pikv_hf.eval.report import compare as compare_runs
     from pikv_hf.eval.report import comparison_text
 
-    try:
-        with user_input("cannot compare"), _plain_warnings():
-            typer.echo(comparison_text(compare_runs(_run(a), _run(b), allow_partial=allow_partial)))
-    except InputError as error:
-        raise _failure(error) from None
+    with one_line_errors(), user_input("cannot compare"), _plain_warnings():
+        typer.echo(comparison_text(compare_runs(_run(a), _run(b), allow_partial=allow_partial)))
 
 
 @contextmanager
@@ -102,8 +94,3 @@ def _run(folder: Path) -> Any:
     if len(runs) != 1:
         raise InputError(f"{folder} holds {len(runs)} runs, expected one")
     return runs[0]
-
-
-def _failure(error: InputError) -> typer.Exit:
-    typer.echo(f"Error: {error}", err=True)
-    return typer.Exit(2)
