@@ -32,7 +32,7 @@ from families import FAMILIES
 from pikv_hf import PiKVCache
 from pikv_hf.attention.attention_mass import OBSERVED
 from pikv_hf.integration.attention_function import attend, pikv_attention_forward
-from pikv_hf.scheduling.policies.registry import HALF_LIFE
+from pikv_hf.scheduling.policies.registry import ATTENTION_HALF_LIFE
 
 CASES: dict[str, Any] = {
     "runs": lambda: grown(num_shards=1, batch=1),
@@ -207,7 +207,7 @@ def test_what_is_known_of_use_follows_a_slow_reference(case: str) -> None:
             if max(heads) >= 1 / read[row] and step not in uses[page]:
                 uses[page].append(step)
         shares = shares_of(layer, of_tokens)
-        recent = {page: recent[page] * 0.5 ** (1 / HALF_LIFE) + shares[page] for page in recent}
+        recent = {page: recent[page] * 0.5 ** (1 / ATTENTION_HALF_LIFE) + shares[page] for page in recent}
     assert_close(recorded(layer, 1), recent, 1e-4)
     for page, (born, last, previous, count) in steps.items():
         times = [previous, last][max(0, 2 - count) :] + uses[page]
@@ -296,6 +296,5 @@ def test_forks_share_the_count_of_steps() -> None:
     attend(twin, query, scale=SCALE)
     assert twin.scheduler.now == layer.scheduler.now + 1
     shares = shares_of(twin, by_kv_head(weights(twin, query)))
-    assert_close(
-        recorded(twin, 1), {page: recent[page] * 0.5 ** (1 / HALF_LIFE) + shares[page] for page in recent}, 1e-5
-    )
+    decay = 0.5 ** (1 / ATTENTION_HALF_LIFE)
+    assert_close(recorded(twin, 1), {page: recent[page] * decay + shares[page] for page in recent}, 1e-5)

@@ -21,7 +21,7 @@ from pikv_hf.distributed.device_layout import PartLayout
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MOVES, level
-from pikv_hf.pages.page_allocator import MIN_GROWTH
+from pikv_hf.pages.page_pool import MIN_GROWTH
 from pikv_hf.reports.memory_measure import layer_memory
 from pikv_hf.scheduling.page_scheduler import make_scheduler
 from pikv_hf.sharding.shard_map import ShardMap

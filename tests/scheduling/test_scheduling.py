@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pikv_hf.config import SchedulerName
 from pikv_hf.scheduling.policies.registry import (
-    HALF_LIFE,
+    ATTENTION_HALF_LIFE,
     POLICIES,
     PageStats,
     PiKV,
@@ -53,7 +53,7 @@ class Usage:
         for index, number in enumerate(self.numbers):
             share = shares.get(number, 0.0)
             self.columns["mass"][index] += share
-            self.columns["recent"][index] = self.columns["recent"][index] * 0.5 ** (1 / HALF_LIFE) + share
+            self.columns["recent"][index] = self.columns["recent"][index] * 0.5 ** (1 / ATTENTION_HALF_LIFE) + share
             if share * read >= 1:
                 if self.columns["uses"][index]:
                     self.columns["previous_use"][index] = self.columns["last_use"][index]

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.scheduling.policies.registry import HALF_LIFE, Floats, Integers, PageStats
+from pikv_hf.scheduling.policies.registry import ATTENTION_HALF_LIFE, Floats, Integers, PageStats
 
 #: Tokens per page, of the newest that no policy may touch, per chunk of the context, and in all after the context.
 PAGE, WINDOW, CHUNK, DECODED = 16, 128, 128, 320
@@ -59,7 +59,7 @@ class Trace:
         before = np.vstack([np.full((1, last.shape[1]), -1), last[:-1]])
         recent = self.shares.copy()
         for row in range(1, len(recent)):
-            recent[row] += recent[row - 1] * 0.5 ** (1 / HALF_LIFE)
+            recent[row] += recent[row - 1] * 0.5 ** (1 / ATTENTION_HALF_LIFE)
         return {
             "mass": self.shares.cumsum(0),
             "recent": recent,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..pages.page_allocator import PageAllocator
+from ..pages.page_pool import PagePool
 
 # Of the newest queries of a call, so many tell how its own tokens are attended to.
 OBSERVED = 32
@@ -12,18 +12,18 @@ class AttentionMass:
     """Collects the log-sum-exps of pages during one attention call of one layer, without another pass over the keys."""
 
     def __init__(self) -> None:
-        self._parts: list[tuple[PageAllocator, list[int] | None, torch.Tensor, torch.Tensor]] = []
+        self._parts: list[tuple[PagePool, list[int] | None, torch.Tensor, torch.Tensor]] = []
 
     def expect(self, lanes: int, queries: int, pages: int, like: torch.Tensor) -> torch.Tensor:
         """Return `(lanes, queries, pages)` float32 for a kernel to write to."""
         return torch.empty((lanes, queries, pages), dtype=torch.float32, device=like.device)
 
-    def add(self, pool: PageAllocator, rows: list[int] | None, pages: torch.Tensor, page_lse: torch.Tensor) -> None:
+    def add(self, pool: PagePool, rows: list[int] | None, pages: torch.Tensor, page_lse: torch.Tensor) -> None:
         """Take the log-sum-exps of pages.
 
         Parameters
         ----------
-        pool : PageAllocator
+        pool : PagePool
             Whose pages.
         rows : list of int or None
             The R rows that read them, None for all.

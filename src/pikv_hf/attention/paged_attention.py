@@ -9,7 +9,7 @@ from ..kernels.dispatch import choose
 from ..kernels.partial_attention import MAX_LOGITS
 from ..page_table.page_table import UNFILLED, WINDOW, PageTable
 from ..page_table.read_plan import ReadPlan, Run
-from ..pages.page_allocator import PageAllocator
+from ..pages.page_pool import PagePool
 from ..routing.policies import PageRouter
 from .attention_mass import AttentionMass
 from .pool_readers import PackedReader, Partial, PlainReader
@@ -68,7 +68,7 @@ def attend_pages(
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
     # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
     looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
-    pools: dict[str, PageAllocator] = table.pages.pools()
+    pools: dict[str, PagePool] = table.pages.pools()
     result: Partial | None = None
     if router is not None:
         choice = router.choose(table.index(), query[:, :, 0], scale, seen)
@@ -172,7 +172,7 @@ def _attend_run(
     return out.view(heads, rows, -1, out.shape[-1]), lse.view(heads, rows, -1)
 
 
-def _holes(pool: PageAllocator, run: Run) -> torch.Tensor | None:
+def _holes(pool: PagePool, run: Run) -> torch.Tensor | None:
     """Return the empty slots of a run, counted from its first slot. Pages fill but never empty while a plan lasts."""
     if not len(run.partial):
         return None
@@ -214,7 +214,7 @@ def _attend_scattered(
     return out.view(heads, batch, queries, -1), lse.view(heads, batch, queries)
 
 
-def _gather_step(pool: PageAllocator, batch: int) -> int:
+def _gather_step(pool: PagePool, batch: int) -> int:
     return max(1, MAX_GATHER_BYTES // (batch * pool.page_bytes))
 
 

@@ -6,7 +6,7 @@ from ..kernels import merge_pair
 from ..kernels.dispatch import choose
 from ..kernels.paged_decode_attention import paged_decode_attention
 from ..page_table.full_page_index import FullPageIndex
-from ..pages.page_allocator import PageAllocator
+from ..pages.page_pool import PagePool
 from ..routing.policies import Choice
 from .attention_mass import AttentionMass
 from .pool_readers import PackedReader, Partial, PlainReader, lane_pages
@@ -67,7 +67,7 @@ def _of_pool(index: FullPageIndex, choice: Choice, name: str) -> tuple[torch.Ten
 
 def _attend_part(
     index: FullPageIndex,
-    pool: PageAllocator,
+    pool: PagePool,
     columns: torch.Tensor,
     taken: torch.Tensor | None,
     folded: torch.Tensor,
@@ -121,9 +121,7 @@ def _attend_looked_up(
     return out, lse
 
 
-def _hidden(
-    index: FullPageIndex, pool: PageAllocator, columns: torch.Tensor, taken: torch.Tensor | None
-) -> torch.Tensor:
+def _hidden(index: FullPageIndex, pool: PagePool, columns: torch.Tensor, taken: torch.Tensor | None) -> torch.Tensor:
     """Return the bias `(H * B, 1, k * P)` of slots without a token."""
     counts = _rows(index.counts, columns)
     if taken is not None:

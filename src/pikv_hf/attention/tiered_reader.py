@@ -11,7 +11,7 @@ from ..kernels.coded_attention import coded_attention
 from ..kernels.page_codes import PageCodes
 from ..kernels.paged_decode_attention import paged_decode_attention
 from ..pages.packed_pool import PackedPool
-from ..pages.page_allocator import PageAllocator
+from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..tiers.tiered_pool import TieredPool
 from .pool_readers import Located, PackedReader, Partial, PlainReader, by_lane, by_row, lane_pages
@@ -142,7 +142,7 @@ def look_up(
     return result
 
 
-def reader_of(pool: PageAllocator) -> PlainReader | PackedReader:
+def reader_of(pool: PagePool) -> PlainReader | PackedReader:
     """Return the reader of a pool."""
     if isinstance(pool, PlainPool):
         return PlainReader(pool)

@@ -13,7 +13,7 @@ from ..page_table.compaction import config_of_lanes
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
-from ..pages.page_allocator import NoRoomError
+from ..pages.page_pool import NoRoomError
 from ..pages.plain_pool import PlainPool
 from ..pages.tokens import TokenBatch
 from ..routing.policies import PageRouter

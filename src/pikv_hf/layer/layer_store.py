@@ -13,7 +13,7 @@ from ..distributed.device_layout import PartLayout
 from ..distributed.process_exchange import leaves_others
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
-from ..pages.page_allocator import NoRoomError
+from ..pages.page_pool import NoRoomError
 from ..pages.tokens import TokenBatch
 from ..routing.policies import PageRouter, make_routing
 from ..scheduling.page_scheduler import PageScheduler

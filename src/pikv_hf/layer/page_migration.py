@@ -10,8 +10,8 @@ from ..common.tensors import carried
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..pages.packed_pool import PackedPool
-from ..pages.page_allocator import PageIds
 from ..pages.plain_pool import PageContents
+from ..pages.types import PageIds
 from ..sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 from ..tiers.tier_limits import TierFull
 

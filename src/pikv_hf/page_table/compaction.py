@@ -15,8 +15,8 @@ import torch
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes, reordered
 from ..pages.packed_pool import PackedPool
-from ..pages.page_allocator import PageIds
 from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
 from .layer_pools import LayerPools
 from .sequence_pages import SequencePages

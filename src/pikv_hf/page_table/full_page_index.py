@@ -9,7 +9,8 @@ import torch
 
 from ..kernels.page_codes import spread_values
 from ..kernels.page_scores import page_scores
-from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.page_pool import PagePool
+from ..pages.types import PageIds
 from .sequence_pages import SequencePages
 
 
@@ -37,7 +38,7 @@ class FullPageIndex:
         Valid columns of all rows, the fewest of any, and the least and largest position of any page.
     """
 
-    pools: dict[str, PageAllocator]
+    pools: dict[str, PagePool]
     columns: dict[str, slice]
     pages: torch.Tensor
     valid: torch.Tensor
@@ -55,7 +56,7 @@ class FullPageIndex:
     _found: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
-    def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PageAllocator]) -> "FullPageIndex":
+    def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PagePool]) -> "FullPageIndex":
         """Index the full pages of rows."""
         device = next(iter(pools.values())).device
         of_pool = {name: [row.full_pages(name) for row in rows] for name in pools}
@@ -196,7 +197,7 @@ class FullPageIndex:
         return np.unique(self.pages[:, part][self.valid[:, part]].cpu().numpy())
 
 
-def _facts(pool: PageAllocator, rows: Sequence[PageIds]) -> torch.Tensor:
+def _facts(pool: PagePool, rows: Sequence[PageIds]) -> torch.Tensor:
     """Return number, use, count, shard, oldest and newest position of the pages of rows, `(6, B, n)` int64."""
     table = np.zeros((2, len(rows), max(map(len, rows))), dtype=np.int64)
     for row, own in enumerate(rows):

@@ -12,8 +12,9 @@ from ..codecs.page_encoder import Encoded, PageEncoder
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes
 from ..pages.packed_pool import PackedPool, pool_name
-from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.types import PageIds
 from ..reports.memory_report import live_bytes
 from ..tiers.tier_limits import LayerTiers
 from ..tiers.tiered_pool import TieredPool
@@ -71,7 +72,7 @@ class LayerPools:
         """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
         return self._encoders is not None
 
-    def pools(self) -> dict[str, PageAllocator]:
+    def pools(self) -> dict[str, PagePool]:
         """Return all pools; the plain one is `""`."""
         return {"": self.plain, **self.packed}
 
@@ -274,7 +275,7 @@ class LayerPools:
             self._prepare(self.packed[name])
         return self.packed[name]
 
-    def _prepare(self, pool: PageAllocator) -> None:
+    def _prepare(self, pool: PagePool) -> None:
         pool.growth_limit = self.plain.growth_limit
         if self.plain.usage is not None:
             pool.watch(self.plain.usage.now)

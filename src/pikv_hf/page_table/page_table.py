@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.tokens import TokenBatch
+from ..pages.types import PageIds
 from .full_page_index import FullPageIndex
 from .layer_pools import LayerPools
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
@@ -418,7 +419,7 @@ class PageTable:
         # The window's come first in both.
         return pages if name not in ("", UNFILLED) or self.writer.reads_window else pages[len(sequence.window) :]
 
-    def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PageAllocator, torch.Tensor]]:
+    def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PagePool, torch.Tensor]]:
         """Yield each row's pages `(n,)` in each of the pools."""
         pools = self.pages.pools()
         for name in pools if names is None else names:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from ..pages.page_allocator import PageIds
+from ..pages.types import PageIds
 
 # Shorter runs, in bytes of K/V, are cheaper gathered together than read one matmul at a time, and reading past as many
 # free bytes is cheaper than a second run. A run costs some 80 microseconds on a CPU, in which about 1 MiB is copied.

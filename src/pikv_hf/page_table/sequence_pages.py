@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from ..pages.page_allocator import PageIds
+from ..pages.types import PageIds
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..pages.page_allocator import PageIds
 from ..pages.tokens import TokenBatch
+from ..pages.types import PageIds
 from ..sharding.shard_map import ShardMap
 from .layer_pools import LayerPools
 from .prompt_packing import pack_prompt

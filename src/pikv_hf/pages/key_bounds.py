@@ -5,8 +5,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .types import PageIds
+
 if TYPE_CHECKING:
-    from .page_storage import PageIds, PageStorage
+    from .page_storage import PageStorage
 
 # Keys are read this many bytes at a time to find their bounds.
 BLOCK_BYTES = 32 * 1024 * 1024
@@ -62,7 +64,7 @@ class KeyBounds:
         self.ends = ends
         self.known = np.append(self.known[:kept], np.zeros(pages - kept, dtype=np.bool_))
 
-    def reset(self, ids: "PageIds") -> None:
+    def reset(self, ids: PageIds) -> None:
         """Forget the bounds of pages that get other tokens."""
         self.known[ids] = False
 
@@ -76,12 +78,12 @@ class KeyBounds:
         self.ends.index_copy_(1, target, self.ends.index_select(1, source))
         self.known[target.cpu().numpy()] = self.known[source.cpu().numpy()]
 
-    def set(self, index: torch.Tensor, ids: "PageIds", keys: torch.Tensor) -> None:
+    def set(self, index: torch.Tensor, ids: PageIds, keys: torch.Tensor) -> None:
         """Take the bounds of full pages from their keys `(H, n, P, D)`."""
         self.ends.index_copy_(1, index, torch.cat([keys.amin(dim=2), keys.amax(dim=2)], dim=-1))
         self.known[ids] = True
 
-    def find(self, pool: "PageStorage", ids: "PageIds") -> None:
+    def find(self, pool: "PageStorage", ids: PageIds) -> None:
         """Read the pages among `ids` whose bounds are unknown; slots without a token do not count."""
         missing = np.unique(ids[~self.known[ids]])
         step = max(1, BLOCK_BYTES // max(1, pool.page_bytes))

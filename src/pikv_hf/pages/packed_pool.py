@@ -7,14 +7,15 @@ from ..codecs.codec import Codec
 from ..kernels import gather_pages
 from ..kernels.page_codes import BITS, PageCodes
 from .key_bounds import KeyBounds
-from .page_allocator import PageAllocator, PageIds
+from .page_pool import PagePool
 from .plain_pool import PlainPool
+from .types import PageIds
 
 # These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
 GROWTH = 1 / 64
 
 
-class PackedPool(PageAllocator):
+class PackedPool(PagePool):
     """Full pages of one layer on one device, encoded once and immutable; cropping only lowers their counts.
 
     Parameters

@@ -7,9 +7,8 @@ import numpy.typing as npt
 import torch
 
 from .key_bounds import KeyBounds
+from .types import PageIds
 from .usage_counters import UsageCounters
-
-PageIds = npt.NDArray[np.int64]
 
 # The most that the host keeps of a page: counts, errors, and its number in a table.
 PAGE_NOTES = 48

@@ -7,8 +7,9 @@ import torch
 
 from ..kernels import append_tokens, gather_dense
 from .key_bounds import KeyBounds
-from .page_allocator import PageAllocator, PageIds
+from .page_pool import PagePool
 from .tokens import TokenBatch
+from .types import PageIds
 
 GROWTH = 1 / 16
 
@@ -52,7 +53,7 @@ class PageContents:
         return PageContents(keys, values, self.positions[index], self.experts[index], self.shards[which])
 
 
-class PlainPool(PageAllocator):
+class PlainPool(PagePool):
     """Pages of one layer on one device, in the model's dtype.
 
     The K/V of slots beyond a page's count are finite, so that a masked slot never turns a sum into NaN.
@@ -103,7 +104,7 @@ class PlainPool(PageAllocator):
         return KeyBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
-        """Take free pages; see :meth:`PageAllocator.allocate`."""
+        """Take free pages; see :meth:`PagePool.allocate`."""
         ids = super().allocate(pages, after, shard)
         self.incompressible[ids] = False
         return ids

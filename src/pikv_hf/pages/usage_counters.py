@@ -1,14 +1,12 @@
 """What scheduling knows of a page: how much attention it took, and when."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 
-from ..scheduling.policies.registry import HALF_LIFE
+from .types import PageIds
 
-if TYPE_CHECKING:
-    from .page_storage import PageIds
+#: Steps after which a share of the attention counts half.
+ATTENTION_HALF_LIFE = 64
 
 
 class UsageCounters:
@@ -22,7 +20,8 @@ class UsageCounters:
     Attributes
     ----------
     shares : torch.Tensor
-        `(2, N)` float32: shares of the attention summed over steps, and the same halved every `HALF_LIFE` steps.
+        `(2, N)` float32: shares of the attention summed over steps, and the same halved every
+        `ATTENTION_HALF_LIFE` steps.
     steps : torch.Tensor
         `(4, N)` int32: the step in which the page was filled, that of its last use, that of the use before (-1: none),
         and the number of uses.
@@ -62,7 +61,7 @@ class UsageCounters:
         kept = min(known[0].shape[1], self.shares.shape[1])
         self.shares[:, :kept], self.steps[:, :kept] = (each[:, :kept] for each in known)
 
-    def reset(self, ids: "PageIds") -> None:
+    def reset(self, ids: PageIds) -> None:
         """Begin anew with pages that get other tokens."""
         index = torch.from_numpy(np.ascontiguousarray(ids)).to(self.steps.device)
         self.shares[:, index] = 0
@@ -111,7 +110,7 @@ class UsageCounters:
 
     def begin_step(self, now: int) -> None:
         """Count a step; what came before it weighs less."""
-        self.shares[1].mul_(0.5 ** ((now - self.now) / HALF_LIFE))
+        self.shares[1].mul_(0.5 ** ((now - self.now) / ATTENTION_HALF_LIFE))
         self.now = now
 
     def add(self, index: torch.Tensor, share: torch.Tensor) -> None:

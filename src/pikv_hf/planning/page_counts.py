@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.pages.page_allocator import MIN_GROWTH
+from pikv_hf.pages.page_pool import MIN_GROWTH
 
 from .capacity import expected_pages, uniform_loads
 from .distributions import poisson_cdf

@@ -7,7 +7,8 @@ import numpy as np
 
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
-from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.page_pool import PagePool
+from ..pages.types import PageIds
 from .policies.registry import PageStats
 
 _COLUMNS = (
@@ -108,7 +109,7 @@ def _pages(place: PagesOfSequence, is_open: bool) -> PageIds:
     return place.sequence.open[place.sequence.open >= 0] if not place.pool else np.zeros(0, dtype=np.int64)
 
 
-def view_of(pool: PageAllocator, ids: PageIds, now: int) -> PageStats:
+def view_of(pool: PagePool, ids: PageIds, now: int) -> PageStats:
     """Return what policies see of pages `(n,)` of one pool, whichever sequences they belong to."""
     known = dict(zip(_COLUMNS[3:], _known(pool, ids), strict=True))
     del known["oldest"]
@@ -122,7 +123,7 @@ def _view(known: dict[str, np.ndarray], now: int) -> PageStats:
     )
 
 
-def _known(pool: PageAllocator, ids: PageIds) -> list[np.ndarray]:
+def _known(pool: PagePool, ids: PageIds) -> list[np.ndarray]:
     """Return what `_COLUMNS` names from "tokens" on, `(n,)` each."""
     index = pool.index(ids)
     positions = pool.positions[index]

@@ -12,8 +12,9 @@ from ..config import PiKVConfig
 from ..kernels.page_scores import page_scores
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
-from ..pages.page_allocator import NoRoomError, PageAllocator, PageIds
+from ..pages.page_pool import NoRoomError, PagePool
 from ..pages.plain_pool import PlainPool
+from ..pages.types import PageIds
 from ..tiers.tiered_pool import TieredPool
 from .eviction_candidates import EvictionCandidates, PagesOfSequence, view_of
 from .growth_limit import BudgetError, GrowthLimit
@@ -132,7 +133,7 @@ class PageScheduler:
         if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
             if pages.plain.growth_limit is None:
                 pages.limit(GrowthLimit(pages, self.limit))
-            assert pages.plain.growth_limit is not None
+            assert isinstance(pages.plain.growth_limit, GrowthLimit)
             pages.plain.growth_limit.admit(self, rows)
 
     def remember_queries(self, query: torch.Tensor, scale: float) -> None:
@@ -209,7 +210,7 @@ class PageScheduler:
                 "tokens and what other caches share are left, which may not be evicted"
             ) from None
 
-    def _free_pages(self, table: PageTable, pool: PageAllocator, pages: int, seen: int) -> bool:
+    def _free_pages(self, table: PageTable, pool: PagePool, pages: int, seen: int) -> bool:
         """Evict pages until a pool has so many more, of its own if it has any, else of the others."""
         wanted, pools = pool.free_pages + pages, table.pages.pools()
         # A pool that was to be the first of its codec is gone again.

@@ -14,8 +14,9 @@ import torch
 
 from ..pages.key_bounds import KeyBounds
 from ..pages.packed_pool import PackedPool
-from ..pages.page_allocator import PageAllocator, PageIds
+from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
+from ..pages.types import PageIds
 from ..pages.usage_counters import UsageCounters
 from .tensor_file import Group, Spec, TensorFile
 
@@ -61,18 +62,18 @@ class PagedTensor:
         self.data.index_copy_(self.dim, index.to(device), entries.to(device).movedim(0, self.dim))
 
 
-def companions(pool: PageAllocator) -> dict[str, KeyBounds | UsageCounters]:
+def companions(pool: PagePool) -> dict[str, KeyBounds | UsageCounters]:
     """Return what routing and scheduling know of a pool's pages, by attribute of the pool."""
     known = {"bounds": pool.bounds, "usage": pool.usage}
     return {name: companion for name, companion in known.items() if companion is not None}
 
 
-def token_tensors(pool: PageAllocator) -> dict[str, PagedTensor]:
+def token_tensors(pool: PagePool) -> dict[str, PagedTensor]:
     """Return the keys and values of a pool, by number."""
     return {f"tokens.{number}": PagedTensor(tensor, 1) for number, tensor in enumerate(pool.token_tensors())}
 
 
-def _tokens(pool: PageAllocator, index: torch.Tensor) -> list[torch.Tensor]:
+def _tokens(pool: PagePool, index: torch.Tensor) -> list[torch.Tensor]:
     """Return the keys and values of the pages at `index` `(n,)`, in whatever tier, with these along dimension 0."""
     if not isinstance(pool, PackedPool):
         return [part.pick(index) for part in token_tensors(pool).values()]
@@ -80,7 +81,7 @@ def _tokens(pool: PageAllocator, index: torch.Tensor) -> list[torch.Tensor]:
     return [part.movedim(1, 0) for part in (*keys.tensors(), *values.tensors())]
 
 
-def page_notes(pool: PageAllocator) -> dict[str, PagedTensor]:
+def page_notes(pool: PagePool) -> dict[str, PagedTensor]:
     """Return everything else that is known of a pool's pages and that does not follow from the rest."""
     notes = _own_notes(pool)
     for name, companion in companions(pool).items():
@@ -88,7 +89,7 @@ def page_notes(pool: PageAllocator) -> dict[str, PagedTensor]:
     return notes
 
 
-def _own_notes(pool: PageAllocator) -> dict[str, PagedTensor]:
+def _own_notes(pool: PagePool) -> dict[str, PagedTensor]:
     kind = PlainPool if isinstance(pool, PlainPool) else PackedPool
     notes = {"positions": PagedTensor(pool.positions, 0), "experts": PagedTensor(pool.experts, 0)}
     # Asked of these classes themselves: where a subclass has its pages lie is nothing to be written down.
@@ -119,7 +120,7 @@ def most_pages(pages: int) -> int:
     return pages + pages // 16 + SPARE_PAGES
 
 
-def _numbers(pool: PageAllocator, used: PageIds) -> tuple[PageIds, int]:
+def _numbers(pool: PagePool, used: PageIds) -> tuple[PageIds, int]:
     """Return the numbers `(n,)` that pages in use get when they are loaded, and the pages that the pool then has."""
     together = np.arange(len(used))
     if pool.capacity <= most_pages(len(used)) and (isinstance(pool, PlainPool) or np.array_equal(used, together)):
@@ -127,7 +128,7 @@ def _numbers(pool: PageAllocator, used: PageIds) -> tuple[PageIds, int]:
     return together, len(used)
 
 
-def describe_pool(prefix: str, pool: PageAllocator, ids: PageIds) -> tuple[dict[str, Any], Group]:
+def describe_pool(prefix: str, pool: PagePool, ids: PageIds) -> tuple[dict[str, Any], Group]:
     """Describe the pages `ids` `(n,)` of a pool."""
     parts = {**token_tensors(pool), **page_notes(pool)}
     specs = {f"{prefix}.{name}": part.spec(len(ids)) for name, part in parts.items()}
@@ -148,7 +149,7 @@ def describe_pool(prefix: str, pool: PageAllocator, ids: PageIds) -> tuple[dict[
     return {"pages": len(ids), "capacity": capacity, "companions": beside}, Group(specs, pieces)
 
 
-def pool_specs(pool: PageAllocator, prefix: str, saved: dict[str, Any]) -> dict[str, Spec]:
+def pool_specs(pool: PagePool, prefix: str, saved: dict[str, Any]) -> dict[str, Spec]:
     """Return the tensors that a file must have for the pages of a pool, of which `pool` has none yet."""
     _companions_as(pool, saved)
     parts = {**token_tensors(pool), **page_notes(pool)}
@@ -156,7 +157,7 @@ def pool_specs(pool: PageAllocator, prefix: str, saved: dict[str, Any]) -> dict[
     return {**specs, f"{prefix}.numbers": Spec(torch.int64, (saved["pages"],))}
 
 
-def fill_pool(pool: PageAllocator, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
+def fill_pool(pool: PagePool, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
     """Copy the pages of a pool from a file into a new one; nobody holds them yet."""
     numbers = file[f"{prefix}.numbers"]
     pool.reserve(saved["capacity"])
@@ -181,7 +182,7 @@ def fill_pool(pool: PageAllocator, prefix: str, saved: dict[str, Any], file: Ten
     pool.refcount[:] = 0
 
 
-def restore_companions(pool: PageAllocator, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
+def restore_companions(pool: PagePool, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
     """Let routing and scheduling know of a filled pool what they knew when it was saved."""
     _companions_as(pool, saved)
     for name in saved["companions"]:
@@ -191,7 +192,7 @@ def restore_companions(pool: PageAllocator, prefix: str, saved: dict[str, Any], 
             setattr(companions(pool)[name], number, value)
 
 
-def _companions_as(pool: PageAllocator, saved: dict[str, Any]) -> None:
+def _companions_as(pool: PagePool, saved: dict[str, Any]) -> None:
     """Give a pool the companions that the saved one had."""
     if "usage" in saved["companions"]:
         pool.watch(saved["companions"]["usage"]["now"])

@@ -13,7 +13,7 @@ from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
-from ..pages.page_allocator import PageIds
+from ..pages.types import PageIds
 from ..scheduling.page_scheduler import PageScheduler
 from .pool_records import describe_pool, pool_prefix
 from .tensor_file import Group

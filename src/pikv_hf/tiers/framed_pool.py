@@ -7,8 +7,9 @@ from ..codecs.codec import Codec
 from ..kernels.page_codes import BITS, PageCodes
 from ..pages.key_bounds import KeyBounds
 from ..pages.packed_pool import PackedPool
-from ..pages.page_storage import PageIds, extended
+from ..pages.page_storage import extended
 from ..pages.plain_pool import PlainPool
+from ..pages.types import PageIds
 
 
 class FramedPool(PackedPool):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from ..pages.page_allocator import PageIds
+from ..pages.types import PageIds
 from .host_memory import HostMemory
 from .page_file import HEADER_BYTES, RECORD_HEADER_BYTES, PageFile, PageFileError, Records
 from .page_record import RecordLayout

@@ -14,8 +14,9 @@ import torch
 from ..codecs.codec import Codec
 from ..kernels.page_codes import PageCodes
 from ..pages.packed_pool import GROWTH
-from ..pages.page_allocator import MIN_GROWTH, PageIds
+from ..pages.page_pool import MIN_GROWTH
 from ..pages.plain_pool import PlainPool
+from ..pages.types import PageIds
 from .framed_pool import FramedPool
 from .lower_tiers import LowerTiers
 from .page_file import PageFileError
@@ -86,7 +87,7 @@ class TieredPool(FramedPool):
             self._set_frames(self.frames_made - self.free_frames)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
-        """Take free pages; see :meth:`PageAllocator.allocate`."""
+        """Take free pages; see :meth:`PagePool.allocate`."""
         ids = super().allocate(pages, after, shard)
         self._drop(ids)
         return ids

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-#: Steps after which attention counts half in :attr:`PageStats.recent`.
-HALF_LIFE = 64
+from ...pages.usage_counters import ATTENTION_HALF_LIFE
 
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -32,7 +31,7 @@ class PageStats:
     mass : numpy.ndarray
         float64, its share of the attention (mean over query heads), summed over the steps since it was filled.
     recent : numpy.ndarray
-        float64, the same where a share counts half for every :data:`HALF_LIFE` steps that have passed since.
+        float64, the same where a share counts half for every :data:`ATTENTION_HALF_LIFE` steps that have passed since.
     last_use : numpy.ndarray
         int64, the step of its last use; `born` if it was never used.
     previous_use : numpy.ndarray
@@ -61,8 +60,8 @@ class PageStats:
         return len(self.born)
 
 
-_DECAY = 0.5 ** (1 / HALF_LIFE)
-_GROWTH = accumulate(repeat(1.0, 64 * HALF_LIFE), lambda kept, share: kept * _DECAY + share)
+_DECAY = 0.5 ** (1 / ATTENTION_HALF_LIFE)
+_GROWTH = accumulate(repeat(1.0, 64 * ATTENTION_HALF_LIFE), lambda kept, share: kept * _DECAY + share)
 #: :attr:`PageStats.recent` of a page that took all attention in each of 1, 2, ... steps; in the end it stays.
 _ALL_RECENT = np.fromiter(_GROWTH, np.float64)
 
@@ -82,7 +81,7 @@ def mean_shares(view: PageStats) -> tuple[Floats, float]:
 
 
 def recent_shares(view: PageStats) -> tuple[Floats, float]:
-    """Return the same as :func:`mean_shares` where a share counts half for every :data:`HALF_LIFE` steps since."""
+    """Return the same as :func:`mean_shares` with each share halved per :data:`ATTENTION_HALF_LIFE` steps since."""
     age = np.clip(view.step - view.born, 1, len(_ALL_RECENT))
     return _per_step(view, view.recent, _ALL_RECENT[age - 1])
 

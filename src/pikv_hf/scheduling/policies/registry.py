@@ -16,14 +16,14 @@ import numpy as np
 from ...common.suggest import did_you_mean
 from .attention_based import H2O, LRUPlus, Quest
 from .base import POLICIES, SchedulingPolicy, register
-from .page_stats import HALF_LIFE, Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
+from .page_stats import ATTENTION_HALF_LIFE, Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
 from .per_head import AdaKV, Duo
 from .pikv import PiKV
 from .recency import LRU, ReuseDistance, StreamingLLM, TwoQueue
 
 __all__ = [
+    "ATTENTION_HALF_LIFE",
     "H2O",
-    "HALF_LIFE",
     "LRU",
     "POLICIES",
     "AdaKV",

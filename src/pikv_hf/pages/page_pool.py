@@ -1,18 +1,13 @@
 """Who holds the pages of a pool: allocation, references, and undoing both."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from .page_storage import PageIds, PageStorage
-
-if TYPE_CHECKING:
-    from ..scheduling.growth_limit import GrowthLimit
-
-__all__ = ["MIN_GROWTH", "NoRoomError", "PageAllocator", "PageIds"]
+from .page_storage import PageStorage
+from .types import PageIds
 
 # A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
 MIN_GROWTH = 4
@@ -21,12 +16,12 @@ MIN_GROWTH = 4
 class NoRoomError(Exception):
     """A pool may not grow: so many pages have to go first."""
 
-    def __init__(self, pool: "PageAllocator", pages: int) -> None:
+    def __init__(self, pool: "PagePool", pages: int) -> None:
         super().__init__(f"{pages} pages too few of {pool.capacity}")
         self.pool, self.pages = pool, pages
 
 
-class PageAllocator(PageStorage):
+class PagePool(PageStorage):
     """Allocation and reference counts of the pages of one layer on one device; a subclass keeps their K/V.
 
     Parameters
@@ -45,7 +40,7 @@ class PageAllocator(PageStorage):
     ----------
     allocations : int
         Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
-    growth_limit : GrowthLimit, optional
+    growth_limit : callable, optional
         Returns the bytes by which the pool may grow; without one there is no limit.
     """
 
@@ -53,7 +48,7 @@ class PageAllocator(PageStorage):
         super().__init__(page_size, device, keeps_experts)
         self.growth = growth
         self.allocations = 0
-        self.growth_limit: GrowthLimit | None = None
+        self.growth_limit: Callable[[], int] | None = None
         # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
         self._spared = np.zeros(0, dtype=np.bool_)
 
