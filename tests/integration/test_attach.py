@@ -96,7 +96,7 @@ def test_switching_the_implementation_between_calls() -> None:
                 steps.append(model(input_ids=torch.full((3, 2), 5 + step), past_key_values=cache).logits)
         logits.append(torch.cat(steps, dim=1))
         detach(model)
-    assert not any(layer._reference_lost for layer in cache.layers), "reading in place has not resumed"
+    assert not any(layer.state.reference_lost for layer in cache.layers), "reading in place has not resumed"
     assert (logits[0] - logits[1])[2].abs().max() <= 1e-4
 
 

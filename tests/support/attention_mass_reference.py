@@ -51,7 +51,7 @@ def grown(prompt: int = 70, batch: int = 2, padding: int = 0, steps: int = 9, **
         grow(layer, 1, batch)
     layer.settle()
     # What a model's mask says: nothing but padding is hidden, and that is not stored.
-    layer.vetted = True
+    layer.state.vetted = True
     return layer
 
 

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from saved_runs import go_on, new_cache
+from saved_runs import go_on, new_cache, plain_state
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.page_table.page_table import PageTable
-from pikv_hf.serialization.layer_writer import STATE
 from pikv_hf.serialization.pool_records import page_notes
 
 
@@ -48,10 +47,10 @@ def positions(cache: PiKVCache) -> list[list[list[int]]]:
 
 def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     """Compare everything that a layer consists of but the numbers of its pages."""
-    assert {name: getattr(mine, name) for name in STATE} == {name: getattr(theirs, name) for name in STATE}
+    assert plain_state(mine) == plain_state(theirs)
     assert (mine.config, mine.padding()) == (theirs.config, theirs.padding())
     assert [part.location.number for part in mine.parts] == [part.location.number for part in theirs.parts]
-    loads = mine._expert_loads, theirs._expert_loads
+    loads = mine.state.expert_loads, theirs.state.expert_loads
     assert (loads[0] is None) == (loads[1] is None)
     assert loads[0] is None or loads[0].tolist() == loads[1].tolist()
     assert_equal_shards(mine, theirs)

@@ -45,7 +45,7 @@ def grown(prompt: int = 150, batch: int = 2, padding: int = 0, steps: int = 5, *
         grow(layer, 1, batch)
     if padding:
         # What a model's mask says in every step: nothing but padding is hidden, and that is not stored.
-        layer.vetted = True
+        layer.state.vetted = True
     return layer
 
 

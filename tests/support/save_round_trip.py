@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from saved_runs import go_on
+from saved_runs import go_on, plain_state
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.serialization.layer_writer import STATE
 from pikv_hf.serialization.pool_records import most_pages, page_notes
 
 
@@ -38,7 +37,7 @@ def assert_equal(one: PiKVCache, other: PiKVCache) -> None:
             assert not mine.is_initialized or torch.equal(mine.keys, theirs.keys)
             assert not mine.is_initialized or torch.equal(mine.values, theirs.values)
             continue
-        assert {name: getattr(mine, name) for name in STATE} == {name: getattr(theirs, name) for name in STATE}
+        assert plain_state(mine) == plain_state(theirs)
         assert mine.config == theirs.config
         assert (mine.table is None) == (theirs.table is None)
         if mine.table is not None:

@@ -1,5 +1,6 @@
 """Small models and caches that are saved and loaded, with something read into them and a way to go on."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from families import FAMILIES
 
 from pikv_hf import PiKVCache
+from pikv_hf.layer.layer import PiKVLayer
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3, "rank": 4}
 
@@ -54,3 +56,12 @@ def go_on(model: Any, cache: PiKVCache, mask: torch.Tensor | None = None, steps:
         logits.append(model(ids, past_key_values=cache, **seen).logits[:, -1].float())
         ids = logits[-1].argmax(dim=-1, keepdim=True)
     return torch.stack(logits, dim=1)
+
+
+def plain_state(layer: PiKVLayer) -> dict[str, Any]:
+    """Return what a layer knows of its tokens, without arrays."""
+    return {
+        name: value
+        for name, value in dataclasses.asdict(layer.state).items()
+        if name not in ("padding", "expert_loads")
+    }

@@ -34,15 +34,6 @@ class PiKVLayer(LayerEdits):
         Where its parts are; by default one, on the layer's own device.
     """
 
-    def _clear(self) -> None:
-        super()._clear()
-        # Whether the key tensor last returned carries a reference that no attention call has picked up yet, and
-        # whether one of a prompt got lost on the way (JetMoE repeats the keys), where the new K/V alone are right:
-        # from then on the layer returns dense K/V.
-        self._reference_out = False
-        self._reference_lost = False
-        self._history_out = False
-
     # Updating
 
     @leaves_others
@@ -69,18 +60,18 @@ class PiKVLayer(LayerEdits):
         """
         check_fits(self.layer_idx, key_states, value_states, self._kv_format())
         in_place = self._reads_in_place()
-        if self.leads and self.layout.exchange is not None and (key_states.shape[2] > 1 or not self.seen):
+        if self.leads and self.layout.exchange is not None and (key_states.shape[2] > 1 or not self.state.seen):
             self.prompt_mark = prompt_mark(key_states)
-        if self.attachment is not None and not self._reference_lost:
-            self.attachment.reads(self, prompt=not self.seen)
+        if self.attachment is not None and not self.state.reference_lost:
+            self.attachment.reads(self, prompt=not self.state.seen)
         holds = self.awaits_press
         self.settle()
         if self.table is None:
             self.lazy_initialization(key_states, value_states)
         self._remember()
-        history = self.seen > 0
+        history = self.state.seen > 0
         if history and not in_place:
-            if self.evicted:
+            if self.state.evicted:
                 raise RuntimeError(
                     f"layer {self.layer_idx}: tokens were evicted, which only attn_implementation='pikv' can pass "
                     "over, but this layer's attention is another one or does not see the cache"
@@ -91,8 +82,8 @@ class PiKVLayer(LayerEdits):
         else:
             self.pending = PendingTokens(key_states, value_states)
             self.awaits_press = holds
-        self.seen += key_states.shape[2]
-        self.vetted &= in_place
+        self.state.seen += key_states.shape[2]
+        self.state.vetted &= in_place
         if self.has_expert_router and self.attachment is not None:
             self.attachment.expect(self)
         elif not in_place:
@@ -104,21 +95,21 @@ class PiKVLayer(LayerEdits):
         # A view of its own: the attribute must not outlive this call on a tensor that the caller keeps.
         keys = key_states.view(key_states.shape)
         setattr(keys, LAYER_ATTRIBUTE, self)
-        self._reference_out, self._history_out = True, history
+        self.state.reference_out, self.state.history_out = True, history
         return keys, value_states
 
     def _reads_in_place(self) -> bool:
         """Return whether PiKV's attention function will see what `update` returns."""
         if self.attachment is None or not self.attachment.is_active(self.layer_idx):
             return False
-        if self._reference_out and self._history_out:
+        if self.state.reference_out and self.state.history_out:
             raise RuntimeError(
                 f"layer {self.layer_idx}: no attention has read the history that the last update referred to. Either "
                 "that call was interrupted, or something between update and attention copies the keys. Take the call's "
                 "tokens back with cache.crop(length)"
             )
-        self._reference_lost |= self._reference_out
-        return not self._reference_lost
+        self.state.reference_lost |= self.state.reference_out
+        return not self.state.reference_lost
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
         """Take the attention function's word on padding.
@@ -128,11 +119,11 @@ class PiKVLayer(LayerEdits):
         valid : torch.Tensor, optional
             `(B, Q)` bool, which of the new tokens are real, or None if all are.
         """
-        self._reference_out = False
+        self.state.reference_out = False
         if self.pending is not None:
             self.pending.valid, self.pending.vetted = valid, True
         elif valid is not None:
-            self.vetted = False
+            self.state.vetted = False
 
     def remember_queries(self, query: torch.Tensor, scale: float) -> None:
         """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
@@ -142,7 +133,7 @@ class PiKVLayer(LayerEdits):
         batch, _, new, dim = query.shape
         for table in self.tables():
             pages = table.pages
-            if not pages.packs or (new == 1 and pages.queries is not None and self.seen % self.config.page_size):
+            if not pages.packs or (new == 1 and pages.queries is not None and self.state.seen % self.config.page_size):
                 # Pages fill now and then: looking at every decoded token would only cost time.
                 continue
             recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
@@ -169,17 +160,17 @@ class PiKVLayer(LayerEdits):
 
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""
-        self._reference_out = False
-        self.truncate(self.seen - tokens)
+        self.state.reference_out = False
+        self.truncate(self.state.seen - tokens)
 
     def _append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
         keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
         for part, table in zip(self.parts, self.tables(), strict=True):
             # Until pages change hands again, as many tokens as fit into a page may come.
-            part.enforce(self.lanes, self.seen, headroom=table.pool.page_size)
+            part.enforce(self.lanes, self.state.seen, headroom=table.pool.page_size)
         if any(table.is_at_page_end for table in self.tables()):
-            self._in_all_parts(lambda part, _: part.append(keys, values, self.seen))
+            self._in_all_parts(lambda part, _: part.append(keys, values, self.state.seen))
         else:
             self._append_in_page(keys, values)
         self._note_evictions()
@@ -188,11 +179,11 @@ class PiKVLayer(LayerEdits):
         """Write one decoded token per row where every part has a slot for it: no page changes hands."""
         try:
             for part in self.parts:
-                part.append(keys, values, self.seen)
+                part.append(keys, values, self.state.seen)
         except BaseException:
             # Those that have the token already let go of it.
             for table in self.tables():
-                table.crop(self.seen)
+                table.crop(self.state.seen)
             raise
 
     @leaves_others
@@ -220,7 +211,7 @@ class PiKVLayer(LayerEdits):
 
     def get_seq_length(self) -> int:
         """Return the number of columns: positions seen, padding and evicted tokens included, or what was assigned."""
-        return self.seen
+        return self.state.seen
 
     def get_mask_sizes(self, cache_position: torch.Tensor | int) -> tuple[int, int]:
         """Return `(kv_length, kv_offset)` of the mask for the coming call, in the model's positions."""
@@ -252,18 +243,16 @@ class PiKVLayer(LayerEdits):
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
-        if length >= self.seen or self.table is None:
+        if length >= self.state.seen or self.table is None:
             return
         super().truncate(length)
-        self._reference_lost |= self._reference_out and not self._history_out
-        self._reference_out = False
+        self.state.reference_lost |= self.state.reference_out and not self.state.history_out
+        self.state.reference_out = False
 
     def fork(self) -> "PiKVLayer":
         """Return a copy that shares all pages until either side writes to them."""
         twin = PiKVLayer(self.layer_idx, self.config, self.attachment, self.layout)
         self._copy_to(twin)
-        for name in ("_reference_out", "_history_out", "_reference_lost"):
-            setattr(twin, name, getattr(self, name))
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVLayer":

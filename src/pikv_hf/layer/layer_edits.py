@@ -69,7 +69,7 @@ class LayerEdits(LayerTokens):
         seen = self.positions_seen
         picked = self.attachment is not None and keys.shape[2] <= self.seen and is_selection(keys, self._dense(True))
         # What was evicted was handed out as zeros, and comes back as such: it is no token now either.
-        held = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1) if self.evicted else None
+        held = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1) if self.state.evicted else None
         leaders = equal_rows(keys, values, batch=self.batch)
         # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
         every = keys.new_ones(keys.shape[:3], dtype=torch.bool) if held is None else held
@@ -86,10 +86,10 @@ class LayerEdits(LayerTokens):
         if self.shard_map is not None:
             self.shard_map.rescale(0)
             self.shard_map.add_evenly(float(every.sum()) / self.heads)
-        self.evicted = held is not None and not bool(held.all())
-        self.seen = self._assigned = keys.shape[2]
+        self.state.evicted = held is not None and not bool(held.all())
+        self.state.seen = self.state.assigned = keys.shape[2]
         # Tokens that were only picked keep the rotation of their positions; what comes next goes on after the last one.
-        self.dropped = seen - self.seen if picked else 0
+        self.state.dropped = seen - self.state.seen if picked else 0
         self._note_evictions()
 
     def _shares(self, kept: torch.Tensor) -> list[torch.Tensor | None]:
@@ -169,17 +169,17 @@ class LayerEdits(LayerTokens):
                 f"layer {self.layer_idx}: only PiKV's attention can pass over evicted tokens; make the cache with "
                 "PiKVCache.for_model(model)"
             )
-        widths = checked_widths(kept, (self.batch, self.heads, self.seen), f"layer {self.layer_idx}")
+        widths = checked_widths(kept, (self.batch, self.heads, self.state.seen), f"layer {self.layer_idx}")
         widths = with_exact_ends(widths.to(self.device), self.config)
         tables = self._kept_tables(widths)
         self._interrupt()
         if self.shard_map is not None and widths.numel():
             new = 0 if self.pending is None else self.pending.tokens
             self.shard_map.rescale(float((widths > 0).float().mean()))
-            self.shard_map.add_evenly(float((widths[:, :, self.seen - new :] > 0).sum()) / self.heads)
+            self.shard_map.add_evenly(float((widths[:, :, self.state.seen - new :] > 0).sum()) / self.heads)
         self._drop_pending()
         self._replace_tables(tables)
-        self.evicted |= bool((widths == 0).any())
+        self.state.evicted |= bool((widths == 0).any())
         self.awaits_press = False
         self._note_evictions()
 
@@ -189,7 +189,7 @@ class LayerEdits(LayerTokens):
         leaders = leaders_of(self.table, self.pending, widths)
         split = self.lanes > 1 or not torch.equal(widths, widths[:, :1].expand_as(widths))
         new = 0 if self.pending is None else self.pending.tokens
-        stored = self.seen - new
+        stored = self.state.seen - new
         shares = [None] if not new and self.layout.parts == 1 else self._shares(widths[:, :, stored:] > 0)
         tables = []
         for part, own in zip(self.parts, shares, strict=True):
@@ -200,7 +200,7 @@ class LayerEdits(LayerTokens):
                 held = part.table.stored_mask(stored).to(self.device).view(self.batch, self.lanes, stored)
                 mine = widths * torch.cat([held.expand(-1, self.heads, -1), own], dim=2)
             table = part.kept(self.pending, mine, self.config, self._shard_of(), self.shard_map, leaders, split)
-            part.fit(table, self.heads // table.pool.keys.shape[0], self.seen)
+            part.fit(table, self.heads // table.pool.keys.shape[0], self.state.seen)
             tables.append(table)
         return tables
 
@@ -230,9 +230,9 @@ class LayerEdits(LayerTokens):
                 f"layer {self.layer_idx}: a press has marked tokens of rows that are padded, and has taken padding for "
                 "tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
             )
-        kept = torch.ones((self.batch, self.heads, self.seen), dtype=torch.bool, device=self.device)
+        kept = torch.ones((self.batch, self.heads, self.state.seen), dtype=torch.bool, device=self.device)
         rows, heads, columns = (torch.as_tensor(part, device=self.device) for part in marks)
-        if columns.numel() and int(columns.max()) >= self.seen:
+        if columns.numel() and int(columns.max()) >= self.state.seen:
             raise ValueError(
                 f"layer {self.layer_idx}: a press marked token {int(columns.max())}, but the layer has {self.seen}"
             )
@@ -257,7 +257,7 @@ class LayerEdits(LayerTokens):
                 (table.fork(), {name for name, pool in table.pages.packed.items() if pool.refcount.any()})
                 for table in (self.tables() if pages[0].packs and free else [])
             ]
-            self._checkpoint = (self.seen, forks) if forks else None
+            self._checkpoint = (self.state.seen, forks) if forks else None
         self._returns = False
 
     def crop(self, max_length: int) -> None:
@@ -272,19 +272,20 @@ class LayerEdits(LayerTokens):
 
     def column_of(self, length: int) -> int:
         """Return the columns that remain of the model's first `length` positions."""
-        if length >= self.positions_seen or not self.dropped or length >= self._assigned + self.dropped:
-            return max(0, length - self.dropped)
+        dropped, assigned = self.state.dropped, self.state.assigned
+        if length >= self.positions_seen or not dropped or length >= assigned + dropped:
+            return max(0, length - dropped)
         raise ValueError(
-            f"layer {self.layer_idx}: cannot crop to {length} positions: of the first {self._assigned + self.dropped}, "
-            f"{self._assigned} tokens were assigned from outside, and which ones is not known"
+            f"layer {self.layer_idx}: cannot crop to {length} positions: of the first {assigned + dropped}, "
+            f"{assigned} tokens were assigned from outside, and which ones is not known"
         )
 
     @leaves_others
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
-        if length >= self.seen or self.table is None:
+        if length >= self.state.seen or self.table is None:
             return
-        if self.pending is not None and length <= self.seen - self.pending.tokens:
+        if self.pending is not None and length <= self.state.seen - self.pending.tokens:
             self.pending = None
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None and checkpoint[0] == length:
@@ -296,16 +297,16 @@ class LayerEdits(LayerTokens):
             self.settle()
             self._crop_tables(length)
         if self.shard_map is not None:
-            self.shard_map.rescale(length / self.seen)
-        self.seen = length
-        self._assigned = min(self._assigned, length)
+            self.shard_map.rescale(length / self.state.seen)
+        self.state.seen = length
+        self.state.assigned = min(self.state.assigned, length)
         self._interrupt()
 
     def _crop_tables(self, length: int) -> None:
         """Cut the tables of all parts, or none if one of them cannot be cut for want of memory."""
         tables = self.tables()
         for part, table in zip(self.parts, tables, strict=True):
-            part.with_room(self.seen, functools.partial(table.reserve_crop, length))
+            part.with_room(self.state.seen, functools.partial(table.reserve_crop, length))
         self._note_evictions()
         with ExitStack() as stack:
             for table in tables:
@@ -330,10 +331,10 @@ class LayerEdits(LayerTokens):
         self._handed = {}
         if self.pending is not None:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
-        if self._padding is not None:
-            self._padding = self._padding[list(indices)]
+        if self.state.padding is not None:
+            self.state.padding = self.state.padding[list(indices)]
         for part in self.parts:
-            part.enforce(lanes, self.seen)
+            part.enforce(lanes, self.state.seen)
         self._note_evictions()
 
     def reset(self) -> None:
@@ -347,10 +348,8 @@ class LayerEdits(LayerTokens):
             part.copy_to(copy)
         if self.table is not None:
             twin.heads, twin.dtype, twin.device = self.heads, self.dtype, self.device
-        twin.shard_map, twin._expert_loads = self.shard_map, self._expert_loads
+        twin.state, twin.shard_map = self.state.copy(), self.shard_map
         twin.leads, twin.prompt_mark = self.leads, self.prompt_mark
-        for name in ("seen", "dropped", "_assigned", "_padding", "evicted", "is_initialized", "vetted"):
-            setattr(twin, name, getattr(self, name))
 
 
 def _packed_pages(

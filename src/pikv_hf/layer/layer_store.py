@@ -23,6 +23,7 @@ from ..tiers.tier_limits import LayerTiers, Tiers
 from .input_checks import KVFormat
 from .kv_assignment import HandedOut
 from .layer_part import LayerPart
+from .layer_state import LayerState
 from .page_migration import level
 from .pending_tokens import PendingTokens
 
@@ -55,8 +56,8 @@ class LayerTokens(CacheLayerMixin):
         Which part has which shard, where there are several.
     pending : PendingTokens or None
         New tokens that wait for the layer's router, or for a press.
-    seen, dropped : int
-        Columns, evicted ones and padding included, and the positions that the model has seen beyond them.
+    state : LayerState
+        What it knows of its tokens, as a fork copies it and a file holds it.
     leads : bool
         Whether it is the cache's first, in which processes make sure that they have the same tokens.
     awaits_press : bool
@@ -97,20 +98,9 @@ class LayerTokens(CacheLayerMixin):
         for part in self.parts:
             part.table = part.slots = None
         self.shard_map: ShardMap | None = None
-        # `(E,)` tokens of each expert in the first prompt, for balanced placement.
-        self._expert_loads: np.ndarray | None = None
         self.pending: PendingTokens | None = None
-        self.seen = self.dropped = 0
+        self.state = LayerState()
         self.awaits_press = False
-        self.is_initialized = False
-        # Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
-        self.vetted = True
-        # `(B,)` columns of padding in each row, None if there are none.
-        self._padding: torch.Tensor | None = None
-        # Whether some columns hold no token although they are not padding.
-        self.evicted = False
-        # Columns of the last assignment: the model's positions of tokens among them are not known.
-        self._assigned = 0
         self._handed: dict[str, HandedOut] = {}
         self._staged: torch.Tensor | None = None
         self._returns = False
@@ -164,7 +154,7 @@ class LayerTokens(CacheLayerMixin):
         if self.has_expert_router and self.attachment is not None:
             config, experts = self.config, self.attachment.expert_routers[self.layer_idx].num_experts
             if config.placement == "balanced":
-                loads = np.ones(experts) if self._expert_loads is None else self._expert_loads
+                loads = np.ones(experts) if self.state.expert_loads is None else self.state.expert_loads
                 return balanced_placement(
                     loads, config.num_shards, config.page_size, self.layer_idx, config.hot_replicas
                 )
@@ -185,7 +175,7 @@ class LayerTokens(CacheLayerMixin):
             part.begin(self.config, shape, self.dtype, self.device, shard_of, self.shard_map) for part in self.parts
         ]
         self._replace_tables(tables)
-        self.is_initialized = True
+        self.state.is_initialized = True
 
     def _replace_tables(self, tables: list[PageTable]) -> None:
         for part, table in zip(self.parts, tables, strict=True):
@@ -202,9 +192,34 @@ class LayerTokens(CacheLayerMixin):
         return 0 if self.table is None else len(self.table.rows) // self.lanes
 
     @property
+    def seen(self) -> int:
+        """Columns, evicted ones and padding included."""
+        return self.state.seen
+
+    @property
+    def dropped(self) -> int:
+        """Positions that the model has seen beyond the columns."""
+        return self.state.dropped
+
+    @property
+    def evicted(self) -> bool:
+        """Whether some columns hold no token although they are not padding."""
+        return self.state.evicted
+
+    @property
+    def vetted(self) -> bool:
+        """Whether every stored token is known to be real."""
+        return self.state.vetted
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether pools and page tables exist."""
+        return self.state.is_initialized
+
+    @property
     def positions_seen(self) -> int:
         """Positions that the model has seen, padding included."""
-        return self.seen + self.dropped
+        return self.state.positions_seen
 
     def _kv_format(self) -> KVFormat | None:
         if self.table is None:
@@ -249,7 +264,7 @@ class LayerTokens(CacheLayerMixin):
         if moved:
             self._in_all_parts(lambda part, table: table.flush())
         for part in self.parts:
-            part.enforce(self.lanes, self.seen)
+            part.enforce(self.lanes, self.state.seen)
         self._note_evictions()
         if moved:
             self._balance()
@@ -270,7 +285,7 @@ class LayerTokens(CacheLayerMixin):
         """
         if len(self.parts) == 1 and self.shard_map is None:
             (part,), (table,) = self.parts, self.tables()
-            part.with_room(self.seen, lambda: work(part, table))
+            part.with_room(self.state.seen, lambda: work(part, table))
             return
         while True:
             at = self.parts[0]
@@ -284,13 +299,13 @@ class LayerTokens(CacheLayerMixin):
                         work(at, table)
                 return
             except NoRoomError as error:
-                at.make_room(self.seen, error)
+                at.make_room(self.state.seen, error)
 
     def _place(self, experts: torch.Tensor) -> None:
         assert self.table is not None
         assert self.pending is not None
-        new, start = self.pending, self.seen - self.pending.tokens
-        positions = torch.arange(start, self.seen, dtype=torch.int32, device=self.device)
+        new, start = self.pending, self.state.seen - self.pending.tokens
+        positions = torch.arange(start, self.state.seen, dtype=torch.int32, device=self.device)
         by_lane = self._row_by_lane(experts).to(torch.int16)
         tokens = TokenBatch(self._by_lane(new.keys), self._by_lane(new.values), positions, by_lane)
         valid = None if new.valid is None else self._row_by_lane(new.valid)
@@ -315,7 +330,7 @@ class LayerTokens(CacheLayerMixin):
         Groups are those of the first prompt. `positions` are `(Q,)`, `experts` and `valid` `(B, Q)`.
         """
         assert self.table is not None
-        balances = self.config.placement == "balanced" and self.has_expert_router and self._expert_loads is None
+        balances = self.config.placement == "balanced" and self.has_expert_router and self.state.expert_loads is None
         divides = self.shard_map is not None and self.shard_map.is_to_plan(positions.shape[0])
         if not balances and not divides:
             return
@@ -325,7 +340,7 @@ class LayerTokens(CacheLayerMixin):
         every, experts = every.flatten(), experts.flatten()
         if balances and len(experts) and self.attachment is not None:
             known = self.attachment.expert_routers[self.layer_idx].num_experts
-            self._expert_loads = np.bincount(experts.clamp_min(0).cpu().numpy(), minlength=known)
+            self.state.expert_loads = np.bincount(experts.clamp_min(0).cpu().numpy(), minlength=known)
             for table in self.tables():
                 table.writer.follow(self._shard_of())
         if divides and self.shard_map is not None:
@@ -338,7 +353,7 @@ class LayerTokens(CacheLayerMixin):
         """Return how many of the new tokens to store before pages may have to go."""
         per_token = (new.keys[:, :, :1].numel() + new.values[:, :, :1].numel()) * new.keys.element_size()
         sizes = [
-            part.scheduler.piece(self.seen, self.config.page_size, per_token)
+            part.scheduler.piece(self.state.seen, self.config.page_size, per_token)
             for part in self.parts
             if part.scheduler is not None
         ]
@@ -362,16 +377,18 @@ class LayerTokens(CacheLayerMixin):
         for each in self.parts:
             if credit is not None:
                 each.credit(credit, int(some.positions[0]))
-            each.enforce(self.lanes, self.seen)
+            each.enforce(self.lanes, self.state.seen)
 
     def _note_evictions(self) -> None:
-        self.evicted |= any(part.scheduler is not None and part.scheduler.pages_evicted > 0 for part in self.parts)
+        self.state.evicted |= any(
+            part.scheduler is not None and part.scheduler.pages_evicted > 0 for part in self.parts
+        )
 
     def _drop_pending(self) -> None:
         """Forget what was pending, once it is stored."""
         if self.pending is not None:
-            self.vetted &= self.pending.vetted
-            self._padding = self._padding_with_pending()
+            self.state.vetted &= self.pending.vetted
+            self.state.padding = self._padding_with_pending()
             self.pending = None
 
     def _interrupt(self) -> None:
@@ -394,9 +411,9 @@ class LayerTokens(CacheLayerMixin):
         new = None
         if self.pending is not None:
             new = self.pending.keys if keys else self.pending.values
-            if self.pending.tokens == self.seen:
+            if self.pending.tokens == self.state.seen:
                 return new
-        stored = self.seen - (0 if self.pending is None else self.pending.tokens)
+        stored = self.state.seen - (0 if self.pending is None else self.pending.tokens)
         # Every token is in one part, and zero in the others.
         past = self.table.dense_part(stored, keys)
         for table in self.tables()[1:]:
@@ -411,12 +428,12 @@ class LayerTokens(CacheLayerMixin):
         if self.table is None:
             return torch.zeros((0, 0, 0), dtype=torch.bool)
         new = 0 if self.pending is None else self.pending.tokens
-        stored = self.table.stored_mask(self.seen - new)
+        stored = self.table.stored_mask(self.state.seen - new)
         for table in self.tables()[1:]:
-            stored |= table.stored_mask(self.seen - new).to(stored.device)
+            stored |= table.stored_mask(self.state.seen - new).to(stored.device)
         if self.layout.exchange is not None:
             stored = self.layout.exchange.total(stored)
-        stored = stored.view(self.batch, self.lanes, self.seen - new).expand(-1, self.heads, -1)
+        stored = stored.view(self.batch, self.lanes, self.state.seen - new).expand(-1, self.heads, -1)
         if self.pending is None:
             return stored.clone()
         return torch.cat([stored, self._fresh()], dim=2)
@@ -444,6 +461,6 @@ class LayerTokens(CacheLayerMixin):
 
     def _padding_with_pending(self) -> torch.Tensor | None:
         if self.pending is None or self.pending.valid is None:
-            return self._padding
+            return self.state.padding
         new = (~self.pending.valid).sum(dim=1)
-        return new if self._padding is None else self._padding + new
+        return new if self.state.padding is None else self.state.padding + new

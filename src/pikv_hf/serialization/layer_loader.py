@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
+from ..layer.layer_state import LayerState
 from .layer_writer import STATE, part_prefix, shards_prefix
 from .part_loader import SavedPart, SavedShards, Spread
 from .table_loader import SavedTable, are_distinct, require
@@ -152,13 +153,14 @@ class SavedPaged:
     def restore(self, layer: PiKVLayer, device: torch.device) -> None:
         """Fill an empty layer whose attention is on `device`."""
         layer.config = self.config
-        layer._expert_loads = None if self._expert_loads is None else self._expert_loads.copy()
+        layer.state = LayerState(
+            **{name.removeprefix("_"): value for name, value in self.state.items()},
+            padding=None if self.padding is None else torch.tensor(self.padding, device=device),
+            expert_loads=None if self._expert_loads is None else self._expert_loads.copy(),
+        )
         if self._shards is not None:
             layer.shard_map = self._shards.build(self.config, layer.layout.weights)
         if self._tables:
             layer.heads, layer.dtype, layer.device = self._tables[0].heads, self._tables[0].dtype, device
         for saved, part in zip(self._parts, layer.parts, strict=True):
             saved.restore(layer, part, device if part.location.device is None else part.location.device)
-        for name, value in self.state.items():
-            setattr(layer, name, value)
-        layer._padding = None if self.padding is None else torch.tensor(self.padding, device=device)

@@ -12,7 +12,8 @@ from ..layer.layer import PiKVLayer
 from .table_writer import describe_part
 from .tensor_file import Group
 
-#: Plain attributes of a layer that make up its state, as :meth:`PiKVLayer.fork` copies them.
+#: What files call plain fields of :class:`~pikv_hf.layer.layer_state.LayerState`, those that are but a name with an
+#: underscore before it.
 STATE = (
     "seen",
     "dropped",
@@ -45,14 +46,14 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
         groups += written
     description: dict[str, Any] = {
         "kind": "paged",
-        "state": {name: getattr(layer, name) for name in STATE},
-        "padding": None if layer._padding is None else layer._padding.tolist(),
+        "state": {name: getattr(layer.state, name.removeprefix("_")) for name in STATE},
+        "padding": None if layer.state.padding is None else layer.state.padding.tolist(),
         "config": layer.config.to_dict(),
         "routed": layer.has_expert_router,
         **parts[0],
     }
-    if layer._expert_loads is not None:
-        description["expert_loads"] = layer._expert_loads.tolist()
+    if layer.state.expert_loads is not None:
+        description["expert_loads"] = layer.state.expert_loads.tolist()
     if layer.layout.parts > 1:
         description["spread"] = {
             "parts": layer.layout.parts,

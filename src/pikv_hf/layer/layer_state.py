@@ -1,0 +1,59 @@
+"""The plain state of a layer: what a fork copies and a saved cache writes beside the pages."""
+
+import dataclasses
+
+import numpy as np
+import torch
+
+
+@dataclasses.dataclass(slots=True)
+class LayerState:
+    """Everything that a layer knows of its tokens but the tokens themselves.
+
+    Attributes
+    ----------
+    seen : int
+        Columns of the layer: positions that it has seen, evicted ones and padding included, or tokens assigned.
+    dropped : int
+        Positions that the model has seen beyond them, since fewer tokens were assigned than there were.
+    assigned : int
+        Columns of the last assignment: to which of the model's positions they belong is not known.
+    evicted : bool
+        Whether some columns hold no token although they are not padding.
+    vetted : bool
+        Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
+    is_initialized : bool
+        Whether pools and page tables exist.
+    padding : torch.Tensor or None
+        `(B,)` int64, columns of padding in each row; None if there are none.
+    expert_loads : numpy.ndarray or None
+        `(E,)` int64, tokens of each expert in the first prompt, by which balanced placement groups experts.
+    reference_out : bool
+        Whether the key tensor last returned carries a reference to the layer that no attention call has picked up yet.
+    history_out : bool
+        Whether that reference stood for tokens stored earlier.
+    reference_lost : bool
+        Whether the reference of a prompt got lost on its way to attention (JetMoE repeats the keys), where the new K/V
+        alone are right: from then on the layer returns dense K/V.
+    """
+
+    seen: int = 0
+    dropped: int = 0
+    assigned: int = 0
+    evicted: bool = False
+    vetted: bool = True
+    is_initialized: bool = False
+    padding: torch.Tensor | None = None
+    expert_loads: np.ndarray | None = None
+    reference_out: bool = False
+    history_out: bool = False
+    reference_lost: bool = False
+
+    @property
+    def positions_seen(self) -> int:
+        """Positions that the model has seen, padding included."""
+        return self.seen + self.dropped
+
+    def copy(self) -> "LayerState":
+        """Return an independent copy; its tensors, which are replaced and never written into, are the same."""
+        return dataclasses.replace(self)
