@@ -34,7 +34,7 @@ CONTROL = 'ExpertPress(router="random")'
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
+class MethodRuns:
     """Runs of one press on one kind of cache at several budgets.
 
     Attributes
@@ -91,7 +91,7 @@ def one_group(runs: Sequence[Run]) -> Group:
     return groups[0]
 
 
-def methods(group: Group) -> list[Method]:
+def methods(group: Group) -> list[MethodRuns]:
     """Return the methods of a group: caches without a press, this project's presses, then the others, by name."""
     keyed: dict[tuple[str | None, str], list[Entry]] = {}
     for entry in group.entries:
@@ -100,13 +100,13 @@ def methods(group: Group) -> list[Method]:
     return sorted(found, key=_order)
 
 
-def _method(entries: Iterable[Entry]) -> Method:
+def _method(entries: Iterable[Entry]) -> MethodRuns:
     ordered = sorted(entries, key=lambda entry: entry.summary.compression_ratio)
     summary = ordered[0].summary
-    return Method(_label(summary), _is_own(summary.press), tuple(ordered))
+    return MethodRuns(_label(summary), _is_own(summary.press), tuple(ordered))
 
 
-def _order(method: Method) -> tuple[object, ...]:
+def _order(method: MethodRuns) -> tuple[object, ...]:
     """Sort a control, which is an option of its press, right behind the press."""
     press, full = method.press or "", not method.runs[0].summary.is_baseline
     composed = press.startswith("ComposedPress")
@@ -117,11 +117,11 @@ def _label(summary: Summary) -> str:
     chosen = summary.press, summary.cache
     letters = [f"({letter})" for letter, variant in VARIANTS.items() if variant == chosen]
     control = ["(control)"] if summary.press == CONTROL else []
-    return " ".join([f"{summary.press or ''}{_place(summary)}", *control, *letters])
+    return " ".join([f"{summary.press or ''}{_cache_note(summary)}", *control, *letters])
 
 
-def _place(summary: Summary) -> str:
-    """Return the cache, or what is said of it behind a press: this project's are on PiKVCache unless it is said."""
+def _cache_note(summary: Summary) -> str:
+    """Name the cache, or say of it behind a press what is not usual: this project's are on PiKVCache."""
     paged = summary.cache in (CACHE, SHARDED)
     if summary.press is None:
         return "DynamicCache" if summary.is_baseline else "PiKVCache" if paged else summary.label
@@ -138,7 +138,7 @@ def _is_own(press: str | None) -> bool:
     return press is not None and not set(re.findall(r"\w+", press)).isdisjoint(presses.__all__)
 
 
-def _best(found: Sequence[Method], group: Group, ratio: float) -> float | None:
+def _best(found: Sequence[MethodRuns], group: Group, ratio: float) -> float | None:
     """Return the best score, as it is shown, of the runs that keep to a budget; None if there are not two of them."""
     limit = (1 + TOLERANCE) * (1 - ratio)
     entries = [entry for method in found if (entry := method.at(ratio)) is not None]

@@ -10,7 +10,17 @@ from matplotlib.lines import Line2D
 
 from pikv_hf.eval.report.groups import Entry, Group, group_runs
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.style import GREY, SMALL, Styles, figure, method_styles, wrap, wrapped_lines
+from pikv_hf.eval.report.style import (
+    DOTTED,
+    GREY,
+    SMALL,
+    Styles,
+    draw_series,
+    figure,
+    method_styles,
+    wrap,
+    wrapped_lines,
+)
 from pikv_hf.eval.report.table import measure_name
 
 _LEGEND_WIDTH = 30
@@ -59,17 +69,18 @@ def pareto_front(group: Group) -> list[Entry]:
     """Return the runs that no other one beats in bytes and score at once, by bytes."""
     drawn = [entry for entry in group.entries if is_drawn(entry)]
     front = [entry for entry in drawn if not any(_dominates(other, entry, group) for other in drawn)]
-    return sorted(front, key=lambda entry: _place(entry))
+    return sorted(front, key=_point)
 
 
 def _dominates(one: Entry, other: Entry, group: Group) -> bool:
     """Whether `one` is at least as good in both, and better in one."""
     sign = 1 if group.measure.higher_is_better else -1
-    (x1, y1), (x2, y2) = _place(one), _place(other)
+    (x1, y1), (x2, y2) = _point(one), _point(other)
     return x1 <= x2 and sign * y1 >= sign * y2 and (x1, y1) != (x2, y2)
 
 
-def _place(entry: Entry) -> tuple[float, float]:
+def _point(entry: Entry) -> tuple[float, float]:
+    """Return where a run is drawn: its bytes in percent, and its score."""
     share = entry.summary.cost.kv_share_prefill
     assert share is not None
     return 100 * share, entry.summary.score.mean
@@ -77,14 +88,14 @@ def _place(entry: Entry) -> tuple[float, float]:
 
 def _panel(axes: Any, group: Group, styles: Styles) -> None:
     drawn = [entry for entry in group.entries if is_drawn(entry)]
-    axes.axvline(100, color=GREY, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+    axes.axvline(100, color=GREY, linewidth=1, linestyle=DOTTED, zorder=1)
     for method in dict.fromkeys(entry.method for entry in drawn):
         _method(axes, [entry for entry in drawn if entry.method == method], styles)
     _front(axes, pareto_front(group))
     axes.grid(True)
     axes.set_ylabel(measure_name(group.measure))
     # The largest share may be far above 100, when a model runs in fp32.
-    axes.set_xlim(0, 1.06 * max([100.0, *(_place(entry)[0] for entry in drawn)]))
+    axes.set_xlim(0, 1.06 * max([100.0, *(_point(entry)[0] for entry in drawn)]))
     if group.measure.unit == "%":
         axes.set_ylim(*_score_limits(drawn))
 
@@ -98,31 +109,15 @@ def _score_limits(entries: Sequence[Entry]) -> tuple[float, float]:
 
 
 def _method(axes: Any, entries: Sequence[Entry], styles: Styles) -> None:
-    style = styles[entries[0].method]
-    points = sorted(entries, key=lambda entry: entry.summary.compression_ratio)
-    x, y = zip(*map(_place, points), strict=True)
-    scores = [entry.summary.score for entry in points]
-    errors = [[each.mean - each.low for each in scores], [each.high - each.mean for each in scores]]
-    axes.errorbar(
-        *(x, y),
-        yerr=[[max(0.0, error) for error in side] for side in errors],
-        color=style.colour,
-        marker=style.marker,
-        markersize=style.size,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        linewidth=1.2,
-        elinewidth=0.9,
-        zorder=3,
-        # A marker at the very top is not cut in half.
-        clip_on=False,
-    )
+    ordered = sorted(entries, key=lambda entry: entry.summary.compression_ratio)
+    shares = [_point(entry)[0] for entry in ordered]
+    draw_series(axes, shares, [entry.summary.score for entry in ordered], styles[entries[0].method])
 
 
 def _front(axes: Any, front: Sequence[Entry]) -> None:
     if not front:
         return
-    x, y = zip(*map(_place, front), strict=True)
+    x, y = zip(*map(_point, front), strict=True)
     axes.plot(x, y, color="black", linewidth=5, alpha=0.12, drawstyle="steps-post", zorder=1.5)
     axes.plot(
         x,
@@ -141,6 +136,6 @@ def _front(axes: Any, front: Sequence[Entry]) -> None:
 def _legend(drawing: Figure, methods: Sequence[str], styles: Styles) -> None:
     front = Line2D([], [], color="#dddddd", linewidth=5, marker="o", markersize=11, mec="black", mfc="none")
     front.set_label("Pareto front")
-    full = Line2D([], [], color=GREY, linestyle=(0, (1, 2)), label="100%: DynamicCache, bf16")
+    full = Line2D([], [], color=GREY, linestyle=DOTTED, label="100%: DynamicCache, bf16")
     handles = [*(styles[method].handle(method) for method in methods), front, full]
     drawing.legend(handles=handles, loc="outside right upper", fontsize=SMALL, labelspacing=0.6)

@@ -7,9 +7,10 @@ from typing import Any
 
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from pikv_hf.eval.report.budgets import Method, methods, one_group
+from pikv_hf.eval.report.budgets import MethodRuns, methods, one_group
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.style import GREY, SMALL, MethodStyle, figure, series_style
+from pikv_hf.eval.report.style import DOTTED, GREY, SMALL, draw_series, figure, series_style
+from pikv_hf.eval.report.summary_file import Estimate
 from pikv_hf.eval.report.table import measure_name
 
 #: Methods of kvpress that get a colour and a name: so many with the best mean over the budgets that all have.
@@ -37,7 +38,7 @@ def budget_figure(runs: Sequence[Run], path: Path | str) -> Path:
         If the runs are of several data sets, lengths or models.
     """
     group = one_group(runs)
-    found = [method for method in methods(group) if any(_is_placed(method, i) for i in range(len(method.runs)))]
+    found = [method for method in methods(group) if _scores(method)]
     pressed = [method for method in found if method.press is not None]
     named = [method for method in pressed if method.press == "PiKVPress"] + best_others(pressed)
     with figure(4.6, Path(path)) as drawing:
@@ -46,7 +47,7 @@ def budget_figure(runs: Sequence[Run], path: Path | str) -> Path:
             if method not in named:
                 axes.plot(*_line(method), color=_PALE, linewidth=1, marker=".", markersize=4, zorder=2)
         for index, method in enumerate(named):
-            _draw(axes, method, series_style(index))
+            draw_series(axes, _line(method)[0], _scores(method), series_style(index), linewidth=1.8)
         _full(axes, found)
         _name(axes, named)
         axes.set_ylabel(measure_name(group.measure))
@@ -54,7 +55,7 @@ def budget_figure(runs: Sequence[Run], path: Path | str) -> Path:
     return Path(path)
 
 
-def best_others(pressed: Sequence[Method]) -> list[Method]:
+def best_others(pressed: Sequence[MethodRuns]) -> list[MethodRuns]:
     """Return the best methods that are not this project's, by their mean score over the budgets that all have."""
     others = [method for method in pressed if not method.own]
     ratios = [{run.summary.compression_ratio for run in method.runs} for method in others]
@@ -64,48 +65,26 @@ def best_others(pressed: Sequence[Method]) -> list[Method]:
     return sorted(complete, key=lambda method: (-_mean(method, common), method.label))[:NAMED]
 
 
-def _mean(method: Method, ratios: set[float]) -> float:
+def _mean(method: MethodRuns, ratios: set[float]) -> float:
     return statistics.fmean(run.summary.score.mean for ratio in ratios if (run := method.at(ratio)) is not None)
 
 
-def _is_placed(method: Method, index: int) -> bool:
-    return method.runs[index].summary.cost.kv_share_prefill is not None
+def _line(method: MethodRuns) -> tuple[list[float], list[float]]:
+    """Return the bytes in percent and the scores of the runs whose bytes were measured."""
+    shares = [100 * share for run in method.runs if (share := run.summary.cost.kv_share_prefill) is not None]
+    return shares, [score.mean for score in _scores(method)]
 
 
-def _line(method: Method) -> tuple[list[float], list[float]]:
-    points = [
-        (100 * run.summary.cost.kv_share_prefill, run.summary.score.mean)
-        for run in method.runs
-        if run.summary.cost.kv_share_prefill is not None
-    ]
-    x, y = zip(*points, strict=True)
-    return list(x), list(y)
+def _scores(method: MethodRuns) -> list[Estimate]:
+    return [run.summary.score for run in method.runs if run.summary.cost.kv_share_prefill is not None]
 
 
-def _draw(axes: Any, method: Method, style: MethodStyle) -> None:
-    scores = [run.summary.score for run in method.runs if run.summary.cost.kv_share_prefill is not None]
-    errors = [[each.mean - each.low for each in scores], [each.high - each.mean for each in scores]]
-    axes.errorbar(
-        *_line(method),
-        yerr=[[max(0.0, error) for error in side] for side in errors],
-        color=style.colour,
-        marker=style.marker,
-        markersize=style.size,
-        markeredgecolor="white",
-        markeredgewidth=0.6,
-        linewidth=1.8,
-        elinewidth=0.9,
-        zorder=4,
-        clip_on=False,
-    )
-
-
-def _full(axes: Any, found: Sequence[Method]) -> None:
+def _full(axes: Any, found: Sequence[MethodRuns]) -> None:
     """Draw the score of DynamicCache without a press as a line across, and name it."""
     for method in found:
         if method.runs[0].summary.is_baseline:
             score = method.runs[0].summary.score.mean
-            axes.axhline(score, color=GREY, linewidth=1, linestyle=(0, (1, 2)), zorder=1)
+            axes.axhline(score, color=GREY, linewidth=1, linestyle=DOTTED, zorder=1)
             axes.annotate(
                 f"DynamicCache, {score:.1f}",
                 (_LIMITS[1], score),
@@ -118,7 +97,7 @@ def _full(axes: Any, found: Sequence[Method]) -> None:
             )
 
 
-def _name(axes: Any, named: Sequence[Method]) -> None:
+def _name(axes: Any, named: Sequence[MethodRuns]) -> None:
     """Write the names of methods left of the ends of their lines, moved apart where they would overlap."""
     ends = [(_line(method)[0][-1], _line(method)[1][-1]) for method in named]
     places = spread([y for _, y in ends], _LINE)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pikv_hf.eval.report.groups import Group
-from pikv_hf.eval.report.style import GREY, SMALL, Styles, figure, wrap, wrapped_lines
+from pikv_hf.eval.report.style import DOTTED, GREY, SMALL, Styles, figure, wrap, wrapped_lines
 from pikv_hf.eval.report.table import NOTHING, times
 
 _PHASES = {"prefill_tokens_per_s": "prefill", "decode_tokens_per_s": "decoding"}
@@ -48,7 +48,7 @@ def _panel(axes: Any, group: Group, name: str, styles: Styles) -> None:
     axes.barh(range(len(values)), [value or 0 for value in values], 0.7, color=colours)
     _annotate(axes, values, relative)
     if relative:
-        axes.axvline(1, color=GREY, linewidth=1, linestyle=(0, (1, 2)))
+        axes.axvline(1, color=GREY, linewidth=1, linestyle=DOTTED)
     axes.set_xlabel(f"{_PHASES[name]} speed ({'times the baseline' if relative else 'tokens/s'})")
     axes.set_xlim(0, 1.22 * max([value for value in values if value], default=1.0))
     axes.grid(True, axis="x")

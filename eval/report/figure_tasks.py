@@ -15,6 +15,7 @@ from pikv_hf.eval.report.style import (
     SMALL,
     WIDTH,
     Styles,
+    error_sides,
     figure,
     hide_spines,
     ink_on,
@@ -67,14 +68,12 @@ def _bars(group: Group, path: Path, styles: Styles) -> Path:
 def _run_bars(axes: Any, group: Group, entry: Entry, offset: float, width: float, styles: Styles) -> None:
     scores = {place: entry.summary.tasks[task] for place, task in enumerate(group.tasks) if task in entry.summary.tasks}
     estimates = [score.estimate for score in scores.values()]
-    below = [max(0.0, each.mean - each.low) for each in estimates]
-    above = [max(0.0, each.high - each.mean) for each in estimates]
     siblings = [each for each in group.entries if each.method == entry.method]
     axes.bar(
         [place + offset for place in scores],
         [each.mean for each in estimates],
         0.92 * width,
-        yerr=[below, above],
+        yerr=error_sides(estimates),
         # Runs of one method share its colour; a lighter bar is a higher ratio.
         color=lighten(styles[entry.method].fill, 0.6 * siblings.index(entry) / len(siblings)),
         label=wrap(entry.label, 55),

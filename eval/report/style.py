@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from pikv_hf.eval.report.groups import Group
+from pikv_hf.eval.report.summary_file import Estimate
 
 #: Inches; shown at 900 pixels, a point of text is then 1.4 pixels.
 WIDTH = 9.0
@@ -24,6 +25,8 @@ SMALL = 9.0
 SCORE_COLOURS = "cividis"
 NO_VALUE_COLOUR = "#e4e4e4"
 GREY = "#5f5f5f"
+#: Of lines that mark a reference: the baseline, or the bytes of `DynamicCache`.
+DOTTED = (0, (1, 2))
 
 #: Dots per inch of a figure that a page shows whole, two for each of its pixels, and of one that is taller: a table of
 #: 80 runs is scrolled through, and four times the pixels would make it half a megabyte.
@@ -87,6 +90,32 @@ def method_styles(groups: Sequence[Group]) -> Styles:
 def series_style(index: int) -> MethodStyle:
     """Return the colour and marker of the methods' order, for a figure of a few."""
     return _style(_COLOURS[index % len(_COLOURS)], _MARKERS[index % len(_MARKERS)])
+
+
+def draw_series(
+    axes: Any, places: Sequence[float], scores: Sequence[Estimate], style: MethodStyle, linewidth: float = 1.2
+) -> None:
+    """Draw the runs of a method: a marker at each mean, its interval, and a line that joins them in order."""
+    axes.errorbar(
+        *(places, [score.mean for score in scores]),
+        yerr=error_sides(scores),
+        color=style.colour,
+        marker=style.marker,
+        markersize=style.size,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        linewidth=linewidth,
+        elinewidth=0.9,
+        zorder=3,
+        # A marker at the very top is not cut in half.
+        clip_on=False,
+    )
+
+
+def error_sides(scores: Sequence[Estimate]) -> list[list[float]]:
+    """Return how far intervals reach below and above their means, as matplotlib takes error bars; never negative."""
+    below, above = [each.mean - each.low for each in scores], [each.high - each.mean for each in scores]
+    return [[max(0.0, distance) for distance in side] for side in (below, above)]
 
 
 def _style(colour: str, marker: str) -> MethodStyle:
