@@ -1,4 +1,9 @@
-"""Evaluation of caches, benchmarks, the demo, the bundled reference model and its training."""
+"""Evaluation of caches and presses: the command line, tasks, runs and reports, benchmarks, the demo, the bundled model.
+
+Models, caches and presses by name come in; scores, bytes and times go out, as result folders, tables and figures.
+Imports go down: studies and training; cli; bench, demo and report; runner; tasks; metrics and reference; errors and
+provenance. gpu stands apart. All of it may import the presses and the cache, which know nothing of it.
+"""
 
 from typing import TYPE_CHECKING, Any
 

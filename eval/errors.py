@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend, as one line for the terminal."""
+"""Turn what the user can mend into an error of one line for the terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Where a measured figure comes from: machine, versions, commit, date."""
+"""Note where a measured figure comes from: machine, versions, commit, date."""
 
 import datetime
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Running benchmarks from the command line: a table as they come, a JSON file of the results."""
+"""Show benchmarks as a table while they come, and write their results as JSON."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Speed of the cache against `DynamicCache` with transformers' own SDPA attention, both timed in one run."""
+"""Time decoding, beam reordering and prefill of the cache against `DynamicCache` with transformers' own SDPA, in one run."""
 
 import dataclasses
 import itertools

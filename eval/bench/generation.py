@@ -1,4 +1,4 @@
-"""A long generation, and a prompt in chunks, under a budget: do memory and time stay what they are."""
+"""Measure a long generation, and a prompt in chunks, under a budget: do memory and time stay what they are?"""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What presses add to a prefill on `PiKVCache`, timed in turn with no press and with `DynamicCache`."""
+"""Time what presses add to a prefill on `PiKVCache`, in turn with no press and with `DynamicCache`."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Speed, memory and traffic of a cache that several processes keep together, against one process in the same run."""
+"""Measure a cache that several processes keep together, its speed, memory and traffic, against one process."""
 
 import dataclasses
 import tempfile

@@ -1,4 +1,4 @@
-"""Loading a saved cache against reading its context again, in one run."""
+"""Time loading a saved cache against reading its context again, in one run."""
 
 import dataclasses
 import os

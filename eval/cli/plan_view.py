@@ -1,4 +1,4 @@
-"""How a plan is shown: tables of at most 100 columns that read without colour, or JSON."""
+"""Show a plan: tables of at most 100 columns that read without colour, or JSON."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One allocation that every case takes its tensors from, so that each may use nearly all of the memory."""
+"""Hold one allocation that every case takes its tensors from, so that each may use nearly all of the memory."""
 
 import math
 

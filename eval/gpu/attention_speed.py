@@ -1,4 +1,4 @@
-"""Bandwidth of `paged_decode_attention`, and its time beside dense attention in bf16."""
+"""Measure the bandwidth of `paged_decode_attention`, and its time beside dense attention in bf16."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""Checks of `paged_decode_attention`."""
+"""Check `paged_decode_attention` against attention in float64, on pages of every kind."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Checks of the operations on pages: gather, encode, score, merge, append."""
+"""Check the operations on pages against float64: gather, encode, score, merge, append."""
 
 import functools
 from collections.abc import Iterator

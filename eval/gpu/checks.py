@@ -1,4 +1,4 @@
-"""Checks of a kernel: planned, run one by one, and judged by the error that the kernel's dtype itself brings."""
+"""Run planned checks of kernels one by one, and judge them by the error that the kernel's dtype itself brings."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The command line of the GPU check."""
+"""Parse the command line of the GPU check, and say what is missing where it cannot run."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""What a run prints as it goes: a line per operation and kind checked, every red check, a line per measurement."""
+"""Print a run as it goes: a line per operation and kind checked, every red check, a line per measurement."""
 
 import itertools
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""What a measurement needs, and what the copy of a large tensor reaches."""
+"""Measure the bandwidth of a large copy, which kernels are compared with, and hold what every measurement needs."""
 
 import dataclasses
 from typing import Any

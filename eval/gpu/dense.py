@@ -1,4 +1,4 @@
-"""Decoding with torch's own attention over dense bf16 keys and values, the fastest of its backends."""
+"""Time decoding with torch's own attention over dense bf16 keys and values, in the fastest of its backends."""
 
 import dataclasses
 import warnings

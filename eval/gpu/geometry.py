@@ -1,4 +1,4 @@
-"""The attention layers and sizes that are measured."""
+"""List the attention layers and sizes that are measured, and count their bytes."""
 
 import dataclasses
 from collections.abc import Iterator

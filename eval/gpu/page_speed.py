@@ -1,4 +1,4 @@
-"""Bandwidth of the kernels beside attention, with the geometry of Qwen3-30B-A3B."""
+"""Measure the bandwidth of the kernels beside attention, with the geometry of Qwen3-30B-A3B."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Pools of pages to check the kernels on: real quantisations, with poison wherever a kernel must not look."""
+"""Make pools of pages to check kernels on: real quantisations, with poison wherever a kernel must not look."""
 
 import dataclasses
 

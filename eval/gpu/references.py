@@ -1,4 +1,4 @@
-"""What the kernels compute, written plainly: in float64 as the truth, and in the kernel's dtype as a yardstick.
+"""Compute plainly what the kernels compute: in float64 as the truth, and in the kernel's dtype as a yardstick.
 
 `operands` chooses: `torch.float64` computes everything in float64; any other dtype rounds what a kernel of that dtype
 multiplies to it, and computes in float32. The error of the second against the first is what the dtype itself costs.

@@ -1,4 +1,4 @@
-"""What a run found, as JSON that is rewritten after every part, so that a run that is killed leaves what it had."""
+"""Write what a run found as JSON, anew after every part, so that a run that is killed leaves what it had."""
 
 import json
 import os

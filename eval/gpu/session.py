@@ -1,4 +1,4 @@
-"""A run of the GPU check: its parts in order of importance, printed and written as they end."""
+"""Run the GPU check: its parts in order of importance, each printed and written as it ends."""
 
 import dataclasses
 import functools

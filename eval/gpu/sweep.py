@@ -1,4 +1,4 @@
-"""Other launch parameters of `paged_decode_attention`, beside those it chooses by itself."""
+"""Try other launch parameters of `paged_decode_attention`, beside those it chooses by itself."""
 
 import dataclasses
 import itertools

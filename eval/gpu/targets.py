@@ -1,4 +1,4 @@
-"""What the kernels are meant to reach on an NVIDIA H200, and whether they did."""
+"""Name what the kernels are meant to reach on an NVIDIA H200, and judge whether they did."""
 
 import dataclasses
 from collections.abc import Iterable

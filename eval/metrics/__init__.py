@@ -1,4 +1,8 @@
-"""Metrics of the evaluation suites, as `evaluate.Metric` subclasses that need no network."""
+"""Metrics of the evaluation suites, as `evaluate.Metric` subclasses that need no network.
+
+An answer and its references come in, a score between 0 and 1 goes out; a metric is the mean over answers. Imports
+nothing else of the evaluation. Model answers are data: they are compared, never evaluated.
+"""
 
 from pikv_hf.common.extras import extra
 

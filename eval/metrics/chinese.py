@@ -1,4 +1,4 @@
-"""Chinese words and punctuation as LongBench's metrics see them."""
+"""Split Chinese words and punctuation as LongBench's metrics see them."""
 
 import functools
 import string

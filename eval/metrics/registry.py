@@ -1,4 +1,4 @@
-"""Metrics by name."""
+"""Make metrics by name."""
 
 from collections.abc import Callable
 

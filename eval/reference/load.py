@@ -1,4 +1,4 @@
-"""The bundled reference model: a small Qwen3-MoE that answers retrieval questions, loaded without a network."""
+"""Load the bundled reference model without a network: a small Qwen3-MoE that answers retrieval questions."""
 
 import hashlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The reference model's tokenizer: one token per word, digit, newline or punctuation mark.
+"""Build the reference model's tokenizer: one token per word, digit, newline or punctuation mark.
 
 Spaces are not tokens; the decoder puts them back by rule, so token ids survive ids -> text -> ids unchanged.
 """

@@ -1,4 +1,9 @@
-"""Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons."""
+"""Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons.
+
+Result folders of `pikv eval` come in, all of their fields checked; files come out, the same bytes for the same results.
+May import the runner's names of files; knows no model and no cache. Tables and figures need summaries alone,
+comparisons and examples the samples too.
+"""
 
 from pikv_hf.common.extras import extra
 

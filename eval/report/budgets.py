@@ -1,4 +1,4 @@
-"""Presses at equal bytes: a row per method, a column per share of the bytes that a press was asked to leave."""
+"""Compare presses at equal bytes: a row per method, a column per share of the bytes that a press was asked to leave."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Two runs on the same samples: what changed, and whether that could be chance."""
+"""Compare two runs on the same samples: what changed, and whether that could be chance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""A comparison as Markdown, which reads well in a terminal too."""
+"""Show a comparison as Markdown, which reads well in a terminal too."""
 
 from pikv_hf.eval.report.compare import OVERALL, Comparison, Difference
 from pikv_hf.eval.report.table import NOTHING, escape, markdown, number, times

@@ -1,4 +1,4 @@
-"""A few answers that are wrong, for reading."""
+"""Pick a few wrong answers for reading."""
 
 import json
 from dataclasses import dataclass

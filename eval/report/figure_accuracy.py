@@ -1,4 +1,4 @@
-"""Accuracy against measured bytes: what a method keeps, and what that costs."""
+"""Draw accuracy against measured bytes: what a method keeps, and what that costs."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Accuracy against measured bytes on a log axis: a few methods named at their lines, all others grey."""
+"""Draw accuracy against measured bytes on a log axis: a few methods named at their lines, all others grey."""
 
 import statistics
 from collections.abc import Sequence

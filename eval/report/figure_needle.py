@@ -1,4 +1,4 @@
-"""Needle in a haystack: the score by depth of the needle and length of the context, one panel per run."""
+"""Draw needles in haystacks: the score by depth of the needle and length of the context, one panel per run."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Many simulated devices: balance, memory, traffic and time against their number, next to what formulas say."""
+"""Draw many simulated devices: balance, memory, traffic and time against their number, next to what formulas say."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Speed of prefill and decoding, against the baseline where there is one."""
+"""Draw the speed of prefill and decoding, against the baseline where there is one."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Scores by task: grouped bars for a few runs, a heat table for many."""
+"""Draw scores by task: grouped bars for a few runs, a heat table for many."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which runs may be shown together: the same questions to the same model."""
+"""Group the runs that may be shown together: the same questions to the same model."""
 
 import itertools
 import re

@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing else, its figures as PNG files, and its table as Markdown."""
+"""Write the report: one HTML page that needs nothing else, its figures as PNG files, and its table as Markdown."""
 
 import base64
 from collections.abc import Sequence

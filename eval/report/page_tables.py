@@ -1,4 +1,4 @@
-"""The tables of the HTML page, as cells of text."""
+"""Fill the tables of the HTML page with cells of text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

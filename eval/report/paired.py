@@ -1,4 +1,4 @@
-"""Statistics of paired differences: sign-flip permutation test, bootstrap interval, correction for many tests."""
+"""Test paired differences: sign-flip permutation test, bootstrap interval, correction for many tests."""
 
 from collections.abc import Sequence
 

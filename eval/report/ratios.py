@@ -1,4 +1,4 @@
-"""A short table: one row per method, one column per compression ratio."""
+"""Make a short table: one row per method, one column per compression ratio."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Writing the rows of an experiment down, one per line, with where they come from."""
+"""Write rows of results as JSON, one per line, with where they come from, and show them as tables."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Result folders of `pikv eval`: finding them and reading them."""
+"""Find and read the result folders of `pikv eval`."""
 
 import gzip
 import os

@@ -1,4 +1,4 @@
-"""How figures look: colour-blind safe, readable at 900 pixels, small files, and the same bytes each time."""
+"""Give all figures one look: colour-blind safe, readable at 900 pixels, small files, and the same bytes each time."""
 
 import io
 import textwrap

@@ -1,4 +1,4 @@
-"""`summary.json` of one result folder, checked field by field."""
+"""Read `summary.json` of one result folder, checked field by field."""
 
 import json
 import math

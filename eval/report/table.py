@@ -1,4 +1,4 @@
-"""The table of runs: one row per run, the same cells in Markdown and HTML."""
+"""Make the table of runs: one row per run, the same cells in Markdown and HTML."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""Evaluations from Python, and many in a row."""
+"""Run evaluations from Python, one or many in a row."""
 
 import dataclasses
 import functools

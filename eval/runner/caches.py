@@ -1,4 +1,4 @@
-"""Caches by name: `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64,num_shards=4`.
+"""Make caches by name: `dynamic`, `quantized:quanto:4`, `pikv`, `pikv:page_size=64,num_shards=4`.
 
 Where a `pikv` cache keeps its shards is said alike: `pikv:devices=cuda:0+cuda:1`, `pikv:process_group=world`.
 """

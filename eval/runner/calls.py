@@ -1,4 +1,4 @@
-"""Reading `Name(argument, option=value)` without evaluating it."""
+"""Read `Name(argument, option=value)` without evaluating it."""
 
 import ast
 from dataclasses import dataclass

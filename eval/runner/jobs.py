@@ -1,4 +1,4 @@
-"""A run cut into batches: what is to be done, and how one batch becomes rows."""
+"""Cut a run into batches, and turn each batch into rows."""
 
 import dataclasses
 import zlib

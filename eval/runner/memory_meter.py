@@ -1,4 +1,4 @@
-"""Bytes that a cache really keeps alive, what `DynamicCache` would hold, and peak memory of the process."""
+"""Measure the bytes that a cache keeps alive, what `DynamicCache` would hold, and peak memory of the process."""
 
 import contextlib
 import resource

@@ -1,4 +1,4 @@
-"""What one sample cost, noted while it runs."""
+"""Note what a batch of samples costs while it runs: bytes, seconds and peaks."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What is evaluated: a kind of cache, and perhaps a press that compresses it."""
+"""Say what is evaluated: a kind of cache, and perhaps a press that compresses it."""
 
 from dataclasses import dataclass
 from typing import Any

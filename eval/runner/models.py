@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer by what the user calls them."""
+"""Load a model and its tokenizer by what the user calls them."""
 
 from pathlib import Path
 from typing import Any

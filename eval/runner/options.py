@@ -1,4 +1,4 @@
-"""What an evaluation was asked to do: from the command line, Python or a YAML file. Free of torch."""
+"""Check what an evaluation is asked to do, from the command line, Python or a YAML file; free of torch."""
 
 import dataclasses
 import itertools

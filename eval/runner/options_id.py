@@ -1,4 +1,4 @@
-"""A short name for a set of options."""
+"""Make a short name for a set of options."""
 
 import hashlib
 import json

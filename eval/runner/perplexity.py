@@ -1,4 +1,4 @@
-"""Perplexity of a text with the cache in the loop: what compressing the beginning does to predicting the rest."""
+"""Measure perplexity with the cache in the loop: what compressing a beginning does to predicting the rest."""
 
 import contextlib
 from dataclasses import dataclass

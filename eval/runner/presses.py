@@ -1,4 +1,4 @@
-"""Presses by class name, this project's and kvpress's: `PiKVPress`, `AdaKVPress(SnapKVPress(window_size=32))`."""
+"""Make presses by class name, this project's and kvpress's: `PiKVPress`, `AdaKVPress(SnapKVPress(window_size=32))`."""
 
 import dataclasses
 import inspect

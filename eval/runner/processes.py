@@ -1,4 +1,4 @@
-"""The processes of this run: one, or those that `accelerate launch` or `torchrun` started."""
+"""Find the processes of this run: one, or those that `accelerate launch` or `torchrun` started."""
 
 import torch
 from accelerate import PartialState

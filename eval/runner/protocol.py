@@ -1,4 +1,4 @@
-"""The two ways to ask a question: after the context was compressed without it, or together with it.
+"""Ask a question in one of two ways: after the context was compressed without it, or together with it.
 
 The first is kvpress's pipeline: the context is read once and compressed, then the question and the answer's first words
 follow. The second is plain `generate` over the whole prompt; a press then sees the question.

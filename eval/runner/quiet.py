@@ -1,4 +1,4 @@
-"""kvpress says some things for every sample; once is enough."""
+"""Let kvpress say once what it says for every sample."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""One row per sample: the answer, its scores, and what it cost."""
+"""Make one row per sample: the answer, its scores, and what it cost."""
 
 import json
 from collections.abc import Sequence

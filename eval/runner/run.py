@@ -1,4 +1,4 @@
-"""One run: measure what is missing, over one process or several, and finish the folder."""
+"""Run one evaluation: measure what is missing, over one process or several, and finish the folder."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Means and their intervals over the rows of a run."""
+"""Summarise the rows of a run as means with their intervals."""
 
 import warnings
 from collections.abc import Callable, Sequence

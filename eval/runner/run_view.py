@@ -1,4 +1,4 @@
-"""A finished run as a few lines for the terminal."""
+"""Show a finished run as a few lines in the terminal."""
 
 from collections.abc import Sequence
 from typing import Any

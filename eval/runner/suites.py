@@ -1,4 +1,4 @@
-"""From options to samples."""
+"""Build the samples that options ask for."""
 
 import dataclasses
 from pathlib import Path

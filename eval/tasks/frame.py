@@ -1,4 +1,4 @@
-"""What stands around a context and its question in the prompt that kvpress's pipeline builds."""
+"""Find what stands around a context and its question in the prompt that kvpress's pipeline builds."""
 
 from transformers import PreTrainedTokenizerBase
 

@@ -1,4 +1,4 @@
-"""Batches: documents as token ids with a loss weight and a position for every token."""
+"""Make batches: documents as token ids with a loss weight and a position for every token."""
 
 import random
 from collections.abc import Sequence

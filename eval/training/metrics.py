@@ -1,4 +1,4 @@
-"""Training statistics: accuracy per task and their log."""
+"""Log training statistics: losses, and accuracy per task."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""The reference model's card: what it is, how it was trained and what it reaches, from the recorded figures."""
+"""Write the reference model's card: what it is, how it was trained and what it reaches, from the recorded figures."""
 
 import json
 from pathlib import Path

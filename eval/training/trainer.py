@@ -1,4 +1,4 @@
-"""Data-parallel training loop of the reference model: one process per core, gradients averaged with gloo.
+"""Train the reference model data-parallel: one process per core, gradients averaged with gloo.
 
 Every process draws its own documents from (seed, step, rank) and applies the same averaged gradient, so parameters and
 optimizer states stay identical everywhere and one process's checkpoint is everybody's.

@@ -1,4 +1,8 @@
-"""Synthetic retrieval text: the reference model's training data, evaluation samples and the demo's haystack."""
+"""Synthetic retrieval text: the reference model's training data, evaluation samples and the demo's haystack.
+
+A task, a length and a random source come in, documents with needles, their questions and answers go out. Imports
+nothing of the evaluation; every word is in the tokenizer, so that new words mean a new model.
+"""
 
 from pikv_hf.eval.reference.synthetic.samples import Sample, make_sample, make_shared_samples
 from pikv_hf.eval.reference.synthetic.tasks import TASKS

@@ -1,4 +1,4 @@
-"""Evaluation and demo samples: one question about one haystack, in the parts that pipelines expect."""
+"""Make evaluation and demo samples: one question about one haystack, in the parts that pipelines expect."""
 
 import random
 from collections.abc import Callable

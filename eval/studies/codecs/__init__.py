@@ -1,1 +1,5 @@
-"""codecs."""
+"""Which format packs keys and values with the least error of attention for its bytes, and what does each codec cost?
+
+`eval/results/codec-schemes.json` (ways to quantise), `low-rank-bases.json` (bases per head or per expert shard) and
+`codec-costs.json` (the codecs that were built) beside it; `codec_table` makes the table of docs/codecs.md of the last.
+"""

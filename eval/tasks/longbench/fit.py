@@ -1,4 +1,4 @@
-"""Making a prompt fit a model's context, frame and question included."""
+"""Make a prompt fit a model's context, frame and question included."""
 
 import dataclasses
 

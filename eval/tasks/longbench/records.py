@@ -1,4 +1,4 @@
-"""LongBench's data: one JSON object per line, in a folder or in the archive on the Hub."""
+"""Read LongBench's data: one JSON object per line, in a folder or in the archive on the Hub."""
 
 import json
 import zipfile

@@ -1,4 +1,4 @@
-"""LongBench as evaluation samples, and their scores.
+"""Turn LongBench into evaluation samples, and score their answers.
 
 Source: LongBench (Bai et al., 2023), `pred.py` and `eval.py`.
 """

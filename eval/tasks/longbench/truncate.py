@@ -1,4 +1,4 @@
-"""Cutting a text in its middle, as LongBench does with prompts that are too long."""
+"""Cut a text in its middle, as LongBench does with prompts that are too long."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,8 @@
-"""RULER's 13 tasks, generated for any tokenizer and length."""
+"""RULER's 13 tasks, generated for any tokenizer and length.
+
+A tokenizer, a length and a seed come in; samples in RULER's wording go out, as long as asked for and never longer.
+Imports nothing of the other tasks but `sample` and `frame`.
+"""
 
 from pikv_hf.common.extras import extra
 

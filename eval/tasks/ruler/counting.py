@@ -1,4 +1,4 @@
-"""How many tokens a prompt has, and about how many one more piece of text adds to it."""
+"""Count the tokens of a prompt, and guess how many one more piece of text adds to it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Filling samples up to the length asked for, and never beyond.
+"""Fill samples up to the length asked for, and never beyond.
 
 A draft can say how long it would be at any size without being written out, by adding up the cost of its pieces. That is
 nearly right, so each sample is written and encoded once; the few that miss are corrected by the ratio just seen.

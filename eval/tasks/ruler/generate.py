@@ -1,4 +1,4 @@
-"""All tasks, sample by sample: the random source of each, the length of each, and no two alike."""
+"""Generate all tasks, sample by sample: the random source of each, the length of each, and no two alike."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

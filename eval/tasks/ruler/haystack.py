@@ -1,4 +1,4 @@
-"""The text that needles are hidden in."""
+"""Hold the text that needles are hidden in, cut into sentences or paragraphs."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The ready-made RULER samples on the Hub, as kvpress evaluates on them."""
+"""Load the ready-made RULER samples on the Hub, as kvpress evaluates on them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence

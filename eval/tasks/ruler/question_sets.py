@@ -1,4 +1,4 @@
-"""Reading questions about documents: files in the schemas of SQuAD 2.0 and HotpotQA."""
+"""Read questions about documents: files in the schemas of SQuAD 2.0 and HotpotQA."""
 
 import json
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""RULER's scores."""
+"""Score answers as RULER does."""
 
 from functools import cache
 
