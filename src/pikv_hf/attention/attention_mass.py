@@ -14,10 +14,6 @@ class AttentionMass:
     def __init__(self) -> None:
         self._parts: list[tuple[PagePool, list[int] | None, torch.Tensor, torch.Tensor]] = []
 
-    def expect(self, lanes: int, queries: int, pages: int, like: torch.Tensor) -> torch.Tensor:
-        """Return `(lanes, queries, pages)` float32 for a kernel to write to."""
-        return torch.empty((lanes, queries, pages), dtype=torch.float32, device=like.device)
-
     def add(self, pool: PagePool, rows: list[int] | None, pages: torch.Tensor, page_lse: torch.Tensor) -> None:
         """Take the log-sum-exps of pages.
 

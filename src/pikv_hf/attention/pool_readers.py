@@ -1,6 +1,7 @@
-"""How attention reads the pages of either kind of pool."""
+"""Readers of page pools: attention over pages in place, gathered, or chosen by each KV head."""
 
 import dataclasses
+from typing import Any, Protocol
 
 import torch
 
@@ -9,174 +10,144 @@ from ..kernels.coded_attention import coded_attention
 from ..kernels.page_codes import PageCodes
 from ..pages.packed_pool import PackedPool
 from ..pages.plain_pool import PlainPool
+from .attention_call import Partial, PieceArgs
 
-# (out, lse) of attention over a part of the keys.
-Partial = tuple[torch.Tensor, torch.Tensor]
 
-# Codes of keys and of values, where in them pages lie, and the tokens of all that lies there, `(n,)` int32.
-Located = tuple[PageCodes, PageCodes, torch.Tensor, torch.Tensor]
+@dataclasses.dataclass(frozen=True, slots=True)
+class LocatedPages:
+    """Pages where kernels can read them.
+
+    Attributes
+    ----------
+    keys, values : PageCodes
+        N entries each, in the format that kernels read.
+    places : torch.Tensor
+        Integers, the shape of the page numbers asked for: at which entry each of these pages is.
+    counts : torch.Tensor
+        `(N,)` int32, the tokens of each entry.
+    """
+
+    keys: PageCodes
+    values: PageCodes
+    places: torch.Tensor
+    counts: torch.Tensor
+
+
+class PoolReader(Protocol):
+    """Reads the pages of one pool, whatever format they are in and wherever they are.
+
+    Queries are folded: the query heads of a KV head lie together, `(lanes, M, D)`, a lane for each KV head of each row.
+    """
+
+    @property
+    def pool(self) -> Any:
+        """The pool, a :class:`~pikv_hf.pages.page_pool.PagePool`."""
+
+    def query(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return queries `(H, ..., D)` as the stored keys expect them, `(H, ..., D')`."""
+
+    def output(self, out: torch.Tensor) -> torch.Tensor:
+        """Return outputs `(H, ..., D')` over stored values in the model's own channels, `(H, ..., Dv)`."""
+
+    def attend_run(self, query: torch.Tensor, start: int, stop: int, args: PieceArgs) -> Partial:
+        """Attend to the neighbouring pages `start..stop-1` in place; queries are `(H, M, D')`."""
+
+    def attend_gathered(self, query: torch.Tensor, table: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to copies of the pages of a table `(B, n)` int64; queries are `(H * B, M, D')`."""
+
+    def attend_lanes(self, query: torch.Tensor, pages: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to pages of each KV head's own choice, `(H, B, k)` int64; queries are `(H * B, G, D')`."""
+
+    def located(self, pages: torch.Tensor, stay: bool = True) -> LocatedPages:
+        """Return where pages, of any shape and integer dtype, lie: in fast memory, or in copies.
+
+        `stay` says whether pages of slower tiers move into fast memory, if it has room for all of them.
+        """
+
+    def pages_at_hand(self, entries: torch.Tensor) -> int:
+        """Return how many columns of page numbers `(B, n)` to look up at a time."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PlainReader:
-    """Reads pages that keep their tokens as they came.
-
-    Attributes
-    ----------
-    pool : PlainPool
-        Where the pages are.
-    """
+    """Reads pages that keep their tokens as the model made them. See :class:`PoolReader`."""
 
     pool: PlainPool
 
-    def codes(self) -> tuple[PageCodes, PageCodes]:
-        """Return keys and values in the format that kernels read."""
-        size = self.pool.page_size
-        return PageCodes("none", size, self.pool.keys), PageCodes("none", size, self.pool.values)
-
     def query(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return queries `(H, ..., D)` as the stored keys expect them."""
+        """Return the queries as they are."""
         return queries
 
     def output(self, out: torch.Tensor) -> torch.Tensor:
-        """Return outputs `(H, ..., D')` over stored values in the model's own channels `(H, ..., Dv)`."""
+        """Return the outputs as they are."""
         return out
 
-    def attend_run(
-        self,
-        query: torch.Tensor,
-        start: int,
-        stop: int,
-        scale: float,
-        bias: torch.Tensor | None,
-        holes: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend to pages `start..stop-1` in place; the rest as in :func:`partial_attention`, `(H, M, D)` queries."""
+    def attend_run(self, query: torch.Tensor, start: int, stop: int, args: PieceArgs) -> Partial:
+        """Attend to neighbouring pages in place."""
         slots = slice(start * self.pool.page_size, stop * self.pool.page_size)
         keys, values = self.pool.flat_keys[:, slots], self.pool.flat_values[:, slots]
-        return partial_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
+        return partial_attention(query, keys, values, *args.as_kernel_args())
 
-    def attend_gathered(
-        self,
-        query: torch.Tensor,
-        table: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-        holes: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend to the pages of a table `(B, n)`, copied; queries are `(H * B, M, D)`."""
+    def attend_gathered(self, query: torch.Tensor, table: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to copies of the pages of a table."""
         keys, values = (part.flatten(0, 1) for part in self.pool.gather(table))
-        return partial_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
+        return partial_attention(query, keys, values, *args.as_kernel_args())
 
-    def attend_lanes(
-        self,
-        query: torch.Tensor,
-        pages: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None,
-    ) -> Partial:
-        """Attend to pages of one KV head's own choice.
-
-        Parameters
-        ----------
-        query : torch.Tensor
-            `(H * B, G, D)`, see :meth:`query`.
-        pages : torch.Tensor
-            `(H, B, k)` int64 page numbers.
-        scale, softcap
-            As in :func:`partial_attention`.
-        bias : torch.Tensor, optional
-            `(H * B, 1, k * P)`.
-        page_lse : torch.Tensor, optional
-            `(H * B, G, k)` float32, written to.
-        """
-        index = lane_pages(self.pool.frames(pages), self.pool.keys.shape[1])
+    def attend_lanes(self, query: torch.Tensor, pages: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to pages of each KV head's own choice."""
+        index = lane_pages(pages, self.pool.keys.shape[1])
         keys, values = (_picked_lanes(part, index).flatten(1, 2) for part in (self.pool.keys, self.pool.values))
-        return partial_attention(query, keys, values, scale, bias, None, softcap, page_lse)
+        return partial_attention(query, keys, values, *args.as_kernel_args())
 
-    def located(self, pages: torch.Tensor, stay: bool = True) -> Located:
-        """Return where pages lie; in fast memory or in copies, which `stay` asks for."""
-        places = self.pool.frames(pages)
-        return *self.codes(), places, self.pool.frame_counts()
+    def located(self, pages: torch.Tensor, stay: bool = True) -> LocatedPages:
+        """Return the pool itself: its pages lie at their numbers."""
+        size = self.pool.page_size
+        keys, values = PageCodes("none", size, self.pool.keys), PageCodes("none", size, self.pool.values)
+        return LocatedPages(keys, values, pages, self.pool.counts())
+
+    def pages_at_hand(self, entries: torch.Tensor) -> int:
+        """Return all columns: every page is in memory."""
+        return entries.shape[1]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PackedReader:
-    """Reads packed pages without unpacking more than a block at a time. See :class:`PlainReader`."""
+    """Reads packed pages without unpacking more than a block at a time. See :class:`PoolReader`."""
 
     pool: PackedPool
 
-    def codes(self) -> tuple[PageCodes, PageCodes]:
-        """Return keys and values in the format that kernels read."""
-        return self.pool.keys, self.pool.values
-
     def query(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return queries `(H, ..., D)` in the keys' code space."""
+        """Return queries in the keys' code space."""
         return self.pool.key_codec.to_code_space(queries)
 
     def output(self, out: torch.Tensor) -> torch.Tensor:
         """Return outputs in the values' code space in the model's own channels."""
         return self.pool.value_codec.from_code_space(out)
 
-    def attend_run(
-        self,
-        query: torch.Tensor,
-        start: int,
-        stop: int,
-        scale: float,
-        bias: torch.Tensor | None,
-        holes: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend to pages `start..stop-1` in place."""
+    def attend_run(self, query: torch.Tensor, start: int, stop: int, args: PieceArgs) -> Partial:
+        """Attend to neighbouring pages in place."""
         keys, values = self.pool.keys.narrow(start, stop), self.pool.values.narrow(start, stop)
-        return coded_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
+        return coded_attention(query, keys, values, *args.as_kernel_args())
 
-    def attend_gathered(
-        self,
-        query: torch.Tensor,
-        table: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-        holes: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend to the pages of a table `(B, n)`, their codes copied; queries are `(H * B, M, D')`."""
+    def attend_gathered(self, query: torch.Tensor, table: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to copies of the codes of a table's pages."""
         index = table.reshape(-1)
+        keys, values = (codes_by_row(codes.pick(index), table.shape) for codes in (self.pool.keys, self.pool.values))
+        return coded_attention(query, keys, values, *args.as_kernel_args())
 
-        def lanes(part: torch.Tensor) -> torch.Tensor:
-            return part.unflatten(1, table.shape).flatten(0, 1)
+    def attend_lanes(self, query: torch.Tensor, pages: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to copies of the codes of pages of each KV head's own choice."""
+        index = lane_pages(pages, self.pool.keys.pages)
+        keys, values = (codes_by_lane(codes, index) for codes in (self.pool.keys, self.pool.values))
+        return coded_attention(query, keys, values, *args.as_kernel_args())
 
-        keys, values = self.pool.keys.pick(index).map(lanes), self.pool.values.pick(index).map(lanes)
-        return coded_attention(query, keys, values, scale, bias, holes, softcap, page_lse)
+    def located(self, pages: torch.Tensor, stay: bool = True) -> LocatedPages:
+        """Return the pool itself: its pages lie at their numbers."""
+        return LocatedPages(self.pool.keys, self.pool.values, pages, self.pool.counts())
 
-    def attend_lanes(
-        self,
-        query: torch.Tensor,
-        pages: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None,
-    ) -> Partial:
-        """Attend to pages of one KV head's own choice, their codes copied; queries are `(H * B, G, D')`."""
-        frames = self.pool.frames(pages)
-        index = lane_pages(frames, self.pool.keys.pages)
-        keys, values = (codes.map(lambda part: _picked_lanes(part, index)) for codes in self.codes())
-        return coded_attention(query, keys, values, scale, bias, None, softcap, page_lse)
-
-    def located(self, pages: torch.Tensor, stay: bool = True) -> Located:
-        """Return where pages lie; in fast memory or in copies, which `stay` asks for."""
-        places = self.pool.frames(pages)
-        return *self.codes(), places, self.pool.frame_counts()
+    def pages_at_hand(self, entries: torch.Tensor) -> int:
+        """Return all columns: every page is in memory."""
+        return entries.shape[1]
 
 
 def lane_pages(pages: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -188,12 +159,12 @@ def lane_pages(pages: torch.Tensor, capacity: int) -> torch.Tensor:
     return (heads * capacity + pages).flatten(0, 1)
 
 
-def by_row(codes: PageCodes, shape: torch.Size) -> PageCodes:
+def codes_by_row(codes: PageCodes, shape: torch.Size) -> PageCodes:
     """Return the pages of a table of this shape `(B, n)`, one after another, as `(H * B, n, ...)`."""
     return codes.map(lambda part: part.unflatten(1, shape).flatten(0, 1))
 
 
-def by_lane(codes: PageCodes, index: torch.Tensor) -> PageCodes:
+def codes_by_lane(codes: PageCodes, index: torch.Tensor) -> PageCodes:
     """Return the pages `(L, k)` of :func:`lane_pages`, `(L, k, ...)`."""
     return codes.map(lambda part: _picked_lanes(part, index))
 

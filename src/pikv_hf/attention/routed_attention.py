@@ -1,26 +1,18 @@
-"""Attention of a decoding step over the pages that routing chose."""
+"""Attention of a decoding step over the pages that a router chose."""
 
 import torch
 
 from ..kernels import merge_pair
 from ..kernels.dispatch import choose
-from ..kernels.paged_decode_attention import paged_decode_attention
 from ..page_table.full_page_index import FullPageIndex
 from ..pages.page_pool import PagePool
 from ..routing.policies import Choice
-from .attention_mass import AttentionMass
-from .pool_readers import PackedReader, Partial, PlainReader, lane_pages
-from .tiered_reader import reader_of
+from .attention_call import AttentionCall, Partial, PieceArgs
+from .page_lookup import attend_located, reader_of
+from .pool_readers import LocatedPages, PoolReader, lane_pages
 
 
-def attend_choice(
-    index: FullPageIndex,
-    choice: Choice,
-    folded: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    masses: AttentionMass | None = None,
-) -> Partial | None:
+def attend_choice(index: FullPageIndex, choice: Choice, folded: torch.Tensor, call: AttentionCall) -> Partial | None:
     """Attend to chosen pages.
 
     Parameters
@@ -31,10 +23,8 @@ def attend_choice(
         For each KV head of each row.
     folded : torch.Tensor
         `(H, B, G, D)` queries.
-    scale, softcap
-        As in :func:`pikv_hf.kernels.partial_attention`.
-    masses : AttentionMass, optional
-        Told how much of the attention each page takes.
+    call : AttentionCall
+        What holds for all pages.
 
     Returns
     -------
@@ -45,7 +35,7 @@ def attend_choice(
     for name, pool in index.pools.items():
         columns, taken = _of_pool(index, choice, name)
         if columns.shape[2]:
-            part = _attend_part(index, pool, columns, taken, folded, scale, softcap, masses)
+            part = _attend_part(index, pool, columns, taken, folded, call)
             result = part if result is None else merge_pair(*result, *part)
     return result
 
@@ -71,10 +61,9 @@ def _attend_part(
     columns: torch.Tensor,
     taken: torch.Tensor | None,
     folded: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    masses: AttentionMass | None,
+    call: AttentionCall,
 ) -> Partial:
+    """Attend to the columns `(H, B, k)` of the index in one pool, of which `taken` says which count."""
     heads, batch, groups, _ = folded.shape
     reader = reader_of(pool)
     pages = _rows(index.pages, columns)
@@ -82,43 +71,38 @@ def _attend_part(
         # What does not count is not fetched from a slower tier either.
         pages = pages.where(taken, pages[..., :1])
     query = reader.query(folded).reshape(heads * batch, groups, -1)
-    page_lse = None if masses is None else masses.expect(heads * batch, groups, pages.shape[2], query)
+    page_lse = call.new_page_lse(heads * batch, groups, pages.shape[2], query)
     if choose(folded.device) != "torch":
-        out, lse = _attend_looked_up(reader, query, pages, taken, scale, softcap, page_lse)
+        out, lse = _attend_looked_up(reader, query, pages, taken, call, page_lse)
     else:
         bias = None if index.full and taken is None else _hidden(index, pool, columns, taken)
-        out, lse = reader.attend_lanes(query, pages, scale, bias, softcap, page_lse)
-    if masses is not None and page_lse is not None:
-        masses.add(pool, None, pages, page_lse.view(heads, batch, groups, -1))
+        out, lse = reader.attend_lanes(query, pages, PieceArgs(call.scale, call.softcap, bias, page_lse=page_lse))
+    if page_lse is not None:
+        call.note_page_lse(pool, None, pages, page_lse.view(heads, batch, groups, -1))
     return reader.output(out.view(heads, batch, groups, -1)), lse.view(heads, batch, groups)
 
 
 def _attend_looked_up(
-    reader: PlainReader | PackedReader,
+    reader: PoolReader,
     query: torch.Tensor,
     pages: torch.Tensor,
     taken: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
+    call: AttentionCall,
     page_lse: torch.Tensor | None,
 ) -> Partial:
     """Attend in one launch: every KV head of every row is a row of a pool with one head."""
-    keys, values, places, counts = reader.located(pages)
-    table = lane_pages(places, keys.pages)
+    there = reader.located(pages)
+    table = lane_pages(there.places, there.keys.pages)
     if taken is None:
         lengths = torch.full((len(table),), table.shape[1], dtype=torch.int32, device=table.device)
     else:
         # What counts comes first.
         lengths = taken.sum(dim=2, dtype=torch.int32).flatten()
-    counts = counts.repeat(keys.heads)
-    keys, values = (codes.map(lambda part: part.reshape(1, -1, *part.shape[2:])) for codes in (keys, values))
-    arguments = query, keys, values, table.int(), lengths, counts, scale, softcap
-    if page_lse is None:
-        out, lse = paged_decode_attention(*arguments)
-    else:
-        out, lse, of_pages = paged_decode_attention(*arguments, page_lse=True)
-        page_lse.copy_(of_pages)
-    return out, lse
+    keys, values = (
+        codes.map(lambda part: part.reshape(1, -1, *part.shape[2:])) for codes in (there.keys, there.values)
+    )
+    one_head = LocatedPages(keys, values, table, there.counts.repeat(there.keys.heads))
+    return attend_located(query, one_head, lengths, call, page_lse)
 
 
 def _hidden(index: FullPageIndex, pool: PagePool, columns: torch.Tensor, taken: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""How attention reads pages of which only some are in fast memory."""
+"""Reader of a pool of which only some pages are in fast memory."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -9,17 +9,14 @@ import torch
 from ..kernels import merge_pair
 from ..kernels.coded_attention import coded_attention
 from ..kernels.page_codes import PageCodes
-from ..kernels.paged_decode_attention import paged_decode_attention
-from ..pages.packed_pool import PackedPool
-from ..pages.page_pool import PagePool
-from ..pages.plain_pool import PlainPool
 from ..tiers.tiered_pool import TieredPool
-from .pool_readers import Located, PackedReader, Partial, PlainReader, by_lane, by_row, lane_pages
+from .attention_call import Partial, PieceArgs
+from .pool_readers import LocatedPages, PackedReader, codes_by_lane, codes_by_row, lane_pages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TieredReader(PackedReader):
-    """Reads pages of which only some are in fast memory. See :class:`PlainReader`.
+    """Reads packed pages of which only some are in fast memory. See :class:`~.pool_readers.PoolReader`.
 
     Reading all pages of a row moves none: those of slower tiers pass through a buffer, a block at a time, while the
     next block is read. Were they to stay, each would push out one that is wanted before it in the next step. Pages that
@@ -28,25 +25,12 @@ class TieredReader(PackedReader):
 
     pool: TieredPool
 
-    def attend_gathered(
-        self,
-        query: torch.Tensor,
-        table: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-        holes: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None = None,
-    ) -> Partial:
-        """Attend to the pages of a table `(B, n)`, a block at a time; queries are `(H * B, M, D')`."""
-        size = self.pool.page_size
+    def attend_gathered(self, query: torch.Tensor, table: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to the pages of a table, a block of columns at a time."""
         result: Partial | None = None
-        for start, block, keys, values in self._streamed(table):
-            slots = slice(start * size, (start + block) * size)
-            inside = None if holes is None else holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
-            cut = bias[..., slots] if bias is not None and bias.shape[-1] > 1 else bias
-            pages = None if page_lse is None else page_lse[..., start : start + block]
-            part = coded_attention(query, keys, values, scale, cut, inside, softcap, pages)
+        for start, columns, keys, values in self._streamed(table):
+            piece = args.of_pages(start, columns, self.pool.page_size)
+            part = coded_attention(query, keys, values, *piece.as_kernel_args())
             result = part if result is None else merge_pair(*result, *part)
         assert result is not None
         return result
@@ -60,93 +44,37 @@ class TieredReader(PackedReader):
             if number + 1 < len(blocks):
                 self.pool.prefetch(blocks[number + 1].cpu().numpy())
             rows = block.shape
-            yield number * step, rows[1], by_row(keys, rows), by_row(values, rows)
+            yield number * step, rows[1], codes_by_row(keys, rows), codes_by_row(values, rows)
 
-    def attend_lanes(
-        self,
-        query: torch.Tensor,
-        pages: torch.Tensor,
-        scale: float,
-        bias: torch.Tensor | None,
-        softcap: float | None,
-        page_lse: torch.Tensor | None,
-    ) -> Partial:
-        """Attend to pages of one KV head's own choice; queries are `(H * B, G, D')`.
-
-        They stay in fast memory, unless it has no room for all of them.
-        """
-        size, columns = self.pool.page_size, pages.shape[2]
+    def attend_lanes(self, query: torch.Tensor, pages: torch.Tensor, args: PieceArgs) -> Partial:
+        """Attend to pages of each KV head's own choice; they stay in fast memory if it has room for all of them."""
+        columns = pages.shape[2]
         stay = self.pool.can_hold(pages)
         step = columns if stay else max(1, self.pool.block_pages() // pages[..., 0].numel())
         result: Partial | None = None
         for start in range(0, max(1, columns), max(1, step)):
-            part = slice(start, start + step)
-            keys, values, places, _ = self.located(pages[..., part], stay)
-            index = lane_pages(places, keys.pages)
-            cut = bias[..., start * size : part.stop * size] if bias is not None and bias.shape[-1] > 1 else bias
-            out = None if page_lse is None else page_lse[..., part]
-            codes = by_lane(keys, index), by_lane(values, index)
-            partial = coded_attention(query, *codes, scale, cut, None, softcap, out)
-            result = partial if result is None else merge_pair(*result, *partial)
+            block = pages[..., start : start + step]
+            there = self.located(block, stay)
+            index = lane_pages(there.places, there.keys.pages)
+            keys, values = codes_by_lane(there.keys, index), codes_by_lane(there.values, index)
+            piece = args.of_pages(start, block.shape[2], self.pool.page_size)
+            part = coded_attention(query, keys, values, *piece.as_kernel_args())
+            result = part if result is None else merge_pair(*result, *part)
         assert result is not None
         return result
 
-    def located(self, pages: torch.Tensor, stay: bool = True) -> Located:
-        """Return where pages lie, in fast memory or in copies.
-
-        Parameters
-        ----------
-        pages : torch.Tensor
-            Page numbers, of any shape and integer dtype.
-        stay : bool
-            Whether pages move into fast memory if it has room for all of them.
-        """
-        if self.pool.can_hold(pages, stay):
-            places = self.pool.frames(pages.long())
-            return *self.codes(), places, self.pool.frame_counts()
+    def located(self, pages: torch.Tensor, stay: bool = True) -> LocatedPages:
+        """Return the frames of pages, or copies of them if fast memory cannot hold them all."""
+        pool = self.pool
+        if pool.can_hold(pages, stay):
+            return LocatedPages(pool.keys, pool.values, pool.frames(pages.long()), pool.frame_counts())
         ids = np.unique(pages.cpu().numpy())
-        index = self.pool.index(ids)
-        places = self.pool.index(np.searchsorted(ids, pages.cpu().numpy()))
-        return *self.pool.codes_at(index, reads=True), places, self.pool.counts_of(index)
+        index = pool.index(ids)
+        places = pool.index(np.searchsorted(ids, pages.cpu().numpy()))
+        return LocatedPages(*pool.codes_at(index, reads=True), places, pool.counts_of(index))
 
-
-def look_up(
-    reader: PlainReader | PackedReader,
-    query: torch.Tensor,
-    entries: torch.Tensor,
-    lengths: torch.Tensor,
-    scale: float,
-    softcap: float | None,
-    page_lse: torch.Tensor | None = None,
-) -> Partial:
-    """Attend to whole rows of a pool by :func:`paged_decode_attention`, as many pages at a time as are at hand.
-
-    `query` is `(B, Hq, D')`, `entries` `(B, n)` int32 page numbers, of which `lengths` `(B,)` count; `page_lse`
-    `(B, Hq, n)` float32 is written to.
-    """
-    pool, columns = reader.pool, entries.shape[1]
-    step = columns
-    if isinstance(pool, TieredPool) and not pool.can_hold(entries, fetched=False):
-        step = max(1, pool.block_pages() // len(entries))
-    result: Partial | None = None
-    for start in range(0, columns, step):
-        keys, values, places, counts = reader.located(entries[:, start : start + step], stay=False)
-        held = (lengths - start).clamp(0, step)
-        arguments = query, keys, values, places.int(), held, counts, scale, softcap
-        if page_lse is None:
-            out, lse = paged_decode_attention(*arguments)
-        else:
-            out, lse, page_lse[:, :, start : start + step] = paged_decode_attention(*arguments, page_lse=True)
-        result = (out, lse) if result is None else merge_pair(*result, out, lse)
-    assert result is not None
-    return result
-
-
-def reader_of(pool: PagePool) -> PlainReader | PackedReader:
-    """Return the reader of a pool."""
-    if isinstance(pool, PlainPool):
-        return PlainReader(pool)
-    if isinstance(pool, TieredPool):
-        return TieredReader(pool)
-    assert isinstance(pool, PackedPool)
-    return PackedReader(pool)
+    def pages_at_hand(self, entries: torch.Tensor) -> int:
+        """Return all columns if fast memory holds them, else as many as a block of copies may have."""
+        if self.pool.can_hold(entries, fetched=False):
+            return entries.shape[1]
+        return max(1, self.pool.block_pages() // len(entries))

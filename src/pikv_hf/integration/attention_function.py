@@ -8,7 +8,9 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..attention.attention_call import AttentionCall
 from ..attention.attention_mass import AttentionMass, own_masses
+from ..attention.mask_bias import MaskBias
 from ..attention.paged_attention import attend_pages
 from ..common.tensors import carried
 from ..kernels import causal_attention, merge_pair
@@ -16,7 +18,7 @@ from ..kernels.merge_partials import merge_sinks
 from ..layer.layer import LAYER_ATTRIBUTE, PiKVLayer
 from ..page_table.page_table import PageTable
 from .kvpress_marks import forget_reader, without_marked
-from .mask_function import PLAIN_ATTRIBUTE, PageBias, new_tokens_valid, trailing_columns
+from .mask_function import PLAIN_ATTRIBUTE, new_tokens_valid, trailing_columns
 
 # Where a press puts what it wants called with the queries of each call:
 # `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.
@@ -175,8 +177,8 @@ def _attend_parts(
             assert table is not None
             # A call with several new tokens has many queries, which together look everywhere.
             router = part.page_router if routes else None
-            given = table, there[index], hidden[index], scale, softcap, router, layer.seen, masses[index]
-            results.append(attend_pages(*given))
+            call = AttentionCall(scale, softcap, layer.seen, router, masses[index])
+            results.append(attend_pages(table, there[index], hidden[index], call))
         home = [(carried(out, query.device), carried(lse, query.device)) for out, lse in results]
         merged = home[0]
         for other in home[1:]:
@@ -219,7 +221,7 @@ def _watch_new(
         batch, heads = new.keys.shape[:2]
         bias = None
         if mask is not None:
-            bias = PageBias(mask, batch, heads, query.shape[1] // heads).new_tokens(new.tokens)
+            bias = MaskBias(mask, batch, heads, query.shape[1] // heads).new_tokens(new.tokens)
         new.masses = own_masses(query, new.keys, bias, scale, softcap, lse)
 
 
@@ -235,7 +237,7 @@ def _attend_new(
     batch, query_heads, queries, dim = query.shape
     heads, tokens = keys.shape[1:3]
     groups = query_heads // heads
-    bias = None if mask is None else PageBias(mask, batch, heads, groups).new_tokens(tokens)
+    bias = None if mask is None else MaskBias(mask, batch, heads, groups).new_tokens(tokens)
     grouped = query.reshape(batch, heads, groups, queries, dim)
     out, lse = causal_attention(grouped, keys, values, scale, bias, softcap)
     return out.flatten(1, 2), lse.flatten(1, 2)
