@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pikv_hf.common.extras import MissingExtraError
+
 
 class InputError(ValueError):
     """The user asked for something impossible; the message is one line for the terminal."""
@@ -10,10 +12,13 @@ class InputError(ValueError):
 
 @contextmanager
 def user_input(what: str) -> Iterator[None]:
-    """Turn the errors that a wrong option causes into an `InputError` of one line that begins with `what`."""
+    """Turn the errors that a wrong option causes into an `InputError` of one line that begins with `what`.
+
+    A missing extra is left as it is: its message names all there is to do.
+    """
     try:
         yield
-    except InputError:
+    except (InputError, MissingExtraError):
         raise
     # AssertionError is what torch raises for CUDA devices where it was built without CUDA.
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
