@@ -32,6 +32,7 @@ from families import FAMILIES
 from pikv_hf import PiKVCache
 from pikv_hf.attention.attention_mass import OBSERVED
 from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.scheduling.policies.registry import ATTENTION_HALF_LIFE
 
 CASES: dict[str, Any] = {
@@ -232,7 +233,7 @@ def test_tokens_take_their_mass_from_the_window_to_shards_and_when_packed(codec:
     layer.settle()
     assert total(layer) == pytest.approx(expected, abs=1e-4)
     if codec == "int4":
-        assert any(layer.table.pages.packed["int4"].refcount)
+        assert any(layer.table.pages.packed[PoolId.parse("int4")].refcount)
 
 
 def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:

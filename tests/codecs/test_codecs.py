@@ -15,6 +15,7 @@ from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench.decode import filled_pikv, geometry_model
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.pages.packed_pool import PackedPool
+from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.reports.memory_report import live_bytes
 
 SMALL = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
@@ -37,7 +38,7 @@ def filled(tokens: int = 600, dtype: torch.dtype = torch.float32, batch: int = 1
 def test_bytes_with_everything_counted(codec: str, most: float) -> None:
     cache = filled(8192, torch.bfloat16, **both(codec))
     layer = cache.layers[0]
-    pool = layer.table.pages.packed[codec]
+    pool = layer.table.pages.packed[PoolId.parse(codec)]
     packed = int(pool.count.sum())
     plain = live_bytes(layer.table.pool.tensors()) + layer.table.pool.host_bytes
     assert packed > 0.9 * 8192
@@ -50,7 +51,7 @@ def test_bytes_with_everything_counted(codec: str, most: float) -> None:
 
 def test_bytes_of_a_low_rank_codec() -> None:
     cache = filled(4096, torch.bfloat16, **both("lowrank"), rank=16)
-    pool = cache.layers[0].table.pages.packed["lowrank"]
+    pool = cache.layers[0].table.pages.packed[PoolId.parse("lowrank")]
     assert pool.page_bytes * 8 == 2 * 4 * 128 * 2 * pool.page_size, "coefficients are rank / head dim of the tokens"
     bases = live_bytes([pool.key_codec.basis, pool.value_codec.basis])
     assert bases == 2 * 4 * 128 * 16 * 2
@@ -62,7 +63,7 @@ def test_a_prompt_never_passes_through_the_plain_pool() -> None:
     table = cache.layers[0].table
     in_use = int((table.pool.refcount > 0).sum())
     assert table.pool.capacity <= in_use + 2 * table.num_shards
-    assert table.pages.packed["int4"].capacity * 32 <= 8192
+    assert table.pages.packed[PoolId.parse("int4")].capacity * 32 <= 8192
 
 
 def test_a_generation_packs_its_pages_and_wastes_few() -> None:
@@ -73,7 +74,7 @@ def test_a_generation_packs_its_pages_and_wastes_few() -> None:
         layer.attend_begins(None)
         layer.record_experts(torch.randint(0, 32, (1,)))
     layer.settle()
-    pool = layer.table.pages.packed["int4"]
+    pool = layer.table.pages.packed[PoolId.parse("int4")]
     assert layer.table.tokens() == [1800]
     assert pool.count.sum() > 1800 - 32 - 160 - 8 * 32
     assert pool.free_pages <= 5
@@ -145,7 +146,7 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
     keys, values = torch.randn(2, 1, 4, 900, 128).expand(2, 3, 4, 900, 128)
     cache = filled_pikv(geometry_model(), keys.contiguous(), values.contiguous(), **both("int4"), placement="hash")
     cache.layers[0].settle()
-    pool = cache.layers[0].table.pages.packed["int4"]
+    pool = cache.layers[0].table.pages.packed[PoolId.parse("int4")]
     assert 700 <= int(pool.count.sum()) <= 900
     fork = cache.fork()
     assert set(pool.refcount[pool.refcount > 0].tolist()) == {2}

@@ -22,6 +22,7 @@ from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MOVES, level
 from pikv_hf.pages.page_pool import MIN_GROWTH
+from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.reports.memory_measure import layer_memory
 from pikv_hf.scheduling.page_scheduler import make_scheduler
 from pikv_hf.sharding.shard_map import ShardMap
@@ -317,11 +318,11 @@ def test_parts_that_evict_are_left_alone(options: dict[str, Any]) -> None:
 def test_low_rank_pages_stay_with_their_basis() -> None:
     reader = uneven(key_codec="lowrank", value_codec="lowrank", rank=4)
     before = reader.outside()
-    assert "lowrank" in reader.layer.table.pages.packed
+    assert PoolId.parse("lowrank") in reader.layer.table.pages.packed
     level(reader.layer.parts, reader.layer.shard_map)
     moved = before[0] - reader.outside()[0]
     assert moved == 0
-    assert not reader.layer.parts[1].table.pages.packed["lowrank"].refcount.any()
+    assert not reader.layer.parts[1].table.pages.packed[PoolId.parse("lowrank")].refcount.any()
 
 
 def test_a_few_pages_do_not_tip_the_scales() -> None:

@@ -15,6 +15,7 @@ from pikv_hf.config import CODECS
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.kernels.page_codes import BITS, spread_values
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.pages.pool_id import PLAIN, PoolId
 from pikv_hf.reports.memory_report import live_bytes
 
 
@@ -76,7 +77,7 @@ def _slack(layer: PiKVLayer, page: slow.Page, head: int, own: torch.Tensor) -> f
     """
     pool = layer.table.pages.pools()[page.where[0]]
     codes = getattr(pool, "keys", None)
-    if not page.where[0] or codes.kind not in BITS or codes.latent is not None:
+    if page.where[0] == PLAIN or codes.kind not in BITS or codes.latent is not None:
         return 0.0
     number = page.where[1]
     outliers = codes.outliers[head, number].long()
@@ -115,5 +116,5 @@ def test_the_report_counts_bounds() -> None:
 def test_integer_codes_are_their_own_bounds() -> None:
     layer = grown(prompt=180, key_codec="int4", value_codec="int4", routing="page_bound", max_pages=3)
     choose(layer, queries(layer))
-    assert "int4" in layer.table.index().pools
-    assert layer.table.pages.packed["int4"].bounds is None
+    assert PoolId.parse("int4") in layer.table.index().pools
+    assert layer.table.pages.packed[PoolId.parse("int4")].bounds is None

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from pikv_hf import PiKVCache, detach
 from pikv_hf.config import CODECS
 from pikv_hf.integration.attention_function import attend
+from pikv_hf.pages.pool_id import PLAIN, PoolId
 
 # Everything chosen is exact
 
@@ -52,7 +53,7 @@ def test_everything_chosen_with_codecs(codec: str, routed_steps: list[int]) -> N
     assert routed_steps
     pools = cache.layers[0].table.index().pools
     assert len(pools) >= (2 if codec == "auto" else 1)
-    assert set(pools) - {""}
+    assert set(pools) - {PLAIN}
 
 
 @pytest.mark.parametrize("codec", ["none", "auto", "int4"])
@@ -161,7 +162,7 @@ def test_in_the_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("PIKV_KERNELS", backend)
             logits[backend] = model(step, attention_mask=seen, past_key_values=cache).logits
         (layer,) = cache.layers
-        assert len(layer.table.index().lengths["int4/int8"].unique()) == 2
+        assert len(layer.table.index().lengths[PoolId.parse("int4/int8")].unique()) == 2
         query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
         columns[backend] = layer.page_router.choose(layer.table.index(), query, 0.25, layer.seen).columns
     assert torch.equal(columns["torch"], columns["interpret"])

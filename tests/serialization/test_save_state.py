@@ -13,6 +13,7 @@ from save_round_trip import assert_equal, assert_go_on_alike, round_trip
 from saved_runs import both, go_on, new_cache, read, shared_model
 
 from pikv_hf import PiKVCache
+from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.serialization.layer_writer import STATE
 from pikv_hf.serialization.pool_records import companions
 
@@ -20,7 +21,7 @@ from pikv_hf.serialization.pool_records import companions
 def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, **both("fp8")))
-    pool = cache.layers[1].table.pages.packed["fp8"]
+    pool = cache.layers[1].table.pages.packed[PoolId.parse("fp8")]
     ids = np.flatnonzero(pool.refcount)
     pool.key_bounds(ids[::2])
     pool.watch(4)
@@ -30,7 +31,7 @@ def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model)
     assert_equal(cache, loaded)
-    there = loaded.layers[1].table.pages.packed["fp8"]
+    there = loaded.layers[1].table.pages.packed[PoolId.parse("fp8")]
     assert there.usage.now == 5
     assert set(companions(there)) == {"bounds", "usage"}
     assert sum(there.bounds.known) == len(ids[::2])

@@ -16,6 +16,7 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import PartLayout, PartLocation
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.pages.pool_id import PLAIN
 from pikv_hf.reports.memory_measure import layer_memory
 from pikv_hf.reports.memory_report import live_bytes
 
@@ -192,7 +193,7 @@ class DeviceMachine(EvictionMachine):
             for number, weight in enumerate(layer.layout.weights):
                 if not weight and not layer.evicted and not layer.dropped:
                     table = layer.parts[number].table
-                    assert all(len(row.pages(name)) == len(row.window) for row in table.rows for name in [""])
+                    assert all(len(row.pages(name)) == len(row.window) for row in table.rows for name in [PLAIN])
 
     def rows_are_alike(self, layer: PiKVLayer) -> None:
         """All parts share sequences among their rows alike, and have the same tokens in their windows."""

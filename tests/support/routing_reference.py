@@ -11,6 +11,7 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.kernels.page_codes import BITS, SPREAD_ONE, SPREAD_STEPS
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.pages.pool_id import PLAIN, PoolId
 from pikv_hf.routing.policies import Choice
 
 SMALL = {"page_size": 4, "recent_window": 6, "sink_tokens": 4, "num_shards": 3}
@@ -65,7 +66,7 @@ class Page:
         `(H, D)` float64, twice: the range of the codes of each channel, where keys are packed as integers.
     """
 
-    where: tuple[str, int]
+    where: tuple[PoolId, int]
     shard: int
     positions: list[int]
     keys: torch.Tensor
@@ -93,7 +94,7 @@ def full_pages(layer: PiKVLayer, row: int) -> list[Page]:
     for name, pool in layer.table.pages.pools().items():
         for number in layer.table.rows[row].full_pages(name).tolist():
             positions = [p for p in pool.positions[number].tolist() if p >= 0]
-            coded = _code_range(pool, number) if name else None
+            coded = _code_range(pool, number) if name != PLAIN else None
             pages.append(Page((name, number), int(pool.shard[number]), positions, keys[:, positions], coded))
     return pages
 

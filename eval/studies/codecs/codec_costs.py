@@ -115,7 +115,7 @@ class Packed:
             pool = table.pool
             per_token = pool.keys.shape[0] * (pool.keys.shape[-1] + pool.values.shape[-1]) * 2
             held = pool.incompressible & (pool.refcount > 0)
-            here = Counter({name: int(sealed.count.sum()) for name, sealed in table.pages.packed.items()})
+            here = Counter({of.name: int(packed.count.sum()) for of, packed in table.pages.packed.items()})
             if table.pages.packs:
                 size -= live_bytes(pool.tensors()) + pool.host_bytes - int(held.sum()) * pool.page_bytes
                 here["none"] += int(pool.count[held].sum())

@@ -6,9 +6,11 @@ import torch
 from ..kernels import merge_pair
 from ..kernels.dispatch import choose
 from ..kernels.partial_attention import MAX_LOGITS
-from ..page_table.page_table import UNFILLED, WINDOW, PageTable
+from ..page_table.page_table import PageTable
 from ..page_table.read_plan import ReadPlan, Run
+from ..page_table.sequence_pages import Region
 from ..pages.page_pool import PagePool
+from ..pages.pool_id import PoolId
 from .attention_call import AttentionCall, Partial, PieceArgs
 from .mask_bias import MaskBias, mask_by_lane
 from .page_lookup import look_up, reader_of
@@ -51,13 +53,13 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
     # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
     looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
-    chosen, names = _attend_routed(table, query, folded, call)
+    chosen, whole = _attend_routed(table, query, folded, call)
     parts = [chosen] if chosen is not None else []
-    for name in names:
-        parts += _attend_pool(table, name, folded, bias, looks_up, call)
+    for of in whole:
+        parts += _attend_pool(table, of, folded, bias, looks_up, call)
     if call.masses is not None and not table.writer.reads_window:
         # Another part reads the window; what its tokens are worth when they get here is to be known all the same.
-        _attend_pool(table, WINDOW, folded, bias, looks_up, call)
+        _attend_pool(table, Region.WINDOW, folded, bias, looks_up, call)
     value_dim = table.pool.values.shape[-1]
     out, lse = _merged(parts) if parts else _nothing(folded, value_dim)
     return (
@@ -68,9 +70,9 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
 
 def _attend_routed(
     table: PageTable, query: torch.Tensor, folded: torch.Tensor, call: AttentionCall
-) -> tuple[Partial | None, list[str]]:
+) -> tuple[Partial | None, list[PoolId | Region]]:
     """Attend to the full pages that a router chooses; return also which pools are left to read as a whole."""
-    every = list(table.pages.pools())
+    every: list[PoolId | Region] = [*table.pages.pools()]
     router = call.page_router
     if router is None:
         return None, every
@@ -78,19 +80,24 @@ def _attend_routed(
     router.counts.add(table.index(), choice, table.always_read, folded.shape[0])
     if choice is None:
         return None, every
-    return attend_choice(table.index(), choice, folded, call), [UNFILLED]
+    return attend_choice(table.index(), choice, folded, call), [Region.UNFILLED]
 
 
 def _attend_pool(
-    table: PageTable, name: str, folded: torch.Tensor, bias: MaskBias | None, looks_up: bool, call: AttentionCall
+    table: PageTable,
+    of: PoolId | Region,
+    folded: torch.Tensor,
+    bias: MaskBias | None,
+    looks_up: bool,
+    call: AttentionCall,
 ) -> list[Partial]:
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, nothing if there are none."""
-    reader = reader_of(table.pages.pools()["" if name in (UNFILLED, WINDOW) else name])
+    reader = reader_of(table.pool_of(of))
     query = reader.query(folded)
     if looks_up:
-        part = _attend_entries(reader, query, table.entries(name), call)
+        part = _attend_entries(reader, query, table.entries(of), call)
     else:
-        part = _attend_plan(reader, query, table.plan(name), bias, call)
+        part = _attend_plan(reader, query, table.plan(of), bias, call)
     return [] if part is None else [(reader.output(part[0]), part[1])]
 
 

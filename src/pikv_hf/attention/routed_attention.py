@@ -6,6 +6,7 @@ from ..kernels import merge_pair
 from ..kernels.dispatch import choose
 from ..page_table.full_page_index import FullPageIndex
 from ..pages.page_pool import PagePool
+from ..pages.pool_id import PoolId
 from ..routing.policies import Choice
 from .attention_call import AttentionCall, Partial, PieceArgs
 from .page_lookup import attend_located, reader_of
@@ -40,7 +41,7 @@ def attend_choice(index: FullPageIndex, choice: Choice, folded: torch.Tensor, ca
     return result
 
 
-def _of_pool(index: FullPageIndex, choice: Choice, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _of_pool(index: FullPageIndex, choice: Choice, name: PoolId) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the chosen columns of one pool, `(H, B, k')`, and which of them count."""
     if len(index.pools) == 1:
         return choice.columns, choice.taken

@@ -42,7 +42,7 @@ class Codec:
     @property
     def is_lowrank(self) -> bool:
         """Whether pages are kept as coefficients of a basis."""
-        return self.name.startswith("lowrank")
+        return is_lowrank(self.name)
 
     @property
     def kind(self) -> Kind:
@@ -95,6 +95,11 @@ class Codec:
         full = torch.matmul(latent.flatten(1, -2), self.basis.to(outputs.dtype).transpose(1, 2))
         full = full.view(*outputs.shape[:-1], -1)
         return full if self.name == "lowrank" else outputs[..., :-rank] + full
+
+
+def is_lowrank(name: str) -> bool:
+    """Return whether the codec of that name keeps pages as coefficients of a basis."""
+    return name.startswith("lowrank")
 
 
 def fit_basis(tokens: torch.Tensor, rank: int) -> torch.Tensor:

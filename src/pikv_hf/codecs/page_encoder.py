@@ -7,7 +7,7 @@ import torch
 
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes
-from .codec import Codec
+from .codec import Codec, is_lowrank
 
 #: The rungs of the integer codecs, narrow to wide.
 LADDER = ("int2", "int4", "int8", "none")
@@ -88,7 +88,7 @@ class PageEncoder:
     def codec(self, name: str, dim: int) -> Codec:
         """Return this layer's codec of that name."""
         if name not in self.codecs:
-            self.codecs[name] = Codec(name, self.keys, (self.rank or max(1, dim // 4)) if "lowrank" in name else 0)
+            self.codecs[name] = Codec(name, self.keys, (self.rank or max(1, dim // 4)) if is_lowrank(name) else 0)
         return self.codecs[name]
 
     def is_ready(self, tokens: int, dim: int) -> bool:

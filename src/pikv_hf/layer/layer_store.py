@@ -14,6 +14,7 @@ from ..distributed.process_exchange import leaves_others
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.page_pool import NoRoomError
+from ..pages.pool_id import PoolId
 from ..pages.tokens import TokenBatch
 from ..routing.policies import PageRouter, make_routing
 from ..scheduling.page_scheduler import PageScheduler
@@ -106,7 +107,7 @@ class LayerTokens(CacheLayerMixin):
         self._returns = False
         # Of a prompt that the processes have not agreed on yet.
         self.prompt_mark: torch.Tensor | None = None
-        self._checkpoint: tuple[int, list[tuple[PageTable, set[str]]]] | None = None
+        self._checkpoint: tuple[int, list[tuple[PageTable, set[PoolId]]]] | None = None
 
     # The first part, which is all there is on one device
 

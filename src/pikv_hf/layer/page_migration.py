@@ -11,6 +11,7 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..pages.packed_pool import PackedPool
 from ..pages.plain_pool import PageContents
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 from ..tiers.tier_limits import TierFull
@@ -71,7 +72,7 @@ def _tokens_outside(table: PageTable) -> int:
     return tokens
 
 
-def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[str, PageIds]]:
+def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, PageIds]]:
     """Return full pages by pool, those of shards that the target is to have `(S,)` shares of first."""
     found = []
     sequences = list({id(row): row for row in table.rows}.values())
@@ -90,7 +91,7 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[str, PageIds
     return found
 
 
-def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
+def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> None:
     """Move full pages of a pool between tables with the same rows."""
     pool, device = here.pages.pools()[name], there.pool.device
     index = pool.index(pages)
@@ -104,7 +105,7 @@ def _move(here: PageTable, there: PageTable, name: str, pages: PageIds) -> None:
     else:
         contents = here.pool.contents(pages)
         target, ids = (
-            "",
+            PLAIN,
             there.pool.adopt(
                 PageContents(
                     carried(contents.keys, device),

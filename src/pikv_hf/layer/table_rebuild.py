@@ -8,6 +8,7 @@ from ..config import PiKVConfig
 from ..page_table.compaction import AS_CONFIGURED, WIDTHS, CodedPages, Compaction, ExactTokens
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
+from ..pages.pool_id import PLAIN, UNCODED, PoolId
 from ..sharding.shard_map import GOLDEN
 from ..tiers.tier_limits import LayerTiers
 from .pending_tokens import PendingTokens
@@ -82,7 +83,7 @@ def kept_table(
     batch, heads, columns = widths.shape
     was_split = table.pool.keys.shape[0] != heads
     # A low-rank basis belongs to a head: pages of one head cannot share it.
-    decoded = ["", "none"] + [name for name in table.pages.packed if split and "lowrank" in name]
+    decoded = [PLAIN, UNCODED] + [pool for pool in table.pages.packed if split and pool.is_lowrank]
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
     kept = Compaction(widths, leaders, exact, config, split, table.pages.tiers)
     with kept.retired_on_error():
@@ -128,7 +129,7 @@ def _table_of(kept: Compaction, config: PiKVConfig, shard_of: ShardOf) -> PageTa
 
 
 def _exact_tokens(
-    table: PageTable, pending: PendingTokens | None, shape: tuple[int, int, int], names: list[str]
+    table: PageTable, pending: PendingTokens | None, shape: tuple[int, int, int], names: list[PoolId]
 ) -> ExactTokens:
     batch, heads, columns = shape
     stored = columns - (0 if pending is None else pending.tokens)

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ..codecs.codec import is_lowrank
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes, reordered
 from ..pages.packed_pool import PackedPool
 from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.pool_id import PoolId
 from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
 from .layer_pools import LayerPools
@@ -66,9 +68,7 @@ def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
 
     A low-rank basis belongs to a head, and pages of lanes are of any head: what comes is kept as it is.
     """
-    if "lowrank" not in config.key_codec + config.value_codec:
-        return config
-    codecs = ["none" if "lowrank" in codec else codec for codec in (config.key_codec, config.value_codec)]
+    codecs = ["none" if is_lowrank(codec) else codec for codec in (config.key_codec, config.value_codec)]
     return dataclasses.replace(config, key_codec=codecs[0], value_codec=codecs[1])
 
 
@@ -181,7 +181,7 @@ class Compaction:
         index = first[:, :, None] * tokens.shape[2] + columns
         return tokens.reshape(-1, tokens.shape[-1]).index_select(0, index.view(-1)).view(*index.shape, -1)
 
-    def _give(self, packed: dict[str, tuple[np.ndarray, PageIds]], counts: np.ndarray, owners: np.ndarray) -> None:
+    def _give(self, packed: dict[PoolId, tuple[np.ndarray, PageIds]], counts: np.ndarray, owners: np.ndarray) -> None:
         """Hand packed pages, `counts` `(n,)` tokens in each, to the lanes `owners` `(n,)` that they belong to."""
         lanes = list(self._sequences)
         for name, (which, ids) in packed.items():

@@ -10,6 +10,7 @@ import torch
 from ..kernels.page_codes import spread_values
 from ..kernels.page_scores import page_scores
 from ..pages.page_pool import PagePool
+from ..pages.pool_id import PoolId
 from ..pages.types import PageIds
 from .sequence_pages import SequencePages
 
@@ -21,14 +22,14 @@ class FullPageIndex:
     Attributes
     ----------
     pools : dict
-        By name, those that have any of the pages.
-    columns : dict of str to slice
+        Those that have any of the pages.
+    columns : dict of PoolId to slice
         Which columns are of a pool.
     pages : torch.Tensor
         `(B, n)` int64 page numbers within the column's pool; where unused another of the row's own, 0 if it has none.
     valid : torch.Tensor
         `(B, n)` bool; rows have their pages of a pool first.
-    lengths : dict of str to torch.Tensor
+    lengths : dict of PoolId to torch.Tensor
         `(B,)` int32, the valid columns of each pool.
     counts, oldest, newest, shards : torch.Tensor
         `(B, n)` int64, tokens in the page, least and largest position, and its shard.
@@ -38,11 +39,11 @@ class FullPageIndex:
         Valid columns of all rows, the fewest of any, and the least and largest position of any page.
     """
 
-    pools: dict[str, PagePool]
-    columns: dict[str, slice]
+    pools: dict[PoolId, PagePool]
+    columns: dict[PoolId, slice]
     pages: torch.Tensor
     valid: torch.Tensor
-    lengths: dict[str, torch.Tensor]
+    lengths: dict[PoolId, torch.Tensor]
     counts: torch.Tensor
     oldest: torch.Tensor
     newest: torch.Tensor
@@ -53,10 +54,10 @@ class FullPageIndex:
     first: int
     last: int
     _shard_ends: torch.Tensor | None = None
-    _found: set[str] = dataclasses.field(default_factory=set)
+    _found: set[PoolId] = dataclasses.field(default_factory=set)
 
     @classmethod
-    def of(cls, rows: Sequence[SequencePages], pools: Mapping[str, PagePool]) -> "FullPageIndex":
+    def of(cls, rows: Sequence[SequencePages], pools: Mapping[PoolId, PagePool]) -> "FullPageIndex":
         """Index the full pages of rows."""
         device = next(iter(pools.values())).device
         of_pool = {name: [row.full_pages(name) for row in rows] for name in pools}
@@ -181,14 +182,14 @@ class FullPageIndex:
             self._shard_ends = torch.cat([least, most, total / held.clamp_min(1)[None, :, :, None]], dim=3)
         return self._shard_ends
 
-    def _pool_ends(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pool_ends(self, name: PoolId) -> tuple[torch.Tensor, torch.Tensor]:
         low, high = self.pools[name].key_bounds(self._own(name))
         index = self.pages[:, self.columns[name]].reshape(-1)
         shape = len(self.pages), -1
         least, most = (part.index_select(1, index).unflatten(1, shape) for part in (low, high))
         return least.float(), spread_values(most) + least.float() if most.dtype == torch.uint8 else most.float()
 
-    def _own(self, name: str) -> np.ndarray:
+    def _own(self, name: PoolId) -> np.ndarray:
         """Return the pages whose bounds may be unknown: full pages stay as they are."""
         if name in self._found:
             return np.zeros(0, dtype=np.int64)

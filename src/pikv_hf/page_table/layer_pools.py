@@ -11,9 +11,10 @@ from ..codecs.codec import Codec
 from ..codecs.page_encoder import Encoded, PageEncoder
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes
-from ..pages.packed_pool import PackedPool, pool_name
+from ..pages.packed_pool import PackedPool
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.pool_id import PLAIN, UNCODED, PoolId
 from ..pages.types import PageIds
 from ..reports.memory_report import live_bytes
 from ..tiers.tier_limits import LayerTiers
@@ -43,7 +44,7 @@ class LayerPools:
     Attributes
     ----------
     packed : dict
-        Pools of packed pages by their name; each is made when the first page comes.
+        Pools of packed pages; each is made when the first page comes.
     queries : torch.Tensor or None
         `(H, m, D)`, the last queries that attended, by which errors are judged.
     query_scale : float
@@ -56,7 +57,7 @@ class LayerPools:
             tiers.check_limit(plain.page_bytes)
         self.plain = plain
         self.tiers = tiers
-        self.packed: dict[str, PackedPool] = {}
+        self.packed: dict[PoolId, PackedPool] = {}
         self.queries: torch.Tensor | None = None
         self.query_scale = 1.0
         self.config = config
@@ -72,9 +73,9 @@ class LayerPools:
         """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
         return self._encoders is not None
 
-    def pools(self) -> dict[str, PagePool]:
-        """Return all pools; the plain one is `""`."""
-        return {"": self.plain, **self.packed}
+    def pools(self) -> dict[PoolId, PagePool]:
+        """Return all pools, the plain one first."""
+        return {PLAIN: self.plain, **self.packed}
 
     def bases(self, keys: bool) -> list[torch.Tensor]:
         """Return what the codecs of keys, or of values, keep beside the pages."""
@@ -189,12 +190,12 @@ class LayerPools:
                 self.give(sequence, name, ids[np.searchsorted(leaving, old)])
                 self.plain.decref(old)
 
-    def give(self, sequence: "SequencePages", name: str, ids: PageIds) -> None:
+    def give(self, sequence: "SequencePages", pool: PoolId, ids: PageIds) -> None:
         """Add packed pages to a sequence."""
-        sequence.packed = {**sequence.packed, name: np.append(sequence.pages(name), ids)}
-        self.packed[name].incref(ids)
+        sequence.packed = {**sequence.packed, pool: np.append(sequence.pages(pool), ids)}
+        self.packed[pool].incref(ids)
 
-    def pack(self, pages: PageContents, codec: str | None = None) -> dict[str, tuple[np.ndarray, PageIds]]:
+    def pack(self, pages: PageContents, codec: str | None = None) -> dict[PoolId, tuple[np.ndarray, PageIds]]:
         """Encode full pages.
 
         Parameters
@@ -207,7 +208,7 @@ class LayerPools:
         Returns
         -------
         dict
-            By name of the pool: which of the pages it took, ascending, and their numbers there, yet without a holder.
+            By pool: which of the pages it took, ascending, and their numbers there, yet without a holder.
             Pages that no codec could hold well enough are in none.
         """
         guarded = codec is None
@@ -216,7 +217,7 @@ class LayerPools:
         keys = encoders[0].encode(pages.keys, self.queries, self.query_scale, guarded)
         values = encoders[1].encode(pages.values, None, 1.0, guarded)
         every = codec is not None or self.tiers is not None
-        pairs = [_Batch(k, v) for k in keys for v in values if every or not k.codec.name == v.codec.name == "none"]
+        pairs = [_Batch(k, v) for k in keys for v in values if every or PoolId(k.codec.name, v.codec.name) != UNCODED]
         batches = [batch for batch in pairs if len(batch.which)]
         for batch in batches:
             self._pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
@@ -231,7 +232,7 @@ class LayerPools:
             pool.put(ids, *batch.codes(pool))
             index, source = pool.index(ids), pool.index(batch.which)
             pool.positions.index_copy_(0, index, pages.positions.index_select(0, source))
-            packed[pool.name] = batch.which, ids
+            packed[pool.id] = batch.which, ids
         for name, (_, ids) in packed.items():
             self.packed[name].count[ids] = self.plain.page_size
         return packed
@@ -239,7 +240,9 @@ class LayerPools:
     def _encoder(self, codec: str, keys: bool) -> PageEncoder:
         return PageEncoder(codec, keys, self.config)
 
-    def adopt(self, source: PackedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes) -> tuple[str, PageIds]:
+    def adopt(
+        self, source: PackedPool, pages: np.ndarray, keys: PageCodes, values: PageCodes
+    ) -> tuple[PoolId, PageIds]:
         """Take over encoded pages of another store.
 
         Parameters
@@ -254,7 +257,7 @@ class LayerPools:
         Returns
         -------
         tuple
-            Name of the pool, and the pages' numbers `(n,)` there, yet without a holder or tokens.
+            The pool, and the pages' numbers `(n,)` there, yet without a holder or tokens.
         """
         pool = self._pool(source.key_codec, source.value_codec)
         ids = pool.allocate(len(pages))
@@ -263,17 +266,17 @@ class LayerPools:
         # Errors are sums over heads.
         share = np.array([*[self.plain.keys.shape[0] / source.keys.heads] * 4, 1.0], dtype=np.float32)
         pool.put(ids, keys.tensors(), values.tensors(), source.errors[pages] * share)
-        return pool.name, ids
+        return pool.id, ids
 
     def _pool(self, key_codec: Codec, value_codec: Codec) -> PackedPool:
-        name = pool_name(key_codec, value_codec)
-        if name not in self.packed:
+        which = PoolId(key_codec.name, value_codec.name)
+        if which not in self.packed:
             if self.tiers is None:
-                self.packed[name] = PackedPool(self.plain, key_codec, value_codec)
+                self.packed[which] = PackedPool(self.plain, key_codec, value_codec)
             else:
-                self.packed[name] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
-            self._prepare(self.packed[name])
-        return self.packed[name]
+                self.packed[which] = TieredPool(self.plain, key_codec, value_codec, self.tiers)
+            self._prepare(self.packed[which])
+        return self.packed[which]
 
     def _prepare(self, pool: PagePool) -> None:
         pool.growth_limit = self.plain.growth_limit
@@ -298,7 +301,7 @@ class LayerPools:
         for pool in self.pools().values():
             pool.watch(now)
 
-    def forget_pools(self, known: set[str]) -> None:
+    def forget_pools(self, known: set[PoolId]) -> None:
         """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
         for name in set(self.packed) - known:
             if not self.packed[name].refcount.any():

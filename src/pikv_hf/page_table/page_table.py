@@ -10,19 +10,14 @@ import torch
 
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
 from .full_page_index import FullPageIndex
 from .layer_pools import LayerPools
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
-from .sequence_pages import SequencePages
+from .sequence_pages import Region, SequencePages
 from .sequence_writer import SequenceWriter
-
-# Stands for the part of the plain pool that is always read.
-UNFILLED = "unfilled"
-
-# And for the window alone.
-WINDOW = "window"
 
 
 class PageTable:
@@ -75,8 +70,8 @@ class PageTable:
         return sum(s.pages(name).nbytes for s in self._sequences() for name in self.pages.pools())
 
     def _changed(self) -> None:
-        self._plans: dict[str, tuple[ReadPlan, int]] = {}
-        self._entries: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._plans: dict[PoolId | Region, tuple[ReadPlan, int]] = {}
+        self._entries: dict[PoolId | Region, tuple[torch.Tensor, torch.Tensor]] = {}
         self._cursor: tuple[PageIds, PageIds, int] | None = None
         self._index: FullPageIndex | None = None
 
@@ -114,7 +109,7 @@ class PageTable:
         pools = self.pages.pools().items()
         return [sum(int(pool.count[row.pages(name)].sum()) for name, pool in pools) for row in self.rows]
 
-    def distinct_pages(self, pool: str = "") -> PageIds:
+    def distinct_pages(self, pool: PoolId = PLAIN) -> PageIds:
         """Return the page numbers of a pool that any row holds, sorted."""
         return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool) for s in self._sequences())]))
 
@@ -229,15 +224,15 @@ class PageTable:
                     break
         return leaders
 
-    def compact(self, name: str) -> None:
+    def compact(self, of: PoolId) -> None:
         """Give back the free pages of a pool, as far as pages that nobody else holds can take their place."""
-        pool = self.pages.pools()[name]
+        pool = self.pages.pools()[of]
         if not pool.in_place:
             return
         own = np.zeros(pool.capacity, dtype=np.int64)
         sequences = self._sequences()
         for sequence in sequences:
-            own[sequence.pages(name)] += 1
+            own[sequence.pages(of)] += 1
         used = int(np.count_nonzero(pool.refcount))
         beyond = np.arange(used, pool.capacity)
         moving = beyond[(own[beyond] > 0) & (own[beyond] == pool.refcount[beyond])]
@@ -248,7 +243,7 @@ class PageTable:
             number = np.arange(pool.capacity)
             number[moving] = targets
             for sequence in sequences:
-                sequence.renumber(name, number)
+                sequence.renumber(of, number)
             self._changed()
         pool.trim()
 
@@ -257,21 +252,21 @@ class PageTable:
         """Whether :meth:`next_slots` would need new pages, or look for them."""
         return self._cursor is None or self._cursor[2] == 0
 
-    def drop(self, sequence: SequencePages, name: str, pages: PageIds) -> None:
+    def drop(self, sequence: SequencePages, pool: PoolId, pages: PageIds) -> None:
         """Take pages of a shard from a sequence, which may be several rows'; nobody else loses them."""
-        if name:
-            own = sequence.pages(name)
-            sequence.packed = {**sequence.packed, name: own[~np.isin(own, pages)]}
+        if pool != PLAIN:
+            own = sequence.pages(pool)
+            sequence.packed = {**sequence.packed, pool: own[~np.isin(own, pages)]}
         else:
             sequence.full = sequence.full[~np.isin(sequence.full, pages)]
             sequence.open = np.where(np.isin(sequence.open, pages), -1, sequence.open)
-        self.pages.pools()[name].decref(pages)
+        self.pages.pools()[pool].decref(pages)
         self._changed()
 
-    def add(self, sequence: SequencePages, name: str, pages: PageIds) -> None:
+    def add(self, sequence: SequencePages, pool: PoolId, pages: PageIds) -> None:
         """Give full pages of a shard to a sequence, which may be several rows'."""
-        if name:
-            self.pages.give(sequence, name, pages)
+        if pool != PLAIN:
+            self.pages.give(sequence, pool, pages)
         else:
             sequence.full = np.append(sequence.full, pages)
             self.pool.incref(pages)
@@ -335,29 +330,33 @@ class PageTable:
 
     # Reading
 
-    def plan(self, name: str = "") -> ReadPlan:
-        """Return how attention reads this table's pages of a pool; made anew only after pages changed hands.
+    def plan(self, of: PoolId | Region = PLAIN) -> ReadPlan:
+        """Return how attention reads this table's pages of a pool, or some of the plain one's.
 
-        `name` may be :data:`UNFILLED`, for the pages of the plain pool that are not full or in the window, or
-        :data:`WINDOW`. A part that does not read its window has it only there.
+        It is made anew only after pages changed hands. A part that does not read its window has it only in
+        :attr:`Region.WINDOW`.
         """
-        pool = self.pages.pools()["" if name in (UNFILLED, WINDOW) else name]
-        plan, made_at = self._plans.get(name, (None, -1))
+        pool = self.pool_of(of)
+        plan, made_at = self._plans.get(of, (None, -1))
         if plan is None or (len(plan.bridged) and made_at != pool.allocations):
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
-            pages = [self._pages_of(sequence, name) for sequence in self._sequences()]
+            pages = [self._pages_of(sequence, of) for sequence in self._sequences()]
             # Pages that may move are never read as neighbours.
             min_run = max(2, MIN_RUN_BYTES // pool.page_bytes) if pool.in_place else pool.capacity + 1
             free = pool.refcount == 0
             plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
             # The free pages that a run reads past must stay free and clean; another fork may allocate them.
             pool.wipe(plan.bridged)
-            self._plans[name] = plan, pool.allocations
+            self._plans[of] = plan, pool.allocations
         return plan
 
-    def entries(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def pool_of(self, of: PoolId | Region) -> PagePool:
+        """Return the pool that is meant, or that a region is of."""
+        return self.pool if isinstance(of, Region) else self.pages.pools()[of]
+
+    def entries(self, of: PoolId | Region) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the pages of a pool by row, for kernels that look pages up. See :meth:`plan`.
 
         Returns
@@ -365,15 +364,15 @@ class PageTable:
         tuple of torch.Tensor
             `(B, n)` int32 page numbers and `(B,)` int32, how many of them count.
         """
-        if name not in self._entries:
-            rows = [self._pages_of(row, name) for row in self.rows]
+        if of not in self._entries:
+            rows = [self._pages_of(row, of) for row in self.rows]
             lengths = np.array([len(row) for row in rows], dtype=np.int32)
             numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
             for line, row in zip(numbers, rows, strict=True):
                 line[: len(row)] = row
             device = self.pool.device
-            self._entries[name] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
-        return self._entries[name]
+            self._entries[of] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
+        return self._entries[of]
 
     def index(self) -> FullPageIndex:
         """Return the full pages of the rows, for routing; made anew only after pages changed hands."""
@@ -381,27 +380,27 @@ class PageTable:
             self._index = FullPageIndex.of(self.rows, self.pages.pools())
         return self._index
 
-    def dense(self, length: int, names: Iterable[str] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def dense(self, length: int, pools: Iterable[PoolId] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored.
 
-        `names` are the pools to read, by default all.
+        `pools` are those to read, by default all.
         """
-        return self.dense_part(length, True, names), self.dense_part(length, False, names)
+        return self.dense_part(length, True, pools), self.dense_part(length, False, pools)
 
-    def dense_part(self, length: int, keys: bool, names: Iterable[str] | None = None) -> torch.Tensor:
+    def dense_part(self, length: int, keys: bool, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
         """Return only the keys, or only the values, of :meth:`dense`."""
         plain = self.pool.keys if keys else self.pool.values
         part = plain.new_zeros((len(self.rows), plain.shape[0], length, plain.shape[-1]))
-        for row, pool, ids in self._read(names):
+        for row, pool, ids in self._read(pools):
             positions = pool.positions[ids].view(-1)
             held = (positions >= 0).nonzero().squeeze(1)
             part[row].index_copy_(1, positions[held].long(), pool.decoded(ids, keys).index_select(1, held))
         return part
 
-    def stored_mask(self, length: int, names: Iterable[str] | None = None) -> torch.Tensor:
+    def stored_mask(self, length: int, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
         """Return `(B, length)` bool, at which positions the rows hold a token in these pools, by default in any."""
         held = torch.zeros((len(self.rows), length), dtype=torch.bool, device=self.pool.device)
-        for row, pool, ids in self._read(names):
+        for row, pool, ids in self._read(pools):
             positions = pool.positions[ids]
             held[row, positions[positions >= 0].long()] = True
         return held
@@ -409,23 +408,24 @@ class PageTable:
     @property
     def always_read(self) -> int:
         """Pages that a step reads whatever routing says, over all rows."""
-        return sum(len(self._pages_of(row, UNFILLED)) for row in self.rows)
+        return sum(len(self._pages_of(row, Region.UNFILLED)) for row in self.rows)
 
-    def _pages_of(self, sequence: SequencePages, name: str) -> PageIds:
+    def _pages_of(self, sequence: SequencePages, of: PoolId | Region) -> PageIds:
         """Return the pages of a sequence that attention reads; see :meth:`plan`."""
-        if name == WINDOW:
+        if of is Region.WINDOW:
             return np.asarray(sequence.window, dtype=np.int64)
-        pages = sequence.unfilled() if name == UNFILLED else sequence.pages(name)
+        pages = sequence.unfilled() if isinstance(of, Region) else sequence.pages(of)
         # The window's come first in both.
-        return pages if name not in ("", UNFILLED) or self.writer.reads_window else pages[len(sequence.window) :]
+        in_plain = isinstance(of, Region) or of == PLAIN
+        return pages[len(sequence.window) :] if in_plain and not self.writer.reads_window else pages
 
-    def _read(self, names: Iterable[str] | None) -> Iterator[tuple[int, PagePool, torch.Tensor]]:
+    def _read(self, pools: Iterable[PoolId] | None) -> Iterator[tuple[int, PagePool, torch.Tensor]]:
         """Yield each row's pages `(n,)` in each of the pools."""
-        pools = self.pages.pools()
-        for name in pools if names is None else names:
-            if (pool := pools.get(name)) is not None:
+        known = self.pages.pools()
+        for of in known if pools is None else pools:
+            if (pool := known.get(of)) is not None:
                 for row, sequence in enumerate(self.rows):
-                    if len(pages := self._pages_of(sequence, name)):
+                    if len(pages := self._pages_of(sequence, of)):
                         yield row, pool, pool.index(pages)
 
 

@@ -1,10 +1,19 @@
 """The pages of one sequence: a window in time order, and the pages of its shards."""
 
 import dataclasses
+import enum
 
 import numpy as np
 
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
+
+
+class Region(enum.Enum):
+    """Some of a sequence's pages in the plain pool, which attention may read by themselves."""
+
+    WINDOW = "window"
+    UNFILLED = "unfilled"
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -20,22 +29,22 @@ class SequencePages:
     full : numpy.ndarray
         `(n,)` int64, full pages of all shards in the order in which they filled up.
     packed : dict
-        By the name of their pool, the numbers `(n,)` of the pages that a codec packed. Never changed in place.
+        By pool, the numbers `(n,)` of the pages that a codec packed. Never changed in place.
     """
 
     window: list[int]
     open: PageIds
     full: PageIds
-    packed: dict[str, PageIds] = dataclasses.field(default_factory=dict)
+    packed: dict[PoolId, PageIds] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def empty(cls, num_shards: int) -> "SequencePages":
         """Return a sequence without pages."""
         return cls([], np.full(num_shards, -1, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
-    def pages(self, pool: str = "") -> PageIds:
+    def pages(self, pool: PoolId = PLAIN) -> PageIds:
         """Return the numbers of all pages in a pool, by default those kept as they came."""
-        if pool:
+        if pool != PLAIN:
             return self.packed.get(pool, np.zeros(0, dtype=np.int64))
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0], self.full])
 
@@ -43,13 +52,13 @@ class SequencePages:
         """Return the pages that are always read: the window's, and those of the shards that are not full."""
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0]])
 
-    def full_pages(self, pool: str = "") -> PageIds:
+    def full_pages(self, pool: PoolId = PLAIN) -> PageIds:
         """Return the pages of the shards in a pool that take no more tokens."""
-        return self.pages(pool) if pool else self.full
+        return self.full if pool == PLAIN else self.pages(pool)
 
-    def renumber(self, pool: str, number: PageIds) -> None:
+    def renumber(self, pool: PoolId, number: PageIds) -> None:
         """Follow the pages of a pool to other numbers, `number` `(N,)` by old one."""
-        if pool:
+        if pool != PLAIN:
             if pool in self.packed:
                 self.packed = {**self.packed, pool: number[self.packed[pool]]}
             return

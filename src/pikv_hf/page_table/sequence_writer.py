@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
 from ..sharding.shard_map import ShardMap
@@ -257,13 +258,13 @@ class SequenceWriter:
 
     # Removing tokens
 
-    def tokens_before(self, sequence: SequencePages, length: int, pool: str = "") -> PageIds:
+    def tokens_before(self, sequence: SequencePages, length: int, pool: PoolId = PLAIN) -> PageIds:
         """Return for each of the sequence's pages in a pool how many of its tokens lie before position `length`."""
         book = self.pages.pools()[pool]
         positions = book.positions[book.index(sequence.pages(pool))]
         return ((positions >= 0) & (positions < length)).sum(dim=1).cpu().numpy()
 
-    def copies_needed(self, sequence: SequencePages, length: int, pool: str) -> int:
+    def copies_needed(self, sequence: SequencePages, length: int, pool: PoolId) -> int:
         """Return how many pages of a pool :meth:`cropped` copies at most."""
         ids, keep = sequence.pages(pool), self.tokens_before(sequence, length, pool)
         book = self.pages.pools()[pool]
@@ -275,7 +276,7 @@ class SequenceWriter:
         Counts are up to date; :meth:`wipe_cut` then clears what pages have beyond them, which could not be undone.
         """
         packed = {name: np.array(list(self._cut(sequence, length, name).values())) for name in sequence.packed}
-        kept = self._cut(sequence, length, "")
+        kept = self._cut(sequence, length, PLAIN)
         # Pages of a shard follow one another in time, so at most one page per shard is left partly filled.
         open_pages = np.full(self.num_shards, -1, dtype=np.int64)
         filled = []
@@ -300,7 +301,7 @@ class SequenceWriter:
             for page in ids[last >= length].tolist():
                 book.truncate(page, int(book.count[page]))
 
-    def _cut(self, sequence: SequencePages, length: int, pool: str) -> dict[int, int]:
+    def _cut(self, sequence: SequencePages, length: int, pool: PoolId) -> dict[int, int]:
         """Release the pages of a pool that lie beyond `length`, shorten others; return old and new page numbers."""
         book, ids, keep = self.pages.pools()[pool], sequence.pages(pool), self.tokens_before(sequence, length, pool)
         kept = {int(page): int(page) for page in ids[keep > 0]}

@@ -9,6 +9,7 @@ from ..kernels.page_codes import BITS, PageCodes
 from .key_bounds import KeyBounds
 from .page_pool import PagePool
 from .plain_pool import PlainPool
+from .pool_id import PoolId
 from .types import PageIds
 
 # These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
@@ -45,9 +46,14 @@ class PackedPool(PagePool):
         self.errors = np.zeros((0, 5), dtype=np.float32)
 
     @property
+    def id(self) -> PoolId:
+        """Which pool of its layer it is."""
+        return PoolId(self.key_codec.name, self.value_codec.name)
+
+    @property
     def name(self) -> str:
-        """See :func:`pool_name`."""
-        return pool_name(self.key_codec, self.value_codec)
+        """What people call it."""
+        return self.id.name
 
     def token_tensors(self) -> list[torch.Tensor]:
         """Return all parts of the codes of keys, then of values."""
@@ -133,9 +139,3 @@ class PackedPool(PagePool):
         table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)
         dtype = self.dtype if codec.basis is None else torch.float32
         return codec.from_code_space(gather_pages(codes, table, lengths, counts, dtype)[0]).to(self.dtype)
-
-
-def pool_name(key_codec: Codec, value_codec: Codec) -> str:
-    """Return `"int4"`, or `"int4/int2"` where keys and values differ."""
-    names = key_codec.name, value_codec.name
-    return names[0] if names[0] == names[1] else "/".join(names)

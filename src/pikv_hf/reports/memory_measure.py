@@ -7,6 +7,7 @@ import numpy as np
 from ..layer.layer import PiKVLayer
 from ..page_table.page_table import PageTable
 from ..pages.packed_pool import PackedPool
+from ..pages.pool_id import PLAIN
 from .memory_report import CodecMemory, LayerMemory, live_bytes
 
 
@@ -35,11 +36,11 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
         in_shard = held[name][pool.shard[held[name]] >= 0]
         np.add.at(shard_bytes, pool.shard[in_shard], pool.page_bytes)
         np.add.at(shard_tokens, pool.shard[in_shard], pool.count[in_shard])
-    in_window = plain.shard[held[""]] < 0
+    in_window = plain.shard[held[PLAIN]] < 0
     # Copies of the window are memory, but its tokens count once.
     stored = sum(int(pool.count[held[name]].sum()) for name, pool in pools.items())
     if not table.writer.reads_window:
-        stored -= int(plain.count[held[""][in_window]].sum())
+        stored -= int(plain.count[held[PLAIN][in_window]].sum())
     return LayerMemory(
         layer=index,
         kind="paged",
@@ -55,7 +56,7 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
         shard_tokens=tuple(shard_tokens.tolist()),
         tokens_seen=layer.seen,
         tokens_stored=stored,
-        codecs=(_plain_codec(table, held[""]), *(_codec(pool, held[name]) for name, pool in pages.packed.items())),
+        codecs=(_plain_codec(table, held[PLAIN]), *(_codec(pool, held[name]) for name, pool in pages.packed.items())),
     )
 
 

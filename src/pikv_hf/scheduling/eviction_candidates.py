@@ -8,6 +8,7 @@ import numpy as np
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..pages.page_pool import PagePool
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from .policies.registry import PageStats
 
@@ -25,14 +26,14 @@ class PagesOfSequence:
     ----------
     sequence : SequencePages
         The sequence.
-    pool : str
-        The pool's name.
+    pool : PoolId
+        The pool.
     lane : int
         A number for the sequence and KV head, for policies that compare them.
     """
 
     sequence: SequencePages
-    pool: str
+    pool: PoolId
     lane: int
 
 
@@ -106,7 +107,7 @@ class EvictionCandidates:
 def _pages(place: PagesOfSequence, is_open: bool) -> PageIds:
     if not is_open:
         return place.sequence.full_pages(place.pool)
-    return place.sequence.open[place.sequence.open >= 0] if not place.pool else np.zeros(0, dtype=np.int64)
+    return place.sequence.open[place.sequence.open >= 0] if place.pool == PLAIN else np.zeros(0, dtype=np.int64)
 
 
 def view_of(pool: PagePool, ids: PageIds, now: int) -> PageStats:

@@ -14,6 +14,7 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..pages.page_pool import NoRoomError, PagePool
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_id import PoolId
 from ..pages.types import PageIds
 from ..tiers.tiered_pool import TieredPool
 from .eviction_candidates import EvictionCandidates, PagesOfSequence, view_of
@@ -220,7 +221,7 @@ class PageScheduler:
         short = (wanted - pool.free_pages) * pool.full_page_bytes
         return self._free_bytes(table, [name for name in pools if name not in names], short, seen)
 
-    def _free_bytes(self, table: PageTable, names: Sequence[str], wanted: int, seen: int) -> bool:
+    def _free_bytes(self, table: PageTable, names: Sequence[PoolId], wanted: int, seen: int) -> bool:
         """Evict pages of some pools until so many bytes are free, and give them back; return whether any were."""
         freed = 0
         for size in self._leaving_one_by_one(table, names, seen):
@@ -241,7 +242,7 @@ class PageScheduler:
             shrunk = True
         return shrunk
 
-    def _leaving_one_by_one(self, table: PageTable, names: Sequence[str], seen: int) -> Iterator[int]:
+    def _leaving_one_by_one(self, table: PageTable, names: Sequence[PoolId], seen: int) -> Iterator[int]:
         """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
         pools = table.pages.pools()
         places = [
@@ -413,7 +414,7 @@ def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
     return list({id(row): row for row in rows}.values())
 
 
-def _holders(table: PageTable, name: str) -> np.ndarray:
+def _holders(table: PageTable, name: PoolId) -> np.ndarray:
     """Return how many sequences of a table hold each page of a pool, `(N,)`."""
     pages = [sequence.pages(name) for sequence in _distinct(table.rows)]
     return np.bincount(np.concatenate(pages), minlength=table.pages.pools()[name].capacity)

@@ -16,6 +16,7 @@ from ..pages.key_bounds import KeyBounds
 from ..pages.packed_pool import PackedPool
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..pages.usage_counters import UsageCounters
 from .tensor_file import Group, Spec, TensorFile
@@ -110,9 +111,19 @@ def _companion_notes(name: str, companion: KeyBounds | UsageCounters) -> dict[st
     return notes
 
 
-def pool_prefix(prefix: str, pool: str) -> str:
+def pool_prefix(prefix: str, pool: PoolId) -> str:
     """Return what the names of a pool's tensors in the file begin with."""
-    return f"{prefix}.pages.{pool or 'plain'}"
+    return f"{prefix}.pages.{pool.name}"
+
+
+def name_in_file(pool: PoolId) -> str:
+    """Return what descriptions in a file call a pool."""
+    return "" if pool == PLAIN else pool.name
+
+
+def pool_of(description: dict[str, Any]) -> PoolId:
+    """Return the pool that a file describes."""
+    return PoolId.parse(description["name"]) if description["name"] else PLAIN
 
 
 def most_pages(pages: int) -> int:

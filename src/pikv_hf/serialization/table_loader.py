@@ -15,8 +15,9 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..page_table.sequence_writer import SequenceWriter
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_id import PLAIN, PoolId
 from ..tiers.tier_limits import LayerTiers
-from .pool_records import fill_pool, most_pages, pool_prefix, pool_specs, restore_companions
+from .pool_records import fill_pool, most_pages, pool_of, pool_prefix, pool_specs, restore_companions
 from .table_writer import basis_name
 from .tensor_file import CacheFileError, Spec, TensorFile
 
@@ -68,7 +69,7 @@ class SavedTable:
         shapes = {"rows": rows[:1], "open": (sequences, shards), "lengths": (sequences, 1 + len(pools)), "ids": ids[:1]}
         specs |= {f"{self._prefix}.{name}": Spec(torch.int64, shape) for name, shape in shapes.items()}
         for pool in pools:
-            specs |= pool_specs(store.pools()[pool["name"]], pool_prefix(self._prefix, pool["name"]), pool)
+            specs |= pool_specs(store.pools()[pool_of(pool)], pool_prefix(self._prefix, pool_of(pool)), pool)
         for number, codec in enumerate(self._table["codecs"]):
             if codec["basis"]:
                 specs |= self._free_spec(basis_name(self._prefix, number), codec["keys"], 1)
@@ -111,7 +112,7 @@ class SavedTable:
         found = []
         for sequence in self._sequences():
             # The window's pages come first.
-            inside = {name: 0 if name else len(sequence.window) for name in positions}
+            inside = {pool: len(sequence.window) if pool == PLAIN else 0 for pool in positions}
             which = {name: slice(0, end) if windows else slice(end, None) for name, end in inside.items()}
             slots = [known[sequence.pages(name)[which[name]]] for name, known in positions.items()]
             found.append(np.concatenate([each[each >= 0] for each in slots]))
@@ -122,7 +123,7 @@ class SavedTable:
         for sequence in self._sequences():
             pages = torch.tensor(sequence.window, dtype=torch.int64)
             positions, experts, keys, values = (
-                self._tensor(name, "")[pages] for name in ("positions", "experts", "tokens.0", "tokens.1")
+                self._tensor(name, PLAIN)[pages] for name in ("positions", "experts", "tokens.0", "tokens.1")
             )
             held = positions >= 0
             yield [positions[held], experts[held], keys.transpose(1, 2)[held], values.transpose(1, 2)[held]]
@@ -143,18 +144,19 @@ class SavedTable:
 
     def _check_pool(self, pool: dict[str, Any], sequences: list[SequencePages]) -> None:
         """Check the pages of a pool."""
-        name, size, shards = pool["name"], self.config.page_size, self._table["num_shards"]
-        positions, count, shard = (self._tensor(part, name).numpy() for part in ("positions", "count", "shard"))
+        of, name = pool_of(pool), pool["name"]
+        size, shards = self.config.page_size, self._table["num_shards"]
+        positions, count, shard = (self._tensor(part, of).numpy() for part in ("positions", "count", "shard"))
         held = positions >= 0
         first = np.arange(size) < count[:, None]
         require(bool((held == first).all() and (count <= size).all()), f"counts of pool {name!r} are wrong")
         require(bool((positions < self._seen).all()), f"positions in pool {name!r} reach beyond {self._seen}")
         require(bool(((shard >= -1) & (shard < shards)).all()), f"shards in pool {name!r} are not below {shards}")
-        new, most = self._tensor("numbers", name).numpy(), pool["capacity"]
+        new, most = self._tensor("numbers", of).numpy(), pool["capacity"]
         fit = len(new) <= most <= most_pages(len(new)) and ((new >= 0) & (new < most)).all()
         require(bool(fit and (np.diff(new) > 0).all()), f"pages of pool {name!r} have the numbers {new} of {most}")
         in_use = np.zeros(len(count), dtype=np.bool_)
-        for pages in (sequence.pages(name) for sequence in sequences):
+        for pages in (sequence.pages(of) for sequence in sequences):
             require(not len(pages) or 0 <= pages.min() <= pages.max() < len(count), f"page numbers in pool {name!r}")
             in_use[pages] = True
         require(bool(in_use.all()), f"pool {name!r} has pages that no row holds")
@@ -162,7 +164,7 @@ class SavedTable:
             self._check_fill(sequences, count, shard)
 
     def _check_fill(self, sequences: list[SequencePages], count: np.ndarray, shard: np.ndarray) -> None:
-        size, kept = self.config.page_size, self._tensor("kept", "").numpy()
+        size, kept = self.config.page_size, self._tensor("kept", PLAIN).numpy()
         for each in sequences:
             window, is_open = np.array(each.window[:-1], dtype=np.int64), each.open >= 0
             partial = count[each.open[is_open]]
@@ -179,12 +181,12 @@ class SavedTable:
     def build(self, layer: PiKVLayer, part: LayerPart, device: torch.device) -> PageTable:
         """Return the table, for a part of a layer that knows its options, expert loads and shards already."""
         store, pools = self._empty_store(device, part.tiers), self._table["pools"]
-        books = [(store.pools()[pool["name"]], pool_prefix(self._prefix, pool["name"]), pool) for pool in pools]
+        books = [(store.pools()[pool_of(pool)], pool_prefix(self._prefix, pool_of(pool)), pool) for pool in pools]
         for book, prefix, pool in books:
             fill_pool(book, prefix, pool, self._file)
         if self._table["queries"]:
             store.remember_queries(self._tensor("queries").to(device, copy=True), self._table["query_scale"])
-        sequences = self._sequences({pool["name"]: self._tensor("numbers", pool["name"]).numpy() for pool in pools})
+        sequences = self._sequences({pool_of(pool): self._tensor("numbers", pool_of(pool)).numpy() for pool in pools})
         for sequence in sequences:
             store.incref(sequence)
         sinks = self._table["sink_pages"] * store.plain.page_size
@@ -209,7 +211,7 @@ class SavedTable:
         for encoder, known in zip(store._encoders or (), self._table["sealers"], strict=False):
             encoder.codecs.update({name: codecs[number] for name, number in known.items()})
         for pool in self._table["pools"]:
-            if pool["name"]:
+            if pool_of(pool) != PLAIN:
                 made = store._pool(*(codecs[number] for number in pool["codecs"]))
                 require(made.name == pool["name"], f"pool {pool['name']!r} has the codecs of {made.name!r}")
         return store
@@ -220,15 +222,15 @@ class SavedTable:
 
     # Reading
 
-    def _names(self) -> list[str]:
-        return [pool["name"] for pool in self._table["pools"]]
+    def _names(self) -> list[PoolId]:
+        return [pool_of(pool) for pool in self._table["pools"]]
 
-    def _tensor(self, name: str, pool: str | None = None) -> torch.Tensor:
+    def _tensor(self, name: str, pool: PoolId | None = None) -> torch.Tensor:
         return self._file[f"{self._prefix if pool is None else pool_prefix(self._prefix, pool)}.{name}"]
 
-    def _sequences(self, numbers: dict[str, np.ndarray] | None = None) -> list[SequencePages]:
+    def _sequences(self, numbers: dict[PoolId, np.ndarray] | None = None) -> list[SequencePages]:
         """Return the distinct sequences, with page numbers of the file, or those `(n,)` of each pool in their place."""
-        names = [name for name in self._names() if name]
+        names = [pool for pool in self._names() if pool != PLAIN]
         lengths, ids = self._tensor("lengths").numpy(), self._tensor("ids").numpy()
         require(bool((lengths >= 0).all()) and lengths.sum() == len(ids), f"{len(ids)} pages for {lengths.sum()}")
         sequences = []
@@ -240,8 +242,8 @@ class SavedTable:
         return sequences if numbers is None else [_renumbered(sequence, numbers) for sequence in sequences]
 
 
-def _renumbered(sequence: SequencePages, numbers: dict[str, np.ndarray]) -> SequencePages:
-    plain = numbers[""]
+def _renumbered(sequence: SequencePages, numbers: dict[PoolId, np.ndarray]) -> SequencePages:
+    plain = numbers[PLAIN]
     opened = np.array([plain[page] if page >= 0 else -1 for page in sequence.open], dtype=np.int64)
     packed = {name: numbers[name][pages] for name, pages in sequence.packed.items()}
     return SequencePages([int(plain[page]) for page in sequence.window], opened, plain[sequence.full], packed)

@@ -13,9 +13,10 @@ from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
+from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..scheduling.page_scheduler import PageScheduler
-from .pool_records import describe_pool, pool_prefix
+from .pool_records import describe_pool, name_in_file, pool_prefix
 from .tensor_file import Group
 
 #: Plain attributes of a part's schedule that make up its state.
@@ -48,12 +49,12 @@ def _describe_schedule(schedule: PageScheduler) -> dict[str, Any]:
 def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dict[str, Any], list[Group]]:
     store, writer = table.pages, table.writer
     used = {name: table.distinct_pages(name) for name in store.pools()}
-    used = {name: ids for name, ids in used.items() if len(ids) or not name}
+    used = {name: ids for name, ids in used.items() if len(ids) or name == PLAIN}
     codecs, groups = _describe_codecs(prefix, store, list(used))
     pools = []
     for name, ids in used.items():
         pool, group = describe_pool(pool_prefix(prefix, name), store.pools()[name], ids)
-        pools.append({"name": name, **pool, **codecs["pools"].get(name, {})})
+        pools.append({"name": name_in_file(name), **pool, **codecs["pools"].get(name, {})})
         groups.append(group)
     groups.append(Group.of({f"{prefix}.{name}": part for name, part in _sequences(table, used).items()}))
     if store.queries is not None:
@@ -77,7 +78,7 @@ def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[di
     return description, groups
 
 
-def _sequences(table: PageTable, used: dict[str, PageIds]) -> dict[str, torch.Tensor]:
+def _sequences(table: PageTable, used: dict[PoolId, PageIds]) -> dict[str, torch.Tensor]:
     """Return the rows and their pages.
 
     Returns
@@ -93,15 +94,15 @@ def _sequences(table: PageTable, used: dict[str, PageIds]) -> dict[str, torch.Te
     ids, lengths = [np.zeros(0, dtype=np.int64)], []
     for sequence in sequences:
         window = np.asarray(sequence.window, dtype=np.int64)
-        parts = [renumbered[""][window], renumbered[""][sequence.full]]
-        parts += [renumbered[name][sequence.pages(name)] for name in used if name]
+        parts = [renumbered[PLAIN][window], renumbered[PLAIN][sequence.full]]
+        parts += [renumbered[name][sequence.pages(name)] for name in used if name != PLAIN]
         ids += parts
         lengths.append([len(part) for part in parts])
     open_pages = np.array([sequence.open for sequence in sequences], dtype=np.int64).reshape(-1, table.num_shards)
     arrays = {
         "rows": np.array([numbers[id(row)] for row in table.rows], dtype=np.int64),
         # The last entry of a renumbering stands for -1.
-        "open": renumbered[""][open_pages],
+        "open": renumbered[PLAIN][open_pages],
         "lengths": np.array(lengths, dtype=np.int64).reshape(-1, 1 + len(used)),
         "ids": np.concatenate(ids),
     }
@@ -115,10 +116,10 @@ def _renumbering(used: PageIds) -> PageIds:
     return mapping
 
 
-def _describe_codecs(prefix: str, store: LayerPools, names: list[str]) -> tuple[dict[str, Any], list[Group]]:
+def _describe_codecs(prefix: str, store: LayerPools, names: list[PoolId]) -> tuple[dict[str, Any], list[Group]]:
     """Describe the codecs, by number: pools and those that will pack the next pages share them."""
     encoders = [dict(encoder.codecs) for encoder in store._encoders or ()]
-    pools = {name: store.packed[name] for name in names if name}
+    pools = {name: store.packed[name] for name in names if name != PLAIN}
     every = [codec for codecs in encoders for codec in codecs.values()]
     every += [codec for pool in pools.values() for codec in (pool.key_codec, pool.value_codec)]
     distinct = list({id(codec): codec for codec in every}.values())

@@ -34,6 +34,7 @@ from pikv_hf.eval.studies.codecs.sample_kv import (
     random_inputs,
     reference_inputs,
 )
+from pikv_hf.pages.pool_id import PoolId
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results"
@@ -212,7 +213,7 @@ def test_all_that_is_not_the_plain_pool_counts() -> None:
     cache = filled_pikv(geometry_model(), *torch.randn(2, 1, 4, 2000, 128).bfloat16(), key_codec="int4")
     cache.layers[0].settle()
     table, packed = cache.layers[0].table, Packed.of(cache)
-    pool = table.pages.packed["int4/none"]
+    pool = table.pages.packed[PoolId.parse("int4/none")]
     tokens = int(pool.count.sum())
     assert packed.tokens == {"int4/none": tokens}
     assert packed.plain_size == tokens * 4 * 256 * 2
