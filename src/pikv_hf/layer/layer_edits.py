@@ -31,6 +31,11 @@ class LayerEdits(LayerTokens):
         self._staged = keys
 
     @property
+    def awaits_values(self) -> bool:
+        """Whether keys were assigned whose values have yet to be."""
+        return self._staged is not None
+
+    @property
     def values(self) -> torch.Tensor | None:
         """The values by column, dense; None before the first update. Assigning them completes an assignment."""
         return self._hand_out("values")
@@ -77,7 +82,7 @@ class LayerEdits(LayerTokens):
         tables = []
         for part, own in zip(self.parts, self._shares(every), strict=True):
             tokens = held if own is None else every & own
-            table = part.assigned((keys, values), tokens, self.config, self._shard_of(), self.shard_map, leaders, split)
+            table = part.assigned((keys, values), tokens, self.config, self.shard_of(), self.shard_map, leaders, split)
             part.fit(table, self.heads // table.pool.keys.shape[0], keys.shape[2])
             tables.append(table)
         self._interrupt()
@@ -199,7 +204,7 @@ class LayerEdits(LayerTokens):
                 # What is stored stays in the part that has it; what is new is divided.
                 held = part.table.stored_mask(stored).to(self.device).view(self.batch, self.lanes, stored)
                 mine = widths * torch.cat([held.expand(-1, self.heads, -1), own], dim=2)
-            table = part.kept(self.pending, mine, self.config, self._shard_of(), self.shard_map, leaders, split)
+            table = part.kept(self.pending, mine, self.config, self.shard_of(), self.shard_map, leaders, split)
             part.fit(table, self.heads // table.pool.keys.shape[0], self.state.seen)
             tables.append(table)
         return tables

@@ -83,7 +83,7 @@ class LayerPart:
         pool = PlainPool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
         pages = LayerPools(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
-        self._share(writer, shard_map)
+        self.share(writer, shard_map)
         table = PageTable(writer, batch * heads if per_head else batch)
         if self.scheduler is not None:
             self.scheduler.prepare(table)
@@ -91,7 +91,8 @@ class LayerPart:
             pages.know_bounds()
         return table
 
-    def _share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
+    def share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
+        """Have the writer of this part's table leave to other parts what `shard_map` gives them."""
         # What leaves the window does so in all parts of a process: the first of them counts it.
         writer.share(shard_map, self.location.number, counts=self.location.device is None)
 
@@ -171,7 +172,7 @@ class LayerPart:
         assert self.table is not None
         new = None if pending is None else pending.to(self.device)
         table = kept_table(self.table, new, widths.to(self.device), config, shard_of, leaders, split)
-        self._share(table.writer, shards)
+        self.share(table.writer, shards)
         return table
 
     def assigned(
@@ -188,7 +189,7 @@ class LayerPart:
         keys, values = (part.to(self.device) for part in tokens)
         held = None if held is None else held.to(self.device)
         table = assigned_table(keys, values, held, config, shard_of, leaders, split, self.tiers)
-        self._share(table.writer, shards)
+        self.share(table.writer, shards)
         return table
 
     # Changing rows

@@ -151,7 +151,8 @@ class LayerTokens(CacheLayerMixin):
         """Return what the parts of this process store."""
         return [part.table for part in self.parts if part.table is not None]
 
-    def _shard_of(self) -> ShardOf:
+    def shard_of(self) -> ShardOf:
+        """Return the map from positions and experts of tokens to shards."""
         if self.has_expert_router and self.attachment is not None:
             config, experts = self.config, self.attachment.expert_routers[self.layer_idx].num_experts
             if config.placement == "balanced":
@@ -171,7 +172,7 @@ class LayerTokens(CacheLayerMixin):
             self.shard_map = ShardMap(
                 self.config.num_shards, list(self.layout.weights), self.config.page_size, whole=per_shard
             )
-        shape, shard_of = (batch, self.heads, dim, value_states.shape[-1]), self._shard_of()
+        shape, shard_of = (batch, self.heads, dim, value_states.shape[-1]), self.shard_of()
         tables = [
             part.begin(self.config, shape, self.dtype, self.device, shard_of, self.shard_map) for part in self.parts
         ]
@@ -343,9 +344,9 @@ class LayerTokens(CacheLayerMixin):
             known = self.attachment.expert_routers[self.layer_idx].num_experts
             self.state.expert_loads = np.bincount(experts.clamp_min(0).cpu().numpy(), minlength=known)
             for table in self.tables():
-                table.writer.follow(self._shard_of())
+                table.writer.follow(self.shard_of())
         if divides and self.shard_map is not None:
-            shards = self._shard_of()(every, experts.to(torch.int16)).cpu().numpy()
+            shards = self.shard_of()(every, experts.to(torch.int16)).cpu().numpy()
             # Rows that have been the same so far may go on to be.
             rows = len({id(row) for row in self.table.rows}) / len(self.table.rows)
             self.shard_map.plan(np.bincount(shards, minlength=self.shard_map.num_shards) * rows)

@@ -49,6 +49,8 @@ class LayerPools:
         `(H, m, D)`, the last queries that attended, by which errors are judged.
     query_scale : float
         Factor on their logits.
+    encoders : tuple of PageEncoder or None
+        What packs keys, and what packs values; None where pages stay as they came.
     """
 
     def __init__(self, plain: PlainPool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
@@ -61,9 +63,9 @@ class LayerPools:
         self.queries: torch.Tensor | None = None
         self.query_scale = 1.0
         self.config = config
-        self._encoders: tuple[PageEncoder, PageEncoder] | None = None
+        self.encoders: tuple[PageEncoder, PageEncoder] | None = None
         if tiers is not None or config.key_codec != "none" or config.value_codec != "none":
-            self._encoders = (
+            self.encoders = (
                 PageEncoder(config.key_codec, True, config),
                 PageEncoder(config.value_codec, False, config),
             )
@@ -71,7 +73,7 @@ class LayerPools:
     @property
     def packs(self) -> bool:
         """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
-        return self._encoders is not None
+        return self.encoders is not None
 
     def pools(self) -> dict[PoolId, PagePool]:
         """Return all pools, the plain one first."""
@@ -79,22 +81,22 @@ class LayerPools:
 
     def bases(self, keys: bool) -> list[torch.Tensor]:
         """Return what the codecs of keys, or of values, keep beside the pages."""
-        if self._encoders is None:
+        if self.encoders is None:
             return []
-        codecs = self._encoders[0 if keys else 1].codecs.values()
+        codecs = self.encoders[0 if keys else 1].codecs.values()
         return [codec.basis for codec in codecs if codec.basis is not None]
 
     def set_bases(self, keys: torch.Tensor | None, values: torch.Tensor | None) -> None:
         """Give low-rank codecs their bases `(H, D, rank)` instead of having them fitted."""
         dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
-        for encoder, basis, dim in zip(self._encoders or (), (keys, values), dims, strict=False):
+        for encoder, basis, dim in zip(self.encoders or (), (keys, values), dims, strict=False):
             codec = encoder.codec(encoder.rungs[0], dim)
             if codec.is_lowrank and basis is not None:
                 codec.basis = basis
 
     def inherit(self, other: "LayerPools") -> None:
         """Go on with the bases that another store of these heads has fitted: its pages may move here."""
-        for mine, theirs in zip(self._encoders or (), other._encoders or (), strict=False):
+        for mine, theirs in zip(self.encoders or (), other.encoders or (), strict=False):
             mine.codecs.update({name: codec for name, codec in theirs.codecs.items() if codec.basis is not None})
 
     def tensors(self) -> list[torch.Tensor]:
@@ -107,9 +109,9 @@ class LayerPools:
         """The most bytes that are kept beside pages: queries to judge errors by, and bases of low-rank codecs."""
         heads, _, _, dim = self.plain.keys.shape
         size, most = self.plain.keys.element_size(), 0
-        if self._encoders is not None:
+        if self.encoders is not None:
             most = heads * MAX_OBSERVED * dim * size
-            for encoder, width in zip(self._encoders, (dim, self.plain.values.shape[-1]), strict=True):
+            for encoder, width in zip(self.encoders, (dim, self.plain.values.shape[-1]), strict=True):
                 most += heads * width * min(width, encoder.codec(encoder.rungs[0], width).rank) * size
         return most
 
@@ -161,8 +163,8 @@ class LayerPools:
     def is_ready(self, pages: int) -> bool:
         """Return whether so many full pages could be packed now."""
         tokens, dims = pages * self.plain.page_size, (self.plain.keys.shape[-1], self.plain.values.shape[-1])
-        return self._encoders is not None and all(
-            encoder.is_ready(tokens, dim) for encoder, dim in zip(self._encoders, dims, strict=True)
+        return self.encoders is not None and all(
+            encoder.is_ready(tokens, dim) for encoder, dim in zip(self.encoders, dims, strict=True)
         )
 
     def pack_full(self, sequences: Sequence["SequencePages"]) -> None:
@@ -212,7 +214,7 @@ class LayerPools:
             Pages that no codec could hold well enough are in none.
         """
         guarded = codec is None
-        encoders = self._encoders if codec is None else (self._encoder(codec, True), self._encoder(codec, False))
+        encoders = self.encoders if codec is None else (self._encoder(codec, True), self._encoder(codec, False))
         assert encoders is not None
         keys = encoders[0].encode(pages.keys, self.queries, self.query_scale, guarded)
         values = encoders[1].encode(pages.values, None, 1.0, guarded)
@@ -220,10 +222,10 @@ class LayerPools:
         pairs = [_Batch(k, v) for k in keys for v in values if every or PoolId(k.codec.name, v.codec.name) != UNCODED]
         batches = [batch for batch in pairs if len(batch.which)]
         for batch in batches:
-            self._pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
+            self.packed_pool(batch.keys.codec, batch.values.codec).reserve(len(batch.which))
         packed = {}
         for batch in batches:
-            pool = self._pool(batch.keys.codec, batch.values.codec)
+            pool = self.packed_pool(batch.keys.codec, batch.values.codec)
             ids = pool.allocate(len(batch.which))
             # Free again at once: should the rest fail, nothing is lost, and nobody else allocates in between.
             pool.refcount[ids] = 0
@@ -259,7 +261,7 @@ class LayerPools:
         tuple
             The pool, and the pages' numbers `(n,)` there, yet without a holder or tokens.
         """
-        pool = self._pool(source.key_codec, source.value_codec)
+        pool = self.packed_pool(source.key_codec, source.value_codec)
         ids = pool.allocate(len(pages))
         pool.refcount[ids] = 0
         pool.shard[ids] = source.shard[pages]
@@ -268,7 +270,8 @@ class LayerPools:
         pool.put(ids, keys.tensors(), values.tensors(), source.errors[pages] * share)
         return pool.id, ids
 
-    def _pool(self, key_codec: Codec, value_codec: Codec) -> PackedPool:
+    def packed_pool(self, key_codec: Codec, value_codec: Codec) -> PackedPool:
+        """Return the pool of pages of these codecs, made when it is first asked for."""
         which = PoolId(key_codec.name, value_codec.name)
         if which not in self.packed:
             if self.tiers is None:
@@ -307,16 +310,16 @@ class LayerPools:
             if not self.packed[name].refcount.any():
                 pool = self.packed.pop(name)
                 pool.retire()
-                for encoder, codec in zip(self._encoders or (), (pool.key_codec, pool.value_codec), strict=False):
+                for encoder, codec in zip(self.encoders or (), (pool.key_codec, pool.value_codec), strict=False):
                     if encoder.codecs.get(codec.name) is codec:
                         del encoder.codecs[codec.name]
 
     def reserve_packed(self, pages: int) -> None:
         """Make room for packed pages of a prompt, where it is known which codec will take them."""
-        if self._encoders is not None and all(encoder.name != "auto" for encoder in self._encoders):
+        if self.encoders is not None and all(encoder.name != "auto" for encoder in self.encoders):
             dims = self.plain.keys.shape[-1], self.plain.values.shape[-1]
-            codecs = [s.codec(s.rungs[0], dim) for s, dim in zip(self._encoders, dims, strict=True)]
-            self._pool(*codecs).reserve(pages)
+            codecs = [s.codec(s.rungs[0], dim) for s, dim in zip(self.encoders, dims, strict=True)]
+            self.packed_pool(*codecs).reserve(pages)
 
 
 class _Batch:

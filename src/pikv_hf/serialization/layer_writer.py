@@ -85,7 +85,7 @@ def _describe_shards(index: int, layer: PiKVLayer) -> list[Group]:
 
 def _require_settled(layer: PiKVLayer) -> None:
     where = f"layer {layer.layer_idx}"
-    if layer._staged is not None:
+    if layer.awaits_values:
         raise ValueError(f"{where}: keys were assigned without values; assign both before saving")
     if layer.pending is not None:
         awaited = "a press" if layer.awaits_press else "the layer's router"

@@ -191,8 +191,8 @@ class SavedTable:
             store.incref(sequence)
         sinks = self._table["sink_pages"] * store.plain.page_size
         shards, window = self._table["num_shards"], self._table["recent_window"]
-        writer = SequenceWriter(store, shards, window, sinks, layer._shard_of())
-        part._share(writer, layer.shard_map)
+        writer = SequenceWriter(store, shards, window, sinks, layer.shard_of())
+        part.share(writer, layer.shard_map)
         table = PageTable.of(writer, [sequences[number] for number in self.rows.tolist()])
         if part.page_router is not None:
             store.know_bounds()
@@ -208,11 +208,11 @@ class SavedTable:
         plain = PlainPool(self._table["page_heads"], keys, values, size, self.dtype, device)
         store = LayerPools(plain, self.config, tiers)
         codecs = [self._codec(number, codec, device) for number, codec in enumerate(self._table["codecs"])]
-        for encoder, known in zip(store._encoders or (), self._table["sealers"], strict=False):
+        for encoder, known in zip(store.encoders or (), self._table["sealers"], strict=False):
             encoder.codecs.update({name: codecs[number] for name, number in known.items()})
         for pool in self._table["pools"]:
             if pool_of(pool) != PLAIN:
-                made = store._pool(*(codecs[number] for number in pool["codecs"]))
+                made = store.packed_pool(*(codecs[number] for number in pool["codecs"]))
                 require(made.name == pool["name"], f"pool {pool['name']!r} has the codecs of {made.name!r}")
         return store
 

@@ -118,7 +118,7 @@ def _renumbering(used: PageIds) -> PageIds:
 
 def _describe_codecs(prefix: str, store: LayerPools, names: list[PoolId]) -> tuple[dict[str, Any], list[Group]]:
     """Describe the codecs, by number: pools and those that will pack the next pages share them."""
-    encoders = [dict(encoder.codecs) for encoder in store._encoders or ()]
+    encoders = [dict(encoder.codecs) for encoder in store.encoders or ()]
     pools = {name: store.packed[name] for name in names if name != PLAIN}
     every = [codec for codecs in encoders for codec in codecs.values()]
     every += [codec for pool in pools.values() for codec in (pool.key_codec, pool.value_codec)]
