@@ -201,7 +201,7 @@ def _expert_tokens(layer: PiKVLayer) -> tuple[int, ...]:
         return ()
     counts = np.zeros(layer.attachment.expert_routers[layer.layer_idx].num_experts, dtype=np.int64)
     for table in layer.tables():
-        pool, held = table.pool, table.distinct_pages()
+        pool, held = table.plain, table.distinct_pages()
         if not table.writer.reads_window:
             held = held[pool.shard[held] >= 0]
         experts, positions = (tensor.cpu().numpy()[held] for tensor in (pool.experts, pool.positions))

@@ -169,7 +169,7 @@ def total_bytes(caches: Sequence[Any]) -> int:
     tensors = [tensor for layer in paged for tensor in layer.storages()]
     tensors += [tensor for layer in others for tensor in (layer.keys, layer.values)]
     tables = [table for layer in paged for table in layer.tables()]
-    stores = {id(table.pages): table.pages for table in tables}
+    stores = {id(table.pools): table.pools for table in tables}
     host = sum(pages.host_bytes for pages in stores.values()) + sum(table.host_bytes for table in tables)
     return live_bytes(tensors) + host
 

@@ -164,7 +164,7 @@ def test_the_kernels_agree_with_torch(case: str, monkeypatch: pytest.MonkeyPatch
         query = torch.randn(layer.batch, HEADS * GROUPS, 1, KEY_DIM)
         monkeypatch.setenv("PIKV_KERNELS", name)
         attend(layer, query, scale=SCALE)
-        usages = [pool.usage for pool in layer.table.pages.pools().values()]
+        usages = [pool.usage for pool in layer.table.pools.by_id().values()]
         found[name] = torch.cat([usage.shares for usage in usages], 1), torch.cat([u.steps for u in usages], 1)
     torch.testing.assert_close(found[backend][0], found["torch"][0], atol=1e-5, rtol=1e-4)
     assert torch.equal(found[backend][1], found["torch"][1])
@@ -185,7 +185,7 @@ def test_the_kernels_agree_on_packed_pages_and_sinks(monkeypatch: pytest.MonkeyP
             monkeypatch.setenv("PIKV_KERNELS", name)
             for step in range(3):
                 model(ids[:, step : step + 1], past_key_values=cache)
-        found[name] = [pool.usage.shares for pool in cache.layers[0].table.pages.pools().values()]
+        found[name] = [pool.usage.shares for pool in cache.layers[0].table.pools.by_id().values()]
     assert len(found["torch"]) == 2
     for ours, theirs in zip(found[backend], found["torch"], strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
@@ -195,7 +195,7 @@ def test_the_kernels_agree_on_packed_pages_and_sinks(monkeypatch: pytest.MonkeyP
 def test_what_is_known_of_use_follows_a_slow_reference(case: str) -> None:
     """A page is used in a step if one of its KV heads gives it an equal share at least."""
     layer = CASES[case]()
-    usage = {name: pool.usage for name, pool in layer.table.pages.pools().items()}
+    usage = {name: pool.usage for name, pool in layer.table.pools.by_id().items()}
     steps = {page: usage[page[0]].steps[:, page[1]].tolist() for _, page in pages_of(layer)}
     uses: dict[Page, list[int]] = {page: [] for page in steps}
     recent, start = recorded(layer, 1), layer.scheduler.now
@@ -233,7 +233,7 @@ def test_tokens_take_their_mass_from_the_window_to_shards_and_when_packed(codec:
     layer.settle()
     assert total(layer) == pytest.approx(expected, abs=1e-4)
     if codec == "int4":
-        assert any(layer.table.pages.packed[PoolId.parse("int4")].refcount)
+        assert any(layer.table.pools.packed[PoolId.parse("int4")].refcount)
 
 
 def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
@@ -243,15 +243,15 @@ def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
     births = {}
     for _ in range(40):
         grow(layer, 1, 1)
-        pool = layer.table.pool
+        pool = layer.table.plain
         for page in layer.table.rows[0].window:
             births[int(pool.positions[page, 0])] = int(pool.usage.steps[0, page])
     layer.settle()
     (row,) = layer.table.rows
     assert len(row.full) >= 6
     for page in row.full:
-        born, last = layer.table.pool.usage.steps[:2, page].tolist()
-        assert born == births[int(layer.table.pool.positions[page, 0])]
+        born, last = layer.table.plain.usage.steps[:2, page].tolist()
+        assert born == births[int(layer.table.plain.positions[page, 0])]
         # Being filled counts as a use.
         assert last >= born + 12
 
@@ -279,9 +279,9 @@ def test_pages_of_a_call_have_been_seen_by_it() -> None:
     grow(layer, 60)
     pages = [page for _, page in pages_of(layer)]
     assert layer.scheduler.now == 1
-    assert all(layer.table.pages.pools()[name].usage.steps[0, page] == 0 for name, page in pages)
+    assert all(layer.table.pools.by_id()[name].usage.steps[0, page] == 0 for name, page in pages)
     grow(layer, 20)
-    born = {int(layer.table.pages.pools()[name].usage.steps[0, page]) for _, (name, page) in pages_of(layer)}
+    born = {int(layer.table.pools.by_id()[name].usage.steps[0, page]) for _, (name, page) in pages_of(layer)}
     assert layer.scheduler.now == 2
     assert born == {0, 1}
 

@@ -38,20 +38,20 @@ def filled(tokens: int = 600, dtype: torch.dtype = torch.float32, batch: int = 1
 def test_bytes_with_everything_counted(codec: str, most: float) -> None:
     cache = filled(8192, torch.bfloat16, **both(codec))
     layer = cache.layers[0]
-    pool = layer.table.pages.packed[PoolId.parse(codec)]
+    pool = layer.table.pools.packed[PoolId.parse(codec)]
     packed = int(pool.count.sum())
-    plain = live_bytes(layer.table.pool.tensors()) + layer.table.pool.host_bytes
+    plain = live_bytes(layer.table.plain.tensors()) + layer.table.plain.host_bytes
     assert packed > 0.9 * 8192
     share = (cache.nbytes - plain) / (packed * 2 * 4 * 128 * 2)
     assert 0.9 * most < share <= most
     assert cache.nbytes == sum(live_bytes([t]) for t in layer.storages()) + (
-        layer.table.pages.host_bytes + layer.table.host_bytes
+        layer.table.pools.host_bytes + layer.table.host_bytes
     )
 
 
 def test_bytes_of_a_low_rank_codec() -> None:
     cache = filled(4096, torch.bfloat16, **both("lowrank"), rank=16)
-    pool = cache.layers[0].table.pages.packed[PoolId.parse("lowrank")]
+    pool = cache.layers[0].table.pools.packed[PoolId.parse("lowrank")]
     assert pool.page_bytes * 8 == 2 * 4 * 128 * 2 * pool.page_size, "coefficients are rank / head dim of the tokens"
     bases = live_bytes([pool.key_codec.basis, pool.value_codec.basis])
     assert bases == 2 * 4 * 128 * 16 * 2
@@ -61,9 +61,9 @@ def test_bytes_of_a_low_rank_codec() -> None:
 def test_a_prompt_never_passes_through_the_plain_pool() -> None:
     cache = filled(8192, **both("int4"))
     table = cache.layers[0].table
-    in_use = int((table.pool.refcount > 0).sum())
-    assert table.pool.capacity <= in_use + 2 * table.num_shards
-    assert table.pages.packed[PoolId.parse("int4")].capacity * 32 <= 8192
+    in_use = int((table.plain.refcount > 0).sum())
+    assert table.plain.capacity <= in_use + 2 * table.num_shards
+    assert table.pools.packed[PoolId.parse("int4")].capacity * 32 <= 8192
 
 
 def test_a_generation_packs_its_pages_and_wastes_few() -> None:
@@ -74,11 +74,11 @@ def test_a_generation_packs_its_pages_and_wastes_few() -> None:
         layer.attend_begins(None)
         layer.record_experts(torch.randint(0, 32, (1,)))
     layer.settle()
-    pool = layer.table.pages.packed[PoolId.parse("int4")]
+    pool = layer.table.pools.packed[PoolId.parse("int4")]
     assert layer.table.tokens() == [1800]
     assert pool.count.sum() > 1800 - 32 - 160 - 8 * 32
     assert pool.free_pages <= 5
-    assert layer.table.pool.capacity < 30
+    assert layer.table.plain.capacity < 30
 
 
 @pytest.mark.parametrize("codec", LOSSY)
@@ -126,7 +126,7 @@ def test_attention_in_compressed_space_equals_decoding(family: str, codec: str) 
 
 
 def _sealed(layer: Any) -> list[PackedPool]:
-    return list(layer.table.pages.packed.values())
+    return list(layer.table.pools.packed.values())
 
 
 @pytest.mark.parametrize("codec", ["int8", "auto", "lowrank+int4"])
@@ -146,7 +146,7 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
     keys, values = torch.randn(2, 1, 4, 900, 128).expand(2, 3, 4, 900, 128)
     cache = filled_pikv(geometry_model(), keys.contiguous(), values.contiguous(), **both("int4"), placement="hash")
     cache.layers[0].settle()
-    pool = cache.layers[0].table.pages.packed[PoolId.parse("int4")]
+    pool = cache.layers[0].table.pools.packed[PoolId.parse("int4")]
     assert 700 <= int(pool.count.sum()) <= 900
     fork = cache.fork()
     assert set(pool.refcount[pool.refcount > 0].tolist()) == {2}
@@ -273,14 +273,14 @@ def test_errors_of_logits_are_those_of_recent_queries() -> None:
     error = cache.memory_report().per_codec["int2"].logit_error
     assert error is not None
     assert error > 0
-    assert cache.layers[0].table.pages.queries.shape == (2, 16, 16)
+    assert cache.layers[0].table.pools.queries.shape == (2, 16, 16)
 
 
 def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = filled(1500, **both("int4"))
     layer = cache.layers[0]
     before = [t.clone() for t in layer.dense()]
-    counts = {name: pool.refcount.copy() for name, pool in layer.table.pages.pools().items()}
+    counts = {name: pool.refcount.copy() for name, pool in layer.table.pools.by_id().items()}
 
     def no_memory(*args: Any) -> None:
         raise torch.OutOfMemoryError("no memory for codes")
@@ -292,7 +292,7 @@ def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytes
         layer.attend_begins(None)
         with pytest.raises(torch.OutOfMemoryError):
             layer.record_experts(torch.randint(0, 32, (3000,)))
-    for name, pool in layer.table.pages.pools().items():
+    for name, pool in layer.table.pools.by_id().items():
         assert (pool.refcount[: len(counts[name])] == counts[name]).all()
         assert not pool.refcount[len(counts[name]) :].any()
     layer.crop(1500)

@@ -162,7 +162,7 @@ def coded(devices: int, codecs: tuple[str, str], **options: Any) -> tuple[torch.
     logits = next_logits(model, read(model, cache, ids_of(300)), 300, steps=12)
     assert_spread(cache)
     assert any(
-        pool.refcount.any() for layer in cache.layers for t in layer.tables() for pool in t.pages.packed.values()
+        pool.refcount.any() for layer in cache.layers for t in layer.tables() for pool in t.pools.packed.values()
     )
     return logits, cache
 
@@ -218,7 +218,7 @@ def test_each_part_chooses_its_own_pages(routing: str, codec: str) -> None:
     for layer in cache.layers:
         for part in layer.parts:
             assert part.page_router is not None
-            full = sum(len(row.full_pages(name)) for row in part.table.rows for name in part.table.pages.pools())
+            full = sum(len(row.full_pages(name)) for row in part.table.rows for name in part.table.pools.by_id())
             assert full > 6
     exact = next_logits(model, read(model, DynamicCache(config=model.config), ids_of(400)), 400, steps=12)
     assert (logits - exact).abs().max() > 1e-3, "everything was read"

@@ -45,8 +45,8 @@ def check(cache: PiKVCache) -> None:
             if scope == "layer":
                 assert sum(part.total for part in parts) <= amount
             elif scope == "shard":
-                page = layer.table.pool.full_page_bytes * len(layer.table.rows)
-                assert shard_tokens(layer).max() <= amount // page * layer.table.pool.page_size
+                page = layer.table.plain.full_page_bytes * len(layer.table.rows)
+                assert shard_tokens(layer).max() <= amount // page * layer.table.plain.page_size
             most = amount / number if scope == "layer" else amount / number / len(layers)
             assert scope == "shard" or all(part.total <= most for part in parts)
         return
@@ -66,7 +66,7 @@ def shard_tokens(layer: PiKVLayer) -> np.ndarray:
     """Return the tokens that each sequence holds in each shard, wherever that is, means over KV heads, `(B, S)`."""
     held = np.zeros((len(layer.table.rows), layer.table.num_shards))
     for table in layer.tables():
-        for name, pool in table.pages.pools().items():
+        for name, pool in table.pools.by_id().items():
             for row, sequence in enumerate(table.rows):
                 pages = sequence.pages(name)
                 np.add.at(

@@ -47,7 +47,7 @@ def test_shards_follow_the_router(name: str) -> None:
     checked = 0
     for index in cache.attachment.expert_routers:
         experts = chosen[index].view(2, -1)
-        pool, rows = cache.layers[index].table.pool, cache.layers[index].table.rows
+        pool, rows = cache.layers[index].table.plain, cache.layers[index].table.rows
         for row, sequence in enumerate(rows):
             for page in sequence.pages():
                 for slot in range(pool.count[page]):
@@ -65,8 +65,8 @@ def test_decoded_tokens_get_their_experts() -> None:
     model.generate(**prompts(batch=2, length=30), past_key_values=cache, max_new_tokens=40, do_sample=False)
     for layer in cache.layers:
         pages = layer.table.distinct_pages()
-        held = layer.table.pool.positions[pages] >= 0
-        assert (layer.table.pool.experts[pages][held] >= 0).all()
+        held = layer.table.plain.positions[pages] >= 0
+        assert (layer.table.plain.experts[pages][held] >= 0).all()
         assert sum(cache.memory_report().layers[layer.layer_idx].shard_tokens) > 60
 
 
@@ -78,7 +78,7 @@ def test_layers_without_a_router_hash_positions() -> None:
     dense, routed = cache.layers[0], cache.layers[1]
     assert not dense.has_expert_router
     assert routed.has_expert_router
-    pool = dense.table.pool
+    pool = dense.table.plain
     for page in dense.table.distinct_pages():
         if pool.shard[page] >= 0:
             assert (pool.positions[page][: pool.count[page]] // 8 % 3 == pool.shard[page]).all()

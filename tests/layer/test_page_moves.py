@@ -106,7 +106,7 @@ def assert_even(reader: Reader, one: Reader) -> None:
     reports, alone = layer_memory(0, reader.layer), layer_memory(0, one.layer)[0]
     assert sum(report.tokens_stored for report in reports) == alone.tokens_stored
     total, parts = sum(report.total - report.window for report in reports), len(reports)
-    page = reader.layer.table.pool.full_page_bytes
+    page = reader.layer.table.plain.full_page_bytes
     grain = 0 if reader.layer.config.key_codec == "none" else 2 * MIN_GROWTH * page
     for report in reports:
         assert abs(report.total - report.window - total / parts) <= 0.1 * total / parts + grain / 2
@@ -201,7 +201,7 @@ def test_what_moves_stays_what_it_was(codec: str, batch: int) -> None:
     assert all(torch.equal(new, old) for new, old in zip(layer.dense(), dense, strict=True))
     torch.testing.assert_close(reader.output(), before, atol=1e-5, rtol=1e-5)
     for table in layer.tables():
-        for name, pool in table.pages.pools().items():
+        for name, pool in table.pools.by_id().items():
             pages = [sequence.pages(name) for sequence in {id(row): row for row in table.rows}.values()]
             expected = np.bincount(np.concatenate(pages), minlength=pool.capacity)
             assert (pool.refcount == expected).all(), "references do not match"
@@ -258,7 +258,7 @@ def test_bounds_for_routing_follow(codec: str) -> None:
     while level(reader.layer.parts, reader.layer.shard_map):
         pass
     table = reader.layer.parts[1].table
-    for name, pool in table.pages.pools().items():
+    for name, pool in table.pools.by_id().items():
         if len(ids := table.rows[0].full_pages(name)):
             low, high = pool.key_bounds(ids)
             if codec == "none":
@@ -274,8 +274,8 @@ def test_statistics_of_use_follow(tmp_path: Any) -> None:
     reader = uneven(tiers={"cpu": None, "disk": None}, tier_directory=str(tmp_path))
     for _ in range(3):
         reader.output()
-    here, there = (part.table.pages for part in reader.layer.parts)
-    before = sum(float(pool.usage.shares[0].sum()) for pool in here.pools().values())
+    here, there = (part.table.pools for part in reader.layer.parts)
+    before = sum(float(pool.usage.shares[0].sum()) for pool in here.by_id().values())
     total = 0
     while moved := level(reader.layer.parts, reader.layer.shard_map):
         total += moved
@@ -298,7 +298,7 @@ def test_rows_that_share_pages_go_on_sharing() -> None:
     rows = reader.layer.parts[1].table.rows
     shared = set(rows[0].full) & set(rows[1].full) & set(rows[2].full)
     assert len(shared) > 20
-    assert (reader.layer.parts[1].table.pool.refcount[list(shared)] == 3).all()
+    assert (reader.layer.parts[1].table.plain.refcount[list(shared)] == 3).all()
     torch.testing.assert_close(reader.layer.dense()[0], reader.keys)
     tokens = sum(report.tokens_stored for report in layer_memory(0, reader.layer))
     assert tokens <= 1500 + 3 * 120 + 3 * 16 * SMALL["num_shards"]
@@ -318,11 +318,11 @@ def test_parts_that_evict_are_left_alone(options: dict[str, Any]) -> None:
 def test_low_rank_pages_stay_with_their_basis() -> None:
     reader = uneven(key_codec="lowrank", value_codec="lowrank", rank=4)
     before = reader.outside()
-    assert PoolId.parse("lowrank") in reader.layer.table.pages.packed
+    assert PoolId.parse("lowrank") in reader.layer.table.pools.packed
     level(reader.layer.parts, reader.layer.shard_map)
     moved = before[0] - reader.outside()[0]
     assert moved == 0
-    assert not reader.layer.parts[1].table.pages.packed[PoolId.parse("lowrank")].refcount.any()
+    assert not reader.layer.parts[1].table.pools.packed[PoolId.parse("lowrank")].refcount.any()
 
 
 def test_a_few_pages_do_not_tip_the_scales() -> None:

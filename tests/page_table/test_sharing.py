@@ -74,7 +74,7 @@ def test_forks_share_until_they_write(model: Any) -> None:
         for fork in forks:
             model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=fork)
     assert forks[0].nbytes < 1.15 * before
-    pool = cache.layers[0].table.pool
+    pool = cache.layers[0].table.plain
     free = pool.free_pages
     del forks, fork
     gc.collect()
@@ -95,11 +95,11 @@ def test_freed_pages_are_reused(model: Any) -> None:
     cache = PiKVCache.for_model(model, page_size=8)
     with torch.no_grad():
         model(input_ids=torch.randint(2, 190, (1, 512)), past_key_values=cache)
-        capacity = cache.layers[0].table.pool.capacity
+        capacity = cache.layers[0].table.plain.capacity
         for _ in range(5):
             cache.crop(256)
             model(input_ids=torch.randint(2, 190, (1, 256)), past_key_values=cache)
-        assert cache.layers[0].table.pool.capacity <= capacity * 1.2
+        assert cache.layers[0].table.plain.capacity <= capacity * 1.2
 
 
 def test_decoding_does_not_copy_the_history(model: Any) -> None:
@@ -110,7 +110,7 @@ def test_decoding_does_not_copy_the_history(model: Any) -> None:
         pointers = set()
         for _ in range(300):
             model(input_ids=torch.tensor([[5]]), past_key_values=cache)
-            pointers.add(cache.layers[0].table.pool.keys.data_ptr())
+            pointers.add(cache.layers[0].table.plain.keys.data_ptr())
     assert len(pointers) <= 4
 
 
@@ -120,7 +120,7 @@ def test_memory_report_adds_up(model: Any) -> None:
     model.generate(**prefix(), past_key_values=cache, max_new_tokens=50, do_sample=False)
     report = cache.memory_report()
     tensors = [t for layer in cache.layers for t in layer.storages()]
-    host = sum(layer.table.pool.host_bytes + layer.table.host_bytes for layer in cache.layers)
+    host = sum(layer.table.plain.host_bytes + layer.table.host_bytes for layer in cache.layers)
     assert report.total == cache.nbytes == live_bytes(tensors) + host
     assert report.total == report.keys + report.values + report.metadata
     assert report.total == sum(report.per_layer.values()) == sum(report.per_device.values())

@@ -132,7 +132,7 @@ def test_forks_may_take_the_free_pages_that_a_run_reads_past() -> None:
     cache = layer()
     cache.update(torch.randn(1, 2, 160, 16), torch.randn(1, 2, 160, 16))
     cache.settle()
-    table, pool_ = cache.table, cache.table.pool
+    table, pool_ = cache.table, cache.table.plain
     query = torch.randn(1, 4, 1, 16)
     expected, _ = attend(cache, query)
     # Leave a gap in the middle by moving a page: what flushing a window page does sooner or later.

@@ -183,7 +183,7 @@ def test_a_budget_bounds_what_is_stored():
 def test_codes_take_what_the_store_keeps_of_them():
     model, shape = small_model("qwen3_moe, 4 x 128")
     cache = filled(model, shape, 4096, 1, key_codec="int8", value_codec="int2")
-    (pool,) = cache.layers[0].table.pages.packed.values()
+    (pool,) = cache.layers[0].table.pools.packed.values()
     assert (
         packed_page_bytes(shape.layers[0], PiKVConfig(key_codec="int8", value_codec="int2"), "float32")
         == pool.page_bytes

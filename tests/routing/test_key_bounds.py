@@ -75,7 +75,7 @@ def _slack(layer: PiKVLayer, page: slow.Page, head: int, own: torch.Tensor) -> f
 
     Keys that are not packed, or whose bounds were taken from what they are decoded to, may not.
     """
-    pool = layer.table.pages.pools()[page.where[0]]
+    pool = layer.table.pools.by_id()[page.where[0]]
     codes = getattr(pool, "keys", None)
     if page.where[0] == PLAIN or codes.kind not in BITS or codes.latent is not None:
         return 0.0
@@ -94,9 +94,11 @@ def test_exact_routing_finds_no_bounds() -> None:
         layers.append(grown(routing=name, max_pages=4))
         attend(layers[-1], queries(layers[-1])[:, :, None], scale=SCALE)
     every, routed = layers
-    assert every.table.pool.bounds is None
-    extra = live_bytes(routed.table.pool.tensors()) - live_bytes(every.table.pool.tensors())
-    assert extra == live_bytes([routed.table.pool.bounds.ends]) == routed.table.pool.capacity * HEADS * 2 * KEY_DIM * 4
+    assert every.table.plain.bounds is None
+    extra = live_bytes(routed.table.plain.tensors()) - live_bytes(every.table.plain.tensors())
+    assert (
+        extra == live_bytes([routed.table.plain.bounds.ends]) == routed.table.plain.capacity * HEADS * 2 * KEY_DIM * 4
+    )
 
 
 def test_the_report_counts_bounds() -> None:
@@ -106,7 +108,7 @@ def test_the_report_counts_bounds() -> None:
         cache = PiKVCache.for_model(model, **SMALL, routing=name, max_pages=4)
         generate(model, prompts(1, 140), cache)
         reports[name] = cache.memory_report()
-        ends = [layer.table.pool.bounds for layer in cache.layers]
+        ends = [layer.table.plain.bounds for layer in cache.layers]
         assert [bounds is None for bounds in ends] == [name == "all"]
     assert reports["page_bound"].keys == reports["all"].keys
     added = sum(live_bytes(bounds.tensors()) + bounds.host_bytes for bounds in ends)
@@ -117,4 +119,4 @@ def test_integer_codes_are_their_own_bounds() -> None:
     layer = grown(prompt=180, key_codec="int4", value_codec="int4", routing="page_bound", max_pages=3)
     choose(layer, queries(layer))
     assert PoolId.parse("int4") in layer.table.index().pools
-    assert layer.table.pages.packed[PoolId.parse("int4")].bounds is None
+    assert layer.table.pools.packed[PoolId.parse("int4")].bounds is None

@@ -34,7 +34,7 @@ def test_choice(name: str, state: str, max_pages: float) -> None:
         protected = [page for page in pages if slow.is_protected(layer, page)]
         assert bool(protected) == (state in ("rebuilt, grown again", "lanes", "mixed widths", "cropped"))
         free = [page for page in pages if page not in protected]
-        for head in range(layer.table.pool.keys.shape[0]):
+        for head in range(layer.table.plain.keys.shape[0]):
             mine = chosen(layer, choice, row, head)
             assert {page.where for page in protected} <= mine
             own = slow.queries_of(layer, query, row, head)
@@ -74,7 +74,7 @@ def _assert_best(
 def _set_costs(layer: PiKVLayer) -> Any:
     """Pretend that pages lie in tiers, some pools in fast memory alone."""
     costs = {}
-    for number, (name, pool) in enumerate(layer.table.pages.pools().items()):
+    for number, (name, pool) in enumerate(layer.table.pools.by_id().items()):
         if number != 1:
             costs[name] = torch.rand(pool.capacity).round(decimals=1)
             pool.tier_costs = lambda name=name: costs[name]

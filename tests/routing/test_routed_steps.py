@@ -92,7 +92,7 @@ def test_a_step_reads_what_was_chosen_and_what_is_always_read(name: str, state: 
     query = queries(layer)
     choice = choose(layer, query)
     out, _ = attend(layer, query[:, :, None], scale=SCALE)
-    out = out.reshape(len(layer.table.rows), layer.table.pool.keys.shape[0], GROUPS, VALUE_DIM)
+    out = out.reshape(len(layer.table.rows), layer.table.plain.keys.shape[0], GROUPS, VALUE_DIM)
     for row in range(len(layer.table.rows)):
         pages, always = full_pages(layer, row), slow.always_read(layer, row)
         for head in range(out.shape[1]):
@@ -134,7 +134,7 @@ def test_nothing_of_other_rows_is_read() -> None:
     query = queries(layer)
     before = attend(layer, query[:, :, None], scale=SCALE)[0]
     pages = layer.table.rows[1].full_pages()
-    layer.table.pool.values[:, pages], layer.table.pool.keys[:, pages] = torch.inf, torch.nan
+    layer.table.plain.values[:, pages], layer.table.plain.keys[:, pages] = torch.inf, torch.nan
     after = attend(layer, query[:, :, None], scale=SCALE)[0]
     assert torch.equal(after[0], before[0])
     assert not torch.isfinite(after[1]).all()

@@ -53,7 +53,7 @@ def test_decisions_are_those_of_slow_statistics(scheduler: str, monkeypatch: pyt
 
     def begin(schedule: PageScheduler, table: Any) -> None:
         begin_step(schedule, table)
-        before["usage"] = table.pool.usage.shares[0].clone(), table.pool.usage.steps[3].clone()
+        before["usage"] = table.plain.usage.shares[0].clone(), table.plain.usage.steps[3].clone()
 
     monkeypatch.setattr(PageScheduler, "begin_step", begin)
     pages: dict[int, Noted] = {}
@@ -76,13 +76,13 @@ def test_decisions_are_those_of_slow_statistics(scheduler: str, monkeypatch: pyt
 
 def note(layer: PiKVLayer, pages: dict[int, Noted], shares: torch.Tensor, uses: torch.Tensor) -> None:
     """Note what the step gave to each page, by the newest position that it will have; pages move as a whole here."""
-    usage, (row,), now = layer.table.pool.usage, layer.table.rows, layer.scheduler.now
+    usage, (row,), now = layer.table.plain.usage, layer.table.rows, layer.scheduler.now
     for page in row.pages().tolist():
-        first = int(layer.table.pool.positions[page, 0])
+        first = int(layer.table.plain.positions[page, 0])
         if first + 7 not in pages:
             pages[first + 7] = Noted(first, now - 1, first + 7, 8, 0)
         noted = pages[first + 7]
-        if layer.table.pool.shard[page] >= 0 and not noted.in_shard:
+        if layer.table.plain.shard[page] >= 0 and not noted.in_shard:
             noted.enter(now - 1)
         if page < len(shares):
             noted.shares.append((now, float(usage.shares[0, page] - shares[page])))

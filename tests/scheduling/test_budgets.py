@@ -209,7 +209,7 @@ def shards_of_the_window(layer: PiKVLayer) -> dict[int, int]:
     if layer.table is None:
         return {}
     writer, (row,) = layer.table.writer, layer.table.rows
-    pool, found = layer.table.pool, {}
+    pool, found = layer.table.plain, {}
     for page in row.window[writer.sink_pages :]:
         positions = pool.positions[page, : pool.count[page]].tolist()
         found |= dict(zip(positions, writer.page_shards(page).tolist(), strict=True))
@@ -220,7 +220,7 @@ def by_shard(layer: PiKVLayer) -> list[list[int]]:
     """Return the positions of the tokens in each shard of a layer of one sequence, sorted."""
     found: list[list[int]] = [[] for _ in range(layer.table.num_shards)]
     (row,) = layer.table.rows
-    for name, pool in layer.table.pages.pools().items():
+    for name, pool in layer.table.pools.by_id().items():
         for page in row.pages(name):
             if pool.shard[page] >= 0:
                 found[pool.shard[page]] += [at for at in pool.positions[page].tolist() if at >= 0]

@@ -17,11 +17,11 @@ from pikv_hf.layer.layer import PiKVLayer
 def test_codecs(codec: str, tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, **both(codec)))
-    assert any(layer.table.pages.packed for layer in cache.layers) == (codec != "none")
+    assert any(layer.table.pools.packed for layer in cache.layers) == (codec != "none")
     loaded = round_trip(model, cache, tmp_path)
     for layer in loaded.layers:
-        for encoder, keys in zip(layer.table.pages.encoders or (), (True, False), strict=False):
-            pools = [pool for name, pool in layer.table.pages.packed.items() if name.is_lowrank]
+        for encoder, keys in zip(layer.table.pools.encoders or (), (True, False), strict=False):
+            pools = [pool for name, pool in layer.table.pools.packed.items() if name.is_lowrank]
             assert all((pool.key_codec if keys else pool.value_codec) in encoder.codecs.values() for pool in pools)
 
 
@@ -113,7 +113,7 @@ def test_only_pages_in_use_are_written(tmp_path: Path) -> None:
     cache.save(tmp_path / "all")
     cache.batch_select_indices(torch.tensor([2]))
     cache.crop(40)
-    assert cache.layers[0].table.pool.free_pages > 0
+    assert cache.layers[0].table.plain.free_pages > 0
     cache.save(tmp_path / "little")
     assert (tmp_path / "little").stat().st_size < 0.2 * (tmp_path / "all").stat().st_size
     (tmp_path / "all").unlink()

@@ -21,7 +21,7 @@ from pikv_hf.serialization.pool_records import companions
 def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, **both("fp8")))
-    pool = cache.layers[1].table.pages.packed[PoolId.parse("fp8")]
+    pool = cache.layers[1].table.pools.packed[PoolId.parse("fp8")]
     ids = np.flatnonzero(pool.refcount)
     pool.key_bounds(ids[::2])
     pool.watch(4)
@@ -31,7 +31,7 @@ def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model)
     assert_equal(cache, loaded)
-    there = loaded.layers[1].table.pages.packed[PoolId.parse("fp8")]
+    there = loaded.layers[1].table.pools.packed[PoolId.parse("fp8")]
     assert there.usage.now == 5
     assert set(companions(there)) == {"bounds", "usage"}
     assert sum(there.bounds.known) == len(ids[::2])
@@ -82,7 +82,7 @@ def test_a_budget(scheduler: str, budget: Any, codec: str, tmp_path: Path) -> No
 def test_pages_in_slow_tiers(tiers: dict[str, Any], codec: str, tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, tiers=tiers, **both(codec)), tokens=200)
-    pools = [pool for layer in cache.layers for pool in layer.table.pages.packed.values()]
+    pools = [pool for layer in cache.layers for pool in layer.table.pools.packed.values()]
     assert all(pool.pages_by_tier()["disk"] > 0 for pool in pools)
     path = tmp_path / "cache"
     cache.save(path)
@@ -90,7 +90,7 @@ def test_pages_in_slow_tiers(tiers: dict[str, Any], codec: str, tmp_path: Path) 
     assert_equal(cache, loaded)
     for layer in loaded.layers:
         assert torch.equal(layer.dense()[0], elsewhere.layers[layer.layer_idx].dense()[0])
-        for pool in layer.table.pages.packed.values():
+        for pool in layer.table.pools.packed.values():
             assert pool.tier_bytes(pool.tiers.fast) <= 24 * 1024
             assert pool.pages_by_tier()["disk"] > 0
     logits = [go_on(model, each) for each in (cache, loaded, elsewhere)]

@@ -84,7 +84,7 @@ def by_kv_head(of_queries: torch.Tensor) -> torch.Tensor:
 def pages_of(layer: PiKVLayer) -> Iterator[tuple[int, Page]]:
     """Yield every page that each row of the table holds."""
     for row, sequence in enumerate(layer.table.rows):
-        for name in layer.table.pages.pools():
+        for name in layer.table.pools.by_id():
             for page in sequence.pages(name).tolist():
                 yield row, (name, page)
 
@@ -93,7 +93,7 @@ def share_by_head(layer: PiKVLayer, of_tokens: torch.Tensor) -> dict[tuple[int, 
     """Return what each page of each row takes of `(B, H, T)`, by KV head."""
     found = {}
     for row, (name, page) in pages_of(layer):
-        pool = layer.table.pages.pools()[name]
+        pool = layer.table.pools.by_id()[name]
         columns = [int(at) for at in pool.positions[page].tolist() if at >= 0]
         mine = of_tokens[row // layer.lanes]
         heads = mine if layer.lanes == 1 else mine[row % layer.lanes][None]
@@ -111,7 +111,7 @@ def shares_of(layer: PiKVLayer, of_tokens: torch.Tensor) -> dict[Page, float]:
 
 def recorded(layer: PiKVLayer, row: int = 0) -> dict[Page, float]:
     """Return the sums that pages have now; the halved ones for `row=1`."""
-    pools = layer.table.pages.pools()
+    pools = layer.table.pools.by_id()
     return {page: float(pools[page[0]].usage.shares[row, page[1]]) for _, page in pages_of(layer)}
 
 
@@ -145,7 +145,7 @@ def share_by_head_and_query(layer: PiKVLayer, of_queries: torch.Tensor) -> list[
     lanes = of_queries[:, :, 0].unflatten(1, (HEADS, GROUPS)).flatten(0, 1)
     found: list[list[dict[Page, float]]] = [[{} for _ in range(GROUPS)] for _ in lanes]
     for row, (name, page) in pages_of(layer):
-        at = layer.table.pages.pools()[name].positions[page]
+        at = layer.table.pools.by_id()[name].positions[page]
         for group in range(GROUPS):
             found[row][group][name, page] = float(lanes[row, group, at[at >= 0].long()].sum())
     return found

@@ -88,7 +88,7 @@ class BudgetMachine(RuleBasedStateMachine):
 
     def forks(self, twin: Twin) -> int:
         """Return how many layers share the pages of this one."""
-        return sum(t.layer.table.pages is twin.layer.table.pages for t in self.twins if t.layer.table is not None)
+        return sum(t.layer.table.pools is twin.layer.table.pools for t in self.twins if t.layer.table is not None)
 
     @rule(which=st.integers(0, 9), new=st.sampled_from([1, 1, 1, 2, 5, 9, 30]), identical=st.booleans())
     def append(self, which: int, new: int, identical: bool) -> None:
@@ -201,7 +201,7 @@ class BudgetMachine(RuleBasedStateMachine):
         for twin in getattr(self, "twins", []):
             if twin.layer.table is None:
                 continue
-            for name, pool in twin.layer.table.pages.pools().items():
+            for name, pool in twin.layer.table.pools.by_id().items():
                 pools[id(pool)] = pool
                 for sequence in {id(s): s for s in twin.layer.table.rows}.values():
                     held.setdefault(id(pool), []).append(sequence.pages(name))

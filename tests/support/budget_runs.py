@@ -50,8 +50,8 @@ def check(cache: PiKVCache, forks: int = 1) -> None:
         if scope == "shard":
             for layer in layers:
                 table = layer.table
-                page = table.pool.full_page_bytes * len(table.rows)
-                assert shard_holdings(layer).max() <= amount // page * table.pool.page_size
+                page = table.plain.full_page_bytes * len(table.rows)
+                assert shard_holdings(layer).max() <= amount // page * table.plain.page_size
         elif scope == "layer":
             report = cache.memory_report()
             assert all(r.total <= amount * forks for r in report.layers if r.kind == "paged")

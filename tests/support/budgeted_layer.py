@@ -20,7 +20,7 @@ def shard_holdings(layer: PiKVLayer) -> np.ndarray:
     """Return the tokens that each sequence holds in each shard, means over KV heads, `(B, S)`."""
     table = layer.table
     held = np.zeros((len(table.rows), table.num_shards))
-    for name, pool in table.pages.pools().items():
+    for name, pool in table.pools.by_id().items():
         for row, sequence in enumerate(table.rows):
             for page in sequence.pages(name):
                 if pool.shard[page] >= 0:

@@ -145,7 +145,7 @@ class DeviceMachine(EvictionMachine):
         self.contents_agree()
         twin.layer.truncate(length)
         twin.change(lambda part: part[:, :, :length])
-        if twin.layer.table.pages.packs:
+        if twin.layer.table.pools.packs:
             # What the question packed is as it was, bit by bit.
             for name in NAMES:
                 setattr(twin, name, old[name])
@@ -200,7 +200,7 @@ class DeviceMachine(EvictionMachine):
         alike = []
         for table in layer.tables():
             ids = [id(row) for row in table.rows]
-            windows = [table.pool.positions[table.pool.index(np.array(row.window, dtype=int))] for row in table.rows]
+            windows = [table.plain.positions[table.plain.index(np.array(row.window, dtype=int))] for row in table.rows]
             alike.append(([ids.index(each) for each in ids], [sorted(w[w >= 0].tolist()) for w in windows]))
         assert all(each == alike[0] for each in alike)
 
@@ -210,13 +210,13 @@ class DeviceMachine(EvictionMachine):
         pools: dict[int, Any] = {}
         for twin in getattr(self, "twins", []):
             for table in twin.layer.tables():
-                for name, pool in table.pages.pools().items():
+                for name, pool in table.pools.by_id().items():
                     pools[id(pool)] = pool
                     for sequence in {id(s): s for s in table.rows}.values():
                         held.setdefault(id(pool), []).append(sequence.pages(name))
             if twin.layer._checkpoint is not None:
                 for table, _ in twin.layer._checkpoint[1]:
-                    for name, pool in table.pages.pools().items():
+                    for name, pool in table.pools.by_id().items():
                         for sequence in {id(s): s for s in table.rows}.values():
                             held.setdefault(id(pool), []).append(sequence.pages(name))
         for key, pool in pools.items():
@@ -235,11 +235,11 @@ class DeviceMachine(EvictionMachine):
             assert [report.device for report in reports] == [part.location.name for part in layer.parts]
             for number, (report, table) in enumerate(zip(reports, layer.tables(), strict=True)):
                 live = live_bytes(layer.storages(number))
-                assert report.total == live + table.pages.host_bytes + table.host_bytes
+                assert report.total == live + table.pools.host_bytes + table.host_bytes
             tokens = sum(report.tokens_stored for report in reports)
             distinct = sum(
                 int(pool.count[pool.refcount > 0].sum())
                 for table in layer.tables()
-                for pool in table.pages.pools().values()
+                for pool in table.pools.by_id().values()
             )
             assert tokens <= distinct

@@ -48,4 +48,4 @@ def assert_spread(cache: PiKVCache) -> None:
             held.view(layer.batch, layer.lanes, -1).expand(-1, layer.heads, -1), layer.stored_mask().long()
         )
         # Heads that keep different tokens have more pages than devices have.
-        assert len({id(table.pool) for table in layer.tables()}) == layer.layout.parts
+        assert len({id(table.plain) for table in layer.tables()}) == layer.layout.parts

@@ -26,7 +26,7 @@ def contents(table: PageTable | None) -> list[dict[str, Any]]:
     found = []
     for row in [] if table is None else table.rows:
         known: dict[str, Any] = {"window": len(row.window), "open": (row.open >= 0).tolist(), "full": len(row.full)}
-        for name, pool in table.pages.pools().items():
+        for name, pool in table.pools.by_id().items():
             if len(ids := row.pages(name)):
                 notes = {part: note.pick(pool.index(ids)) for part, note in page_notes(pool).items()}
                 known |= {f"{name}.{part}": note.numpy().tobytes() for part, note in notes.items()}
@@ -36,7 +36,7 @@ def contents(table: PageTable | None) -> list[dict[str, Any]]:
 
 def capacities(cache: PiKVCache) -> list[int]:
     tables = [table for layer in paged(cache) for table in layer.tables()]
-    return [pool.capacity for table in tables for pool in table.pages.pools().values()]
+    return [pool.capacity for table in tables for pool in table.pools.by_id().values()]
 
 
 def positions(cache: PiKVCache) -> list[list[list[int]]]:
@@ -60,7 +60,7 @@ def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
             assert one.reads_window == other.table.writer.reads_window
             assert one.table.writer._counts == other.table.writer._counts
             for keys in (True, False):
-                bases = one.table.pages.bases(keys), other.table.pages.bases(keys)
+                bases = one.table.pools.bases(keys), other.table.pools.bases(keys)
                 assert all(torch.equal(a, b) for a, b in zip(*bases, strict=True))
         if one.scheduler is not None:
             assert vars(one.scheduler.policy) == vars(other.scheduler.policy)
@@ -81,7 +81,7 @@ def assert_equal_shards(mine: PiKVLayer, theirs: PiKVLayer) -> None:
 def assert_counted(cache: PiKVCache) -> None:
     """Check that pages are held by as many sequences as their references say."""
     for table in [table for layer in paged(cache) for table in layer.tables()]:
-        for name, pool in table.pages.pools().items():
+        for name, pool in table.pools.by_id().items():
             held = np.concatenate([sequence.pages(name) for sequence in {id(s): s for s in table.rows}.values()])
             assert (pool.refcount == np.bincount(held, minlength=pool.capacity)).all()
 

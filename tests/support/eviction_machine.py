@@ -187,7 +187,7 @@ class EvictionMachine(RuleBasedStateMachine):
         for twin in getattr(self, "twins", []):
             if twin.layer.table is None:
                 continue
-            for name, pool in twin.layer.table.pages.pools().items():
+            for name, pool in twin.layer.table.pools.by_id().items():
                 pools[id(pool)] = pool
                 for sequence in {id(s): s for s in twin.layer.table.rows}.values():
                     held.setdefault(id(pool), []).append(sequence.pages(name))

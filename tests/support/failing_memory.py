@@ -12,7 +12,7 @@ from pikv_hf.pages.page_storage import PageStorage
 @contextlib.contextmanager
 def no_memory_for(layer: PiKVLayer, part: int) -> Iterator[list[int]]:
     """Let the pools of one part grow no more; yields a list that is not empty once one has tried."""
-    pools, tried, grow = set(map(id, layer.parts[part].table.pages.pools().values())), [], PageStorage._grow
+    pools, tried, grow = set(map(id, layer.parts[part].table.pools.by_id().values())), [], PageStorage._grow
 
     def guarded(pool: Any, extra: int) -> None:
         if id(pool) in pools:

@@ -221,14 +221,14 @@ class LayerMachine(RuleBasedStateMachine):
             table = twin.layer.table
             if table is None:
                 continue
-            for name, pool in table.pages.pools().items():
+            for name, pool in table.pools.by_id().items():
                 pools[id(pool)] = pool
                 for sequence in {id(s): s for s in table.rows}.values():
                     held.setdefault(id(pool), []).append(sequence.pages(name))
             for sequence in {id(s): s for s in table.rows}.values():
-                size = table.pool.page_size
-                assert all(table.pool.count[p] == size for p in [*sequence.full, *sequence.window[:-1]])
-                assert all(0 < table.pool.count[p] < size for p in sequence.open[sequence.open >= 0])
+                size = table.plain.page_size
+                assert all(table.plain.count[p] == size for p in [*sequence.full, *sequence.window[:-1]])
+                assert all(0 < table.plain.count[p] < size for p in sequence.open[sequence.open >= 0])
             self.shards_follow_experts(twin)
         for key, pool in pools.items():
             expected = np.bincount(np.concatenate(held[key]), minlength=pool.capacity)
@@ -241,7 +241,7 @@ class LayerMachine(RuleBasedStateMachine):
     def shards_follow_experts(self, twin: Twin) -> None:
         for sequence, reference in zip(twin.layer.table.rows, twin.rows, strict=True):
             by_position = dict(zip(reference.positions, reference.experts, strict=True))
-            for name, pool in twin.layer.table.pages.pools().items():
+            for name, pool in twin.layer.table.pools.by_id().items():
                 for page in sequence.pages(name):
                     shard = pool.shard[page]
                     for position in pool.positions[page][: pool.count[page]].tolist():

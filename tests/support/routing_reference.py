@@ -91,7 +91,7 @@ def full_pages(layer: PiKVLayer, row: int) -> list[Page]:
     assert layer.table is not None
     keys = layer.table.dense_part(layer.seen, True)[row].double()
     pages = []
-    for name, pool in layer.table.pages.pools().items():
+    for name, pool in layer.table.pools.by_id().items():
         for number in layer.table.rows[row].full_pages(name).tolist():
             positions = [p for p in pool.positions[number].tolist() if p >= 0]
             coded = _code_range(pool, number) if name != PLAIN else None
@@ -109,7 +109,7 @@ def _code_range(pool: Any, number: int) -> tuple[torch.Tensor, torch.Tensor] | N
 def always_read(layer: PiKVLayer, row: int) -> list[int]:
     """Return the positions of a row's tokens outside of full pages."""
     assert layer.table is not None
-    pool = layer.table.pool
+    pool = layer.table.plain
     return [p for page in layer.table.rows[row].unfilled() for p in pool.positions[page].tolist() if p >= 0]
 
 
@@ -172,7 +172,7 @@ def most_pages(config: PiKVConfig, free: int) -> int:
 def queries_of(layer: PiKVLayer, query: torch.Tensor, row: int, head: int) -> torch.Tensor:
     """Return the queries `(G, D)` of a KV head of a row of the table, from `(B, Hq, D)`."""
     assert layer.table is not None
-    heads = layer.table.pool.keys.shape[0]
+    heads = layer.table.plain.keys.shape[0]
     return query.reshape(len(layer.table.rows), heads, -1, query.shape[-1])[row, head]
 
 

@@ -17,7 +17,7 @@ def pages_by_row(layer: PiKVLayer) -> list[dict[str, Any]]:
     found = []
     for row in layer.table.rows:
         pages = {"window": len(row.window), "open": (row.open >= 0).tolist(), "sealed": len(row.full)}
-        for name, pool in layer.table.pages.pools().items():
+        for name, pool in layer.table.pools.by_id().items():
             ids = row.pages(name)
             if len(ids):
                 notes = {part: note.pick(pool.index(ids)).numpy() for part, note in page_notes(pool).items()}
@@ -62,7 +62,7 @@ def assert_same_tables(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     assert shared[0] == shared[1]
     writers = [(t.writer.num_shards, t.writer.recent_window, t.writer.sink_pages) for t in tables]
     assert writers[0] == writers[1]
-    stores = [table.pages for table in tables]
+    stores = [table.pools for table in tables]
     assert stores[0].config == stores[1].config
     for keys in (True, False):
         for one, other in zip(stores[0].bases(keys), stores[1].bases(keys), strict=True):
@@ -77,8 +77,8 @@ def assert_compact(cache: PiKVCache) -> None:
     """Check that all pages are held, and by as many sequences as their references say."""
     for layer in cache.layers:
         table = getattr(layer, "table", None)
-        for name, pool in ({} if table is None else table.pages.pools()).items():
-            held = np.concatenate([sequence.pages(name) for sequence in table._sequences()])
+        for name, pool in ({} if table is None else table.pools.by_id()).items():
+            held = np.concatenate([sequence.pages(name) for sequence in table.sequences()])
             assert (pool.refcount == np.bincount(held, minlength=pool.capacity)).all()
             assert pool.capacity <= most_pages(len(np.unique(held)))
 
@@ -89,7 +89,7 @@ def tokens_by_row(cache: PiKVCache) -> list[list[int]]:
 
 def capacities(cache: PiKVCache) -> list[list[int]]:
     tables = [layer.table for layer in cache.layers if getattr(layer, "table", None) is not None]
-    return [[pool.capacity for pool in table.pages.pools().values()] for table in tables]
+    return [[pool.capacity for pool in table.pools.by_id().values()] for table in tables]
 
 
 def assert_go_on_alike(

@@ -20,7 +20,7 @@ def generate(model: Any, ids: Any, cache: Any, **options: Any) -> torch.Tensor:
 
 def pools_of(cache: PiKVCache) -> list[Any]:
     layers = [layer for layer in cache.layers if isinstance(layer, PiKVLayer)]
-    return [pool for layer in layers for pool in layer.table.pages.packed.values()]
+    return [pool for layer in layers for pool in layer.table.pools.packed.values()]
 
 
 def half(model: Any, ids: Any, codec: str = "none", **options: Any) -> dict[str, Any]:

@@ -130,9 +130,9 @@ def test_routed_steps(codec: str, frames: int, model: Any, watched: list[int]) -
     options = {**LAYOUT, "key_codec": codec, "value_codec": codec, "routing": "page_bound", "max_pages": 4}
     plain = PiKVCache.for_model(model, **options)
     tokens = generate(model, ids, plain)
-    page = pools_of(plain)[0].page_bytes if codec != "none" else plain.layers[0].table.pool.page_bytes
+    page = pools_of(plain)[0].page_bytes if codec != "none" else plain.layers[0].table.plain.page_bytes
     # A page that int4 cannot hold well takes more.
-    room = 2 * max(frames * page, 2 * plain.layers[0].table.pool.page_bytes)
+    room = 2 * max(frames * page, 2 * plain.layers[0].table.plain.page_bytes)
     cache = PiKVCache.for_model(model, **options, tiers={"cpu": room, "disk": None})
     assert torch.equal(generate(model, ids, cache), tokens)
     counters = cache.tiers.counters

@@ -34,7 +34,7 @@ class Tiered:
         """Routing asks for pages ahead of need, and then for these or others."""
         twin = self.twins[which % len(self.twins)]
         random = np.random.default_rng(seed)
-        for name, pool in {} if twin.layer.table is None else twin.layer.table.pages.packed.items():
+        for name, pool in {} if twin.layer.table is None else twin.layer.table.pools.packed.items():
             if len(ids := twin.layer.table.distinct_pages(name)):
                 pool.prefetch(ahead := random.choice(ids, min(3, len(ids)), replace=False))
                 chosen = pool.index(np.append(ahead[1:], random.choice(ids, 4))[: pool.most_frames()])

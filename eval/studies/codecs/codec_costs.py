@@ -112,11 +112,11 @@ class Packed:
         """Count the full pages of a cache; of one without codecs, everything."""
         size, plain_size, tokens = cache.nbytes, 0, Counter[str]()
         for table in (layer.table for layer in cache.layers):
-            pool = table.pool
+            pool = table.plain
             per_token = pool.keys.shape[0] * (pool.keys.shape[-1] + pool.values.shape[-1]) * 2
             held = pool.incompressible & (pool.refcount > 0)
-            here = Counter({of.name: int(packed.count.sum()) for of, packed in table.pages.packed.items()})
-            if table.pages.packs:
+            here = Counter({of.name: int(packed.count.sum()) for of, packed in table.pools.packed.items()})
+            if table.pools.packs:
                 size -= live_bytes(pool.tensors()) + pool.host_bytes - int(held.sum()) * pool.page_bytes
                 here["none"] += int(pool.count[held].sum())
             else:

@@ -143,7 +143,7 @@ def page_attention(layer: PiKVLayer, query: torch.Tensor, scale: float) -> tuple
         any case, `(H,)`; means over the query heads of a KV head.
     """
     assert layer.table is not None
-    pool, (full, unfilled) = layer.table.pool, pages_of(layer)
+    pool, (full, unfilled) = layer.table.plain, pages_of(layer)
     pages = torch.cat([full, unfilled])
     keys = pool.keys[:, pages]
     grouped = query.reshape(len(keys), -1, query.shape[2])
@@ -156,7 +156,7 @@ def page_attention(layer: PiKVLayer, query: torch.Tensor, scale: float) -> tuple
 def read_of(layer: PiKVLayer, choice: Choice | None) -> torch.Tensor:
     """Return `(H, n)` bool, the full pages of a layer of one sequence that a step reads."""
     assert layer.table is not None
-    shape = layer.table.pool.keys.shape[0], len(pages_of(layer)[0])
+    shape = layer.table.plain.keys.shape[0], len(pages_of(layer)[0])
     if choice is None:
         return torch.ones(shape, dtype=torch.bool)
     columns = choice.columns[:, 0]

@@ -46,7 +46,7 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
         hidden = None if mask is None else mask_by_lane(mask, batch, lanes)
         out, lse = attend_pages(table, rows, hidden, call)
         return out.view(batch, query_heads, queries, -1), lse.view(batch, query_heads, queries)
-    heads = table.pool.keys.shape[0]
+    heads = table.plain.keys.shape[0]
     groups = query_heads // heads
     bias = None if mask is None else MaskBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.
@@ -60,7 +60,7 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     if call.masses is not None and not table.writer.reads_window:
         # Another part reads the window; what its tokens are worth when they get here is to be known all the same.
         _attend_pool(table, Region.WINDOW, folded, bias, looks_up, call)
-    value_dim = table.pool.values.shape[-1]
+    value_dim = table.plain.values.shape[-1]
     out, lse = _merged(parts) if parts else _nothing(folded, value_dim)
     return (
         out.transpose(0, 1).reshape(batch, query_heads, queries, value_dim),
@@ -72,7 +72,7 @@ def _attend_routed(
     table: PageTable, query: torch.Tensor, folded: torch.Tensor, call: AttentionCall
 ) -> tuple[Partial | None, list[PoolId | Region]]:
     """Attend to the full pages that a router chooses; return also which pools are left to read as a whole."""
-    every: list[PoolId | Region] = [*table.pages.pools()]
+    every: list[PoolId | Region] = [*table.pools.by_id()]
     router = call.page_router
     if router is None:
         return None, every

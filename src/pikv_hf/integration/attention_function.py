@@ -143,7 +143,7 @@ def attend(
         total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
         for table, known in zip(layer.tables(), masses, strict=True):
             if known is not None:
-                known.note(_by_kv_head(total.to(table.pool.device), table))
+                known.note(_by_kv_head(total.to(table.plain.device), table))
         _watch_new(layer, query, mask, scale, softcap, total)
     return out, lse
 
@@ -188,7 +188,7 @@ def _attend_parts(
 
 def _value_dim(layer: PiKVLayer) -> int:
     assert layer.table is not None
-    return layer.table.pool.values.shape[-1]
+    return layer.table.plain.values.shape[-1]
 
 
 def _begin_step(layer: PiKVLayer) -> None:
@@ -200,7 +200,7 @@ def _begin_step(layer: PiKVLayer) -> None:
 
 def _by_kv_head(lse: torch.Tensor, table: PageTable) -> torch.Tensor:
     """Return `(B, Hq, Q)` as `(H, rows, G * Q)`, rows being lanes where heads keep different tokens."""
-    return lse.reshape(len(table.rows), table.pool.keys.shape[0], -1).transpose(0, 1)
+    return lse.reshape(len(table.rows), table.plain.keys.shape[0], -1).transpose(0, 1)
 
 
 def _watch_new(

@@ -132,13 +132,13 @@ class PiKVLayer(LayerEdits):
             return
         batch, _, new, dim = query.shape
         for table in self.tables():
-            pages = table.pages
+            pages = table.pools
             if not pages.packs or (new == 1 and pages.queries is not None and self.state.seen % self.config.page_size):
                 # Pages fill now and then: looking at every decoded token would only cost time.
                 continue
             recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
             few = recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone()
-            pages.remember_queries(few.to(table.pool.device), scale)
+            pages.remember_queries(few.to(table.plain.device), scale)
 
     def attend_ends(self) -> None:
         """Store the new tokens soon if no router is to be awaited."""
@@ -168,7 +168,7 @@ class PiKVLayer(LayerEdits):
         keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
         for part, table in zip(self.parts, self.tables(), strict=True):
             # Until pages change hands again, as many tokens as fit into a page may come.
-            part.enforce(self.lanes, self.state.seen, headroom=table.pool.page_size)
+            part.enforce(self.lanes, self.state.seen, headroom=table.plain.page_size)
         if any(table.is_at_page_end for table in self.tables()):
             self._in_all_parts(lambda part, _: part.append(keys, values, self.state.seen))
         else:

@@ -83,7 +83,7 @@ class LayerEdits(LayerTokens):
         for part, own in zip(self.parts, self._shares(every), strict=True):
             tokens = held if own is None else every & own
             table = part.assigned((keys, values), tokens, self.config, self.shard_of(), self.shard_map, leaders, split)
-            part.fit(table, self.heads // table.pool.keys.shape[0], keys.shape[2])
+            part.fit(table, self.heads // table.plain.keys.shape[0], keys.shape[2])
             tables.append(table)
         self._interrupt()
         self._drop_pending()
@@ -131,9 +131,9 @@ class LayerEdits(LayerTokens):
         if self.pending is not None:
             self.lazy_initialization(self.pending.keys, self.pending.values)
         for table in self.tables():
-            device = table.pool.device
+            device = table.plain.device
             bases = [None if basis is None else basis.to(device) for basis in (key_basis, value_basis)]
-            table.pages.set_bases(*bases)
+            table.pools.set_bases(*bases)
 
     # Evicting
 
@@ -205,7 +205,7 @@ class LayerEdits(LayerTokens):
                 held = part.table.stored_mask(stored).to(self.device).view(self.batch, self.lanes, stored)
                 mine = widths * torch.cat([held.expand(-1, self.heads, -1), own], dim=2)
             table = part.kept(self.pending, mine, self.config, self.shard_of(), self.shard_map, leaders, split)
-            part.fit(table, self.heads // table.pool.keys.shape[0], self.state.seen)
+            part.fit(table, self.heads // table.plain.keys.shape[0], self.state.seen)
             tables.append(table)
         return tables
 
@@ -255,11 +255,11 @@ class LayerEdits(LayerTokens):
 
     def _remember(self) -> None:
         if self._returns and self.table is not None:
-            pages = [table.pages for table in self.tables()]
+            pages = [table.pools for table in self.tables()]
             # It would hold on to what a budget in bytes has to get rid of.
             free = all(each.plain.growth_limit is None for each in pages)
             forks = [
-                (table.fork(), {name for name, pool in table.pages.packed.items() if pool.refcount.any()})
+                (table.fork(), {name for name, pool in table.pools.packed.items() if pool.refcount.any()})
                 for table in (self.tables() if pages[0].packs and free else [])
             ]
             self._checkpoint = (self.state.seen, forks) if forks else None
@@ -297,7 +297,7 @@ class LayerEdits(LayerTokens):
             self.pending = None
             for part, (table, pools) in zip(self.parts, checkpoint[1], strict=True):
                 part.table = table
-                table.pages.forget_pools(pools)
+                table.pools.forget_pools(pools)
         else:
             self.settle()
             self._crop_tables(length)
@@ -316,7 +316,7 @@ class LayerEdits(LayerTokens):
         with ExitStack() as stack:
             for table in tables:
                 # Copying a page that a slower tier has may fail.
-                stack.enter_context(table.pages.transaction())
+                stack.enter_context(table.pools.transaction())
             cropped = [table.cropped(length) for table in tables]
         for table, left in zip(tables, cropped, strict=True):
             table.finish_crop(left, length)
@@ -362,8 +362,8 @@ def _packed_pages(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the pages of one part; see :meth:`LayerEdits.packed_pages`."""
     rows, columns, sizes = [], [], []
-    size = table.pool.page_size
-    for name, pool in table.pages.packed.items():
+    size = table.plain.page_size
+    for name, pool in table.pools.packed.items():
         for row, sequence in enumerate(table.rows):
             pages = sequence.pages(name)
             positions = pool.positions[pool.index(pages)].long().to(device)

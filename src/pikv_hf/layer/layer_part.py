@@ -65,7 +65,7 @@ class LayerPart:
     def device(self) -> torch.device:
         """Where the pages are, once there are any."""
         assert self.table is not None
-        return self.table.pool.device
+        return self.table.plain.device
 
     def begin(
         self,
@@ -126,10 +126,10 @@ class LayerPart:
         valid : torch.Tensor, optional
             `(R, Q)` bool, False for padding.
         leaders : list of int
-            See :meth:`PageTable.store`.
+            See :meth:`PageTable.append`.
         """
         assert self.table is not None
-        self.table.store(tokens, valid, leaders)
+        self.table.append(tokens, valid, leaders)
 
     def credit(self, masses: torch.Tensor, start: int) -> None:
         """Take how the tokens just stored, from position `start` on, were attended to in their own call, `(R, Q)`."""
@@ -139,7 +139,7 @@ class LayerPart:
     def append(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
         """Write one decoded token per row, `(R, H', D)` and `(R, H', Dv)`, into the window."""
         assert self.table is not None
-        table, pool = self.table, self.table.pool
+        table, pool = self.table, self.table.plain
         self.slots = pool.index(table.next_slots())
         keys, values = carried(keys, pool.device), carried(values, pool.device)
         pool.write_newest(self.slots, keys.transpose(0, 1), values.transpose(0, 1), seen)
@@ -147,7 +147,7 @@ class LayerPart:
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts `(R,)` int16 of the tokens of :meth:`append`."""
         if self.slots is not None and self.table is not None:
-            known = self.table.pool.experts.view(-1)
+            known = self.table.plain.experts.view(-1)
             known.index_copy_(0, self.slots, carried(experts, known.device))
 
     # Replacing the table
@@ -199,7 +199,7 @@ class LayerPart:
         assert self.table is not None
         if self.scheduler is not None:
             self.scheduler.select(self.table, indices, lanes)
-        self.table.select([row * lanes + lane for row in indices for lane in range(lanes)])
+        self.table.select_rows([row * lanes + lane for row in indices for lane in range(lanes)])
         self.slots = None
 
     def copy_to(self, twin: "LayerPart") -> None:

@@ -186,7 +186,7 @@ class LayerTokens(CacheLayerMixin):
     @property
     def lanes(self) -> int:
         """Rows of the table per sequence: 1, or one per KV head once heads keep different tokens."""
-        return 1 if self.table is None else self.heads // self.table.pool.keys.shape[0]
+        return 1 if self.table is None else self.heads // self.table.plain.keys.shape[0]
 
     @property
     def batch(self) -> int:
@@ -226,7 +226,7 @@ class LayerTokens(CacheLayerMixin):
     def _kv_format(self) -> KVFormat | None:
         if self.table is None:
             return None
-        pool = self.table.pool
+        pool = self.table.plain
         return (self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3]), self.dtype, self.device
 
     def _by_lane(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -452,7 +452,7 @@ class LayerTokens(CacheLayerMixin):
         """Return the tensors that hold the memory of one of the parts, or of all; what is pending is the first's."""
         held = []
         for each in self.parts if part is None else [self.parts[part]]:
-            held += [] if each.table is None else each.table.pages.tensors()
+            held += [] if each.table is None else each.table.pools.tensors()
             held += [] if each.scheduler is None else each.scheduler.tensors()
         return held if self.pending is None or part else [*held, self.pending.keys, self.pending.values]
 

@@ -44,7 +44,7 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
     here, there = tables[source], tables[target]
     assert here is not None
     assert there is not None
-    size = here.pool.page_size
+    size = here.plain.page_size
     wanted = min(MOVES, int(min(excess[source], -excess[target]) // size))
     moved = 0
     for name, pages in _movable(here, shard_map.fractions[:, numbers[target]]):
@@ -66,7 +66,7 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
 def _tokens_outside(table: PageTable) -> int:
     """Return the tokens in the pages of the shards, shared ones counted once."""
     tokens = 0
-    for name, pool in table.pages.pools().items():
+    for name, pool in table.pools.by_id().items():
         ids = table.distinct_pages(name)
         tokens += int(pool.count[ids[pool.shard[ids] >= 0]].sum())
     return tokens
@@ -76,7 +76,7 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, Page
     """Return full pages by pool, those of shards that the target is to have `(S,)` shares of first."""
     found = []
     sequences = list({id(row): row for row in table.rows}.values())
-    for name, pool in table.pages.pools().items():
+    for name, pool in table.pools.by_id().items():
         if isinstance(pool, PackedPool) and any(
             codec.basis is not None for codec in (pool.key_codec, pool.value_codec)
         ):
@@ -93,20 +93,20 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, Page
 
 def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> None:
     """Move full pages of a pool between tables with the same rows."""
-    pool, device = here.pages.pools()[name], there.pool.device
+    pool, device = here.pools.by_id()[name], there.plain.device
     index = pool.index(pages)
     positions = carried(pool.positions[index], device)
     if isinstance(pool, PackedPool):
         keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
-        target, ids = there.pages.adopt(pool, pages, keys, values)
-        book = there.pages.packed[target]
+        target, ids = there.pools.adopt(pool, pages, keys, values)
+        book = there.pools.packed[target]
         book.positions[book.index(ids)] = positions
         book.count[ids] = pool.count[pages]
     else:
-        contents = here.pool.contents(pages)
+        contents = here.plain.contents(pages)
         target, ids = (
             PLAIN,
-            there.pool.adopt(
+            there.plain.adopt(
                 PageContents(
                     carried(contents.keys, device),
                     carried(contents.values, device),
@@ -116,10 +116,10 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
                 )
             ),
         )
-        there.pool.incompressible[ids] = here.pool.incompressible[pages]
-    known, known_there = pool.usage, there.pages.pools()[target].usage
+        there.plain.incompressible[ids] = here.plain.incompressible[pages]
+    known, known_there = pool.usage, there.pools.by_id()[target].usage
     if known is not None and known_there is not None:
-        known_there.take(known, index, there.pages.pools()[target].index(ids))
+        known_there.take(known, index, there.pools.by_id()[target].index(ids))
     number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
     for old, new in _pairs(here, there):
         held = np.array([number[page] for page in old.full_pages(name).tolist() if page in number], dtype=np.int64)

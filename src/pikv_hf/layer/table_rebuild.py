@@ -81,16 +81,16 @@ def kept_table(
         Whether heads keep different tokens, here or in another part of the layer.
     """
     batch, heads, columns = widths.shape
-    was_split = table.pool.keys.shape[0] != heads
+    was_split = table.plain.keys.shape[0] != heads
     # A low-rank basis belongs to a head: pages of one head cannot share it.
-    decoded = [PLAIN, UNCODED] + [pool for pool in table.pages.packed if split and pool.is_lowrank]
+    decoded = [PLAIN, UNCODED] + [pool for pool in table.pools.packed if split and pool.is_lowrank]
     exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
-    kept = Compaction(widths, leaders, exact, config, split, table.pages.tiers)
+    kept = Compaction(widths, leaders, exact, config, split, table.pools.tiers)
     with kept.retired_on_error():
         if not split:
-            kept.store.inherit(table.pages)
+            kept.pools.inherit(table.pools)
         kept.add_exact()
-        for name, pool in table.pages.packed.items():
+        for name, pool in table.pools.packed.items():
             if name not in decoded:
                 kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
     return _table_of(kept, config, shard_of)
@@ -121,11 +121,11 @@ def assigned_table(
 
 
 def _table_of(kept: Compaction, config: PiKVConfig, shard_of: ShardOf) -> PageTable:
-    for pool in kept.store.pools().values():
+    for pool in kept.pools.by_id().values():
         pool.trim()
     # The sinks are among what is kept: later tokens have none of their own.
-    writer = SequenceWriter(kept.store, config.num_shards, config.recent_window, 0, shard_of)
-    return PageTable.of(writer, kept.rows)
+    writer = SequenceWriter(kept.pools, config.num_shards, config.recent_window, 0, shard_of)
+    return PageTable.from_rows(writer, kept.rows)
 
 
 def _exact_tokens(

@@ -111,7 +111,7 @@ class Compaction:
         keys, values = exact.keys, exact.values
         dims = keys.shape[-1], values.shape[-1]
         pool = PlainPool(self.page_heads, *dims, config.page_size, keys.dtype, keys.device)
-        self.store = LayerPools(pool, config, tiers)
+        self.pools = LayerPools(pool, config, tiers)
         lanes = self.heads if split else 1
         self._sequences = {
             (row, lane): SequencePages.empty(config.num_shards) for row in self._leading for lane in range(lanes)
@@ -130,7 +130,7 @@ class Compaction:
         try:
             yield
         except BaseException:
-            for pool in self.store.packed.values():
+            for pool in self.pools.packed.values():
                 pool.retire()
             raise
 
@@ -150,7 +150,7 @@ class Compaction:
         return leading.flatten(0, 1) if self.split else leading[:, 0]
 
     def _add_width(self, kept: torch.Tensor, width: int) -> None:
-        size = self.store.plain.page_size
+        size = self.pools.plain.page_size
         columns, counts, lanes = paged_columns(kept, size)
         keys, values = (self._pages(part, columns, lanes) for part in (self._exact.keys, self._exact.values))
         inside = torch.arange(size, device=columns.device) < counts[:, None]
@@ -160,16 +160,16 @@ class Compaction:
         numbers, owners = counts.cpu().numpy(), lanes.cpu().numpy()
         left = np.ones(len(columns), dtype=np.bool_)
         if width != AS_CONFIGURED:
-            self._give(self.store.pack(pages, WIDTHS[width]), numbers, owners)
+            self._give(self.pools.pack(pages, WIDTHS[width]), numbers, owners)
             return
-        if self.store.is_ready(len(columns)):
-            packed = self.store.pack(pages)
+        if self.pools.is_ready(len(columns)):
+            packed = self.pools.pack(pages)
             self._give(packed, numbers, owners)
             for which, _ in packed.values():
                 left[which] = False
         if left.any():
             rest = pages if left.all() else pages.pick(np.flatnonzero(left))
-            self._give(self.store.pack(rest, "none"), numbers[left], owners[left])
+            self._give(self.pools.pack(rest, "none"), numbers[left], owners[left])
 
     def _pages(self, tokens: torch.Tensor, columns: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
         """Return pages `(page_heads, n, P, D)` of the tokens `(B, H, T, D)` in these columns `(n, P)`."""
@@ -185,9 +185,9 @@ class Compaction:
         """Hand packed pages, `counts` `(n,)` tokens in each, to the lanes `owners` `(n,)` that they belong to."""
         lanes = list(self._sequences)
         for name, (which, ids) in packed.items():
-            self.store.packed[name].count[ids] = counts[which]
+            self.pools.packed[name].count[ids] = counts[which]
             for owner in np.unique(owners[which]):
-                self.store.give(self._sequences[lanes[owner]], name, ids[owners[which] == owner])
+                self.pools.give(self._sequences[lanes[owner]], name, ids[owners[which] == owner])
 
     # Pages that a codec has packed
 
@@ -213,8 +213,8 @@ class Compaction:
             keys, values = _picked(pool, numbers[block], heads[block], self.page_heads)
             if (counts[block] < pool.count[numbers[block]]).any():
                 keys, values = reordered(keys, order), reordered(values, order)
-            name, ids = self.store.adopt(pool, numbers[block], keys, values)
-            book = self.store.packed[name]
+            name, ids = self.pools.adopt(pool, numbers[block], keys, values)
+            book = self.pools.packed[name]
             book.positions[book.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
             self._give({name: (np.arange(len(block)), ids)}, counts[block], owner[block])
 

@@ -75,7 +75,7 @@ class LayerPools:
         """Whether full pages leave the plain pool: packed, or as they came where there are tiers."""
         return self.encoders is not None
 
-    def pools(self) -> dict[PoolId, PagePool]:
+    def by_id(self) -> dict[PoolId, PagePool]:
         """Return all pools, the plain one first."""
         return {PLAIN: self.plain, **self.packed}
 
@@ -101,7 +101,7 @@ class LayerPools:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return every tensor that holds this layer's stored tokens or serves them."""
-        held = [tensor for pool in self.pools().values() for tensor in pool.tensors()]
+        held = [tensor for pool in self.by_id().values() for tensor in pool.tensors()]
         return [*held, *self.bases(True), *self.bases(False), *([] if self.queries is None else [self.queries])]
 
     @property
@@ -118,25 +118,25 @@ class LayerPools:
     @property
     def host_bytes(self) -> int:
         """Bytes of the bookkeeping kept outside of tensors."""
-        return sum(pool.host_bytes for pool in self.pools().values())
+        return sum(pool.host_bytes for pool in self.by_id().values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that is kept, with the numbers that tables have of the pages."""
         # A free page has none yet, and will.
-        numbers = 8 * sum(int(np.maximum(pool.refcount, 1).sum()) for pool in self.pools().values())
+        numbers = 8 * sum(int(np.maximum(pool.refcount, 1).sum()) for pool in self.by_id().values())
         return live_bytes(self.tensors()) + self.host_bytes + numbers
 
     # References
 
     def incref(self, sequence: "SequencePages") -> None:
         """Add a reference to every page of a sequence."""
-        for name, pool in self.pools().items():
+        for name, pool in self.by_id().items():
             pool.incref(sequence.pages(name))
 
     def decref(self, sequence: "SequencePages") -> None:
         """Drop a reference to every page of a sequence."""
-        for name, pool in self.pools().items():
+        for name, pool in self.by_id().items():
             pool.decref(sequence.pages(name))
 
     @contextmanager
@@ -144,7 +144,7 @@ class LayerPools:
         """Undo every change of counts and references, in all pools, if the block raises."""
         before = dict(self.packed)
         with ExitStack() as stack:
-            for pool in self.pools().values():
+            for pool in self.by_id().values():
                 stack.enter_context(pool.transaction())
             try:
                 yield
@@ -296,12 +296,12 @@ class LayerPools:
 
     def know_bounds(self) -> None:
         """Have a place for the bounds of all pages from now on."""
-        for pool in self.pools().values():
+        for pool in self.by_id().values():
             pool.know_bounds()
 
     def watch(self, now: int) -> None:
         """Keep statistics of use of all pages, from step `now` on."""
-        for pool in self.pools().values():
+        for pool in self.by_id().values():
             pool.watch(now)
 
     def forget_pools(self, known: set[PoolId]) -> None:

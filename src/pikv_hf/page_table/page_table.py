@@ -40,24 +40,24 @@ class PageTable:
         self._packing_due = False
         self._changed()
         # Dropping a fork must give its pages back to the pools it shares.
-        weakref.finalize(self, _release_rows, self.pages, self.rows).atexit = False
+        weakref.finalize(self, _release_rows, self.pools, self.rows).atexit = False
 
     @classmethod
-    def of(cls, writer: SequenceWriter, rows: list[SequencePages]) -> "PageTable":
+    def from_rows(cls, writer: SequenceWriter, rows: list[SequencePages]) -> "PageTable":
         """Return a table of these rows, whose pages count them as holders already."""
         table = cls(writer, len(rows))
         table.rows[:] = rows
         return table
 
     @property
-    def pages(self) -> LayerPools:
+    def pools(self) -> LayerPools:
         """All pools of the layer."""
-        return self.writer.pages
+        return self.writer.pools
 
     @property
-    def pool(self) -> PlainPool:
+    def plain(self) -> PlainPool:
         """The pool of pages that keep tokens as they came, the window among them."""
-        return self.writer.pool
+        return self.writer.plain
 
     @property
     def num_shards(self) -> int:
@@ -67,7 +67,7 @@ class PageTable:
     @property
     def host_bytes(self) -> int:
         """Bytes of the page numbers."""
-        return sum(s.pages(name).nbytes for s in self._sequences() for name in self.pages.pools())
+        return sum(s.pages(name).nbytes for s in self.sequences() for name in self.pools.by_id())
 
     def _changed(self) -> None:
         self._plans: dict[PoolId | Region, tuple[ReadPlan, int]] = {}
@@ -75,7 +75,7 @@ class PageTable:
         self._cursor: tuple[PageIds, PageIds, int] | None = None
         self._index: FullPageIndex | None = None
 
-    def _sequences(self) -> list[SequencePages]:
+    def sequences(self) -> list[SequencePages]:
         """Return the distinct sequences, in order of their first row."""
         return list({id(row): row for row in self.rows}.values())
 
@@ -88,38 +88,38 @@ class PageTable:
         # A cursor is a licence to write to pages that nobody else holds.
         self._changed()
         twin = PageTable(self.writer, len(self.rows))
-        copies = {id(sequence): sequence.copy() for sequence in self._sequences()}
+        copies = {id(sequence): sequence.copy() for sequence in self.sequences()}
         for sequence in copies.values():
-            self.pages.incref(sequence)
+            self.pools.incref(sequence)
         twin.rows[:] = [copies[id(row)] for row in self.rows]
         return twin
 
-    def select(self, indices: Sequence[int]) -> None:
+    def select_rows(self, indices: Sequence[int]) -> None:
         """Replace the rows by those at `indices` (which may repeat or leave out rows). Copies no token."""
         rows = [self.rows[index] for index in indices]
         kept = {id(row) for row in rows}
-        for sequence in self._sequences():
+        for sequence in self.sequences():
             if id(sequence) not in kept:
-                self.pages.decref(sequence)
+                self.pools.decref(sequence)
         self.rows[:] = rows
         self._changed()
 
     def tokens(self) -> list[int]:
         """Return the number of tokens that each row holds."""
-        pools = self.pages.pools().items()
+        pools = self.pools.by_id().items()
         return [sum(int(pool.count[row.pages(name)].sum()) for name, pool in pools) for row in self.rows]
 
     def distinct_pages(self, pool: PoolId = PLAIN) -> PageIds:
         """Return the page numbers of a pool that any row holds, sorted."""
-        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool) for s in self._sequences())]))
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool) for s in self.sequences())]))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Undo every change of rows, counts and references if the block raises."""
-        copies = {id(sequence): sequence.copy() for sequence in self._sequences()}
+        copies = {id(sequence): sequence.copy() for sequence in self.sequences()}
         before = [copies[id(row)] for row in self.rows]
         try:
-            with self.pages.transaction():
+            with self.pools.transaction():
                 yield
         except BaseException:
             self.rows[:] = before
@@ -137,20 +137,20 @@ class PageTable:
             `(B,)` int64 slots. Rows that shared a sequence part ways here.
         """
         if self._cursor is None or self._cursor[2] == 0:
-            with self.pool.transaction():
+            with self.plain.transaction():
                 rows = self._part(list(range(len(self.rows))))
                 full = [row for row in rows if not self.writer.has_room(row)]
-                self.pool.reserve(len(full))
+                self.plain.reserve(len(full))
                 for row in full:
                     self.writer.make_room(row)
             self.rows[:] = rows
             self._changed()
             pages = np.array([row.window[-1] for row in rows], dtype=np.int64)
-            counts = self.pool.count[pages].astype(np.int64)
-            self._cursor = pages, pages * self.pool.page_size + counts, int(self.pool.page_size - counts.max())
+            counts = self.plain.count[pages].astype(np.int64)
+            self._cursor = pages, pages * self.plain.page_size + counts, int(self.plain.page_size - counts.max())
         pages, slots, room = self._cursor
         self._cursor = pages, slots + 1, room - 1
-        self.pool.count[pages] += 1
+        self.plain.count[pages] += 1
         return slots
 
     def _part(self, leaders: list[int]) -> list[SequencePages]:
@@ -161,12 +161,12 @@ class PageTable:
             sequence = self.rows[leader]
             if id(sequence) in taken:
                 sequence = sequence.copy()
-                self.pages.incref(sequence)
+                self.pools.incref(sequence)
             taken.add(id(sequence))
             parted[leader] = sequence
         return [parted[leader] for leader in leaders]
 
-    def store(
+    def append(
         self,
         tokens: TokenBatch,
         valid: torch.Tensor | None,
@@ -187,17 +187,17 @@ class PageTable:
         new = {row: tokens.row(row) for row in set(leaders)}
         if valid is not None:
             new = {row: mine.pick(valid[row].nonzero().squeeze(1)) for row, mine in new.items()}
-        with self.pages.transaction():
+        with self.pools.transaction():
             parted = self._part(leaders)
             # Copies take over the references: should anything fail, the rows are as they were.
             copies = {id(row): row.copy() for row in parted}
             rows = [copies[id(row)] for row in parted]
             shards = {row: self.writer.shards(mine.positions, mine.experts) for row, mine in new.items()}
-            self.pool.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in new))
-            self.pages.reserve_packed(sum(self.writer.pages_filled(rows[row], shards[row]) for row in new))
+            self.plain.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in new))
+            self.pools.reserve_packed(sum(self.writer.pages_filled(rows[row], shards[row]) for row in new))
             for row, mine in new.items():
-                self.writer.store(rows[row], shards[row], mine)
-            self.pages.pack_full(list(copies.values()))
+                self.writer.append(rows[row], shards[row], mine)
+            self.pools.pack_full(list(copies.values()))
         self.rows[:] = rows
         self._changed()
 
@@ -226,11 +226,11 @@ class PageTable:
 
     def compact(self, of: PoolId) -> None:
         """Give back the free pages of a pool, as far as pages that nobody else holds can take their place."""
-        pool = self.pages.pools()[of]
+        pool = self.pools.by_id()[of]
         if not pool.in_place:
             return
         own = np.zeros(pool.capacity, dtype=np.int64)
-        sequences = self._sequences()
+        sequences = self.sequences()
         for sequence in sequences:
             own[sequence.pages(of)] += 1
         used = int(np.count_nonzero(pool.refcount))
@@ -260,22 +260,22 @@ class PageTable:
         else:
             sequence.full = sequence.full[~np.isin(sequence.full, pages)]
             sequence.open = np.where(np.isin(sequence.open, pages), -1, sequence.open)
-        self.pages.pools()[pool].decref(pages)
+        self.pools.by_id()[pool].decref(pages)
         self._changed()
 
     def add(self, sequence: SequencePages, pool: PoolId, pages: PageIds) -> None:
         """Give full pages of a shard to a sequence, which may be several rows'."""
         if pool != PLAIN:
-            self.pages.give(sequence, pool, pages)
+            self.pools.give(sequence, pool, pages)
         else:
             sequence.full = np.append(sequence.full, pages)
-            self.pool.incref(pages)
+            self.plain.incref(pages)
         self._changed()
 
     @property
     def is_ripe(self) -> bool:
         """Whether :meth:`flush` has anything to do."""
-        return self._packing_due or any(map(self.writer.is_ripe, self._sequences()))
+        return self._packing_due or any(map(self.writer.is_ripe, self.sequences()))
 
     def flush(self) -> bool:
         """Move every page that has left the recent window to the shards, once for all rows that share it.
@@ -283,7 +283,7 @@ class PageTable:
         Returns whether any had, or had still to be packed.
         """
         writer = self.writer
-        ripe = [sequence for sequence in self._sequences() if writer.is_ripe(sequence)]
+        ripe = [sequence for sequence in self.sequences() if writer.is_ripe(sequence)]
         moved = bool(ripe) or self._packing_due
         while ripe:
             groups: dict[tuple[int, bytes], list[SequencePages]] = defaultdict(list)
@@ -291,7 +291,7 @@ class PageTable:
                 groups[sequence.window[writer.sink_pages], sequence.open.tobytes()].append(sequence)
             shards = {key: writer.page_shards(key[0]) for key in groups}
             needed = [writer.shard_pages_needed(g[0], len(g), shards[key]) for key, g in groups.items()]
-            self.pool.reserve(sum(needed))
+            self.plain.reserve(sum(needed))
             # Once, however the rows that share a page go on: in all parts of a layer it is counted alike.
             for page_shards in {key[0]: shards[key] for key in groups}.values():
                 writer.note(page_shards)
@@ -301,26 +301,26 @@ class PageTable:
             ripe = [sequence for sequence in ripe if writer.is_ripe(sequence)]
         if moved:
             self._packing_due = True
-            self.pages.pack_full(self._sequences())
+            self.pools.pack_full(self.sequences())
             self._packing_due = False
         return moved
 
     def crop(self, length: int) -> None:
         """Forget every token at position `length` or later."""
         self.reserve_crop(length)
-        with self.pages.transaction():
+        with self.pools.transaction():
             # Copying a page that a slower tier has may fail.
             cropped = self.cropped(length)
         self.finish_crop(cropped, length)
 
     def reserve_crop(self, length: int) -> None:
         """Make room for the copies that :meth:`crop` needs of pages that others hold too."""
-        for name, pool in self.pages.pools().items():
-            pool.reserve(sum(self.writer.copies_needed(sequence, length, name) for sequence in self._sequences()))
+        for name, pool in self.pools.by_id().items():
+            pool.reserve(sum(self.writer.copies_needed(sequence, length, name) for sequence in self.sequences()))
 
     def cropped(self, length: int) -> dict[int, SequencePages]:
         """Return by identity what is left of each sequence, in a transaction: it takes over the references."""
-        return {id(sequence): self.writer.cropped(sequence, length) for sequence in self._sequences()}
+        return {id(sequence): self.writer.cropped(sequence, length) for sequence in self.sequences()}
 
     def finish_crop(self, cropped: dict[int, SequencePages], length: int) -> None:
         """Replace the sequences by what :meth:`cropped` has left of them, which cannot be undone."""
@@ -342,7 +342,7 @@ class PageTable:
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
-            pages = [self._pages_of(sequence, of) for sequence in self._sequences()]
+            pages = [self._pages_of(sequence, of) for sequence in self.sequences()]
             # Pages that may move are never read as neighbours.
             min_run = max(2, MIN_RUN_BYTES // pool.page_bytes) if pool.in_place else pool.capacity + 1
             free = pool.refcount == 0
@@ -354,7 +354,7 @@ class PageTable:
 
     def pool_of(self, of: PoolId | Region) -> PagePool:
         """Return the pool that is meant, or that a region is of."""
-        return self.pool if isinstance(of, Region) else self.pages.pools()[of]
+        return self.plain if isinstance(of, Region) else self.pools.by_id()[of]
 
     def entries(self, of: PoolId | Region) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the pages of a pool by row, for kernels that look pages up. See :meth:`plan`.
@@ -370,14 +370,14 @@ class PageTable:
             numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
             for line, row in zip(numbers, rows, strict=True):
                 line[: len(row)] = row
-            device = self.pool.device
+            device = self.plain.device
             self._entries[of] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
         return self._entries[of]
 
     def index(self) -> FullPageIndex:
         """Return the full pages of the rows, for routing; made anew only after pages changed hands."""
         if self._index is None:
-            self._index = FullPageIndex.of(self.rows, self.pages.pools())
+            self._index = FullPageIndex.of(self.rows, self.pools.by_id())
         return self._index
 
     def dense(self, length: int, pools: Iterable[PoolId] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -389,7 +389,7 @@ class PageTable:
 
     def dense_part(self, length: int, keys: bool, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
         """Return only the keys, or only the values, of :meth:`dense`."""
-        plain = self.pool.keys if keys else self.pool.values
+        plain = self.plain.keys if keys else self.plain.values
         part = plain.new_zeros((len(self.rows), plain.shape[0], length, plain.shape[-1]))
         for row, pool, ids in self._read(pools):
             positions = pool.positions[ids].view(-1)
@@ -399,7 +399,7 @@ class PageTable:
 
     def stored_mask(self, length: int, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
         """Return `(B, length)` bool, at which positions the rows hold a token in these pools, by default in any."""
-        held = torch.zeros((len(self.rows), length), dtype=torch.bool, device=self.pool.device)
+        held = torch.zeros((len(self.rows), length), dtype=torch.bool, device=self.plain.device)
         for row, pool, ids in self._read(pools):
             positions = pool.positions[ids]
             held[row, positions[positions >= 0].long()] = True
@@ -421,7 +421,7 @@ class PageTable:
 
     def _read(self, pools: Iterable[PoolId] | None) -> Iterator[tuple[int, PagePool, torch.Tensor]]:
         """Yield each row's pages `(n,)` in each of the pools."""
-        known = self.pages.pools()
+        known = self.pools.by_id()
         for of in known if pools is None else pools:
             if (pool := known.get(of)) is not None:
                 for row, sequence in enumerate(self.rows):

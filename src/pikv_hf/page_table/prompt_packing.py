@@ -20,15 +20,15 @@ def pack_prompt(
     writer: "SequenceWriter", sequence: SequencePages, shards: np.ndarray, tokens: TokenBatch
 ) -> TokenBatch:
     """Move the first tokens to their shards and pack the pages that they fill; return the other tokens."""
-    for start in range(0, len(shards), step := CHUNK_PAGES * writer.pool.page_size):
+    for start in range(0, len(shards), step := CHUNK_PAGES * writer.plain.page_size):
         chunk = shards[start : start + step]
-        whole, before, after = _divide_by_pages(writer.pool, sequence, chunk)
-        if not writer.pages.is_ready(len(whole)):
+        whole, before, after = _divide_by_pages(writer.plain, sequence, chunk)
+        if not writer.pools.is_ready(len(whole)):
             whole, before, after = whole[:0], np.arange(len(chunk)), after[:0]
         _pass(writer, sequence, chunk, before, start, tokens)
-        writer.pages.pack_full([sequence])
+        writer.pools.pack_full([sequence])
         if len(whole):
-            _pack(writer, sequence, chunk[whole[:, 0]], writer.pool.index(start + whole), tokens)
+            _pack(writer, sequence, chunk[whole[:, 0]], writer.plain.index(start + whole), tokens)
         _pass(writer, sequence, chunk, after, start, tokens)
     return tokens[len(shards) :]
 
@@ -59,8 +59,8 @@ def _pass(
 ) -> None:
     """Write some tokens of a chunk that begins at `start` to the open pages of their shards."""
     if len(which):
-        slots = writer.pool.index(writer.shard_slots([sequence], shards[which]))
-        writer.pool.write(slots, tokens.pick(writer.pool.index(start + which)))
+        slots = writer.plain.index(writer.shard_slots([sequence], shards[which]))
+        writer.plain.write(slots, tokens.pick(writer.plain.index(start + which)))
 
 
 def _pack(
@@ -73,11 +73,11 @@ def _pack(
     """Pack tokens that fill pages on their own: `index` `(n, P)` are their numbers, `shards` `(n,)` the pages'."""
     contents = PageContents.of(tokens.pick(index.view(-1)), shards)
     left = np.ones(len(shards), dtype=np.bool_)
-    for name, (which, ids) in writer.pages.pack(contents).items():
-        writer.pages.give(sequence, name, ids)
+    for name, (which, ids) in writer.pools.pack(contents).items():
+        writer.pools.give(sequence, name, ids)
         left[which] = False
     if left.any():
-        _keep(writer.pool, sequence, contents, np.flatnonzero(left))
+        _keep(writer.plain, sequence, contents, np.flatnonzero(left))
 
 
 def _keep(pool: PlainPool, sequence: SequencePages, contents: PageContents, which: np.ndarray) -> None:

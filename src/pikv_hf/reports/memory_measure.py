@@ -21,8 +21,8 @@ def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
 
 
 def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) -> LayerMemory:
-    pages, plain = table.pages, table.pool
-    pools = pages.pools()
+    pages, plain = table.pools, table.plain
+    pools = pages.by_id()
     held = {name: table.distinct_pages(name) for name in pools}
     keys = live_bytes([plain.keys, *(t for p in pages.packed.values() for t in p.keys.tensors()), *pages.bases(True)])
     values = live_bytes(
@@ -72,7 +72,7 @@ def _sliding_memory(index: int, layer: Any) -> LayerMemory:
 
 
 def _plain_codec(table: PageTable, held: np.ndarray) -> CodecMemory:
-    pool = table.pool
+    pool = table.plain
     heads, _, size, dim = pool.keys.shape
     key_bytes = heads * size * dim * pool.keys.element_size()
     tokens = int(pool.count[held].sum())

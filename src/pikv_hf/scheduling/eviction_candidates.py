@@ -66,7 +66,7 @@ class EvictionCandidates:
         cls, table: PageTable, places: Sequence[PagesOfSequence], now: int, is_open: bool, shard: int | None = None
     ) -> "EvictionCandidates":
         """Collect the full pages of places, or the open pages of their shards, in one shard or in all."""
-        pools = table.pages.pools()
+        pools = table.pools.by_id()
         columns = [np.zeros((len(_COLUMNS), 0))]
         for number, place in enumerate(places):
             pool = pools[place.pool]

@@ -105,22 +105,22 @@ class PageScheduler:
     def begin_step(self, table: PageTable) -> None:
         """Count a step of attention; forks, which share pages, share the count."""
         self.prepare(table)
-        known = table.pages.plain.usage
+        known = table.pools.plain.usage
         assert known is not None
         self.now = max(self.now, known.now) + 1
-        for pool in table.pages.pools().values():
+        for pool in table.pools.by_id().values():
             if pool.usage is not None:
                 pool.usage.begin_step(self.now)
             if isinstance(pool, TieredPool) and pool.priority is None:
                 pool.priority = _TierPriority(self, pool)
-        if table.pages.tiers is not None:
-            counted = table.pages.tiers.counters
+        if table.pools.tiers is not None:
+            counted = table.pools.tiers.counters
             self.policy.count_reads(counted.hits - self._read[0], counted.misses - self._read[1])
             self._read = counted.hits, counted.misses
 
     def prepare(self, table: PageTable) -> None:
         """Let the pools of a table keep statistics, and grow no further than the budget allows."""
-        pages = table.pages
+        pages = table.pools
         if pages.plain.usage is None:
             pages.watch(self.now)
             if self.limit is not None:
@@ -130,7 +130,7 @@ class PageScheduler:
         self._admit(table, len(table.rows))
 
     def _admit(self, table: PageTable, rows: int) -> None:
-        pages = table.pages
+        pages = table.pools
         if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
             if pages.plain.growth_limit is None:
                 pages.limit(GrowthLimit(pages, self.limit))
@@ -160,7 +160,7 @@ class PageScheduler:
             if id(sequence) in done:
                 continue
             done.add(id(sequence))
-            for name, pool in table.pages.pools().items():
+            for name, pool in table.pools.by_id().items():
                 index = pool.index(sequence.pages(name))
                 if pool.usage is None or not len(index):
                     continue
@@ -213,7 +213,7 @@ class PageScheduler:
 
     def _free_pages(self, table: PageTable, pool: PagePool, pages: int, seen: int) -> bool:
         """Evict pages until a pool has so many more, of its own if it has any, else of the others."""
-        wanted, pools = pool.free_pages + pages, table.pages.pools()
+        wanted, pools = pool.free_pages + pages, table.pools.by_id()
         # A pool that was to be the first of its codec is gone again.
         names = [name for name, each in pools.items() if each is pool]
         if any(pool.free_pages >= wanted for _ in self._leaving_one_by_one(table, names, seen)):
@@ -228,23 +228,23 @@ class PageScheduler:
             freed += size
             if freed >= wanted:
                 break
-        before = table.pages.nbytes
+        before = table.pools.nbytes
         for name in names:
             table.compact(name)
-        return table.pages.nbytes < before
+        return table.pools.nbytes < before
 
     def _shrink(self, table: PageTable, seen: int) -> bool:
         """Evict until the pools are within a budget in bytes: a table that replaces another was not made within it."""
-        growth_limit, shrunk = table.pages.plain.growth_limit, False
+        growth_limit, shrunk = table.pools.plain.growth_limit, False
         while growth_limit is not None and (over := -growth_limit()) > 0:
-            if not self._free_bytes(table, list(table.pages.pools()), over, seen):
+            if not self._free_bytes(table, list(table.pools.by_id()), over, seen):
                 raise BudgetError(f"{over} bytes too many are stored, and none of them may be evicted")
             shrunk = True
         return shrunk
 
     def _leaving_one_by_one(self, table: PageTable, names: Sequence[PoolId], seen: int) -> Iterator[int]:
         """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
-        pools = table.pages.pools()
+        pools = table.pools.by_id()
         places = [
             PagesOfSequence(sequence, name, lane)
             for lane, sequence in enumerate(_distinct(table.rows))
@@ -304,7 +304,7 @@ class PageScheduler:
             else:
                 assert limit is not None
                 # The window is in every part, and counts once; of what is left each has its share.
-                window = sum(int(table.pool.count[row.window].sum()) for row in rows)
+                window = sum(int(table.plain.count[row.window].sum()) for row in rows)
                 allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
                 excess = _token_count(table, rows) - window - allowed
                 evicted |= self._evict_tokens(table, rows, excess, seen)
@@ -314,8 +314,8 @@ class PageScheduler:
         """Return a shard's bytes in tokens of one sequence, as they came: packed ones are smaller."""
         assert self.limit is not None
         assert self.limit.total_bytes is not None
-        per_page = table.pool.full_page_bytes * lanes * (len(table.rows) // lanes)
-        return self.limit.total_bytes // per_page * table.pool.page_size
+        per_page = table.plain.full_page_bytes * lanes * (len(table.rows) // lanes)
+        return self.limit.total_bytes // per_page * table.plain.page_size
 
     def _evict_tokens(
         self, table: PageTable, rows: Sequence[SequencePages], tokens: int, seen: int, shard: int | None = None
@@ -323,7 +323,7 @@ class PageScheduler:
         if tokens <= 0:
             return False
         left = tokens
-        places = [PagesOfSequence(row, name, lane) for lane, row in enumerate(rows) for name in table.pages.pools()]
+        places = [PagesOfSequence(row, name, lane) for lane, row in enumerate(rows) for name in table.pools.by_id()]
         for facts in self._facts(table, places, seen, shard):
             going = leaving(self.policy, facts.view, left)
             facts.evict(table, going)
@@ -352,7 +352,7 @@ class PageScheduler:
         assert self.queries is not None
         bounds = np.full(len(facts.view), -np.inf)
         lanes = len(table.rows) // len(self.queries)
-        heads = table.pool.keys.shape[0]
+        heads = table.plain.keys.shape[0]
         # (rows, H, queries of a KV head, D): the bound of a page is that over all of them.
         of_row = (
             self.queries.flatten(1, 2)
@@ -361,7 +361,7 @@ class PageScheduler:
         )
         rows = {id(sequence): row for row, sequence in reversed(list(enumerate(table.rows)))}
         for place, which in facts.by_place():
-            pool = table.pages.pools()[place.pool]
+            pool = table.pools.by_id()[place.pool]
             ids = facts.pages[which]
             low, high = pool.key_bounds(ids)
             entries = pool.index(ids)[None].int()
@@ -417,13 +417,13 @@ def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
 def _holders(table: PageTable, name: PoolId) -> np.ndarray:
     """Return how many sequences of a table hold each page of a pool, `(N,)`."""
     pages = [sequence.pages(name) for sequence in _distinct(table.rows)]
-    return np.bincount(np.concatenate(pages), minlength=table.pages.pools()[name].capacity)
+    return np.bincount(np.concatenate(pages), minlength=table.pools.by_id()[name].capacity)
 
 
 def _token_count(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:
     """Return the tokens that rows hold, those that they share counted for each, in one shard or everywhere."""
     total = 0
-    for name, pool in table.pages.pools().items():
+    for name, pool in table.pools.by_id().items():
         for row in rows:
             ids = row.pages(name)
             total += int(pool.count[ids if shard is None else ids[pool.shard[ids] == shard]].sum())

@@ -69,7 +69,7 @@ class SavedTable:
         shapes = {"rows": rows[:1], "open": (sequences, shards), "lengths": (sequences, 1 + len(pools)), "ids": ids[:1]}
         specs |= {f"{self._prefix}.{name}": Spec(torch.int64, shape) for name, shape in shapes.items()}
         for pool in pools:
-            specs |= pool_specs(store.pools()[pool_of(pool)], pool_prefix(self._prefix, pool_of(pool)), pool)
+            specs |= pool_specs(store.by_id()[pool_of(pool)], pool_prefix(self._prefix, pool_of(pool)), pool)
         for number, codec in enumerate(self._table["codecs"]):
             if codec["basis"]:
                 specs |= self._free_spec(basis_name(self._prefix, number), codec["keys"], 1)
@@ -181,7 +181,7 @@ class SavedTable:
     def build(self, layer: PiKVLayer, part: LayerPart, device: torch.device) -> PageTable:
         """Return the table, for a part of a layer that knows its options, expert loads and shards already."""
         store, pools = self._empty_store(device, part.tiers), self._table["pools"]
-        books = [(store.pools()[pool_of(pool)], pool_prefix(self._prefix, pool_of(pool)), pool) for pool in pools]
+        books = [(store.by_id()[pool_of(pool)], pool_prefix(self._prefix, pool_of(pool)), pool) for pool in pools]
         for book, prefix, pool in books:
             fill_pool(book, prefix, pool, self._file)
         if self._table["queries"]:
@@ -193,7 +193,7 @@ class SavedTable:
         shards, window = self._table["num_shards"], self._table["recent_window"]
         writer = SequenceWriter(store, shards, window, sinks, layer.shard_of())
         part.share(writer, layer.shard_map)
-        table = PageTable.of(writer, [sequences[number] for number in self.rows.tolist()])
+        table = PageTable.from_rows(writer, [sequences[number] for number in self.rows.tolist()])
         if part.page_router is not None:
             store.know_bounds()
         if part.scheduler is not None:

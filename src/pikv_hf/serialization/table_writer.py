@@ -47,13 +47,13 @@ def _describe_schedule(schedule: PageScheduler) -> dict[str, Any]:
 
 
 def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dict[str, Any], list[Group]]:
-    store, writer = table.pages, table.writer
-    used = {name: table.distinct_pages(name) for name in store.pools()}
+    store, writer = table.pools, table.writer
+    used = {name: table.distinct_pages(name) for name in store.by_id()}
     used = {name: ids for name, ids in used.items() if len(ids) or name == PLAIN}
     codecs, groups = _describe_codecs(prefix, store, list(used))
     pools = []
     for name, ids in used.items():
-        pool, group = describe_pool(pool_prefix(prefix, name), store.pools()[name], ids)
+        pool, group = describe_pool(pool_prefix(prefix, name), store.by_id()[name], ids)
         pools.append({"name": name_in_file(name), **pool, **codecs["pools"].get(name, {})})
         groups.append(group)
     groups.append(Group.of({f"{prefix}.{name}": part for name, part in _sequences(table, used).items()}))

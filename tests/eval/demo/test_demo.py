@@ -169,7 +169,7 @@ def test_disagreement_is_reported_with_status_1(tiny, monkeypatch):
     def forgetful(model, config, devices):
         def copy(cache: PiKVCache) -> PiKVCache:
             for layer in cache.layers:
-                layer.table.pool.values.zero_()
+                layer.table.plain.values.zero_()
             return cache.fork()
 
         return CacheKind("PiKVCache", pikv_cache(model, config, devices).make, copy)

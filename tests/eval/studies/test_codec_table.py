@@ -198,7 +198,7 @@ def test_every_codec_is_a_row() -> None:
     assert {choice.codec for choice in CHOICES} == set(CODECS)
     assert len(set(CHOICES)) == len(CHOICES) == len(CODECS) + 1
     default = filled_pikv(geometry_model(), *torch.randn(2, 1, 4, 1200, 128), key_codec="lowrank")
-    basis = default.layers[0].table.pages.bases(True)[0]
+    basis = default.layers[0].table.pools.bases(True)[0]
     assert basis.shape[-1] == Choice("lowrank", 4).rank_at(128), "rank D/4 is the default"
 
 
@@ -213,7 +213,7 @@ def test_all_that_is_not_the_plain_pool_counts() -> None:
     cache = filled_pikv(geometry_model(), *torch.randn(2, 1, 4, 2000, 128).bfloat16(), key_codec="int4")
     cache.layers[0].settle()
     table, packed = cache.layers[0].table, Packed.of(cache)
-    pool = table.pages.packed[PoolId.parse("int4/none")]
+    pool = table.pools.packed[PoolId.parse("int4/none")]
     tokens = int(pool.count.sum())
     assert packed.tokens == {"int4/none": tokens}
     assert packed.plain_size == tokens * 4 * 256 * 2

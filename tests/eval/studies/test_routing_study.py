@@ -47,7 +47,7 @@ def test_masses_are_those_of_dense_attention(reader: Reader, sample: EvalSample)
     full = pages_of(layer)[0]
     assert len(full) > 20
     for column, page in enumerate(full.tolist()):
-        expected = weights[:, layer.table.pool.positions[page].long()].sum(1).view(4, 2).mean(1)
+        expected = weights[:, layer.table.plain.positions[page].long()].sum(1).view(4, 2).mean(1)
         torch.testing.assert_close(masses[:, column].double(), expected, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(masses.sum(1) + always, torch.ones(4))
 
@@ -78,7 +78,7 @@ def test_pages_of_hash_are_those_of_sequential(reader: Reader, sample: EvalSampl
     for placement in ("hash", "sequential"):
         layer = reader.read(sample, Layout(placement, 8)).layers[1]
         layer.settle()
-        found.append({tuple(layer.table.pool.positions[page].tolist()) for page in pages_of(layer)[0]})
+        found.append({tuple(layer.table.plain.positions[page].tolist()) for page in pages_of(layer)[0]})
     assert found[0] == found[1]
     assert len(found[0]) > 40
 
