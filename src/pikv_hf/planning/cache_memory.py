@@ -18,7 +18,7 @@ from pikv_hf.page_table.layer_pools import MAX_OBSERVED
 from pikv_hf.pages.packed_pool import GROWTH as PACKED_GROWTH
 from pikv_hf.pages.plain_pool import GROWTH as PLAIN_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
-from pikv_hf.scheduling.page_scheduler import GROWTH as BUDGET_GROWTH
+from pikv_hf.scheduling.page_scheduler import BUDGET_GROWTH
 
 from .model_shape import LayerShape, ModelShape
 from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads, shards_of_part

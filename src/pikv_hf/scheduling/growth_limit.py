@@ -1,24 +1,34 @@
 """By how many bytes the pools of a layer may still grow."""
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+import torch
+
+from ..page_table.layer_pools import LayerPools
+from ..pages.plain_pool import PlainPool
 from ..reports.memory_report import live_bytes
 from .layer_budget import LayerBudget
-
-if TYPE_CHECKING:
-    from ..page_table.layer_pools import LayerPools
-    from .page_scheduler import PageScheduler
 
 
 class BudgetError(RuntimeError):
     """What may not be evicted takes more than the budget."""
 
 
-class GrowthLimit:
-    """Tells the pools of a store by how many bytes they may grow.
+class BudgetUser(Protocol):
+    """A layer's scheduler, which keeps some bytes beside the pages."""
 
-    Forks share a store, and each brings a budget of its own: what they hold together stays within the sum.
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold memory."""
+
+    def most_beside(self, pool: PlainPool, rows: int) -> int:
+        """Return the most bytes that these may take for a table of so many rows."""
+
+
+class GrowthLimit:
+    """Tells the pools of a layer by how many bytes they may grow.
+
+    Forks share the pools, and each brings a budget of its own: what they hold together stays within the sum.
 
     Parameters
     ----------
@@ -28,12 +38,12 @@ class GrowthLimit:
         In bytes.
     """
 
-    def __init__(self, pages: "LayerPools", limit: LayerBudget) -> None:
+    def __init__(self, pages: LayerPools, limit: LayerBudget) -> None:
         self._pages, self._limit = weakref.ref(pages), limit
         # Rows of the table of each layer that has pages here.
-        self._users: weakref.WeakKeyDictionary[PageScheduler, int] = weakref.WeakKeyDictionary()
+        self._users: weakref.WeakKeyDictionary[BudgetUser, int] = weakref.WeakKeyDictionary()
 
-    def admit(self, scheduler: "PageScheduler", rows: int) -> None:
+    def admit(self, user: BudgetUser, rows: int) -> None:
         """Count the budget of a layer with so many rows.
 
         Raises
@@ -41,17 +51,17 @@ class GrowthLimit:
         BudgetError
             If it is less than what is never evicted of these rows, naming both; nothing has changed then.
         """
-        if self._users.get(scheduler) == rows:
+        if self._users.get(user) == rows:
             return
-        most, least = self._budget(rows), self._least(scheduler, rows)
+        most, least = self._budget(rows), self._least(user, rows)
         if most < least:
             raise BudgetError(
                 f"a budget of {self._limit.total_bytes} bytes per layer leaves {most} for pages, but sinks, window and "
                 f"what else cannot go of {rows} rows may take {least}"
             )
-        self._users[scheduler] = rows
+        self._users[user] = rows
 
-    def _store(self) -> "LayerPools":
+    def _layer_pools(self) -> LayerPools:
         pages = self._pages()
         assert pages is not None
         return pages
@@ -59,19 +69,19 @@ class GrowthLimit:
     def _budget(self, rows: int) -> int:
         """Return the bytes for pages of so many rows: bounded sliding layers have theirs beside them."""
         assert self._limit.total_bytes is not None
-        plain = self._store().plain
+        plain = self._layer_pools().plain
         return self._limit.total_bytes - int(self._limit.sliding_tokens * rows * plain.page_bytes / plain.page_size)
 
-    def _least(self, scheduler: "PageScheduler", rows: int) -> int:
+    def _least(self, user: BudgetUser, rows: int) -> int:
         """Return what may be needed while nothing can go: a page that leaves the window may begin one per shard."""
-        pages = self._store()
+        pages = self._layer_pools()
         size = pages.plain.page_size
         needed = -(-self._limit.least // size) + 2 + min(size, self._limit.shards)
-        beside = pages.most_beside + scheduler.most_beside(pages.plain, rows)
+        beside = pages.most_beside + user.most_beside(pages.plain, rows)
         return rows * needed * pages.plain.full_page_bytes + beside
 
     def __call__(self) -> int:
         """Return the bytes; less than 0 if what there is exceeds the budget."""
         users = dict(self._users)
-        queries = sum(live_bytes(scheduler.tensors()) for scheduler in users)
-        return sum(map(self._budget, users.values())) - self._store().nbytes - queries
+        queries = sum(live_bytes(user.tensors()) for user in users)
+        return sum(map(self._budget, users.values())) - self._layer_pools().nbytes - queries

@@ -1,26 +1,21 @@
-"""Keeping a layer within its budget: which of its pages go, and when."""
+"""The scheduler of a layer: counts what attention reads of its pages, and has some evicted when a budget is used up."""
 
 import copy
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from ..config import PiKVConfig
-from ..kernels.page_scores import page_scores
 from ..page_table.page_table import PageTable
-from ..page_table.sequence_pages import SequencePages
-from ..pages.page_pool import NoRoomError, PagePool
+from ..pages.page_pool import NoRoomError
 from ..pages.plain_pool import PlainPool
-from ..pages.pool_id import PoolId
-from ..pages.types import PageIds
 from ..tiers.tiered_pool import TieredPool
-from .eviction_candidates import EvictionCandidates, PagesOfSequence, view_of
+from .eviction import evict_bytes, evict_for_pages, evict_tokens, token_count
 from .growth_limit import BudgetError, GrowthLimit
 from .layer_budget import LayerBudget
-from .policies.registry import SchedulingPolicy, leaving, make_policy
+from .policies.registry import SchedulingPolicy, make_policy
+from .tier_priority import TierPriority
 
 # Queries kept for policies that look at bounds.
 RECENT_QUERIES = 8
@@ -29,7 +24,7 @@ RECENT_QUERIES = 8
 PIECE_SHARE, MAX_PIECE = 32, 2048
 
 # Pools under a budget grow by this share of their size at a time: free pages take bytes too.
-GROWTH = 1 / 64
+BUDGET_GROWTH = 1 / 64
 
 # Options of `pikv` where pages are evicted. A tier wants the pages of the next steps, for which a half-life of 8 was
 # best; what is evicted is gone, and 64 lost the least attention (`options` in eval/results/page-traces.json).
@@ -112,7 +107,7 @@ class PageScheduler:
             if pool.usage is not None:
                 pool.usage.begin_step(self.now)
             if isinstance(pool, TieredPool) and pool.priority is None:
-                pool.priority = _TierPriority(self, pool)
+                pool.priority = TierPriority(self, pool)
         if table.pools.tiers is not None:
             counted = table.pools.tiers.counters
             self.policy.count_reads(counted.hits - self._read[0], counted.misses - self._read[1])
@@ -124,7 +119,7 @@ class PageScheduler:
         if pages.plain.usage is None:
             pages.watch(self.now)
             if self.limit is not None:
-                pages.plain.growth = min(pages.plain.growth, GROWTH)
+                pages.plain.growth = min(pages.plain.growth, BUDGET_GROWTH)
             if self.policy.reads_bounds:
                 pages.know_bounds()
         self._admit(table, len(table.rows))
@@ -204,66 +199,21 @@ class PageScheduler:
         BudgetError
             If nothing more can be evicted.
         """
-        if not self._free_pages(table, error.pool, error.pages, seen):
+        if not evict_for_pages(self, table, error.pool, error.pages, seen):
             raise BudgetError(
                 f"the budget leaves no room for {error.pages} more pages of {error.pool.page_size} tokens for "
                 f"{len(table.rows)} rows, and of what is stored only sinks, the last {self.recent_window} "
                 "tokens and what other caches share are left, which may not be evicted"
             ) from None
 
-    def _free_pages(self, table: PageTable, pool: PagePool, pages: int, seen: int) -> bool:
-        """Evict pages until a pool has so many more, of its own if it has any, else of the others."""
-        wanted, pools = pool.free_pages + pages, table.pools.by_id()
-        # A pool that was to be the first of its codec is gone again.
-        names = [name for name, each in pools.items() if each is pool]
-        if any(pool.free_pages >= wanted for _ in self._leaving_one_by_one(table, names, seen)):
-            return True
-        short = (wanted - pool.free_pages) * pool.full_page_bytes
-        return self._free_bytes(table, [name for name in pools if name not in names], short, seen)
-
-    def _free_bytes(self, table: PageTable, names: Sequence[PoolId], wanted: int, seen: int) -> bool:
-        """Evict pages of some pools until so many bytes are free, and give them back; return whether any were."""
-        freed = 0
-        for size in self._leaving_one_by_one(table, names, seen):
-            freed += size
-            if freed >= wanted:
-                break
-        before = table.pools.nbytes
-        for name in names:
-            table.compact(name)
-        return table.pools.nbytes < before
-
     def _shrink(self, table: PageTable, seen: int) -> bool:
         """Evict until the pools are within a budget in bytes: a table that replaces another was not made within it."""
         growth_limit, shrunk = table.pools.plain.growth_limit, False
         while growth_limit is not None and (over := -growth_limit()) > 0:
-            if not self._free_bytes(table, list(table.pools.by_id()), over, seen):
+            if not evict_bytes(self, table, list(table.pools.by_id()), over, seen):
                 raise BudgetError(f"{over} bytes too many are stored, and none of them may be evicted")
             shrunk = True
         return shrunk
-
-    def _leaving_one_by_one(self, table: PageTable, names: Sequence[PoolId], seen: int) -> Iterator[int]:
-        """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
-        pools = table.pools.by_id()
-        places = [
-            PagesOfSequence(sequence, name, lane)
-            for lane, sequence in enumerate(_distinct(table.rows))
-            for name in names
-        ]
-        own = {name: _holders(table, name) for name in names}
-        for facts in self._facts(table, places, seen):
-            # What somebody else holds too would be lost without making room.
-            frees = np.zeros(len(facts.view), dtype=np.bool_)
-            for place, which in facts.by_place():
-                ids = facts.pages[which]
-                frees[which] = own[place.pool][ids] == pools[place.pool].refcount[ids]
-            facts = facts.pick(frees)
-            for page in leaving(self.policy, facts.view, int(facts.view.tokens.sum())):
-                place, which = facts.places[facts.of_place[page]], np.array([page])
-                facts.evict(table, which)
-                self._count(facts, which)
-                gone = pools[place.pool].refcount[facts.pages[page]] == 0
-                yield pools[place.pool].full_page_bytes if gone else 0
 
     def enforce(self, table: PageTable, lanes: int, seen: int, headroom: int = 0) -> bool:
         """Evict until every sequence is within a budget in tokens, or the pools are within one in bytes.
@@ -299,81 +249,23 @@ class PageScheduler:
             if self.limit.per_shard:
                 most = limit if limit is not None else self._shard_tokens(table, lanes)
                 for shard in range(table.num_shards):
-                    excess = _token_count(table, rows, shard) - most * len(rows)
-                    evicted |= self._evict_tokens(table, rows, excess, seen, shard)
+                    excess = token_count(table, rows, shard) - most * len(rows)
+                    evicted |= evict_tokens(self, table, rows, excess, seen, shard)
             else:
                 assert limit is not None
                 # The window is in every part, and counts once; of what is left each has its share.
-                window = sum(int(table.plain.count[row.window].sum()) for row in rows)
+                window = sum(int(table.pool.count[row.window].sum()) for row in rows)
                 allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
-                excess = _token_count(table, rows) - window - allowed
-                evicted |= self._evict_tokens(table, rows, excess, seen)
+                excess = token_count(table, rows) - window - allowed
+                evicted |= evict_tokens(self, table, rows, excess, seen)
         return evicted
 
     def _shard_tokens(self, table: PageTable, lanes: int) -> int:
         """Return a shard's bytes in tokens of one sequence, as they came: packed ones are smaller."""
         assert self.limit is not None
         assert self.limit.total_bytes is not None
-        per_page = table.plain.full_page_bytes * lanes * (len(table.rows) // lanes)
-        return self.limit.total_bytes // per_page * table.plain.page_size
-
-    def _evict_tokens(
-        self, table: PageTable, rows: Sequence[SequencePages], tokens: int, seen: int, shard: int | None = None
-    ) -> bool:
-        if tokens <= 0:
-            return False
-        left = tokens
-        places = [PagesOfSequence(row, name, lane) for lane, row in enumerate(rows) for name in table.pools.by_id()]
-        for facts in self._facts(table, places, seen, shard):
-            going = leaving(self.policy, facts.view, left)
-            facts.evict(table, going)
-            self._count(facts, going)
-            left -= int(facts.view.tokens[going].sum())
-            if left <= 0:
-                return True
-        if shard is None:
-            raise BudgetError(f"{left} tokens too many are stored, and none of them may be evicted")
-        return left < tokens
-
-    def _facts(
-        self, table: PageTable, places: Sequence[PagesOfSequence], seen: int, shard: int | None = None
-    ) -> Iterator[EvictionCandidates]:
-        """Yield what may go: full pages, then, if these are not enough, those that are not full."""
-        recent = seen - self.recent_window
-        for is_open in (False, True):
-            facts = EvictionCandidates.of(table, places, self.now, is_open, shard)
-            facts = facts.pick((facts.oldest >= self.sink_tokens) & (facts.view.newest < recent))
-            if self.queries is not None and len(facts.view):
-                facts = facts.with_bounds(self._bounds(table, facts))
-            yield facts
-
-    def _bounds(self, table: PageTable, facts: EvictionCandidates) -> np.ndarray:
-        """Return upper bounds of the logits of recent queries for pages, `(n,)` float64."""
-        assert self.queries is not None
-        bounds = np.full(len(facts.view), -np.inf)
-        lanes = len(table.rows) // len(self.queries)
-        heads = table.plain.keys.shape[0]
-        # (rows, H, queries of a KV head, D): the bound of a page is that over all of them.
-        of_row = (
-            self.queries.flatten(1, 2)
-            .unflatten(1, (lanes * heads, -1))
-            .reshape(len(table.rows), heads, -1, self.queries.shape[-1])
-        )
-        rows = {id(sequence): row for row, sequence in reversed(list(enumerate(table.rows)))}
-        for place, which in facts.by_place():
-            pool = table.pools.by_id()[place.pool]
-            ids = facts.pages[which]
-            low, high = pool.key_bounds(ids)
-            entries = pool.index(ids)[None].int()
-            length = torch.tensor([len(ids)], dtype=torch.int32, device=pool.device)
-            query = of_row[rows[id(place.sequence)]].flatten(0, 1)[None]
-            scores = page_scores(query, low, high, entries, length)
-            bounds[which] = scores[0].amax(dim=0).cpu().numpy()
-        return bounds
-
-    def _count(self, facts: EvictionCandidates, which: PageIds) -> None:
-        self.pages_evicted += len(which)
-        self.tokens_evicted += int(facts.view.tokens[which].sum())
+        per_page = table.pool.full_page_bytes * lanes * (len(table.rows) // lanes)
+        return self.limit.total_bytes // per_page * table.pool.page_size
 
 
 def make_scheduler(
@@ -393,38 +285,3 @@ def make_scheduler(
     options = BUDGET_OPTIONS if name == "pikv" and limit is not None else {}
     policy = make_policy(name, **options)
     return PageScheduler(policy, limit, config.sink_tokens, config.recent_window)
-
-
-class _TierPriority:
-    """Tells a pool of tiers which of its pages leave fast memory first."""
-
-    def __init__(self, scheduler: PageScheduler, pool: TieredPool) -> None:
-        # Neither keeps the other alive: files are removed with the pool.
-        self._scheduler, self._pool = weakref.ref(scheduler), weakref.ref(pool)
-
-    def __call__(self, pages: PageIds) -> np.ndarray:
-        scheduler, pool = self._scheduler(), self._pool()
-        assert pool is not None
-        if scheduler is None or pool.usage is None:
-            return pool.fetched[pages]
-        return scheduler.policy.priority(view_of(pool, pages, scheduler.now))
-
-
-def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
-    return list({id(row): row for row in rows}.values())
-
-
-def _holders(table: PageTable, name: PoolId) -> np.ndarray:
-    """Return how many sequences of a table hold each page of a pool, `(N,)`."""
-    pages = [sequence.pages(name) for sequence in _distinct(table.rows)]
-    return np.bincount(np.concatenate(pages), minlength=table.pools.by_id()[name].capacity)
-
-
-def _token_count(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:
-    """Return the tokens that rows hold, those that they share counted for each, in one shard or everywhere."""
-    total = 0
-    for name, pool in table.pools.by_id().items():
-        for row in rows:
-            ids = row.pages(name)
-            total += int(pool.count[ids if shard is None else ids[pool.shard[ids] == shard]].sum())
-    return total
