@@ -137,7 +137,7 @@ def _logit_bounds(queries: torch.Tensor, table: PageTable, candidates: EvictionC
     """Return upper bounds of the logits of recent queries for pages, `(n,)` float64."""
     bounds = np.full(len(candidates.stats), -np.inf)
     lanes = len(table.rows) // len(queries)
-    heads = table.pool.keys.shape[0]
+    heads = table.plain.keys.shape[0]
     # (rows, H, queries of a KV head, D): the bound of a page is that over all of them.
     of_row = queries.flatten(1, 2).unflatten(1, (lanes * heads, -1))
     of_row = of_row.reshape(len(table.rows), heads, -1, queries.shape[-1])

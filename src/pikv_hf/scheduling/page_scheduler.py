@@ -254,7 +254,7 @@ class PageScheduler:
             else:
                 assert limit is not None
                 # The window is in every part, and counts once; of what is left each has its share.
-                window = sum(int(table.pool.count[row.window].sum()) for row in rows)
+                window = sum(int(table.plain.count[row.window].sum()) for row in rows)
                 allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
                 excess = token_count(table, rows) - window - allowed
                 evicted |= evict_tokens(self, table, rows, excess, seen)
@@ -264,8 +264,8 @@ class PageScheduler:
         """Return a shard's bytes in tokens of one sequence, as they came: packed ones are smaller."""
         assert self.limit is not None
         assert self.limit.total_bytes is not None
-        per_page = table.pool.full_page_bytes * lanes * (len(table.rows) // lanes)
-        return self.limit.total_bytes // per_page * table.pool.page_size
+        per_page = table.plain.full_page_bytes * lanes * (len(table.rows) // lanes)
+        return self.limit.total_bytes // per_page * table.plain.page_size
 
 
 def make_scheduler(

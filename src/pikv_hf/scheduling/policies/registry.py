@@ -1,11 +1,10 @@
-"""Scheduling: which full pages go first, evicted or demoted to a slower tier, when a budget is exceeded.
+"""Scheduling policies by name: which pages go first, evicted or moved to a slower tier, when a limit is exceeded.
 
-A policy sees statistics of the pages that may go (sinks, recent window and pages that are not full never do) and gives
-each a priority; the lowest goes first. Statistics come from the attention masses that the kernels return. A page "is
-used" in a step when it takes at least its equal share of the attention: one over the number of pages read.
+A policy sees statistics of the pages that may go (sinks and recent window never do) and gives each a priority; the
+lowest goes first. Statistics come from the attention masses that the kernels return. A page "is used" in a step when it
+takes at least its equal share of the attention: one over the number of pages read.
 
-The policies are in `recency_policies`, `attention_policies`, `head_policies` and `pikv_policy`; importing this module
-makes all of them known.
+The policies are in the files beside this one, a family in each; importing this module makes all of them known.
 """
 
 import dataclasses
@@ -14,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from ...common.suggest import did_you_mean
+from ...pages.usage_counters import ATTENTION_HALF_LIFE
 from .attention_based import H2O, LRUPlus, Quest
 from .base import POLICIES, SchedulingPolicy, register
-from .page_stats import ATTENTION_HALF_LIFE, Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
+from .page_stats import Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
 from .per_head import AdaKV, Duo
 from .pikv import PiKV
 from .recency import LRU, ReuseDistance, StreamingLLM, TwoQueue
