@@ -61,15 +61,8 @@ KNOWN: dict[str, set[str]] = {
     "page_table.layer_pools": {"reports.memory_report", "scheduling.growth_limit"},
     "page_table.prompt_packing": {"page_table.sequence_writer"},
     "page_table.sequence_writer": {"page_table.prompt_packing"},
-    "pages.key_bounds": {"pages.page_storage"},
-    "pages.page_storage": {"pages.key_bounds"},
     "scheduling.growth_limit": {"reports.memory_report"},
     "serialization.save_load": {"cache"},
-    "tiers.host_memory": {"tiers.tier_limits", "tiers.transfers"},
-    "tiers.lower_tiers": {"tiers.host_memory", "tiers.tier_limits", "tiers.transfers"},
-    "tiers.tier_limits": {"tiers.tiered_pool", "tiers.transfers"},
-    "tiers.tiered_pool": {"tiers.lower_tiers", "tiers.tier_limits"},
-    "tiers.transfers": {"tiers.tier_limits"},
 }
 
 Pairs = set[tuple[str, str]]

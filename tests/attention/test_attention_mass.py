@@ -33,7 +33,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.attention.attention_mass import OBSERVED
 from pikv_hf.integration.attention_function import attend, pikv_attention_forward
 from pikv_hf.pages.pool_id import PoolId
-from pikv_hf.scheduling.policies.registry import ATTENTION_HALF_LIFE
+from pikv_hf.pages.usage_counters import ATTENTION_HALF_LIFE
 
 CASES: dict[str, Any] = {
     "runs": lambda: grown(num_shards=1, batch=1),
@@ -233,7 +233,7 @@ def test_tokens_take_their_mass_from_the_window_to_shards_and_when_packed(codec:
     layer.settle()
     assert total(layer) == pytest.approx(expected, abs=1e-4)
     if codec == "int4":
-        assert any(layer.table.pools.packed[PoolId.parse("int4")].refcount)
+        assert any(layer.table.pools.packed[PoolId.parse("int4")].allocator.refcount)
 
 
 def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
@@ -266,9 +266,9 @@ def test_tokens_of_several_times_make_a_page_of_their_mean_age() -> None:
         usage.reset(np.array([page]))
     usage.add(torch.tensor([0, 1]), torch.tensor([4.0, 8.0]))
     into = torch.full((3,), 2)
-    usage.spread(torch.tensor([0, 0, 0]), into, 4, torch.full((3,), 3))
+    usage.move_tokens(torch.tensor([0, 0, 0]), into, 4, torch.full((3,), 3))
     assert usage.steps[:2, 2].tolist() == [10, 40]
-    usage.spread(torch.tensor([1]), into[:1], 4, torch.full((1,), 4))
+    usage.move_tokens(torch.tensor([1]), into[:1], 4, torch.full((1,), 4))
     assert usage.steps[0, 2] == round((3 * 10 + 20) / 4)
     assert usage.shares[:, 2].tolist() == [5.0, 5.0]
 

@@ -61,7 +61,7 @@ def test_bytes_of_a_low_rank_codec() -> None:
 def test_a_prompt_never_passes_through_the_plain_pool() -> None:
     cache = filled(8192, **both("int4"))
     table = cache.layers[0].table
-    in_use = int((table.plain.refcount > 0).sum())
+    in_use = int((table.plain.allocator.refcount > 0).sum())
     assert table.plain.capacity <= in_use + 2 * table.num_shards
     assert table.pools.packed[PoolId.parse("int4")].capacity * 32 <= 8192
 
@@ -77,7 +77,7 @@ def test_a_generation_packs_its_pages_and_wastes_few() -> None:
     pool = layer.table.pools.packed[PoolId.parse("int4")]
     assert layer.table.tokens() == [1800]
     assert pool.count.sum() > 1800 - 32 - 160 - 8 * 32
-    assert pool.free_pages <= 5
+    assert pool.allocator.free_pages <= 5
     assert layer.table.plain.capacity < 30
 
 
@@ -149,10 +149,10 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
     pool = cache.layers[0].table.pools.packed[PoolId.parse("int4")]
     assert 700 <= int(pool.count.sum()) <= 900
     fork = cache.fork()
-    assert set(pool.refcount[pool.refcount > 0].tolist()) == {2}
+    assert set(pool.allocator.refcount[pool.allocator.refcount > 0].tolist()) == {2}
     del fork
     gc.collect()
-    assert set(pool.refcount[pool.refcount > 0].tolist()) == {1}
+    assert set(pool.allocator.refcount[pool.allocator.refcount > 0].tolist()) == {1}
 
 
 # What is chosen for a page
@@ -280,7 +280,7 @@ def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytes
     cache = filled(1500, **both("int4"))
     layer = cache.layers[0]
     before = [t.clone() for t in layer.dense()]
-    counts = {name: pool.refcount.copy() for name, pool in layer.table.pools.by_id().items()}
+    counts = {name: pool.allocator.refcount.copy() for name, pool in layer.table.pools.by_id().items()}
 
     def no_memory(*args: Any) -> None:
         raise torch.OutOfMemoryError("no memory for codes")
@@ -293,8 +293,8 @@ def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytes
         with pytest.raises(torch.OutOfMemoryError):
             layer.record_experts(torch.randint(0, 32, (3000,)))
     for name, pool in layer.table.pools.by_id().items():
-        assert (pool.refcount[: len(counts[name])] == counts[name]).all()
-        assert not pool.refcount[len(counts[name]) :].any()
+        assert (pool.allocator.refcount[: len(counts[name])] == counts[name]).all()
+        assert not pool.allocator.refcount[len(counts[name]) :].any()
     layer.crop(1500)
     for then, now in zip(before, layer.dense(), strict=True):
         assert torch.allclose(then, now, atol=1e-5)

@@ -161,9 +161,8 @@ def coded(devices: int, codecs: tuple[str, str], **options: Any) -> tuple[torch.
     cache = spread(model, devices, key_codec=codecs[0], value_codec=codecs[1], rank=8, **options)
     logits = next_logits(model, read(model, cache, ids_of(300)), 300, steps=12)
     assert_spread(cache)
-    assert any(
-        pool.refcount.any() for layer in cache.layers for t in layer.tables() for pool in t.pools.packed.values()
-    )
+    tables = [table for layer in cache.layers for table in layer.tables()]
+    assert any(pool.allocator.refcount.any() for table in tables for pool in table.pools.packed.values())
     return logits, cache
 
 

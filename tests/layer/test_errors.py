@@ -29,7 +29,7 @@ def snapshot(cache: PiKVCache) -> list[Any]:
     state: list[Any] = [cache.get_seq_length(), cache.nbytes]
     for layer in cache.layers:
         keys, values = layer.dense()
-        state += [keys.clone(), values.clone(), layer.table.plain.refcount.copy().tolist()]
+        state += [keys.clone(), values.clone(), layer.table.plain.allocator.refcount.copy().tolist()]
     return state
 
 
@@ -141,7 +141,7 @@ def test_out_of_memory_changes_nothing(
 ) -> None:
     """Growth fails at a layer: that layer is as before, and cropping brings the others back."""
     with torch.no_grad():
-        while filled.layers[0].table.plain.free_pages:
+        while filled.layers[0].table.plain.allocator.free_pages:
             model(input_ids=torch.full((3, 1), 5), past_key_values=filled)
     layer = filled.layers[0]
     before, seen = [t.clone() for t in layer.dense()], layer.seen

@@ -204,7 +204,7 @@ def test_what_moves_stays_what_it_was(codec: str, batch: int) -> None:
         for name, pool in table.pools.by_id().items():
             pages = [sequence.pages(name) for sequence in {id(row): row for row in table.rows}.values()]
             expected = np.bincount(np.concatenate(pages), minlength=pool.capacity)
-            assert (pool.refcount == expected).all(), "references do not match"
+            assert (pool.allocator.refcount == expected).all(), "references do not match"
     # Memory is given back where it came from.
     assert all(report.free <= 0.06 * report.total for report in layer_memory(0, layer))
 
@@ -280,7 +280,7 @@ def test_statistics_of_use_follow(tmp_path: Any) -> None:
     while moved := level(reader.layer.parts, reader.layer.shard_map):
         total += moved
     taken = sum(float(pool.usage.shares[0].sum()) for pool in there.packed.values())
-    held = [pool.usage.steps[3][pool.refcount > 0] for pool in there.packed.values()]
+    held = [pool.usage.steps[3][pool.allocator.refcount > 0] for pool in there.packed.values()]
     assert sum(map(len, held)) == total > 0
     assert taken > 0.2 * before
     reader.read(60, at_a_time=1)
@@ -298,7 +298,7 @@ def test_rows_that_share_pages_go_on_sharing() -> None:
     rows = reader.layer.parts[1].table.rows
     shared = set(rows[0].full) & set(rows[1].full) & set(rows[2].full)
     assert len(shared) > 20
-    assert (reader.layer.parts[1].table.plain.refcount[list(shared)] == 3).all()
+    assert (reader.layer.parts[1].table.plain.allocator.refcount[list(shared)] == 3).all()
     torch.testing.assert_close(reader.layer.dense()[0], reader.keys)
     tokens = sum(report.tokens_stored for report in layer_memory(0, reader.layer))
     assert tokens <= 1500 + 3 * 120 + 3 * 16 * SMALL["num_shards"]
@@ -322,7 +322,7 @@ def test_low_rank_pages_stay_with_their_basis() -> None:
     level(reader.layer.parts, reader.layer.shard_map)
     moved = before[0] - reader.outside()[0]
     assert moved == 0
-    assert not reader.layer.parts[1].table.pools.packed[PoolId.parse("lowrank")].refcount.any()
+    assert not reader.layer.parts[1].table.pools.packed[PoolId.parse("lowrank")].allocator.refcount.any()
 
 
 def test_a_few_pages_do_not_tip_the_scales() -> None:

@@ -65,7 +65,7 @@ def test_reused_pages_start_clean() -> None:
 def test_failed_transaction_changes_no_count() -> None:
     pages = pool()
     ids = pages.allocate(3)
-    before = pages.refcount.copy(), pages.count.copy()
+    before = pages.allocator.refcount.copy(), pages.count.copy()
 
     def fail() -> None:
         with pages.transaction():
@@ -75,8 +75,8 @@ def test_failed_transaction_changes_no_count() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         fail()
-    assert (pages.refcount[:3] == before[0]).all()
-    assert pages.refcount[3:].sum() == 0
+    assert (pages.allocator.refcount[:3] == before[0]).all()
+    assert pages.allocator.refcount[3:].sum() == 0
     assert (pages.count[:3] == before[1]).all()
 
 
@@ -144,7 +144,7 @@ def test_forks_may_take_the_free_pages_that_a_run_reads_past() -> None:
     assert middle in table.plan().bridged
     torch.testing.assert_close(attend(cache, query)[0], expected)
     # Someone else takes the page and fills it with what must not be read.
-    taken = pool_.allocate(pool_.free_pages)
+    taken = pool_.allocate(pool_.allocator.free_pages)
     assert middle in taken
     pool_.values[:, taken], pool_.keys[:, taken] = torch.nan, torch.nan
     pool_.count[taken] = 4

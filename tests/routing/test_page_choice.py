@@ -15,6 +15,7 @@ import pikv_hf.integration.attention_function
 from pikv_hf import PiKVConfig
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.routing import routing_view
 from pikv_hf.routing.policies import make_routing
 
 
@@ -23,11 +24,11 @@ from pikv_hf.routing.policies import make_routing
     "state", ["uniform", "padded", "lanes", "packed", "mixed widths", "cropped", "rebuilt, grown again", "no window"]
 )
 @pytest.mark.parametrize("name", POLICIES)
-def test_choice(name: str, state: str, max_pages: float) -> None:
+def test_choice(name: str, state: str, max_pages: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Per KV head and row, rows of different lengths among them."""
     layer = in_state(state, routing=name, max_pages=max_pages, tier_cost=0.8)
     query = queries(layer)
-    costs = _set_costs(layer) if name == "cache_aware" else None
+    costs = _set_costs(layer, monkeypatch) if name == "cache_aware" else None
     choice = choose(layer, query)
     for row in range(len(layer.table.rows)):
         pages = full_pages(layer, row)
@@ -71,13 +72,15 @@ def _assert_best(
     assert min(read) >= max(left, default=min(read)) - 1e-5 * max(1, abs(min(read)))
 
 
-def _set_costs(layer: PiKVLayer) -> Any:
+def _set_costs(layer: PiKVLayer, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend that pages lie in tiers, some pools in fast memory alone."""
-    costs = {}
+    costs, slow_pools = {}, {}
     for number, (name, pool) in enumerate(layer.table.pools.by_id().items()):
         if number != 1:
             costs[name] = torch.rand(pool.capacity).round(decimals=1)
-            pool.tier_costs = lambda name=name: costs[name]
+            slow_pools[id(pool)] = costs[name]
+    monkeypatch.setattr(routing_view, "tier_costs_of", lambda pool: slow_pools.get(id(pool)))
+    monkeypatch.setattr(routing_view, "tier_costs_of", lambda pool: slow_pools.get(id(pool)))
     return lambda page: float(costs[page.where[0]][page.where[1]]) if page.where[0] in costs else 0.0
 
 

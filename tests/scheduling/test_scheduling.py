@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_hf.config import SchedulerName
+from pikv_hf.pages.usage_counters import ATTENTION_HALF_LIFE
 from pikv_hf.scheduling.policies.registry import (
-    ATTENTION_HALF_LIFE,
     POLICIES,
     PageStats,
     PiKV,

@@ -22,9 +22,9 @@ def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     model = shared_model()
     cache = read(model, new_cache(model, **both("fp8")))
     pool = cache.layers[1].table.pools.packed[PoolId.parse("fp8")]
-    ids = np.flatnonzero(pool.refcount)
+    ids = np.flatnonzero(pool.allocator.refcount)
     pool.key_bounds(ids[::2])
-    pool.watch(4)
+    pool.keep_usage(4)
     pool.usage.now = 5
     pool.usage.shares.uniform_()
     pool.usage.steps.random_(0, 5)

@@ -207,8 +207,8 @@ class BudgetMachine(RuleBasedStateMachine):
                     held.setdefault(id(pool), []).append(sequence.pages(name))
         for key, pool in pools.items():
             expected = np.bincount(np.concatenate(held[key]), minlength=pool.capacity)
-            assert (pool.refcount == expected).all(), "references do not match the sequences that hold pages"
-            in_use = np.flatnonzero(pool.refcount)
+            assert (pool.allocator.refcount == expected).all(), "references do not match the sequences that hold pages"
+            in_use = np.flatnonzero(pool.allocator.refcount)
             assert ((pool.positions[pool.index(in_use)] >= 0).sum(dim=1).numpy() == pool.count[in_use]).all()
             assert pool.usage is not None
             assert pool.usage.shares.shape[1] == pool.usage.steps.shape[1] == pool.capacity

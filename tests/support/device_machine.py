@@ -221,8 +221,8 @@ class DeviceMachine(EvictionMachine):
                             held.setdefault(id(pool), []).append(sequence.pages(name))
         for key, pool in pools.items():
             expected = np.bincount(np.concatenate(held[key]), minlength=pool.capacity)
-            assert (pool.refcount == expected).all(), "references do not match the sequences that hold pages"
-            in_use = np.flatnonzero(pool.refcount)
+            assert (pool.allocator.refcount == expected).all(), "references do not match the sequences that hold pages"
+            in_use = np.flatnonzero(pool.allocator.refcount)
             assert ((pool.positions[pool.index(in_use)] >= 0).sum(dim=1).numpy() == pool.count[in_use]).all()
 
     @invariant()
@@ -238,7 +238,7 @@ class DeviceMachine(EvictionMachine):
                 assert report.total == live + table.pools.host_bytes + table.host_bytes
             tokens = sum(report.tokens_stored for report in reports)
             distinct = sum(
-                int(pool.count[pool.refcount > 0].sum())
+                int(pool.count[pool.allocator.refcount > 0].sum())
                 for table in layer.tables()
                 for pool in table.pools.by_id().values()
             )

@@ -83,7 +83,7 @@ def assert_counted(cache: PiKVCache) -> None:
     for table in [table for layer in paged(cache) for table in layer.tables()]:
         for name, pool in table.pools.by_id().items():
             held = np.concatenate([sequence.pages(name) for sequence in {id(s): s for s in table.rows}.values()])
-            assert (pool.refcount == np.bincount(held, minlength=pool.capacity)).all()
+            assert (pool.allocator.refcount == np.bincount(held, minlength=pool.capacity)).all()
 
 
 def round_trip(

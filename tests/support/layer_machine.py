@@ -232,10 +232,10 @@ class LayerMachine(RuleBasedStateMachine):
             self.shards_follow_experts(twin)
         for key, pool in pools.items():
             expected = np.bincount(np.concatenate(held[key]), minlength=pool.capacity)
-            assert (pool.refcount == expected).all(), "references do not match the sequences that hold pages"
-            in_use = pool.index(np.flatnonzero(pool.refcount))
+            assert (pool.allocator.refcount == expected).all(), "references do not match the sequences that hold pages"
+            in_use = pool.index(np.flatnonzero(pool.allocator.refcount))
             filled = (pool.positions[in_use] >= 0).sum(dim=1).numpy()
-            assert (filled == pool.count[pool.refcount > 0]).all()
+            assert (filled == pool.count[pool.allocator.refcount > 0]).all()
             assert live_bytes(pool.tensors()) == sum(t.numel() * t.element_size() for t in pool.tensors())
 
     def shards_follow_experts(self, twin: Twin) -> None:

@@ -79,7 +79,7 @@ def assert_compact(cache: PiKVCache) -> None:
         table = getattr(layer, "table", None)
         for name, pool in ({} if table is None else table.pools.by_id()).items():
             held = np.concatenate([sequence.pages(name) for sequence in table.sequences()])
-            assert (pool.refcount == np.bincount(held, minlength=pool.capacity)).all()
+            assert (pool.allocator.refcount == np.bincount(held, minlength=pool.capacity)).all()
             assert pool.capacity <= most_pages(len(np.unique(held)))
 
 

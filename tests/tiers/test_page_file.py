@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pikv_hf.tiers import page_file
-from pikv_hf.tiers.page_file import HEADER_BYTES, RECORD_HEADER_BYTES, PageFile, PageFileError
+from pikv_hf.tiers.file_records import HEADER_BYTES, RECORD_HEADER_BYTES, PageFileError
+from pikv_hf.tiers.page_file import PageFile
 
 PAGE_BYTES, LAYOUT = 200, 0x1234_5678_9ABC_DEF0
 RECORD = PAGE_BYTES + RECORD_HEADER_BYTES

@@ -13,7 +13,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from pikv_hf import PiKVCache
 from pikv_hf.tiers import page_file
-from pikv_hf.tiers.page_file import HEADER_BYTES, PageFileError
+from pikv_hf.tiers.file_records import HEADER_BYTES, PageFileError
 from pikv_hf.tiers.tier_limits import TierFull
 
 
@@ -105,13 +105,14 @@ def test_cropping_into_a_damaged_page_changes_nothing(model: Any, ids: torch.Ten
         for path in whole:
             os.truncate(path, 0)
         layer = twin.layers[0]
-        before = [(table.refcount.copy(), table.count.copy(), table.positions.clone()) for table in pools_of(twin)]
+        pools = pools_of(twin)
+        before = [(pool.allocator.refcount.copy(), pool.count.copy(), pool.positions.clone()) for pool in pools]
         with pytest.raises(PageFileError, match="found an empty file"):
             layer.crop(length)
         for pool, (refcount, count, positions) in zip(pools_of(twin), before, strict=True):
             used = refcount > 0
-            assert (pool.refcount[: len(refcount)] == refcount).all()
-            assert not pool.refcount[len(refcount) :].any()
+            assert (pool.allocator.refcount[: len(refcount)] == refcount).all()
+            assert not pool.allocator.refcount[len(refcount) :].any()
             assert (pool.count[: len(count)][used] == count[used]).all()
             assert torch.equal(
                 pool.positions[: len(positions)][torch.from_numpy(used)], positions[torch.from_numpy(used)]

@@ -15,7 +15,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.config import CODECS
 from pikv_hf.reports.memory_report import live_bytes
 from pikv_hf.tiers import tiered_pool
-from pikv_hf.tiers.page_file import PageFileError, Records
+from pikv_hf.tiers.file_records import PageFileError, Records
 from pikv_hf.tiers.tier_limits import TierFull
 
 # The same tokens
@@ -162,12 +162,12 @@ def test_prefetched_pages_are_used_or_counted_as_wasted(model: Any, ids: torch.T
     cache = PiKVCache.for_model(model, **half(model, ids))
     generate(model, ids, cache)
     pool, counters = pools_of(cache)[0], cache.tiers.counters
-    absent = (pool.frame < 0).nonzero()[0][:4]
+    absent = (pool.frames.frame_of < 0).nonzero()[0][:4]
     copies = [part.clone() for codes in pool.codes_at(pool.index(absent)) for part in codes.tensors()]
     pool.prefetch(absent)
     assert counters.issued == 4
     assert live_bytes(pool.lower.tensors()) >= 4 * pool.page_bytes
-    frames = pool.frames(pool.index(absent[:3]))
+    frames = pool.fetch(pool.index(absent[:3]))
     assert (counters.used, counters.wasted) == (3, 1)
     for part, copy in zip(pool.token_tensors(), copies, strict=True):
         assert torch.equal(part[:, frames], copy[:, :3])
@@ -208,7 +208,7 @@ def test_counters_add_up(model: Any, ids: torch.Tensor) -> None:
     page = pools[0].page_bytes
     moved = {way: moved // page for way, moved in figures["bytes_moved"].items()}
     assert figures["pages"] == {tier: sum(pool.pages_by_tier()[tier] for pool in pools) for tier in figures["limits"]}
-    assert sum(figures["pages"].values()) == sum(int((pool.refcount > 0).sum()) for pool in pools)
+    assert sum(figures["pages"].values()) == sum(int((pool.allocator.refcount > 0).sum()) for pool in pools)
     assert figures["demoted"] == moved["device->cpu"] + moved.get("device->disk", 0)
     assert figures["misses"] == moved["cpu->device"] + moved["disk->device"]
     assert figures["promoted"] == 0
@@ -256,7 +256,7 @@ def test_rows_that_go_give_their_memory_back(model: Any, ids: torch.Tensor) -> N
     generate(model, ids, cache)
     cache.crop(8)
     assert sum(cache.tiers.pages().values()) == 0
-    assert all(pool.free_frames == pool.frames_made for pool in pools_of(cache))
+    assert all(pool.frames.free == pool.frames_made for pool in pools_of(cache))
     assert not any(len(pool.lower.pages()) for pool in pools_of(cache))
 
 

@@ -37,8 +37,8 @@ class Tiered:
         for name, pool in {} if twin.layer.table is None else twin.layer.table.pools.packed.items():
             if len(ids := twin.layer.table.distinct_pages(name)):
                 pool.prefetch(ahead := random.choice(ids, min(3, len(ids)), replace=False))
-                chosen = pool.index(np.append(ahead[1:], random.choice(ids, 4))[: pool.most_frames()])
-                codes = [part.index_select(1, pool.frames(chosen)) for part in pool.token_tensors()]
+                chosen = pool.index(np.append(ahead[1:], random.choice(ids, 4))[: pool.frames.most])
+                codes = [part.index_select(1, pool.fetch(chosen)) for part in pool.token_tensors()]
                 copies = [part for each in pool.codes_at(chosen) for part in each.tensors()]
                 assert all(bool((a == b).all()) for a, b in zip(codes, copies, strict=True))
 
@@ -52,13 +52,13 @@ class Tiered:
             if "cpu" in tiers.names[1:]:
                 assert tiers.bytes_used("cpu") <= tiers.limit("cpu")
             for pool in pools:
-                used = np.flatnonzero(pool.refcount)
+                used = np.flatnonzero(pool.allocator.refcount)
                 assert sum(pool.pages_by_tier().values()) == len(used), "a page is nowhere"
-                resident = np.flatnonzero(pool.frame >= 0)
-                assert (pool.page_of[pool.frame[resident]] == resident).all()
-                assert np.count_nonzero(pool.page_of >= 0) == len(resident)
+                resident = np.flatnonzero(pool.frames.frame_of >= 0)
+                assert (pool.frames.page_of[pool.frames.frame_of[resident]] == resident).all()
+                assert np.count_nonzero(pool.frames.page_of >= 0) == len(resident)
                 assert not pool._leaving.any()
-                gone = set(np.flatnonzero(pool.refcount == 0).tolist())
+                gone = set(np.flatnonzero(pool.allocator.refcount == 0).tolist())
                 assert not gone & set(pool.lower.pages().tolist()), "memory of a page that is gone"
 
 

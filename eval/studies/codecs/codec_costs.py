@@ -114,7 +114,7 @@ class Packed:
         for table in (layer.table for layer in cache.layers):
             pool = table.plain
             per_token = pool.keys.shape[0] * (pool.keys.shape[-1] + pool.values.shape[-1]) * 2
-            held = pool.incompressible & (pool.refcount > 0)
+            held = pool.incompressible & (pool.allocator.refcount > 0)
             here = Counter({of.name: int(packed.count.sum()) for of, packed in table.pools.packed.items()})
             if table.pools.packs:
                 size -= live_bytes(pool.tensors()) + pool.host_bytes - int(held.sum()) * pool.page_bytes

@@ -14,7 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
-from pikv_hf.scheduling.policies.registry import ATTENTION_HALF_LIFE, Floats, Integers, PageStats
+from pikv_hf.pages.usage_counters import ATTENTION_HALF_LIFE
+from pikv_hf.scheduling.policies.registry import Floats, Integers, PageStats
 
 #: Tokens per page, of the newest that no policy may touch, per chunk of the context, and in all after the context.
 PAGE, WINDOW, CHUNK, DECODED = 16, 128, 128, 320

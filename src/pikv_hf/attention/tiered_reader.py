@@ -37,7 +37,7 @@ class TieredReader(PackedReader):
 
     def _streamed(self, table: torch.Tensor) -> Iterator[tuple[int, int, PageCodes, PageCodes]]:
         """Yield the first column and the columns of each block, and its codes by lane, `(H * B, columns, ...)`."""
-        step = max(1, self.pool.block_pages() // max(1, len(table)))
+        step = max(1, self.pool.chunk_pages() // max(1, len(table)))
         blocks = table.split(step, dim=1)
         for number, block in enumerate(blocks):
             keys, values = self.pool.codes_at(block.reshape(-1), reads=True)
@@ -50,7 +50,7 @@ class TieredReader(PackedReader):
         """Attend to pages of each KV head's own choice; they stay in fast memory if it has room for all of them."""
         columns = pages.shape[2]
         stay = self.pool.can_hold(pages)
-        step = columns if stay else max(1, self.pool.block_pages() // pages[..., 0].numel())
+        step = columns if stay else max(1, self.pool.chunk_pages() // pages[..., 0].numel())
         result: Partial | None = None
         for start in range(0, max(1, columns), max(1, step)):
             block = pages[..., start : start + step]
@@ -67,7 +67,7 @@ class TieredReader(PackedReader):
         """Return the frames of pages, or copies of them if fast memory cannot hold them all."""
         pool = self.pool
         if pool.can_hold(pages, stay):
-            return LocatedPages(pool.keys, pool.values, pool.frames(pages.long()), pool.frame_counts())
+            return LocatedPages(pool.keys, pool.values, pool.fetch(pages.long()), pool.frame_counts())
         ids = np.unique(pages.cpu().numpy())
         index = pool.index(ids)
         places = pool.index(np.searchsorted(ids, pages.cpu().numpy()))
@@ -77,4 +77,4 @@ class TieredReader(PackedReader):
         """Return all columns if fast memory holds them, else as many as a block of copies may have."""
         if self.pool.can_hold(entries, fetched=False):
             return entries.shape[1]
-        return max(1, self.pool.block_pages() // len(entries))
+        return max(1, self.pool.chunk_pages() // len(entries))

@@ -10,3 +10,13 @@ def carried(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     what has not arrived.
     """
     return tensor.to(device, non_blocking=device.type != "cpu")
+
+
+def extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
+    """Return a copy of a pool's tensor with `extra` more entries, zeros, along a dimension."""
+    shape = list(tensor.shape)
+    shape[dim] += extra
+    # Zeros, not empty memory: a slot without a token is masked, and 0 * NaN would still be NaN.
+    grown = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
+    return grown

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..tiers.tiered_pool import TieredPool
+
 if TYPE_CHECKING:
     from ..layer.layer import PiKVLayer
     from ..page_table.page_table import PageTable
@@ -53,6 +55,8 @@ def _prefetch(table: "PageTable", router: "PageRouter", query: torch.Tensor, sca
     pages = index.pages.expand(len(choice.columns), -1, -1).gather(2, choice.columns)
     counted = torch.ones_like(pages, dtype=torch.bool) if choice.taken is None else choice.taken
     for name, pool in index.pools.items():
+        if not isinstance(pool, TieredPool):
+            continue
         part = index.columns[name]
         mine = counted & (choice.columns >= part.start) & (choice.columns < part.stop)
         pool.prefetch(torch.unique(pages[mine]).cpu().numpy())

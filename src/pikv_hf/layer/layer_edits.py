@@ -259,7 +259,7 @@ class LayerEdits(LayerTokens):
             # It would hold on to what a budget in bytes has to get rid of.
             free = all(each.plain.growth_limit is None for each in pages)
             forks = [
-                (table.fork(), {name for name, pool in table.pools.packed.items() if pool.refcount.any()})
+                (table.fork(), {name for name, pool in table.pools.packed.items() if pool.allocator.refcount.any()})
                 for table in (self.tables() if pages[0].packs and free else [])
             ]
             self._checkpoint = (self.state.seen, forks) if forks else None

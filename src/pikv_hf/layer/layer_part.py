@@ -88,7 +88,7 @@ class LayerPart:
         if self.scheduler is not None:
             self.scheduler.prepare(table)
         if self.page_router is not None:
-            pages.know_bounds()
+            pages.keep_bounds()
         return table
 
     def share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:

@@ -10,7 +10,7 @@ from ..common.tensors import carried
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..pages.packed_pool import PackedPool
-from ..pages.plain_pool import PageContents
+from ..pages.page_contents import PageContents
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
@@ -85,7 +85,7 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, Page
         own = np.zeros(pool.capacity, dtype=np.int64)
         for sequence in sequences:
             own[sequence.full_pages(name)] += 1
-        pages = np.flatnonzero((own > 0) & (own == pool.refcount) & (pool.count == pool.page_size))
+        pages = np.flatnonzero((own > 0) & (own == pool.allocator.refcount) & (pool.count == pool.page_size))
         order = np.argsort(-preferred[pool.shard[pages]], kind="stable")
         found.append((name, pages[order]))
     return found
@@ -106,7 +106,7 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
         contents = here.plain.contents(pages)
         target, ids = (
             PLAIN,
-            there.plain.adopt(
+            there.plain.insert(
                 PageContents(
                     carried(contents.keys, device),
                     carried(contents.values, device),
@@ -119,7 +119,7 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
         there.plain.incompressible[ids] = here.plain.incompressible[pages]
     known, known_there = pool.usage, there.pools.by_id()[target].usage
     if known is not None and known_there is not None:
-        known_there.take(known, index, there.pools.by_id()[target].index(ids))
+        known_there.copy_from(known, index, there.pools.by_id()[target].index(ids))
     number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
     for old, new in _pairs(here, there):
         held = np.array([number[page] for page in old.full_pages(name).tolist() if page in number], dtype=np.int64)

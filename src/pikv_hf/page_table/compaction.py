@@ -16,10 +16,12 @@ from ..codecs.codec import is_lowrank
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes, reordered
 from ..pages.packed_pool import PackedPool
-from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.page_contents import PageContents
+from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PoolId
 from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
+from ..tiers.tiered_pool import TieredPool, retire
 from .layer_pools import LayerPools
 from .sequence_pages import SequencePages
 
@@ -130,8 +132,7 @@ class Compaction:
         try:
             yield
         except BaseException:
-            for pool in self.pools.packed.values():
-                pool.retire()
+            retire(self.pools.packed.values())
             raise
 
     # Tokens that no codec has packed
@@ -207,7 +208,8 @@ class Compaction:
         kept = kept_by_lane[lanes, positions.clamp_min(0).long()] & (positions >= 0)
         counts = kept.sum(dim=1).cpu().numpy()
         stays = np.flatnonzero(counts)
-        for block in np.split(stays, range(step := pool.block_pages(), len(stays), step)) if len(stays) else []:
+        step = pool.chunk_pages() if isinstance(pool, TieredPool) else max(1, len(stays))
+        for block in np.split(stays, range(step, len(stays), step)) if len(stays) else []:
             index = pool.index(block)
             order = torch.argsort(~kept[index], dim=1, stable=True)
             keys, values = _picked(pool, numbers[block], heads[block], self.page_heads)
@@ -221,7 +223,7 @@ class Compaction:
 
 def _picked(pool: PackedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
     """Return copies of pages `(n,)`, of those heads `(n,)` of them alone if pages of one head are wanted."""
-    if not pool.in_place:
+    if isinstance(pool, TieredPool):
         keys, values = pool.codes_at(pool.index(ids))
         index, pages = pool.index(np.arange(len(ids))), len(ids)
     else:

@@ -12,13 +12,14 @@ from ..codecs.page_encoder import Encoded, PageEncoder
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes
 from ..pages.packed_pool import PackedPool
+from ..pages.page_contents import PageContents
 from ..pages.page_pool import PagePool
-from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PLAIN, UNCODED, PoolId
 from ..pages.types import PageIds
 from ..reports.memory_report import live_bytes
 from ..tiers.tier_limits import LayerTiers
-from ..tiers.tiered_pool import TieredPool
+from ..tiers.tiered_pool import TieredPool, retire
 
 if TYPE_CHECKING:
     from ..scheduling.growth_limit import GrowthLimit
@@ -124,7 +125,7 @@ class LayerPools:
     def nbytes(self) -> int:
         """Bytes of everything that is kept, with the numbers that tables have of the pages."""
         # A free page has none yet, and will.
-        numbers = 8 * sum(int(np.maximum(pool.refcount, 1).sum()) for pool in self.by_id().values())
+        numbers = 8 * sum(int(np.maximum(pool.allocator.refcount, 1).sum()) for pool in self.by_id().values())
         return live_bytes(self.tensors()) + self.host_bytes + numbers
 
     # References
@@ -150,8 +151,7 @@ class LayerPools:
                 yield
             except BaseException:
                 made, self.packed = self.packed, before
-                for name in made.keys() - before.keys():
-                    made[name].retire()
+                retire(made[name] for name in made.keys() - before.keys())
                 raise
 
     # Packing
@@ -183,7 +183,7 @@ class LayerPools:
             self.plain.incompressible[leaving] = False
             pool = self.packed[name]
             if self.plain.usage is not None and pool.usage is not None:
-                pool.usage.take(self.plain.usage, self.plain.index(leaving), pool.index(ids))
+                pool.usage.copy_from(self.plain.usage, self.plain.index(leaving), pool.index(ids))
             for sequence in sequences:
                 moving = np.isin(sequence.full, leaving)
                 old = sequence.full[moving]
@@ -226,9 +226,8 @@ class LayerPools:
         packed = {}
         for batch in batches:
             pool = self.packed_pool(batch.keys.codec, batch.values.codec)
-            ids = pool.allocate(len(batch.which))
-            # Free again at once: should the rest fail, nothing is lost, and nobody else allocates in between.
-            pool.refcount[ids] = 0
+            # Without a holder: should the rest fail, nothing is lost, and nobody else allocates in between.
+            ids = pool.allocate(len(batch.which), holders=0)
             # Before the pages are written: tiers have a file for each shard.
             pool.shard[ids] = pages.shards[batch.which]
             pool.put(ids, *batch.codes(pool))
@@ -262,8 +261,7 @@ class LayerPools:
             The pool, and the pages' numbers `(n,)` there, yet without a holder or tokens.
         """
         pool = self.packed_pool(source.key_codec, source.value_codec)
-        ids = pool.allocate(len(pages))
-        pool.refcount[ids] = 0
+        ids = pool.allocate(len(pages), holders=0)
         pool.shard[ids] = source.shard[pages]
         # Errors are sums over heads.
         share = np.array([*[self.plain.keys.shape[0] / source.keys.heads] * 4, 1.0], dtype=np.float32)
@@ -284,9 +282,9 @@ class LayerPools:
     def _prepare(self, pool: PagePool) -> None:
         pool.growth_limit = self.plain.growth_limit
         if self.plain.usage is not None:
-            pool.watch(self.plain.usage.now)
+            pool.keep_usage(self.plain.usage.now)
         if self.plain.bounds is not None:
-            pool.know_bounds()
+            pool.keep_bounds()
 
     def limit(self, growth_limit: "GrowthLimit") -> None:
         """Let pools grow only by the bytes that `growth_limit` returns."""
@@ -294,22 +292,22 @@ class LayerPools:
         for pool in self.packed.values():
             self._prepare(pool)
 
-    def know_bounds(self) -> None:
+    def keep_bounds(self) -> None:
         """Have a place for the bounds of all pages from now on."""
         for pool in self.by_id().values():
-            pool.know_bounds()
+            pool.keep_bounds()
 
-    def watch(self, now: int) -> None:
+    def keep_usage(self, now: int) -> None:
         """Keep statistics of use of all pages, from step `now` on."""
         for pool in self.by_id().values():
-            pool.watch(now)
+            pool.keep_usage(now)
 
     def forget_pools(self, known: set[PoolId]) -> None:
         """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
         for name in set(self.packed) - known:
-            if not self.packed[name].refcount.any():
+            if not self.packed[name].allocator.refcount.any():
                 pool = self.packed.pop(name)
-                pool.retire()
+                retire([pool])
                 for encoder, codec in zip(self.encoders or (), (pool.key_codec, pool.value_codec), strict=False):
                     if encoder.codecs.get(codec.name) is codec:
                         del encoder.codecs[codec.name]

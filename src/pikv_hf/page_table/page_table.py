@@ -8,11 +8,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ..common.kv import KV
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
+from ..tiers.tiered_pool import TieredPool
 from .full_page_index import FullPageIndex
 from .layer_pools import LayerPools
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
@@ -227,16 +229,16 @@ class PageTable:
     def compact(self, of: PoolId) -> None:
         """Give back the free pages of a pool, as far as pages that nobody else holds can take their place."""
         pool = self.pools.by_id()[of]
-        if not pool.in_place:
+        if isinstance(pool, TieredPool):
             return
         own = np.zeros(pool.capacity, dtype=np.int64)
         sequences = self.sequences()
         for sequence in sequences:
             own[sequence.pages(of)] += 1
-        used = int(np.count_nonzero(pool.refcount))
+        used = int(np.count_nonzero(pool.allocator.refcount))
         beyond = np.arange(used, pool.capacity)
-        moving = beyond[(own[beyond] > 0) & (own[beyond] == pool.refcount[beyond])]
-        targets = np.flatnonzero(pool.refcount[:used] == 0)[: len(moving)]
+        moving = beyond[(own[beyond] > 0) & (own[beyond] == pool.allocator.refcount[beyond])]
+        targets = np.flatnonzero(pool.allocator.refcount[:used] == 0)[: len(moving)]
         moving = moving[: len(targets)]
         if len(moving):
             pool.move_pages(moving, targets)
@@ -338,18 +340,19 @@ class PageTable:
         """
         pool = self.pool_of(of)
         plan, made_at = self._plans.get(of, (None, -1))
-        if plan is None or (len(plan.bridged) and made_at != pool.allocations):
+        if plan is None or (len(plan.bridged) and made_at != pool.allocator.allocations):
             members: dict[int, list[int]] = defaultdict(list)
             for index, row in enumerate(self.rows):
                 members[id(row)].append(index)
             pages = [self._pages_of(sequence, of) for sequence in self.sequences()]
             # Pages that may move are never read as neighbours.
-            min_run = max(2, MIN_RUN_BYTES // pool.page_bytes) if pool.in_place else pool.capacity + 1
-            free = pool.refcount == 0
+            movable = isinstance(pool, TieredPool)
+            min_run = pool.capacity + 1 if movable else max(2, MIN_RUN_BYTES // pool.page_bytes)
+            free = pool.allocator.refcount == 0
             plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
             # The free pages that a run reads past must stay free and clean; another fork may allocate them.
-            pool.wipe(plan.bridged)
-            self._plans[of] = plan, pool.allocations
+            pool.clear_free(plan.bridged)
+            self._plans[of] = plan, pool.allocator.allocations
         return plan
 
     def pool_of(self, of: PoolId | Region) -> PagePool:
@@ -394,7 +397,8 @@ class PageTable:
         for row, pool, ids in self._read(pools):
             positions = pool.positions[ids].view(-1)
             held = (positions >= 0).nonzero().squeeze(1)
-            part[row].index_copy_(1, positions[held].long(), pool.decoded(ids, keys).index_select(1, held))
+            tokens = pool.decoded(ids, KV.KEYS if keys else KV.VALUES).index_select(1, held)
+            part[row].index_copy_(1, positions[held].long(), tokens)
         return part
 
     def stored_mask(self, length: int, pools: Iterable[PoolId] | None = None) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..pages.plain_pool import PageContents, PlainPool
+from ..pages.page_contents import PageContents
+from ..pages.plain_pool import PlainPool
 from ..pages.tokens import TokenBatch
 from .sequence_pages import SequencePages
 

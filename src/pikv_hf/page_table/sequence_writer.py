@@ -83,13 +83,13 @@ class SequenceWriter:
         if not sequence.window:
             return False
         tail = sequence.window[-1]
-        return bool(self.plain.count[tail] < self.plain.page_size and self.plain.refcount[tail] == 1)
+        return bool(self.plain.count[tail] < self.plain.page_size and self.plain.allocator.refcount[tail] == 1)
 
     def make_room(self, sequence: SequencePages) -> None:
         """Give a sequence a window page with a free slot that it alone holds. Allocates one page at most."""
         tail = sequence.window[-1] if sequence.window else -1
         if tail >= 0 and self.plain.count[tail] < self.plain.page_size:
-            sequence.window[-1] = self.plain.own(tail, holders=1)
+            sequence.window[-1] = self.plain.copy_on_write(tail, holders=1)
         else:
             sequence.window.append(int(self.plain.allocate(1, after=tail)[0]))
 
@@ -225,7 +225,7 @@ class SequenceWriter:
         is_open = sequence.open >= 0
         room = np.zeros(self.num_shards, dtype=np.int64)
         room[is_open] = self.plain.page_size - self.plain.count[sequence.open[is_open]]
-        copies = (counts[is_open] > 0) & (self.plain.refcount[sequence.open[is_open]] != holders)
+        copies = (counts[is_open] > 0) & (self.plain.allocator.refcount[sequence.open[is_open]] != holders)
         new = np.maximum(counts - room + self.plain.page_size - 1, 0) // self.plain.page_size
         return int(new.sum() + copies.sum())
 
@@ -248,11 +248,10 @@ class SequenceWriter:
 
     def _shard_room(self, open_page: int, shard: int, tokens: int, holders: int) -> list[int]:
         """Return pages that `holders` sequences alone hold, with room for more tokens of a shard."""
-        pages = [self.plain.own(open_page, holders)] if open_page >= 0 else []
+        pages = [self.plain.copy_on_write(open_page, holders)] if open_page >= 0 else []
         room = self.plain.page_size - int(self.plain.count[pages[0]]) if pages else 0
         if tokens > room:
-            new = self.plain.allocate(_pages_for(tokens - room, self.plain.page_size), shard=shard)
-            self.plain.refcount[new] = holders
+            new = self.plain.allocate(_pages_for(tokens - room, self.plain.page_size), shard=shard, holders=holders)
             pages += new.tolist()
         return pages
 
@@ -268,7 +267,7 @@ class SequenceWriter:
         """Return how many pages of a pool :meth:`cropped` copies at most."""
         ids, keep = sequence.pages(pool), self.tokens_before(sequence, length, pool)
         book = self.pools.by_id()[pool]
-        return int(((keep > 0) & (keep < book.count[ids]) & (book.refcount[ids] > 1)).sum())
+        return int(((keep > 0) & (keep < book.count[ids]) & (book.allocator.refcount[ids] > 1)).sum())
 
     def cropped(self, sequence: SequencePages, length: int) -> SequencePages:
         """Return the sequence with only its tokens before position `length`; it takes over the references.
@@ -307,7 +306,7 @@ class SequenceWriter:
         kept = {int(page): int(page) for page in ids[keep > 0]}
         for page, count in zip(ids.tolist(), keep.tolist(), strict=True):
             if 0 < count < book.count[page]:
-                kept[page] = book.own(page, holders=1)
+                kept[page] = book.copy_on_write(page, holders=1)
                 book.count[kept[page]] = count
         book.decref(ids[keep == 0])
         return kept

@@ -1,21 +1,13 @@
-"""What routing knows of a page without reading it: the least and largest value of each key channel."""
-
-from typing import TYPE_CHECKING
+"""The least and largest value of each key channel of a page: what routing knows of a page without reading it."""
 
 import numpy as np
 import torch
 
 from .types import PageIds
 
-if TYPE_CHECKING:
-    from .page_storage import PageStorage
-
-# Keys are read this many bytes at a time to find their bounds.
-BLOCK_BYTES = 32 * 1024 * 1024
-
 
 class KeyBounds:
-    """The bounds of the pages of a pool, found when first asked for. The index of Quest (arXiv 2406.10774).
+    """The bounds of the keys of a pool's pages, found when first asked for: the index of Quest (arXiv 2406.10774).
 
     Parameters
     ----------
@@ -39,13 +31,22 @@ class KeyBounds:
 
     @property
     def low(self) -> torch.Tensor:
-        """`(H, N, D)` view."""
+        """`(H, N, D)` view of the least values."""
         return self.ends[..., : self.dim]
 
     @property
     def high(self) -> torch.Tensor:
-        """`(H, N, D)` view."""
+        """`(H, N, D)` view of the largest values."""
         return self.ends[..., self.dim :]
+
+    def missing(self, ids: PageIds) -> PageIds:
+        """Return those of pages `(n,)` whose bounds are unknown, ascending, each once."""
+        return np.unique(ids[~self.known[ids]])
+
+    def set(self, index: torch.Tensor, ids: PageIds, low: torch.Tensor, high: torch.Tensor) -> None:
+        """Store bounds `(H, n, D)` of pages, whose numbers `(n,)` are given on the device and on the host."""
+        self.ends.index_copy_(1, index, torch.cat([low, high], dim=-1))
+        self.known[ids] = True
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
@@ -77,22 +78,3 @@ class KeyBounds:
         """Follow pages `(n,)` to other numbers."""
         self.ends.index_copy_(1, target, self.ends.index_select(1, source))
         self.known[target.cpu().numpy()] = self.known[source.cpu().numpy()]
-
-    def set(self, index: torch.Tensor, ids: PageIds, keys: torch.Tensor) -> None:
-        """Take the bounds of full pages from their keys `(H, n, P, D)`."""
-        self.ends.index_copy_(1, index, torch.cat([keys.amin(dim=2), keys.amax(dim=2)], dim=-1))
-        self.known[ids] = True
-
-    def find(self, pool: "PageStorage", ids: PageIds) -> None:
-        """Read the pages among `ids` whose bounds are unknown; slots without a token do not count."""
-        missing = np.unique(ids[~self.known[ids]])
-        step = max(1, BLOCK_BYTES // max(1, pool.page_bytes))
-        for start in range(0, len(missing), step):
-            block = missing[start : start + step]
-            index = pool.index(block)
-            keys = pool.decoded(index, True).unflatten(1, (len(block), pool.page_size))
-            empty = (pool.positions[index] < 0)[..., None]
-            low = keys.masked_fill(empty, torch.inf).amin(dim=2)
-            high = keys.masked_fill(empty, -torch.inf).amax(dim=2)
-            self.ends.index_copy_(1, index, torch.cat([low, high], dim=-1))
-            self.known[block] = True

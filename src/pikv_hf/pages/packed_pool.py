@@ -1,9 +1,13 @@
-"""The pool of pages that a codec packed."""
+"""The pool of packed pages: full pages encoded by a codec for keys and one for values."""
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ..codecs.codec import Codec
+from ..common.kv import KV
 from ..kernels import gather_pages
 from ..kernels.page_codes import BITS, PageCodes
 from .key_bounds import KeyBounds
@@ -12,8 +16,8 @@ from .plain_pool import PlainPool
 from .pool_id import PoolId
 from .types import PageIds
 
-# These pools grow by single pages at a time in a long generation, and their bytes are what users look at.
-GROWTH = 1 / 64
+#: The share by which these pools grow: single pages at a time in a long generation, and users look at their bytes.
+PACKED_GROWTH = 1 / 64
 
 
 class PackedPool(PagePool):
@@ -34,8 +38,14 @@ class PackedPool(PagePool):
         `(N, 5)` float32: energy and lost energy of keys, of values, and the mean square error of logits.
     """
 
+    new_page: ClassVar[Mapping[str, np.ndarray | np.generic]] = {
+        **PagePool.new_page,
+        "errors": np.zeros(5, dtype=np.float32),
+    }
+    errors: np.ndarray
+
     def __init__(self, plain: PlainPool, key_codec: Codec, value_codec: Codec) -> None:
-        super().__init__(plain.page_size, plain.device, GROWTH, keeps_experts=False)
+        super().__init__(plain.page_size, plain.device, PACKED_GROWTH, keeps_experts=False)
         heads, dtype = plain.keys.shape[0], plain.keys.dtype
         self.dtype = dtype
         self._key_dim = plain.keys.shape[-1]
@@ -43,7 +53,6 @@ class PackedPool(PagePool):
         size, device = plain.page_size, plain.device
         self.keys = key_codec.empty(heads, size, plain.keys.shape[-1], dtype, device)
         self.values = value_codec.empty(heads, size, plain.values.shape[-1], dtype, device)
-        self.errors = np.zeros((0, 5), dtype=np.float32)
 
     @property
     def id(self) -> PoolId:
@@ -64,37 +73,22 @@ class PackedPool(PagePool):
         self.keys = self.keys.map(lambda _: next(parts))
         self.values = self.values.map(lambda _: next(parts))
 
-    def _grow(self, extra: int) -> None:
-        super()._grow(extra)
-        self.errors = np.append(self.errors, np.zeros((extra, 5), dtype=np.float32), axis=0)
-
-    def _notes(self) -> list[str]:
-        return [*super()._notes(), "errors"]
-
-    def know_bounds(self) -> None:
-        """Have a place for bounds, where codes do not tell them."""
-        if not self._codes_tell:
-            super().know_bounds()
-
-    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the bounds of the keys of all pages; integer codes are counted from them."""
-        if not self._codes_tell:
-            return super().key_bounds(ids)
-        assert self.keys.floor is not None
-        assert self.keys.spread is not None
-        return self.keys.floor, self.keys.spread
-
     @property
-    def _codes_tell(self) -> bool:
-        return self.in_place and self.keys.kind in BITS and self.keys.latent is None
+    def _codes_have_bounds(self) -> bool:
+        """Whether keys are integer codes, which are counted from the least value of their channel."""
+        return self.keys.kind in BITS and self.keys.latent is None
 
-    def _new_bounds(self) -> KeyBounds:
+    def _new_bounds(self) -> KeyBounds | None:
+        if self._codes_have_bounds:
+            return None
         return KeyBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the bookkeeping kept outside of tensors."""
-        return super().host_bytes + self.errors.nbytes
+    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the bounds of the keys of all pages; see :meth:`PagePool.key_bounds`."""
+        self.keep_bounds()
+        if self.bounds is not None:
+            return super().key_bounds(ids)
+        return code_bounds(self.keys)
 
     def put(self, ids: PageIds, keys: list[torch.Tensor], values: list[torch.Tensor], errors: np.ndarray) -> None:
         """Store encoded pages.
@@ -119,17 +113,13 @@ class PackedPool(PagePool):
         self.errors[new] = self.errors[page]
         return new
 
-    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+    def decoded(self, index: torch.Tensor, which: KV) -> torch.Tensor:
         """Return the keys, or the values, of the pages at `index` `(n,)`, decoded into `(H, n * P, D)`."""
-        codes, codec = (self.keys, self.key_codec) if keys else (self.values, self.value_codec)
+        codes, codec = self._codes_of(which)
         return self._gathered(codes, codec, index, self.counts())
 
-    def retire(self) -> None:
-        """Give back what tiers hold of this pool, which is not used again; an error may still refer to it."""
-
-    def block_pages(self) -> int:
-        """Return how many pages to copy at a time: all, where they are in memory anyway."""
-        return max(1, self.capacity)
+    def _codes_of(self, which: KV) -> tuple[PageCodes, Codec]:
+        return (self.keys, self.key_codec) if which is KV.KEYS else (self.values, self.value_codec)
 
     def codes_at(self, index: torch.Tensor) -> tuple[PageCodes, PageCodes]:
         """Return copies of the codes of keys and of values of the pages at `index` `(n,)`."""
@@ -139,3 +129,10 @@ class PackedPool(PagePool):
         table, lengths = index[None].int(), torch.full((1,), len(index), dtype=torch.int32, device=self.device)
         dtype = self.dtype if codec.basis is None else torch.float32
         return codec.from_code_space(gather_pages(codes, table, lengths, counts, dtype)[0]).to(self.dtype)
+
+
+def code_bounds(keys: PageCodes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the floors and the spreads above them `(H, N, D)` that integer codes of keys are counted from."""
+    assert keys.floor is not None
+    assert keys.spread is not None
+    return keys.floor, keys.spread

@@ -1,28 +1,44 @@
-"""Who holds the pages of a pool: allocation, references, and undoing both."""
+"""A pool of fixed-size pages: what is kept of every page, its allocation and its growth; subclasses keep the K/V."""
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from .page_storage import PageStorage
+from ..common.kv import KV
+from ..common.tensors import extended
+from .key_bounds import KeyBounds
+from .page_allocator import PageAllocator
 from .types import PageIds
+from .usage_counters import UsageCounters
 
-# A pool that runs out of pages grows by a share of its size, at least by MIN_GROWTH pages.
+#: A pool that runs out of pages grows by a share of its size, at least by this many pages.
 MIN_GROWTH = 4
+
+#: The most bytes that the host keeps of a page: counts, errors, and its number in a table.
+HOST_BYTES_PER_PAGE = 48
+
+#: Keys are read in blocks of this many bytes to find their bounds.
+BOUNDS_BLOCK_BYTES = 32 << 20
 
 
 class NoRoomError(Exception):
-    """A pool may not grow: so many pages have to go first."""
+    """A pool may not grow as far as it has to: so many of its pages have to go first."""
 
     def __init__(self, pool: "PagePool", pages: int) -> None:
         super().__init__(f"{pages} pages too few of {pool.capacity}")
         self.pool, self.pages = pool, pages
 
 
-class PagePool(PageStorage):
-    """Allocation and reference counts of the pages of one layer on one device; a subclass keeps their K/V.
+class PagePool(ABC):
+    """The pages of one layer on one device: their tokens' positions, and who refers to them.
+
+    A page holds up to `page_size` tokens of one sequence, of all KV heads, in order of position. Page numbers stay
+    valid when the pool grows.
 
     Parameters
     ----------
@@ -38,34 +54,185 @@ class PagePool(PageStorage):
 
     Attributes
     ----------
-    allocations : int
-        Calls of :meth:`allocate` so far: while it stands, free pages stay as they are.
+    allocator : PageAllocator
+        The free list and the reference counts.
     growth_limit : callable, optional
         Returns the bytes by which the pool may grow; without one there is no limit.
+    positions : torch.Tensor
+        `(N, P)` int32, -1 in empty slots.
+    experts : torch.Tensor
+        `(N, P)` int16, the token's primary expert, -1 where unknown; `(N, 0)` where it is not kept.
+    count, shard, used : numpy.ndarray
+        `(N,)` int16 / int16 / bool: tokens in the page, its shard (-1: window), whether it ever held tokens.
+    bounds : KeyBounds, optional
+        The least and largest keys of each page, for routing; see :meth:`keep_bounds`.
+    usage : UsageCounters, optional
+        The attention that each page took, for scheduling; see :meth:`keep_usage`.
     """
 
+    #: The host's arrays with an entry per page, by attribute: the entry of a new page.
+    new_page: ClassVar[Mapping[str, np.ndarray | np.generic]] = {
+        "count": np.int16(0),
+        "shard": np.int16(-1),
+        "used": np.bool_(False),
+    }
+    count: np.ndarray
+    shard: np.ndarray
+    used: np.ndarray
+
     def __init__(self, page_size: int, device: torch.device, growth: float, keeps_experts: bool = True) -> None:
-        super().__init__(page_size, device, keeps_experts)
+        self.page_size = page_size
+        self.device = device
         self.growth = growth
-        self.allocations = 0
         self.growth_limit: Callable[[], int] | None = None
-        # Pages that were held when the running transaction began: should it fail, their owners want them as they are.
-        self._spared = np.zeros(0, dtype=np.bool_)
+        self.allocator = PageAllocator()
+        self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
+        self.experts = torch.full((0, page_size if keeps_experts else 0), -1, dtype=torch.int16, device=device)
+        self.bounds: KeyBounds | None = None
+        self.usage: UsageCounters | None = None
+        for name, entry in self.new_page.items():
+            setattr(self, name, np.zeros((0, *np.shape(entry)), dtype=entry.dtype))
+
+    # What a subclass keeps of a page
+
+    @abstractmethod
+    def token_tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold K/V, `(H, N, ...)` each."""
+
+    def _page_tensors(self) -> list[torch.Tensor]:
+        """Return those of :meth:`token_tensors` that have an entry per page number."""
+        return self.token_tensors()
+
+    @abstractmethod
+    def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
+        """Take grown copies of :meth:`token_tensors`, in that order."""
+
+    @abstractmethod
+    def decoded(self, index: torch.Tensor, which: KV) -> torch.Tensor:
+        """Return the keys, or the values, of the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)`."""
+
+    @abstractmethod
+    def _new_bounds(self) -> KeyBounds | None:
+        """Return the bounds of no pages; None where the stored keys tell them."""
+
+    # What is known of pages
 
     @property
-    def free_pages(self) -> int:
-        """Pages that can be allocated without growing."""
-        return int(np.count_nonzero(self._free()))
+    def capacity(self) -> int:
+        """Pages, free ones included."""
+        return len(self.count)
 
-    def _free(self) -> np.ndarray:
-        free = self.refcount == 0
-        free[: len(self._spared)] &= ~self._spared
-        return free
+    def index(self, ids: npt.NDArray[np.integer]) -> torch.Tensor:
+        """Return host integers as an int64 tensor on the pool's device."""
+        return torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)).to(self.device)
+
+    def counts(self) -> torch.Tensor:
+        """Return the tokens in each page, `(N,)` int32 on the device; stale in free pages."""
+        # Always up to date in the positions, which a decoded token's slot is given when it is written.
+        return (self.positions >= 0).sum(dim=1, dtype=torch.int32)
+
+    def _kept_beside(self) -> list[KeyBounds | UsageCounters]:
+        """Return what is kept of pages for routing and scheduling, which follows whatever happens to the pages."""
+        return [each for each in (self.bounds, self.usage) if each is not None]
+
+    def keep_usage(self, now: int) -> None:
+        """Count the attention that pages take from step `now` on."""
+        if self.usage is None:
+            self.usage = UsageCounters(self.device)
+            self.usage.now = now
+            self.usage.resize(self.capacity)
+            self.usage.reset(np.arange(self.capacity))
+
+    def keep_bounds(self) -> None:
+        """Have a place for the bounds of all pages from now on, so that their bytes count."""
+        if self.bounds is None and (bounds := self._new_bounds()) is not None:
+            bounds.resize(self.capacity)
+            self.bounds = bounds
+
+    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the bounds of the keys of all pages, known at least for those at `ids`.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(H, N, D)` least values, and `(H, N, D)` largest ones or codes of the spreads above the least, as
+            :func:`pikv_hf.kernels.page_scores.page_scores` takes them.
+        """
+        self.keep_bounds()
+        assert self.bounds is not None
+        missing = self.bounds.missing(ids)
+        step = max(1, BOUNDS_BLOCK_BYTES // max(1, self.page_bytes))
+        for start in range(0, len(missing), step):
+            block = missing[start : start + step]
+            index = self.index(block)
+            self.bounds.set(index, block, *self._read_bounds(index))
+        return self.bounds.low, self.bounds.high
+
+    def _read_bounds(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the bounds of the keys of pages `(n,)`, `(H, n, D)` each; slots without a token do not count."""
+        keys = self.decoded(index, KV.KEYS).unflatten(1, (len(index), self.page_size))
+        empty = (self.positions[index] < 0)[..., None]
+        return keys.masked_fill(empty, torch.inf).amin(dim=2), keys.masked_fill(empty, -torch.inf).amax(dim=2)
+
+    # Memory
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold the pool's memory."""
+        beside = [tensor for each in self._kept_beside() for tensor in each.tensors()]
+        return [*self.token_tensors(), self.positions, self.experts, *beside]
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page."""
+        return sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in self.token_tensors())
+
+    @property
+    def full_page_bytes(self) -> int:
+        """Bytes by which a page makes the pool larger, with everything that is kept beside its keys and values."""
+        tokens = (self.positions.element_size() + self.experts.element_size()) * self.page_size
+        # Of a single page, which the pool need not have yet.
+        beside = [tensor for each in self._kept_beside() for tensor in each.tensors()]
+        known = sum(each.shape[0] * each.shape[2:].numel() * each.element_size() for each in beside)
+        return self.page_bytes + tokens + known + HOST_BYTES_PER_PAGE
 
     @property
     def free_bytes(self) -> int:
         """Bytes of K/V in memory that no page uses."""
-        return self.page_bytes * self.free_pages
+        return self.page_bytes * self.allocator.free_pages
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        arrays = sum(getattr(self, name).nbytes for name in self.new_page)
+        return self.allocator.refcount.nbytes + arrays + sum(each.host_bytes for each in self._kept_beside())
+
+    def _grow(self, extra: int) -> None:
+        old = self.capacity
+        grown = [extended(tensor, extra, 1) for tensor in self._page_tensors()]
+        positions, experts = extended(self.positions, extra, 0), extended(self.experts, extra, 0)
+        if grown:
+            self._replace_tokens(grown)
+        self.positions, self.experts = positions, experts
+        self.positions[old:] = -1
+        self.experts[old:] = -1
+        for name, entry in self.new_page.items():
+            new = np.full((extra, *np.shape(entry)), entry, dtype=entry.dtype)
+            setattr(self, name, np.append(getattr(self, name), new, axis=0))
+        self._resize_beside()
+
+    def _cut(self, end: int) -> None:
+        """Give back the pages from number `end` on."""
+        if trimmed := [tensor[:, :end].clone() for tensor in self._page_tensors()]:
+            self._replace_tokens(trimmed)
+        self.positions, self.experts = self.positions[:end].clone(), self.experts[:end].clone()
+        for name in self.new_page:
+            setattr(self, name, getattr(self, name)[:end].copy())
+        self._resize_beside()
+
+    def _resize_beside(self) -> None:
+        self.allocator.resize(self.capacity)
+        for each in self._kept_beside():
+            each.resize(self.capacity)
 
     def reserve(self, pages: int) -> None:
         """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was.
@@ -75,7 +242,7 @@ class PagePool(PageStorage):
         NoRoomError
             If the pool would have to grow beyond what `growth_limit` says.
         """
-        missing = pages - self.free_pages
+        missing = pages - self.allocator.free_pages
         if missing > 0:
             # The first reservation is exact (a prompt whose size is known); later ones leave room for what follows.
             slack = max(MIN_GROWTH, int(self.capacity * self.growth)) if self.capacity else 0
@@ -89,74 +256,98 @@ class PagePool(PageStorage):
 
     def trim(self) -> None:
         """Give back the free pages at the end."""
-        held = np.flatnonzero(~self._free())
-        end = int(held[-1]) + 1 if len(held) else 0
+        used = np.flatnonzero(~self.allocator.free_mask())
+        end = int(used[-1]) + 1 if len(used) else 0
         if end < self.capacity:
             self._cut(end)
 
-    def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
-        """Take free pages, side by side where possible.
+    # Pages and those who refer to them
+
+    def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
+        """Take free pages, without tokens; see :meth:`PageAllocator.allocate`.
 
         Parameters
         ----------
-        pages : int
-            How many.
-        after : int
-            A page whose right-hand neighbours are preferred, so that a sequence stays in one piece.
+        pages, after, holders : int
+            How many, a page to be next to, and their reference count.
         shard : int
             The shard they will belong to, -1 for the window.
 
         Returns
         -------
         numpy.ndarray
-            `(pages,)` int64 page numbers, each with a reference count of 1 and no tokens.
+            `(pages,)` int64 page numbers.
         """
         self.reserve(pages)
-        free = self._free()
-        if after >= 0 and free[after + 1 : after + 1 + pages].sum() == pages:
-            ids = np.arange(after + 1, after + 1 + pages)
-        else:
-            ids = _first_run(np.flatnonzero(free), pages)
-        self.refcount[ids] = 1
+        ids = self.allocator.allocate(pages, after, holders)
         self.count[ids] = 0
         self.shard[ids] = shard
-        self.wipe(ids)
-        for companion in self.companions():
-            companion.reset(ids)
+        self.clear_free(ids)
+        for each in self._kept_beside():
+            each.reset(ids)
         self.used[ids] = True
-        self.allocations += 1
         return ids
 
     def incref(self, ids: PageIds) -> None:
         """Add a reference to each page (a page number may repeat)."""
-        np.add.at(self.refcount, ids, 1)
+        self.allocator.incref(ids)
 
     def decref(self, ids: PageIds) -> None:
         """Drop a reference to each page; pages without one are free and hold no tokens."""
-        np.subtract.at(self.refcount, ids, 1)
-        assert (self.refcount[ids] >= 0).all(), "a page was released more often than held"
-        self.count[ids[self.refcount[ids] == 0]] = 0
+        self.count[self.allocator.decref(ids)] = 0
 
     def copy_page(self, page: int) -> int:
         """Copy a page; the copy has a reference count of 1."""
         new = int(self.allocate(1, shard=int(self.shard[page]))[0])
-        self._copy_page(page, new)
+        for tensor in self._page_tensors():
+            tensor[:, new].copy_(tensor[:, page])
+        self.positions[new], self.experts[new] = self.positions[page], self.experts[page]
+        self.count[new] = self.count[page]
+        for each in self._kept_beside():
+            each.copy(page, new)
         return new
 
-    def own(self, page: int, holders: int) -> int:
-        """Return a page with this one's content that only `holders` sequences hold; they swap it for theirs."""
-        if self.refcount[page] == holders:
+    def copy_on_write(self, page: int, holders: int) -> int:
+        """Return a page with this one's content to which only `holders` sequences refer; they swap it for theirs."""
+        if self.allocator.refcount[page] == holders:
             return page
         copy = self.copy_page(page)
-        self.refcount[copy] = holders
-        self.refcount[page] -= holders
+        self.allocator.hand_over(page, copy, holders)
         return copy
 
     def move_pages(self, sources: PageIds, targets: PageIds) -> None:
         """Give pages `(n,)` other numbers, of pages that are free; those that they had are free then."""
-        self._move_pages(sources, targets)
-        self.refcount[sources], self.count[sources] = 0, 0
-        self.allocations += 1
+        source, target = self.index(sources), self.index(targets)
+        for tensor in self._page_tensors():
+            tensor.index_copy_(1, target, tensor.index_select(1, source))
+        self.positions[target], self.experts[target] = self.positions[source], self.experts[source]
+        for name in self.new_page:
+            array = getattr(self, name)
+            array[targets] = array[sources]
+        for each in self._kept_beside():
+            each.move(source, target)
+        self.allocator.renumber(sources, targets)
+        self.count[sources] = 0
+
+    def clear_free(self, ids: PageIds) -> None:
+        """Clear what earlier tokens left in free pages; floating-point K/V too, since a masked NaN is a NaN."""
+        stale = ids[self.used[ids]]
+        if len(stale):
+            index = self.index(stale)
+            self.positions.index_fill_(0, index, -1)
+            self.experts.index_fill_(0, index, -1)
+            for tensor in self._page_tensors():
+                if tensor.is_floating_point():
+                    tensor.index_fill_(1, index, 0)
+
+    def truncate(self, page: int, count: int) -> None:
+        """Forget the tokens of a page beyond the first `count`."""
+        self.count[page] = count
+        self.positions[page, count:] = -1
+        self.experts[page, count:] = -1
+        if self.bounds is not None:
+            # Other tokens may come in their place.
+            self.bounds.reset(np.array([page]))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -164,30 +355,21 @@ class PagePool(PageStorage):
 
         K/V need no undo: a block only writes to slots that no count covered at its start.
         """
-        before = self.refcount.copy(), self.count.copy(), self.shard.copy()
-        known = None if self.usage is None else self.usage.snapshot()
-        outer, self._spared = self._spared, before[0] > 0
-        self._spared[: len(outer)] |= outer
-        try:
-            yield
-        except BaseException:
-            self.refcount[: len(before[0])], self.count[: len(before[1])], self.shard[: len(before[2])] = before
-            self.refcount[len(before[0]) :] = 0
-            self.count[len(before[0]) :] = 0
-            if known is not None and self.usage is not None:
-                self.usage.restore(known)
-            beyond = torch.arange(self.page_size, device=self.device) >= self.index(self.count)[:, None]
-            self.positions.masked_fill_(beyond, -1)
-            self.experts.masked_fill_(beyond[:, : self.experts.shape[1]], -1)
-            raise
-        finally:
-            self._spared = outer
+        count, shard = self.count.copy(), self.shard.copy()
+        usage = None if self.usage is None else self.usage.snapshot()
+        with self.allocator.transaction():
+            try:
+                yield
+            except BaseException:
+                self.count[: len(count)], self.shard[: len(shard)] = count, shard
+                self.count[len(count) :] = 0
+                if usage is not None and self.usage is not None:
+                    self.usage.restore(usage)
+                self._clear_uncounted()
+                raise
 
-
-def _first_run(free: PageIds, pages: int) -> PageIds:
-    """Return the first `pages` neighbouring numbers in sorted `free`, or its first ones if there is no such run."""
-    if pages > 1 and len(free) > pages:
-        starts = np.flatnonzero(free[pages - 1 :] - free[: len(free) - pages + 1] == pages - 1)
-        if len(starts):
-            return free[starts[0] : starts[0] + pages]
-    return free[:pages]
+    def _clear_uncounted(self) -> None:
+        """Forget the positions and experts of slots beyond what the counts say."""
+        beyond = torch.arange(self.page_size, device=self.device) >= self.index(self.count)[:, None]
+        self.positions.masked_fill_(beyond, -1)
+        self.experts.masked_fill_(beyond[:, : self.experts.shape[1]], -1)

@@ -1,56 +1,21 @@
 """The pool of pages that keep their tokens as they came."""
 
-import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 import numpy as np
 import torch
 
+from ..common.kv import KV
 from ..kernels import append_tokens, gather_dense
 from .key_bounds import KeyBounds
+from .page_contents import PageContents
 from .page_pool import PagePool
 from .tokens import TokenBatch
 from .types import PageIds
 
-GROWTH = 1 / 16
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PageContents:
-    """The contents of n full pages.
-
-    Attributes
-    ----------
-    keys, values : torch.Tensor
-        `(H, n, P, D)` and `(H, n, P, Dv)`.
-    positions, experts : torch.Tensor
-        `(n, P)` int32 and int16.
-    shards : numpy.ndarray
-        `(n,)`, the shard of each page.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    experts: torch.Tensor
-    shards: np.ndarray
-
-    @classmethod
-    def of(cls, tokens: TokenBatch, shards: np.ndarray) -> "PageContents":
-        """Return n pages of `(n * P)` tokens, one page after another."""
-        shape = len(shards), len(tokens) // len(shards)
-        keys, values = tokens.keys.unflatten(1, shape), tokens.values.unflatten(1, shape)
-        return cls(keys, values, tokens.positions.view(shape), tokens.experts.view(shape), shards)
-
-    def tokens(self) -> TokenBatch:
-        """Return the tokens of the pages, one page after another."""
-        keys, values = self.keys.flatten(1, 2), self.values.flatten(1, 2)
-        return TokenBatch(keys, values, self.positions.view(-1), self.experts.view(-1))
-
-    def pick(self, which: np.ndarray) -> "PageContents":
-        """Return copies of the pages at `which` `(m,)`."""
-        index = torch.from_numpy(which).to(self.positions.device)
-        keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
-        return PageContents(keys, values, self.positions[index], self.experts[index], self.shards[which])
+#: The share by which these pools grow.
+PLAIN_GROWTH = 1 / 16
 
 
 class PlainPool(PagePool):
@@ -78,13 +43,15 @@ class PlainPool(PagePool):
         `(N,)` bool, the full pages that were to be packed and that no codec could hold well enough.
     """
 
+    new_page: ClassVar[Mapping[str, np.ndarray | np.generic]] = {**PagePool.new_page, "incompressible": np.bool_(False)}
+    incompressible: np.ndarray
+
     def __init__(
         self, num_heads: int, key_dim: int, value_dim: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        super().__init__(page_size, device, GROWTH)
+        super().__init__(page_size, device, PLAIN_GROWTH)
         self.keys = torch.zeros((num_heads, 0, page_size, key_dim), dtype=dtype, device=device)
         self.values = torch.zeros((num_heads, 0, page_size, value_dim), dtype=dtype, device=device)
-        self.incompressible = np.zeros(0, dtype=np.bool_)
 
     def token_tensors(self) -> list[torch.Tensor]:
         """Return keys and values."""
@@ -93,26 +60,14 @@ class PlainPool(PagePool):
     def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
         self.keys, self.values = tensors
 
-    def _grow(self, extra: int) -> None:
-        super()._grow(extra)
-        self.incompressible = np.append(self.incompressible, np.zeros(extra, dtype=np.bool_))
-
-    def _notes(self) -> list[str]:
-        return [*super()._notes(), "incompressible"]
-
     def _new_bounds(self) -> KeyBounds:
         return KeyBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
 
-    def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
+    def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
         """Take free pages; see :meth:`PagePool.allocate`."""
-        ids = super().allocate(pages, after, shard)
+        ids = super().allocate(pages, after, shard, holders)
         self.incompressible[ids] = False
         return ids
-
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the bookkeeping kept outside of tensors."""
-        return super().host_bytes + self.incompressible.nbytes
 
     def write(self, slots: torch.Tensor, tokens: TokenBatch) -> None:
         """Store tokens; the caller has counted them.
@@ -142,7 +97,7 @@ class PlainPool(PagePool):
         if self.usage is not None:
             pages = slots // self.page_size
             held = (self.positions[pages] >= 0).sum(dim=1)
-            self.usage.spread(sources // self.page_size, pages, self.page_size, held)
+            self.usage.move_tokens(sources // self.page_size, pages, self.page_size, held)
 
     @property
     def flat_keys(self) -> torch.Tensor:
@@ -160,11 +115,9 @@ class PlainPool(PagePool):
         keys, values = self.keys.index_select(1, index), self.values.index_select(1, index)
         return PageContents(keys, values, self.positions[index], self.experts[index], self.shard[ids])
 
-    def adopt(self, contents: PageContents) -> PageIds:
-        """Take over full pages; return their numbers `(n,)`, yet without a holder."""
-        ids = self.allocate(contents.keys.shape[1])
-        # Free again until somebody holds them.
-        self.refcount[ids] = 0
+    def insert(self, contents: PageContents) -> PageIds:
+        """Store full pages of another pool; return their numbers `(n,)`, to which nobody refers yet."""
+        ids = self.allocate(contents.keys.shape[1], holders=0)
         index = self.index(ids)
         self.keys.index_copy_(1, index, contents.keys)
         self.values.index_copy_(1, index, contents.values)
@@ -172,9 +125,9 @@ class PlainPool(PagePool):
         self.count[ids], self.shard[ids] = self.page_size, contents.shards
         return ids
 
-    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+    def decoded(self, index: torch.Tensor, which: KV) -> torch.Tensor:
         """Return a copy of the keys, or the values, of the pages at `index` `(n,)`, `(H, n * P, D)`."""
-        return (self.keys if keys else self.values).index_select(1, index).flatten(1, 2)
+        return (self.keys if which is KV.KEYS else self.values).index_select(1, index).flatten(1, 2)
 
     def gather(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Copy the pages of a `(B, n)` table into `(H, B, n * P, D)` keys and values."""

@@ -1,4 +1,4 @@
-"""What scheduling knows of a page: how much attention it took, and when."""
+"""How much attention each page took, and when: what scheduling knows of a page."""
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ ATTENTION_HALF_LIFE = 64
 
 
 class UsageCounters:
-    """Statistics of the pages of a pool, kept where the pages are: nothing waits for the device until a page must go.
+    """Attention statistics of the pages of a pool, kept on its device: nothing waits for it until a page must go.
 
     Parameters
     ----------
@@ -75,14 +75,14 @@ class UsageCounters:
 
     def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Follow pages `(n,)` to other numbers."""
-        self.take(self, source, target)
+        self.copy_from(self, source, target)
 
-    def take(self, other: "UsageCounters", source: torch.Tensor, index: torch.Tensor) -> None:
-        """Take over the statistics of pages `source` of another pool for pages `index`, both `(n,)`."""
+    def copy_from(self, other: "UsageCounters", source: torch.Tensor, index: torch.Tensor) -> None:
+        """Give pages `index` the statistics of pages `source` of another pool, both `(n,)`."""
         self.shares[:, index] = other.shares[:, source].to(self.shares.device)
         self.steps[:, index] = other.steps[:, source].to(self.steps.device)
 
-    def spread(self, source: torch.Tensor, index: torch.Tensor, tokens: int, held: torch.Tensor) -> None:
+    def move_tokens(self, source: torch.Tensor, index: torch.Tensor, tokens: int, held: torch.Tensor) -> None:
         """Follow tokens to other pages, each with its part of its page's attention and of the steps that this took.
 
         Parameters

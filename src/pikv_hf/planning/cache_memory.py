@@ -15,8 +15,8 @@ from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec
 from pikv_hf.common.budget import Budget
 from pikv_hf.config import PiKVConfig
 from pikv_hf.page_table.layer_pools import MAX_OBSERVED
-from pikv_hf.pages.packed_pool import GROWTH as PACKED_GROWTH
-from pikv_hf.pages.plain_pool import GROWTH as PLAIN_GROWTH
+from pikv_hf.pages.packed_pool import PACKED_GROWTH
+from pikv_hf.pages.plain_pool import PLAIN_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
 from pikv_hf.scheduling.page_scheduler import BUDGET_GROWTH
 

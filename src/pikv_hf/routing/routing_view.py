@@ -6,6 +6,8 @@ from math import log
 import torch
 
 from ..page_table.full_page_index import FullPageIndex
+from ..pages.page_pool import PagePool
+from ..tiers.tiered_pool import TieredPool
 
 # A page's mass is estimated as if all of its logits were two standard deviations above their middle. Of keys that are
 # spread evenly between their bounds in all D channels, one deviation is DEVIATION / sqrt(D) of the half-width between
@@ -85,7 +87,7 @@ class RoutingView:
 
     def tier_costs(self) -> torch.Tensor | None:
         """Return how slow each page is to reach, `(B, n)` from 0 (in fast memory) to 1; None if all are 0."""
-        costs = [pool.tier_costs() for pool in self.index.pools.values()]
+        costs = [tier_costs_of(pool) for pool in self.index.pools.values()]
         if all(cost is None for cost in costs):
             return None
         of_pages = self.index.pages.new_zeros(self.index.pages.shape, dtype=torch.float32)
@@ -93,3 +95,8 @@ class RoutingView:
             if cost is not None:
                 of_pages[:, part] = cost[self.index.pages[:, part]]
         return of_pages
+
+
+def tier_costs_of(pool: PagePool) -> torch.Tensor | None:
+    """Return how slow each page of a pool is to reach, `(N,)` from 0 to 1; None if all are in fast memory."""
+    return pool.tier_costs() if isinstance(pool, TieredPool) else None

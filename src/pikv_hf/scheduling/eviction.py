@@ -75,12 +75,12 @@ def evict_tokens(
 
 def evict_for_pages(rules: EvictionRules, table: PageTable, pool: PagePool, pages: int, seen: int) -> bool:
     """Evict until a pool has so many more free pages, of its own if it has any, else of the others."""
-    wanted, pools = pool.free_pages + pages, table.pools.by_id()
+    wanted, pools = pool.allocator.free_pages + pages, table.pools.by_id()
     # A pool that was to be the first of its codec is gone again.
     own = [name for name, each in pools.items() if each is pool]
-    if any(pool.free_pages >= wanted for _ in _one_by_one(rules, table, own, seen)):
+    if any(pool.allocator.free_pages >= wanted for _ in _one_by_one(rules, table, own, seen)):
         return True
-    short = (wanted - pool.free_pages) * pool.full_page_bytes
+    short = (wanted - pool.allocator.free_pages) * pool.full_page_bytes
     return evict_bytes(rules, table, [name for name in pools if name not in own], short, seen)
 
 
@@ -108,12 +108,12 @@ def _one_by_one(rules: EvictionRules, table: PageTable, names: Sequence[PoolId],
         frees = np.zeros(len(candidates.stats), dtype=np.bool_)
         for source, which in candidates.by_source():
             ids = candidates.pages[which]
-            frees[which] = holders[source.pool][ids] == pools[source.pool].refcount[ids]
+            frees[which] = holders[source.pool][ids] == pools[source.pool].allocator.refcount[ids]
         candidates = candidates.pick(frees)
         for page in leaving(rules.policy, candidates.stats, int(candidates.stats.tokens.sum())):
             pool = pools[candidates.sources[candidates.of_source[page]].pool]
             _evict(rules, table, candidates, np.array([page]))
-            yield pool.full_page_bytes if pool.refcount[candidates.pages[page]] == 0 else 0
+            yield pool.full_page_bytes if pool.allocator.refcount[candidates.pages[page]] == 0 else 0
 
 
 def _candidates(

@@ -106,8 +106,8 @@ class PageScheduler:
         for pool in table.pools.by_id().values():
             if pool.usage is not None:
                 pool.usage.begin_step(self.now)
-            if isinstance(pool, TieredPool) and pool.priority is None:
-                pool.priority = TierPriority(self, pool)
+            if isinstance(pool, TieredPool) and pool.frames.priority is None:
+                pool.frames.priority = TierPriority(self, pool)
         if table.pools.tiers is not None:
             counted = table.pools.tiers.counters
             self.policy.count_reads(counted.hits - self._read[0], counted.misses - self._read[1])
@@ -117,11 +117,11 @@ class PageScheduler:
         """Let the pools of a table keep statistics, and grow no further than the budget allows."""
         pages = table.pools
         if pages.plain.usage is None:
-            pages.watch(self.now)
+            pages.keep_usage(self.now)
             if self.limit is not None:
                 pages.plain.growth = min(pages.plain.growth, BUDGET_GROWTH)
             if self.policy.reads_bounds:
-                pages.know_bounds()
+                pages.keep_bounds()
         self._admit(table, len(table.rows))
 
     def _admit(self, table: PageTable, rows: int) -> None:

@@ -38,5 +38,5 @@ class TierPriority:
         scheduler, pool = self._scheduler(), self._pool()
         assert pool is not None
         if scheduler is None or pool.usage is None:
-            return pool.fetched[pages]
+            return pool.frames.last_use[pages]
         return scheduler.policy.priority(stats_of(pool, pages, scheduler.now))

@@ -94,7 +94,7 @@ def _own_notes(pool: PagePool) -> dict[str, PagedTensor]:
     kind = PlainPool if isinstance(pool, PlainPool) else PackedPool
     notes = {"positions": PagedTensor(pool.positions, 0), "experts": PagedTensor(pool.experts, 0)}
     # Asked of these classes themselves: where a subclass has its pages lie is nothing to be written down.
-    for name in kind._notes(pool):  # type: ignore[arg-type]
+    for name in kind.new_page:
         if name not in _DERIVED:
             notes[_FILE_NAMES.get(name, name)] = PagedTensor(torch.from_numpy(getattr(pool, name)), 0)
     return notes
@@ -190,7 +190,7 @@ def fill_pool(pool: PagePool, prefix: str, saved: dict[str, Any], file: TensorFi
                 held.put(numbers[part], tensor)
     for name, note in _own_notes(pool).items():
         note.put(numbers, file[f"{prefix}.{name}"])
-    pool.refcount[:] = 0
+    pool.allocator.refcount[:] = 0
 
 
 def restore_companions(pool: PagePool, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
@@ -206,7 +206,6 @@ def restore_companions(pool: PagePool, prefix: str, saved: dict[str, Any], file:
 def _companions_as(pool: PagePool, saved: dict[str, Any]) -> None:
     """Give a pool the companions that the saved one had."""
     if "usage" in saved["companions"]:
-        pool.watch(saved["companions"]["usage"]["now"])
-    if "bounds" in saved["companions"] and pool.bounds is None:
-        pool.bounds = pool._new_bounds()
-        pool.bounds.resize(pool.capacity)
+        pool.keep_usage(saved["companions"]["usage"]["now"])
+    if "bounds" in saved["companions"]:
+        pool.keep_bounds()

@@ -195,7 +195,7 @@ class SavedTable:
         part.share(writer, layer.shard_map)
         table = PageTable.from_rows(writer, [sequences[number] for number in self.rows.tolist()])
         if part.page_router is not None:
-            store.know_bounds()
+            store.keep_bounds()
         if part.scheduler is not None:
             part.scheduler.prepare(table)
         for book, prefix, pool in books:

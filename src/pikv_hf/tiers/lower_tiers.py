@@ -6,11 +6,13 @@ import numpy as np
 import torch
 
 from ..pages.types import PageIds
+from .file_records import HEADER_BYTES, RECORD_HEADER_BYTES, PageFileError, Records, read_all
 from .host_memory import HostMemory
-from .page_file import HEADER_BYTES, RECORD_HEADER_BYTES, PageFile, PageFileError, Records
+from .page_file import PageFile
 from .page_record import RecordLayout
+from .read_ahead import Reading
 from .tier_limits import LayerTiers, TierFull
-from .transfers import Arriving, Reading, Transfers, read_all
+from .transfers import Arriving, Transfers
 
 #: At most so much is read ahead of need for one pool.
 PREFETCH_BYTES = 16 << 20
@@ -218,7 +220,7 @@ class LowerTiers:
         files = [page for page in pages if page not in set(rows) and page in self._file_of]
         if files:
             parts = self._located(files)
-            reading = Reading(parts, self._tiers.tiers, self._transfers)
+            reading = self._tiers.tiers.read_ahead.begin(parts, self._transfers)
             self._expect([int(page) for part in parts for page in part.pages], reading)
 
     def _expect(self, pages: list[int], part: Reading | Arriving) -> None:

@@ -1,28 +1,20 @@
-"""Tiers: what the pages of a cache may take of fast memory, of the host's memory and of the disk."""
+"""What pages may take of fast memory, of the host's memory and of the disk: of a cache, and of each of its layers."""
 
-import contextlib
-import dataclasses
 import itertools
 import shutil
 import sys
 import tempfile
-import time
 import weakref
-from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from ..common.budget import parse_bytes
 from ..config import TIERS, PiKVConfig
-from .page_file import PageFileError
-
-if TYPE_CHECKING:
-    from .tiered_pool import TieredPool
-    from .transfers import Reading
+from .file_records import PageFileError
+from .read_ahead import ReadAhead
+from .tier_counters import TierCounters
 
 #: A pool of pages has at least so many in fast memory.
 MIN_FRAMES = 2
@@ -32,47 +24,35 @@ class TierFull(RuntimeError):
     """No tier has room for pages that must leave a faster one; nothing has changed then."""
 
 
-@dataclasses.dataclass(slots=True)
-class TierCounters:
-    """What moving pages has cost.
+class SharingPool(Protocol):
+    """What the limits of a layer ask of each pool that shares them."""
 
-    Attributes
-    ----------
-    hits, misses : int
-        Pages that attention read: those that were in fast memory, and those that were not.
-    promoted, demoted : int
-        Pages that moved into fast memory to stay there, and out of it.
-    moved : dict
-        Bytes of K/V copied by `(from, to)`, names of tiers.
-    stall_seconds : float
-        Time in which attention waited for pages. On CUDA, copies to the device wait in their stream and do not count.
-    issued, used, wasted : int
-        Pages read ahead of need, those that were then asked for, and those that were not.
-    """
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of the keys and values of one page."""
 
-    hits: int = 0
-    misses: int = 0
-    promoted: int = 0
-    demoted: int = 0
-    moved: dict[tuple[str, str], int] = dataclasses.field(default_factory=lambda: defaultdict(int))
-    stall_seconds: float = 0.0
-    issued: int = 0
-    used: int = 0
-    wasted: int = 0
+    @property
+    def frames_made(self) -> int:
+        """Pages that the pool's part of fast memory has room for."""
 
-    def read(self, hits: int, misses: int) -> None:
-        """Count pages that attention read."""
-        self.hits += hits
-        self.misses += misses
+    @property
+    def dead_bytes(self) -> int:
+        """Bytes on disk that belong to pages that are gone."""
 
-    @contextlib.contextmanager
-    def stall(self) -> Iterator[None]:
-        """Count the time of the block."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stall_seconds += time.perf_counter() - start
+    def tier_bytes(self, tier: str) -> int:
+        """Return the bytes taken of a tier."""
+
+    def pages_by_tier(self) -> dict[str, int]:
+        """Return the pages in use by the fastest tier that has them."""
+
+    def resident_share(self, more: int = 0) -> float:
+        """Return the room in fast memory as a share of the pages in use, and of so many more."""
+
+    def shrink(self, frames: int) -> None:
+        """Keep room for only so many pages in fast memory."""
+
+    def free_disk(self, copies: bool) -> None:
+        """Shorten files to the pages that are gone, and with `copies` to those that are in fast memory too."""
 
 
 class Tiers:
@@ -91,6 +71,8 @@ class Tiers:
         Bytes of the whole cache by tier, fastest first, None for no limit.
     counters : TierCounters
         Of all layers and forks.
+    read_ahead : ReadAhead
+        Reads pages from files ahead of need, for all layers.
     """
 
     def __init__(self, config: PiKVConfig, layers: int) -> None:
@@ -105,28 +87,13 @@ class Tiers:
         self._directory: Path | None = None
         self._numbers = itertools.count()
         self._by_layer: dict[tuple[int, int], LayerTiers] = {}
-        self._worker: ThreadPoolExecutor | None = None
-        # What is being read ahead of need, for any layer.
-        self.readings: weakref.WeakSet[Reading] = weakref.WeakSet()
+        self.read_ahead = ReadAhead()
 
     def layer(self, index: int, part: int = 0) -> "LayerTiers":
         """Return what a part of a model layer has of them; forks of a cache share it."""
         if (index, part) not in self._by_layer:
             self._by_layer[index, part] = LayerTiers(self, index)
         return self._by_layer[index, part]
-
-    @property
-    def worker(self) -> ThreadPoolExecutor:
-        """The thread that reads files ahead of need."""
-        if self._worker is None:
-            self._worker = ThreadPoolExecutor(1, thread_name_prefix="pikv-tiers")
-            weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
-        return self._worker
-
-    def forward(self) -> None:
-        """Let pages that have been read ahead go on to the device, beside the computation."""
-        for reading in list(self.readings):
-            reading.forward()
 
     @property
     def directory(self) -> Path | None:
@@ -171,21 +138,8 @@ class Tiers:
 
     def to_dict(self) -> dict[str, Any]:
         """Return limits, what is used and what was counted as plain values."""
-        counted = self.counters
-        reads = counted.hits + counted.misses
-        return {
-            "limits": dict(self.limits),
-            "bytes": self.bytes_used(),
-            "pages": self.pages(),
-            "hits": counted.hits,
-            "misses": counted.misses,
-            "hit_rate": counted.hits / reads if reads else None,
-            "promoted": counted.promoted,
-            "demoted": counted.demoted,
-            "bytes_moved": {f"{source}->{target}": moved for (source, target), moved in counted.moved.items()},
-            "stall_seconds": counted.stall_seconds,
-            "prefetches": {"issued": counted.issued, "used": counted.used, "wasted": counted.wasted},
-        }
+        used = {"limits": dict(self.limits), "bytes": self.bytes_used(), "pages": self.pages()}
+        return {**used, **self.counters.to_dict()}
 
 
 class LayerTiers:
@@ -195,7 +149,7 @@ class LayerTiers:
         self.tiers = tiers
         self.index = index
         self.names = list(tiers.limits)
-        self._pools: weakref.WeakSet[TieredPool] = weakref.WeakSet()
+        self._pools: weakref.WeakSet[SharingPool] = weakref.WeakSet()
 
     @property
     def counters(self) -> TierCounters:
@@ -208,7 +162,7 @@ class LayerTiers:
         return self.names[0]
 
     @property
-    def pools(self) -> list["TieredPool"]:
+    def pools(self) -> list[SharingPool]:
         """The pools that exist."""
         return list(self._pools)
 
@@ -244,16 +198,16 @@ class LayerTiers:
                 f"{self.tiers.layers} layers, but layer {self.index} needs {needed} for {MIN_FRAMES} pages of each kind"
             )
 
-    def add(self, pool: "TieredPool") -> None:
+    def add(self, pool: SharingPool) -> None:
         """Let another pool share the limits. Raises ValueError if these are too small for all."""
         self.check_limit(pool.page_bytes + sum(other.page_bytes for other in self._pools))
         self._pools.add(pool)
 
-    def remove(self, pool: "TieredPool") -> None:
+    def remove(self, pool: SharingPool) -> None:
         """Take back what :meth:`add` did."""
         self._pools.discard(pool)
 
-    def make_room(self, pool: "TieredPool", pages: int) -> None:
+    def make_room(self, pool: SharingPool, pages: int) -> None:
         """Have the pool that keeps most of its pages in fast memory give some of it to one that keeps fewer."""
         while others := [other for other in self._pools if other is not pool and other.frames_made > MIN_FRAMES]:
             giver = max(others, key=lambda other: other.resident_share())
@@ -278,13 +232,11 @@ class LayerTiers:
         TierFull
             If there is too little.
         """
-        if self.room("disk") >= needed:
+        if (room := self.room("disk")) >= needed:
             return
-        if self.room("disk") + sum(pool.lower.dead_bytes for pool in self._pools) < needed:
-            for pool in self.pools:
-                pool.forget_records()
+        copies = room + sum(pool.dead_bytes for pool in self._pools) < needed
         for pool in self.pools:
-            pool.lower.rewrite_files()
+            pool.free_disk(copies)
         if (room := self.room("disk")) < needed:
             raise TierFull(
                 f"layer {self.index}: tier 'disk' may hold {self.tiers.limits['disk']} bytes, {self.limit('disk')} in "

@@ -4,30 +4,32 @@ A page keeps its number for life; tables, counts and positions do not notice whe
 in frames; the others are rows of the host's memory, or records of a file.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ..codecs.codec import Codec
+from ..common.kv import KV
 from ..kernels.page_codes import PageCodes
-from ..pages.packed_pool import GROWTH
-from ..pages.page_pool import MIN_GROWTH
+from ..pages.key_bounds import KeyBounds
+from ..pages.packed_pool import PackedPool, code_bounds
+from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.types import PageIds
-from .framed_pool import FramedPool
+from .code_bounds import CodeBounds
+from .frame_table import FrameTable
 from .lower_tiers import LowerTiers
-from .page_file import PageFileError
 from .page_record import RecordLayout
-from .tier_limits import MIN_FRAMES, LayerTiers, TierFull
+from .tier_limits import LayerTiers
 
 #: Pages are gathered in blocks of so many bytes, beyond what is in fast memory anyway.
 STAGE_BYTES = 4 << 20
 
 
-class TieredPool(FramedPool):
+class TieredPool(PackedPool):
     """Full pages of one layer, in the tiers that the configuration names.
 
     Parameters
@@ -41,54 +43,85 @@ class TieredPool(FramedPool):
 
     Attributes
     ----------
-    fetched : numpy.ndarray
-        `(N,)` int64, when each page was last written or asked for, by a count of such calls.
-    priority : callable, optional
-        Maps page numbers `(n,)` to `(n,)` priorities of staying in fast memory, the lowest leaves first; by default
-        `fetched`, which is LRU.
+    keys, values : PageCodes
+        F frames, which are fewer than the pages.
+    frames : FrameTable
+        Which page lies in which frame, and which leaves first.
+    lower : LowerTiers
+        The pages that are not, or not only, in frames.
     """
+
+    new_page: ClassVar[Mapping[str, np.ndarray | np.generic]] = {
+        **PackedPool.new_page,
+        # Pages that nobody has referred to yet, and pages on their way out of fast memory.
+        "_fresh": np.bool_(False),
+        "_leaving": np.bool_(False),
+    }
+    _fresh: np.ndarray
+    _leaving: np.ndarray
 
     def __init__(self, plain: PlainPool, key_codec: Codec, value_codec: Codec, tiers: LayerTiers) -> None:
         super().__init__(plain, key_codec, value_codec)
         self.tiers = tiers
         tiers.check_device(self.device)
+        self.frames = FrameTable(tiers, self.page_bytes, self.device)
         layout = RecordLayout.of(f"{self.name}, pages of {self.page_size}", self.token_tensors())
         self.lower = LowerTiers(layout, tiers, self.name, self.device)
-        self.fetched = np.zeros(0, dtype=np.int64)
-        self.priority: Callable[[PageIds], np.ndarray] | None = None
-        # Pages whose first holder has yet to come, and pages on their way out of fast memory.
-        self._fresh = np.zeros(0, dtype=np.bool_)
-        self._leaving = np.zeros(0, dtype=np.bool_)
-        self._clock = 0
         tiers.add(self)
 
-    # Holding pages
+    # Of a page as of any other pool's: all but its K/V
 
-    def _notes(self) -> list[str]:
-        return [*super()._notes(), "fetched", "_fresh", "_leaving"]
+    def _page_tensors(self) -> list[torch.Tensor]:
+        return []
 
-    def _grow(self, extra: int) -> None:
-        super()._grow(extra)
-        self.fetched = np.append(self.fetched, np.zeros(extra, dtype=np.int64))
-        self._fresh = np.append(self._fresh, np.zeros(extra, dtype=np.bool_))
-        self._leaving = np.append(self._leaving, np.zeros(extra, dtype=np.bool_))
+    def _resize_beside(self) -> None:
+        super()._resize_beside()
+        self.frames.resize(self.capacity)
+
+    def _new_bounds(self) -> KeyBounds | None:
+        if self._codes_have_bounds:
+            return CodeBounds(self.keys.heads, self._key_dim, self.device)
+        return super()._new_bounds()
+
+    def _read_bounds(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._codes_have_bounds:
+            return super()._read_bounds(index)
+        blocks = [code_bounds(self.codes_at(block)[0]) for block in index.split(self.chunk_pages())]
+        floors, spreads = zip(*blocks, strict=True)
+        return torch.cat(floors, dim=1), torch.cat(spreads, dim=1)
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes of K/V in memory that no page uses."""
+        return self.frames.free * self.page_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the bookkeeping kept outside of tensors."""
+        return super().host_bytes + self.frames.nbytes
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold the pool's memory, fast or of the host."""
+        return [*super().tensors(), *self.lower.tensors()]
+
+    # Pages and those who refer to them
 
     def reserve(self, pages: int) -> None:
         """Make sure that `pages` can be allocated, in fast memory as far as there is room."""
         super().reserve(pages)
         self._reclaim()
-        self._grow_frames(pages - self.free_frames)
+        self._grow_frames(pages)
 
     def trim(self) -> None:
         """Give back the free pages at the end, and all free frames."""
         self._reclaim()
         super().trim()
-        if self.free_frames:
-            self._set_frames(self.frames_made - self.free_frames)
+        if self.frames.free:
+            self._set_frames(self.frames_made - self.frames.free)
 
-    def allocate(self, pages: int, after: int = -1, shard: int = -1) -> PageIds:
+    def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
         """Take free pages; see :meth:`PagePool.allocate`."""
-        ids = super().allocate(pages, after, shard)
+        ids = super().allocate(pages, after, shard, holders)
         self._drop(ids)
         return ids
 
@@ -100,8 +133,8 @@ class TieredPool(FramedPool):
     def decref(self, ids: PageIds) -> None:
         """Drop a reference to each page; the memory of those without one is given back."""
         super().decref(ids)
-        if not len(self._spared):
-            self._drop(np.unique(ids[self.refcount[ids] == 0]))
+        if not self.allocator.spares_pages:
+            self._drop(np.unique(ids[self.allocator.refcount[ids] == 0]))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -113,24 +146,14 @@ class TieredPool(FramedPool):
             self._fresh[:] = False
             self._reclaim()
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes of the bookkeeping kept outside of tensors."""
-        return super().host_bytes + self.fetched.nbytes + self._fresh.nbytes + self._leaving.nbytes
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that hold the pool's memory, fast or of the host."""
-        return [*super().tensors(), *self.lower.tensors()]
-
     def copy_page(self, page: int) -> int:
         """Copy a page; the copy has a reference count of 1. An error of a tier changes nothing."""
-        source = self.index(np.array([page]))
-        keys, values = self.codes_at(source)
+        keys, values = self.codes_at(self.index(np.array([page])))
         new = super().copy_page(page)
         try:
             self.put(np.array([new]), keys.tensors(), values.tensors(), self.errors[[page]])
         except BaseException:
-            self.refcount[new] = self.count[new] = 0
+            self.allocator.refcount[new] = self.count[new] = 0
             raise
         self._fresh[new] = False
         return new
@@ -146,39 +169,47 @@ class TieredPool(FramedPool):
         self._fresh[ids] = True
         done = 0
         while done < len(ids):
-            block = ids[done : done + self.most_frames()]
-            rows = slice(done, done + len(block))
-            self._install(block, [part[:, rows] for part in (*keys, *values)])
-            done += len(block)
+            rows = slice(done, done + self.frames.most)
+            self._install(ids[rows], [part[:, rows] for part in (*keys, *values)])
+            done = rows.stop
         self.errors[ids] = errors
 
     # Reading
 
-    def frames(self, index: torch.Tensor) -> torch.Tensor:
+    def fetch(self, index: torch.Tensor) -> torch.Tensor:
         """Bring pages into fast memory and return their frames, in the shape of `index` (int64 page numbers).
 
         Raises
         ------
         TierFull
-            If these are more pages than fast memory has room for; see :meth:`most_frames`.
+            If these are more pages than fast memory has room for; see :attr:`FrameTable.most`.
         PageFileError
             If a file does not have what was written to it.
         """
         if self.device.type == "cpu" or not self.is_all_framed():
-            self.fetch(np.unique(index.cpu().numpy()))
-        return self.frame_map()[index]
+            self._promote(np.unique(index.cpu().numpy()))
+        return self.frames.on_device()[index]
 
-    def fetch(self, ids: PageIds) -> None:
-        """Bring distinct pages into fast memory; see :meth:`frames`."""
-        self.tiers.tiers.forward()
-        missing = self._stored(ids[self.frame[ids] < 0])
-        self.tiers.counters.read(len(ids) - len(missing), len(missing))
-        self._touch(ids)
+    def _promote(self, ids: PageIds) -> None:
+        """Bring distinct pages into fast memory; see :meth:`fetch`."""
+        self.tiers.tiers.read_ahead.forward()
+        missing = self._stored(ids[self.frames.frame_of[ids] < 0])
+        self.tiers.counters.count_reads(len(ids) - len(missing), len(missing))
+        self.frames.touch(ids)
         if len(missing):
             order, records = self.lower.load(missing)
             self._install(order, self.lower.layout.unpack(records), keep=ids)
             self.tiers.counters.promoted += len(missing)
         self.lower.forget_prefetched()
+
+    def frame_counts(self) -> torch.Tensor:
+        """Return the tokens in each frame, `(F,)` int32."""
+        page_of = self.frames.page_of
+        return self.counts_of(self.index(page_of.clip(min=0))).where(self.index(page_of) >= 0, 0)
+
+    def counts_of(self, index: torch.Tensor) -> torch.Tensor:
+        """Return the tokens in the pages at `index` `(n,)`, `(n,)` int32."""
+        return (self.positions.index_select(0, index) >= 0).sum(dim=1, dtype=torch.int32)
 
     def codes_at(self, index: torch.Tensor, reads: bool = False) -> tuple[PageCodes, PageCodes]:
         """Return copies of the codes of keys and values of pages `(n,)`, wherever they are; none moves.
@@ -186,64 +217,68 @@ class TieredPool(FramedPool):
         `reads` tells that attention reads them, which is counted.
         """
         ids = index.cpu().numpy()
-        held = self.frame[ids] >= 0
+        framed = self.frames.frame_of[ids] >= 0
         # A row without pages names one that nobody may have written.
-        missing = self._stored(np.unique(ids[~held]))
+        missing = self._stored(np.unique(ids[~framed]))
         if reads:
-            self.tiers.counters.read(len(np.unique(ids[held])), len(missing))
-        if held.all():
-            frames = self.index(self.frame[ids])
+            self.tiers.counters.count_reads(len(np.unique(ids[framed])), len(missing))
+        if framed.all():
+            frames = self.index(self.frames.frame_of[ids])
             return self.keys.pick(frames), self.values.pick(frames)
         loaded = None
         if len(missing):
             order, records = self.lower.load(missing)
             loaded = order, self.lower.layout.unpack(records)
-        return self._assembled(ids, loaded)
+        parts = iter(self.frames.gather(self.token_tensors(), ids, loaded))
+        return self.keys.map(lambda _: next(parts)), self.values.map(lambda _: next(parts))
 
     def _stored(self, ids: PageIds) -> PageIds:
         """Return those of the pages without a frame that a slower tier has: all that anybody holds."""
         there = np.array([self.lower.tier_of(page) is not None for page in ids.tolist()], dtype=np.bool_)
-        assert not self.refcount[ids[~there]].any(), "a page in use is in no tier"
+        assert not self.allocator.refcount[ids[~there]].any(), "a page in use is in no tier"
         return ids[there]
 
     def prefetch(self, ids: PageIds) -> None:
-        """Begin to read pages that are likely to be wanted next; the next :meth:`frames` takes those that are.
+        """Begin to read pages that are likely to be wanted next; the next :meth:`fetch` takes those that are.
 
         Never fails: what cannot be read ahead is read when it is needed.
         """
         distinct = np.unique(ids)
-        try:
-            self.lower.prefetch(distinct[self.frame[distinct] < 0])
-        except (PageFileError, RuntimeError, OSError):
-            return
+        with suppress(RuntimeError, OSError):
+            self.lower.prefetch(distinct[self.frames.frame_of[distinct] < 0])
 
-    def decoded(self, index: torch.Tensor, keys: bool) -> torch.Tensor:
+    def decoded(self, index: torch.Tensor, which: KV) -> torch.Tensor:
         """Return the keys, or the values, of the pages at `index` `(n,)`, decoded into `(H, n * P, D)`."""
-        codec, blocks = self.key_codec if keys else self.value_codec, []
-        for block in index.split(self.block_pages()):
-            codes, places = self.codes_at(block)[0 if keys else 1], torch.arange(len(block), device=self.device)
+        blocks = []
+        for block in index.split(self.chunk_pages()):
+            keys, values = self.codes_at(block)
+            places = torch.arange(len(block), device=self.device)
+            codes, codec = (keys, self.key_codec) if which is KV.KEYS else (values, self.value_codec)
             blocks.append(self._gathered(codes, codec, places, self.counts_of(block)))
         return torch.cat(blocks, dim=1)
 
-    def block_pages(self) -> int:
+    def chunk_pages(self) -> int:
         """Return how many pages to gather at a time."""
         return max(1, STAGE_BYTES // self.page_bytes)
 
     def tier_costs(self) -> torch.Tensor | None:
-        """Return how slow each page is to reach, `(N,)` float32: by tier, from 0 for the fastest to 1 for the last."""
+        """Return how slow each page is to reach, `(N,)` float32 from 0 (fast memory) to 1; None if all are in it."""
         if self.is_all_framed():
             return None
-        costs = (self.frame < 0).astype(np.float32)
-        if "disk" in self.tiers.names and len(rows := self.lower.pages("cpu")):
-            costs[rows] *= 0.5
-        return torch.from_numpy(costs).to(self.device)
+        tier, last = self._tier_numbers(), len(self.tiers.names) - 1
+        costs = np.where(tier < 0, last, tier) / max(1, last)
+        return torch.from_numpy(costs.astype(np.float32)).to(self.device)
 
     # Where pages are
 
-    def most_frames(self) -> int:
-        """Return how many pages can be in fast memory at once."""
-        room = self.tiers.room(self.tiers.fast) // self.page_bytes
-        return max(MIN_FRAMES, self.frames_made + room)
+    @property
+    def frames_made(self) -> int:
+        """F, the pages that fast memory has room for."""
+        return len(self.frames)
+
+    def is_all_framed(self) -> bool:
+        """Return whether every page in use is in fast memory."""
+        return not bool(((self.frames.frame_of < 0) & (self.allocator.refcount > 0)).any())
 
     def can_hold(self, pages: torch.Tensor, fetched: bool = True) -> bool:
         """Return whether all of these pages are in fast memory, or can be once they are fetched."""
@@ -251,14 +286,14 @@ class TieredPool(FramedPool):
             # Without waiting for the device. Entries of a table that stand for no page have one of its row's.
             return True
         ids = np.unique(pages.cpu().numpy())
-        missing = ids[self.frame[ids] < 0]
+        missing = ids[self.frames.frame_of[ids] < 0]
         if not len(missing):
             return True
-        return fetched and len(ids) <= self.most_frames() and len(self._stored(missing)) == len(missing)
+        return fetched and len(ids) <= self.frames.most and len(self._stored(missing)) == len(missing)
 
     def resident_share(self, more: int = 0) -> float:
         """Return the frames as a share of the pages in use, and of so many more."""
-        return self.frames_made / max(1, int(np.count_nonzero(self.refcount)) + more)
+        return self.frames_made / max(1, int(np.count_nonzero(self.allocator.refcount)) + more)
 
     def tier_bytes(self, tier: str) -> int:
         """Return the bytes taken of a tier."""
@@ -266,100 +301,85 @@ class TieredPool(FramedPool):
 
     def pages_by_tier(self) -> dict[str, int]:
         """Return the pages in use by the fastest tier that has them."""
-        counts, left = {}, self.refcount > 0
-        for tier in self.tiers.names:
-            there = self.frame >= 0
-            if tier != self.tiers.fast:
-                there = np.zeros(self.capacity, dtype=np.bool_)
-                there[self.lower.pages(tier)] = True
-            counts[tier] = int(np.count_nonzero(left & there))
-            left &= ~there
-        return counts
+        tier = self._tier_numbers()[self.allocator.refcount > 0]
+        return {name: int(np.count_nonzero(tier == number)) for number, name in enumerate(self.tiers.names)}
 
-    def _touch(self, ids: PageIds) -> None:
-        self._clock += 1
-        self.fetched[ids] = self._clock
+    def _tier_numbers(self) -> np.ndarray:
+        """Return `(N,)` int64, the fastest tier that has each page, by its place in the names; -1 if none has."""
+        numbers = np.full(self.capacity, -1, dtype=np.int64)
+        for number, name in reversed(list(enumerate(self.tiers.names))):
+            numbers[self.lower.pages(name) if number else self.frames.frame_of >= 0] = number
+        return numbers
 
     # Into fast memory and out of it
 
     def _install(self, ids: PageIds, parts: list[torch.Tensor], keep: PageIds | None = None) -> None:
         """Write pages, given by the parts of their codes, into frames of their own; those at `keep` stay."""
-        self._occupy(ids, self._free_frames_for(len(ids), ids if keep is None else keep), parts)
-        self._touch(ids)
+        self._free_frames(len(ids), ids if keep is None else keep)
+        self.frames.write(self.token_tensors(), ids, parts)
 
-    def _free_frames_for(self, count: int, keep: PageIds) -> np.ndarray:
-        """Return free frames, made free as far as necessary."""
-        if self.free_frames < count:
+    def _free_frames(self, count: int, keep: PageIds) -> None:
+        """Make sure that so many frames are free; pages leave as far as necessary."""
+        if self.frames.free < count:
             self._reclaim()
-            self._grow_frames(count - self.free_frames)
-        if self.free_frames < count:
-            self.tiers.make_room(self, count - self.free_frames)
-            self._grow_frames(count - self.free_frames)
-        if (short := count - self.free_frames) > 0:
-            self._demote(self._victims(short, keep))
-        return np.flatnonzero(self.page_of < 0)[:count]
+            self._grow_frames(count)
+        if self.frames.free < count:
+            self.tiers.make_room(self, count - self.frames.free)
+            self._grow_frames(count)
+        if (short := count - self.frames.free) > 0:
+            self._demote(self.frames.victims(short, keep))
 
-    def _victims(self, count: int, keep: PageIds) -> PageIds:
-        """Return pages to leave fast memory."""
-        stays = np.zeros(self.capacity, dtype=np.bool_)
-        stays[keep] = True
-        pages = self.page_of[self.page_of >= 0]
-        pages = pages[~stays[pages]]
-        if len(pages) < count:
-            limit = self.tiers.limit(self.tiers.fast)
-            raise TierFull(
-                f"layer {self.tiers.index}: {len(keep)} pages are wanted in tier {self.tiers.fast!r} at once, which "
-                f"may hold {limit} bytes of this layer, {self.frames_made} pages of this kind"
-            )
-        order = self.fetched[pages] if self.priority is None else self.priority(pages)
-        return pages[np.lexsort((self.fetched[pages], order))[:count]]
+    def _grow_frames(self, count: int) -> None:
+        """Make frames until `count` are free, as far as the limits allow."""
+        if (short := count - self.frames.free) > 0:
+            self._replace_tokens(self.frames.grown(self.token_tensors(), short))
+
+    def _set_frames(self, count: int) -> None:
+        """Keep only so many frames, which the pages that are there fit into."""
+        self._replace_tokens(self.frames.resized(self.token_tensors(), count))
 
     def _demote(self, ids: PageIds) -> None:
         """Let slower tiers take pages. Nothing changes if they cannot."""
         self._leaving[ids] = True
         try:
-            resident = (self.frame >= 0) & ~self._leaving
+            resident = (self.frames.frame_of >= 0) & ~self._leaving
             self.lower.store(ids, self.shard, self._records, resident)
         finally:
             self._leaving[ids] = False
-        self._vacate(ids)
+        self.frames.vacate(ids)
         self.tiers.counters.demoted += len(ids)
 
     def _records(self, pages: list[int]) -> torch.Tensor:
-        index = self.index(self.frame[pages])
-        return self.lower.layout.pack([part.index_select(1, index) for part in self.token_tensors()])
+        return self.lower.layout.pack(self.frames.read(self.token_tensors(), np.array(pages, dtype=np.int64)))
 
     def _drop(self, ids: PageIds) -> None:
         """Forget the K/V of pages that are gone."""
         self._fresh[ids] = False
-        self._vacate(ids)
+        self.frames.vacate(ids)
         self.lower.drop(ids.tolist())
 
     def _reclaim(self) -> None:
         """Forget the K/V of pages that nobody holds, nor will after a transaction that failed."""
-        gone = self._free() & ~self._fresh
-        there = self.frame >= 0
+        gone = self.allocator.free_mask() & ~self._fresh
+        there = self.frames.frame_of >= 0
         there[self.lower.pages()] = True
         self._drop(np.flatnonzero(gone & there))
 
-    def forget_records(self) -> None:
-        """Give up the records on disk of pages that are in fast memory too."""
-        held = np.flatnonzero((self.frame >= 0) & ~self._leaving)
-        self.lower.forget_records(held.tolist())
+    @property
+    def dead_bytes(self) -> int:
+        """Bytes on disk that belong to pages that are gone."""
+        return self.lower.dead_bytes
 
-    def _grow_frames(self, short: int) -> None:
-        """Make more frames, by at least a share of them where the limit allows."""
-        if short <= 0:
-            return
-        room = self.tiers.room(self.tiers.fast) // self.page_bytes
-        wanted = max(short, MIN_GROWTH, math.ceil(self.frames_made * GROWTH)) if self.frames_made else short
-        if (extra := min(wanted, room)) > 0:
-            self._add_frames(extra)
+    def free_disk(self, copies: bool) -> None:
+        """Shorten files by the pages that are gone, and with `copies` by those that are in fast memory too."""
+        if copies:
+            self.lower.forget_records(np.flatnonzero((self.frames.frame_of >= 0) & ~self._leaving).tolist())
+        self.lower.rewrite_files()
 
     def retire(self) -> None:
-        """Leave the tiers to others; see :meth:`PackedPool.retire`."""
+        """Give back what the pool holds of the tiers; it is not used again, though an error may still refer to it."""
         self._drop(np.arange(self.capacity))
-        self.refcount[:] = self.count[:] = 0
+        self.allocator.refcount[:] = self.count[:] = 0
         self._set_frames(0)
         self.lower.rewrite_files()
         self.tiers.remove(self)
@@ -367,6 +387,13 @@ class TieredPool(FramedPool):
     def shrink(self, frames: int) -> None:
         """Keep only so many frames; pages leave as far as necessary."""
         self._reclaim()
-        if (excess := self.frames_made - self.free_frames - frames) > 0:
-            self._demote(self._victims(excess, np.zeros(0, dtype=np.int64)))
+        if (excess := self.frames_made - self.frames.free - frames) > 0:
+            self._demote(self.frames.victims(excess, np.zeros(0, dtype=np.int64)))
         self._set_frames(frames)
+
+
+def retire(pools: Iterable[PagePool]) -> None:
+    """Give back what pools that are not used again hold of the tiers."""
+    for pool in pools:
+        if isinstance(pool, TieredPool):
+            pool.retire()

@@ -1,17 +1,9 @@
-"""Copies between the memory of the host and that of a device, and from files."""
+"""Copies of pages, as rows of bytes, between the memory of the host and that of a device."""
 
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-
-from .page_file import RECORD_HEADER_BYTES, Records
-
-if TYPE_CHECKING:
-    from .tier_limits import Tiers
 
 
 class Transfers:
@@ -112,48 +104,3 @@ class Arriving:
             # Made on the other stream: its memory must not go back there before this one has read it.
             self._records.record_stream(stream)
         return self._records
-
-
-class Reading:
-    """Records that the worker reads from files into memory of the host.
-
-    Parameters
-    ----------
-    parts : list of Records
-        What to read.
-    tiers : Tiers
-        Whose worker reads.
-    transfers : Transfers
-        How the records go on to the device.
-    """
-
-    def __init__(self, parts: list[Records], tiers: "Tiers", transfers: Transfers) -> None:
-        self._transfers = transfers
-        self._buffer = transfers.host(sum(len(part.pages) for part in parts), parts[0].record_bytes)
-        self._done: Future[None] = tiers.worker.submit(read_all, parts, self._buffer.numpy())
-        self._arriving: Arriving | None = None
-        tiers.readings.add(self)
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that hold memory."""
-        return [self._buffer]
-
-    def forward(self) -> None:
-        """Let what has been read go on to the device."""
-        if self._arriving is None and self._done.done() and self._done.exception() is None:
-            self._arriving = self._transfers.to_device([self._buffer])
-
-    def get(self) -> torch.Tensor:
-        """Return the records `(n, R)` on the device, in order of the parts. Raises what reading them raised."""
-        self._done.result()
-        self.forward()
-        assert self._arriving is not None
-        return self._arriving.get()[:, RECORD_HEADER_BYTES:]
-
-
-def read_all(parts: list[Records], buffer: np.ndarray) -> None:
-    """Read records into the rows of a buffer `(n, record_bytes)`, part after part."""
-    first = 0
-    for part in parts:
-        part.read(buffer[first : first + len(part.pages)])
-        first += len(part.pages)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ...common.suggest import did_you_mean
-from ...pages.usage_counters import ATTENTION_HALF_LIFE
 from .attention_based import H2O, LRUPlus, Quest
 from .base import POLICIES, SchedulingPolicy, register
 from .page_stats import Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
@@ -22,7 +21,6 @@ from .pikv import PiKV
 from .recency import LRU, ReuseDistance, StreamingLLM, TwoQueue
 
 __all__ = [
-    "ATTENTION_HALF_LIFE",
     "H2O",
     "LRU",
     "POLICIES",
