@@ -1,5 +1,6 @@
 """Settings for all tests."""
 
+import gc
 import os
 import warnings
 from typing import Any
@@ -21,6 +22,21 @@ settings.register_profile(
     phases=(Phase.explicit, Phase.generate),
 )
 settings.load_profile("pikv")
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what imports made.
+
+    It would look through a million objects that never become garbage, in each of the many collections that tests ask
+    for: more than half of the time of those.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    # Libraries that count their objects at the end would report them.
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
