@@ -67,10 +67,11 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
 ) -> None:
-    """Ask several questions about one text with transformers' DynamicCache and with PiKVCache, and compare.
+    """Ask several questions about one text with DynamicCache and with PiKVCache: exact, int4 and with PiKVPress.
 
     Without options it needs no network: a small bundled model looks up numbers in 2,048 tokens of synthetic text.
-    The exit status is 1 if the two caches' answers differ in any token, 2 if an option cannot be used.
+    The exit status is 1 if the answers of the exact PiKVCache differ from DynamicCache's in any token, 2 if an option
+    cannot be used.
     """
     given = {
         "model": model,

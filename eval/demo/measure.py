@@ -1,6 +1,5 @@
 """One cache measured on the demo's task: answers, live bytes and times."""
 
-import copy
 import dataclasses
 import itertools
 import statistics
@@ -9,22 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
-from pikv_hf import PiKVCache, PiKVConfig
+from pikv_hf.eval.demo.caches import CacheKind
 from pikv_hf.eval.demo.task import DemoTask, Prompt
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.reports.memory_report import live_bytes
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CacheKind:
-    """How to make a cache, and a copy of it for one more question."""
-
-    name: str
-    make: Callable[[], Any]
-    copy: Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,22 +99,6 @@ class _TokenClock(BaseStreamer):
         return [after - before for before, after in itertools.pairwise(self.times[1:])]
 
 
-def dynamic_cache(model: Any) -> CacheKind:
-    """transformers' default cache, copied whole for each question."""
-    return CacheKind("DynamicCache", lambda: DynamicCache(config=model.config), copy.deepcopy)
-
-
-def pikv_cache(model: Any, config: PiKVConfig, devices: tuple[str, ...] = ()) -> CacheKind:
-    """PiKV's cache, on these devices if any are named, forked for each question."""
-    return CacheKind("PiKVCache", lambda: make_pikv(model, config, devices), PiKVCache.fork)
-
-
-def make_pikv(model: Any, config: PiKVConfig, devices: tuple[str, ...]) -> PiKVCache:
-    """Return a cache whose shards are on these devices; `("auto",)` and `()` as in `PiKVCache.for_model`."""
-    where = "auto" if devices == ("auto",) else list(devices)
-    return PiKVCache.for_model(model, config, devices=where if devices else None)
-
-
 @torch.no_grad()
 def measure(task: DemoTask, kind: CacheKind, max_new_tokens: int) -> Run:
     """Read the context once and answer every question from a copy of the cache.
@@ -141,7 +114,7 @@ def measure(task: DemoTask, kind: CacheKind, max_new_tokens: int) -> Run:
     """
     _warm_up(task, kind)
     context = kind.make()
-    prefill_seconds, _ = _timed(task, lambda: _read(task, task.context, context))
+    prefill_seconds, _ = _timed(task, lambda: _read(task, kind, context))
     context_bytes = total_bytes([context])
     copies = [_timed(task, lambda: kind.copy(context)) for _ in task.prompts]
     asked = [_ask(task, prompt, cache, max_new_tokens) for prompt, (_, cache) in zip(task.prompts, copies, strict=True)]
@@ -193,15 +166,16 @@ def first_difference(one: Answer, other: Answer) -> int | None:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one.token_ids), len(other.token_ids)))
 
 
-def _read(task: DemoTask, ids: torch.Tensor, cache: Any) -> None:
-    task.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+def _read(task: DemoTask, kind: CacheKind, cache: Any) -> None:
+    with kind.reading():
+        task.model(input_ids=task.context, past_key_values=cache, logits_to_keep=1)
 
 
 def _warm_up(task: DemoTask, kind: CacheKind) -> None:
     """Do once what is timed later: the first call of its size pays for memory that the next ones find ready."""
     cache = kind.make()
-    _read(task, task.context, cache)
-    _read(task, task.context[:, :1], cache)
+    _read(task, kind, cache)
+    task.model(input_ids=task.context[:, :1], past_key_values=cache, logits_to_keep=1)
 
 
 def _timed(task: DemoTask, call: Callable[[], Any]) -> tuple[float, Any]:

@@ -7,6 +7,8 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.eval.errors import InputError
 
 DTYPES = ("float32", "float16", "bfloat16")
+#: Smaller than `PiKVConfig`'s own, as the text is short: of 2,048 tokens, pages that are not full would be a good part.
+SMALL_PAGES = PiKVConfig(page_size=16, recent_window=64, num_shards=4)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +38,7 @@ class DemoOptions:
     record_trace : Path, optional
         File to write the routing of the run to; see :mod:`pikv_hf.planning.simulate.routing_trace`.
     pikv : PiKVConfig
-        Storage options of the PiKV cache.
+        Storage options of the PiKV caches.
     cache_devices : tuple of str
         Devices of its shards, or `("auto",)`; by default where the model is.
 
@@ -56,7 +58,7 @@ class DemoOptions:
     device: str | None = None
     threads: int = 2
     record_trace: Path | None = None
-    pikv: PiKVConfig = dataclasses.field(default_factory=PiKVConfig)
+    pikv: PiKVConfig = SMALL_PAGES
     cache_devices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

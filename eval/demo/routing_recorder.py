@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pikv_hf.eval.demo.measure import CacheKind
+from pikv_hf.eval.demo.caches import CacheKind
 from pikv_hf.eval.demo.task import DemoTask
 from pikv_hf.eval.errors import InputError
 from pikv_hf.integration.expert_router import ExpertRouter

@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pikv_hf.eval.runner.models import REFERENCE, load_model, position_limit
 REFERENCE_NAME = "bundled reference model"
 # Stands in for the question while the chat template is applied; no text file has it.
 _MARKER = "\x00question\x00"
+_ONE_NUMBER = re.compile(r"special magic number for (.+) mentioned")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -36,6 +38,14 @@ class Prompt:
     ids: torch.Tensor
     sample: Sample | None
     verbatim: bool
+
+    @property
+    def subject(self) -> str:
+        """What the question asks for: of a haystack the key alone, else all of the question."""
+        if self.sample is None:
+            return self.question
+        found = _ONE_NUMBER.search(self.question)
+        return found[1] if found else f"{len(self.sample.answers)} at once"
 
     def is_right(self, answer: str) -> bool | None:
         """Judge an answer; None if the right one is not known."""

@@ -1,24 +1,25 @@
-"""How the demo's result is shown: tables of at most 100 columns that read without colour, or JSON."""
+"""How the demo's result is shown: tables of at most 80 columns that read without colour, or JSON."""
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from pikv_hf.eval.demo.demo import DemoResult, LayerSpread
+from pikv_hf.eval.demo.good_for import describe_press_share, good_for
 from pikv_hf.eval.demo.measure import Answer
+from pikv_hf.eval.demo.result import DemoResult
+from pikv_hf.eval.demo.token_spread import LayerSpread
 from pikv_hf.reports.cache_stats import tier_tables
 from pikv_hf.reports.memory_report import format_bytes
 
-WIDTH = 100
+WIDTH = 80
 _BAR_WIDTH = 40
-# A line with one character per value groups neighbours beyond this many.
-_MAX_COLUMNS = 24
-_LEVELS = "▁▂▃▄▅▆▇█"
+# Below this many parameters a step's time is that of its calls, whatever the cache.
+_SMALL_MODEL = 100_000_000
 
 
 def working(quiet: bool) -> contextlib.AbstractContextManager[object]:
@@ -26,7 +27,7 @@ def working(quiet: bool) -> contextlib.AbstractContextManager[object]:
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         return contextlib.nullcontext()
-    return console.status("Answering with both caches")
+    return console.status("Answering with each cache")
 
 
 def print_json(result: DemoResult) -> None:
@@ -39,24 +40,37 @@ def print_result(result: DemoResult, console: Console | None = None) -> None:
     if console is None:
         console = Console(highlight=False)
         console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    plain = console.options.ascii_only
-    parts: list[RenderableType] = [_heading(result), _answers(result, plain), _verdict(result), _costs(result)]
-    if len(result.per_device) > 1:
-        parts.append(_devices(result))
-    if result.spread:
-        parts += [_shards(result, plain), _layers(result.spread, plain)]
-    if result.stats.tiers is not None:
-        parts += tier_tables(result.stats.tiers)
-    for part in parts:
+    for part in _parts(result, console.options.ascii_only):
         console.print(part)
         console.print()
 
 
+def _parts(result: DemoResult, plain: bool) -> Iterator[RenderableType]:
+    """Yield what is shown, the most important last: that is what stays on the screen."""
+    yield _heading(result)
+    if result.spread:
+        yield _shards(result, plain)
+    if len(result.per_device) > 1:
+        yield _devices(result)
+    if result.stats.tiers is not None:
+        yield from tier_tables(result.stats.tiers)
+    yield _answers(result, plain)
+    if other := _other_answers(result):
+        yield _listed("Wrong or other answers" if result.judged else "Other answers", other)
+    yield _verdict(result)
+    yield _costs(result)
+    yield _listed("What each is good for", [(Text(name), Text(line)) for name, line in good_for(result).items()])
+
+
 def _heading(result: DemoResult) -> Text:
+    pikv = result.options.pikv
+    example = f"1. {result.questions[0]}\n" if result.judged else ""
     return Text.assemble(
-        ("One text, several questions, two caches\n", "bold"),
-        f"{result.model} ({result.model_type}), {result.dtype} on {result.device}. It reads {result.context_tokens:,} "
-        "tokens once; then each question continues from its own copy of the cache.",
+        (f"One text, {len(result.questions)} questions, {len(result.caches)} caches\n", "bold"),
+        f"{result.model} ({result.model_type}), {result.dtype} on {result.device}. With each cache it reads "
+        f"{result.context_tokens:,} tokens once; then each question continues from its own copy of the cache.\n",
+        example,
+        f"PiKV: pages of {pikv.page_size} tokens, recent window of {pikv.recent_window}, {pikv.num_shards} shards.",
     )
 
 
@@ -68,23 +82,61 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _listed(title: str, lines: Sequence[tuple[Text, Text]]) -> Table:
+    """Return lines behind their names; what is too long for a line goes on below its beginning."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 # Answers
 
 
 def _answers(result: DemoResult, plain: bool) -> Table:
-    known = any(answer is not None for answer in result.expected)
-    table = _table("Answers", "")
-    table.expand = True
-    table.add_column("question", ratio=4)
-    if known:
-        table.add_column("expected", ratio=3)
-    for cache in (result.dynamic, result.pikv):
-        table.add_column(cache.cache, ratio=3)
-    rows = zip(result.questions, result.expected, result.dynamic.answers, result.pikv.answers, strict=True)
-    for number, (question, expected, theirs, ours) in enumerate(rows, start=1):
-        cells = [_one_line(question), *([_one_line(expected or "")] if known else [])]
-        table.add_row(str(number), *cells, _marked(theirs, plain), _marked(ours, plain))
+    """Return the questions with what each cache made of them: right or wrong, or the same or not."""
+    table = _table("Answers")
+    table.collapse_padding = True
+    table.add_column("", no_wrap=True)
+    table.add_column("number of" if result.judged else "question", ratio=1)
+    table.add_column("right answer" if result.judged else "DynamicCache's answer", ratio=1)
+    for cache in result.caches:
+        table.add_column(cache.cache, justify="right", no_wrap=True)
+    for index, subject in enumerate(result.subjects):
+        marks = [_mark(result, cache.answers[index], result.dynamic.answers[index], plain) for cache in result.caches]
+        table.add_row(str(index + 1), _one_line(subject), _reference(result, index), *marks)
+    table.add_section()
+    table.add_row("", "right" if result.judged else "the same", "", *map(result.describe_answers, result.caches))
     return table
+
+
+def _reference(result: DemoResult, index: int) -> Text:
+    """Return the right answer, of a list of `key: value` the values, or `DynamicCache`'s answer if it is not known."""
+    expected = result.expected[index]
+    if expected is None:
+        return _one_line(result.dynamic.answers[index].text)
+    return _one_line(" ".join(part.rpartition(": ")[2] for part in expected.split(", ")))
+
+
+def _mark(result: DemoResult, ours: Answer, theirs: Answer, plain: bool) -> str:
+    """Return a sign of its own shape for right and wrong, or for the same as `DynamicCache`'s and not."""
+    signs = ("ok", "XX", "=", "/=") if plain else ("✓", "✗", "=", "≠")
+    if result.judged:
+        return signs[0] if ours.right else signs[1]
+    return signs[2] if ours.token_ids == theirs.token_ids else signs[3]
+
+
+def _other_answers(result: DemoResult) -> list[tuple[Text, Text]]:
+    """Return the wrong answers of `DynamicCache`, and those of other caches that are not the same as its."""
+    found = []
+    for index, theirs in enumerate(result.dynamic.answers):
+        for cache in result.caches:
+            ours = cache.answers[index]
+            if ours.right is False if cache is result.dynamic else ours.token_ids != theirs.token_ids:
+                found.append((Text(f"{index + 1}  {cache.cache}"), _one_line(ours.text)))
+    return found
 
 
 def _one_line(text: str) -> Text:
@@ -93,22 +145,10 @@ def _one_line(text: str) -> Text:
     return Text("".join(character if character.isprintable() else "?" for character in line))
 
 
-def _marked(answer: Answer, plain: bool) -> Text:
-    """Return an answer behind a mark of its own shape for right and wrong; unmarked if that is not known."""
-    if answer.right is None:
-        return _one_line(answer.text)
-    right, wrong = ("ok", "XX") if plain else ("✓", "✗")
-    return Text.assemble((f"{right if answer.right else wrong} ", "bold"), _one_line(answer.text))
-
-
 def _verdict(result: DemoResult) -> Text:
-    same = "The caches gave the same tokens for every question."
-    verdict = Text(same if result.agree else f"NOT THE SAME: {result.describe_disagreement()}.", style="bold")
-    verdict.append(f" Largest difference of a logit: {result.logit_difference:.1e}.", style="not bold")
-    judged = [answer.right for answer in result.pikv.answers if answer.right is not None]
-    if judged:
-        verdict.append(f"\nWith PiKVCache {sum(judged)} of {len(judged)} answers are right.", style="not bold")
-    return verdict
+    same = "PiKVCache gave the same tokens for every question"
+    verdict = Text(same if result.agree else f"NOT THE SAME: {result.describe_disagreement()}", style="bold")
+    return verdict.append(f"; logits within {result.logit_difference:.1e}.", style="not bold")
 
 
 # Costs
@@ -118,23 +158,40 @@ def _seconds(amount: float) -> str:
     return f"{amount:.2f} s" if amount >= 1 else f"{amount * 1e3:.2f} ms"
 
 
-_COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("memory of the text", "context_bytes", format_bytes),
-    ("memory with all questions open", "open_bytes", format_bytes),
-    ("time to read the text", "prefill_seconds", _seconds),
-    ("time to copy the cache, median", "copy_seconds", _seconds),
-    ("time per further token, median", "token_seconds", _seconds),
+_TIMES = (
+    ("time to read the text", "prefill_seconds"),
+    ("time to copy the cache", "copy_seconds"),
+    ("time per further token", "token_seconds"),
 )
 
 
 def _costs(result: DemoResult) -> Group:
-    table = _table("Costs", "", result.dynamic.cache, result.pikv.cache, "PiKV / Dynamic")
-    for label, attribute, form in _COSTS:
-        amounts = [getattr(cache, attribute) for cache in (result.dynamic, result.pikv)]
+    table = _table("Costs", "", *(cache.cache for cache in result.caches))
+    for label, attribute in (
+        (" of the text", "context_bytes"),
+        (f", {len(result.questions)} questions open", "open_bytes"),
+    ):
+        amounts = [getattr(cache, attribute) for cache in result.caches]
+        table.add_row(f"memory{label}", *map(format_bytes, amounts))
+        table.add_row("  of DynamicCache's", *(f"{amount / amounts[0]:.1%}" for amount in amounts))
+    for label, attribute in _TIMES:
+        amounts = [getattr(cache, attribute) for cache in result.caches]
         if None not in amounts:
-            table.add_row(label, *map(form, amounts), f"{amounts[1] / amounts[0]:.3f}")
-    note = "Memory is counted from live storages; what copies share counts once. Times are of this run."
-    return Group(table, note)
+            table.add_row(label, *map(_seconds, amounts))
+    return Group(table, _notes(result))
+
+
+def _notes(result: DemoResult) -> str:
+    notes = ["Memory is counted from live storages; what copies share counts once."]
+    if result.press is not None:
+        notes.append(describe_press_share(result))
+    notes.append("Times are of this run.")
+    if result.parameters < _SMALL_MODEL:
+        notes.append(
+            f"At {result.parameters / 1e6:.1f}M parameters they are mostly overhead per call, whatever the cache "
+            "holds: `pikv bench decode` times a layer of real size."
+        )
+    return " ".join(notes)
 
 
 def _devices(result: DemoResult) -> Group:
@@ -153,7 +210,7 @@ def _shards(result: DemoResult, plain: bool) -> Group:
     totals = [sum(column) for column in zip(*(layer.shard_tokens for layer in result.spread), strict=True)]
     totals.append(sum(layer.window_tokens for layer in result.spread))
     names = [f"shard {shard}" for shard in range(len(totals) - 1)] + ["window"]
-    table = _table("Tokens by shard, all layers together", "", "")
+    table = _table("PiKVCache: tokens by shard, all layers together", "", "")
     table.columns[1].justify = "left"
     table.add_column("tokens", justify="right", no_wrap=True)
     table.add_column("share", justify="right", no_wrap=True)
@@ -162,37 +219,16 @@ def _shards(result: DemoResult, plain: bool) -> Group:
         table.add_row(name, bar, f"{tokens:,}", f"{tokens / max(1, sum(totals)):.1%}")
     followed = any(layer.expert_tokens for layer in result.spread)
     rule = "of the expert that the layer's router ranks first" if followed else "that follows from its position"
-    return Group(table, f"A token is in the shard {rule}; the newest and the first stay in the window.")
+    note = f"A token is in the shard {rule}; the newest and the first stay in the window."
+    return Group(table, f"{note}{_by_layer(result.spread)}")
 
 
-def _layers(spread: Sequence[LayerSpread], plain: bool) -> Group:
-    """Return a line for each layer, with a column of varying height for each shard and expert."""
-    table = _table("Tokens by layer", "layer", "by shard", "least", "most", "by primary expert", "least", "most")
-    for index in (1, 4):
-        table.columns[index].justify = "left"
-    for layer in spread:
-        cells = [cell for counts in (layer.shard_tokens, layer.expert_tokens) for cell in _profile(counts, plain)]
-        table.add_row(str(layer.layer), *cells)
-    note = "Heights are relative to the line's largest number; least and most are shares of the line's sum."
-    return Group(table, note)
-
-
-def _profile(counts: Sequence[int], plain: bool) -> tuple[str, str, str]:
-    """Return counts as a line of columns, with the smallest and the largest share."""
-    total = sum(counts)
-    if not total:
-        return "-", "-", "-"
-    return _columns(counts, plain), f"{min(counts) / total:.1%}", f"{max(counts) / total:.1%}"
-
-
-def _columns(counts: Sequence[int], plain: bool) -> str:
-    size = -(-len(counts) // _MAX_COLUMNS)
-    groups = [sum(counts[start : start + size]) for start in range(0, len(counts), size)]
-    levels = "12345678" if plain else _LEVELS
-    # Rounded up: only nothing at all is drawn as nothing.
-    heights = [-(-count * len(levels) // max(groups)) for count in groups]
-    repeat, gap = (2, " ") if len(groups) <= 8 else (1, "")
-    return gap.join((levels[height - 1] if height else ".") * repeat for height in heights)
+def _by_layer(spread: Sequence[LayerSpread]) -> str:
+    """Return how much the largest shard of a layer has, as a sentence; nothing if all shards are empty."""
+    largest = [max(layer.shard_tokens) / sum(layer.shard_tokens) for layer in spread if sum(layer.shard_tokens)]
+    if not largest:
+        return ""
+    return f" By layer, the largest shard has {min(largest):.1%} to {max(largest):.1%} of what is in shards."
 
 
 def _bar(share: float, plain: bool) -> str:

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 
 from pikv_hf import PiKVConfig, attach
-from pikv_hf.eval.demo.measure import pikv_cache
+from pikv_hf.eval.demo.caches import pikv_cache
 from pikv_hf.eval.demo.options import DemoOptions
 from pikv_hf.eval.demo.routing_recorder import record_trace
 from pikv_hf.eval.demo.task import build_task

@@ -1,6 +1,8 @@
 """``pikv demo`` from the command line down: results, exit statuses, messages."""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ from typer.testing import CliRunner
 from pikv_hf import PiKVCache
 from pikv_hf.eval.cli.main import app
 from pikv_hf.eval.demo import demo
-from pikv_hf.eval.demo.measure import Answer, CacheKind, first_difference, pikv_cache, total_bytes
+from pikv_hf.eval.demo.caches import CacheKind, pikv_cache
+from pikv_hf.eval.demo.measure import Answer, first_difference, total_bytes
 from pikv_hf.eval.reference.tokenizer import build_tokenizer
 
 LAYERS, EXPERTS = 2, 8
+CACHES = ("dynamic", "pikv", "int4", "press")
 SHORT = ("--tokens", "600", "--max-new-tokens", "6")
 
 
@@ -76,12 +80,25 @@ def run_json(*arguments: str, status: int = 0) -> dict:
     return json.loads(run(*arguments, "--json", status=status).stdout)
 
 
-def test_bundled_model_answers_with_both_caches():
+def right_answers(cache: dict) -> int:
+    return sum(answer["right"] for answer in cache["answers"])
+
+
+def test_bundled_model_answers_with_every_cache():
     found = run_json()
+    dynamic = found["dynamic"]
     assert found["agree"]
     assert found["context_tokens"] == pytest.approx(2048, rel=0.01)
-    assert sum(answer["right"] for answer in found["pikv"]["answers"]) >= 5
-    assert found["pikv"]["open_bytes"] < found["dynamic"]["open_bytes"] / 2
+    assert [found[name]["cache"] for name in CACHES] == ["DynamicCache", "PiKVCache", "int4", "PiKVPress"]
+    assert right_answers(found["pikv"]) >= 5
+    assert right_answers(found["int4"]) >= 5
+    assert right_answers(found["press"]) >= 5
+    assert found["press_missing"] is None
+    # One copy of the text for all questions; about a quarter of its bytes; a sixteenth.
+    assert found["pikv"]["open_bytes"] < 0.3 * dynamic["open_bytes"]
+    assert found["int4"]["context_bytes"] < 0.3 * dynamic["context_bytes"]
+    assert found["press"]["context_bytes"] <= dynamic["context_bytes"] / 16
+    assert found["press"]["open_bytes"] < dynamic["open_bytes"] / 16
 
 
 def test_json_of_another_model(tiny):
@@ -91,7 +108,7 @@ def test_json_of_another_model(tiny):
     assert found["logit_difference"] < 1e-3
     assert [a["token_ids"] for a in dynamic["answers"]] == [a["token_ids"] for a in pikv["answers"]]
     assert all(answer["right"] is False for answer in pikv["answers"])
-    assert len(found["questions"]) == len(pikv["answers"]) == 6
+    assert {len(found[name]["answers"]) for name in CACHES} == {len(found["questions"])} == {6}
     assert pikv["open_bytes"] < dynamic["open_bytes"]
 
 
@@ -156,13 +173,41 @@ def test_own_text(tmp_path, text, template):
 
 
 @pytest.mark.parametrize("shards", ["8", "100"])
-def test_tables_are_at_most_100_columns_wide(tiny, text, shards):
+def test_tables_are_at_most_80_columns_wide(tiny, text, shards):
     for source in (SHORT, ("--text", text, "--question", "Where [is] it?")):
         shown = run("--model", tiny, "--num-shards", shards, *source).stdout
-        assert max(map(len, shown.splitlines())) <= 100
+        assert max(map(len, shown.splitlines())) <= 80
         assert "same tokens for every question" in shown
         # Figures are cut or wrapped in no row.
         assert "…" not in shown
+
+
+def test_last_lines_say_what_each_cache_is_good_for(tiny):
+    *_, title, dynamic, pikv, int4, press = run("--model", tiny, *SHORT).stdout.rstrip().splitlines()
+    assert title.strip() == "What each is good for"
+    assert dynamic.startswith("DynamicCache  one question")
+    assert re.match(r"PiKVCache     many questions, one text: same tokens, \d+\.\d% of the bytes\.", pikv)
+    assert re.match(r"int4          longer texts: \d+\.\d% of the bytes, 0 of 6 answers right\.", int4)
+    assert re.match(r"PiKVPress     the longest texts: \d+\.\d% of the bytes, 0 of 6 answers right\.", press)
+
+
+def test_where_the_answer_is_not_known_caches_are_compared(tiny, text):
+    shown = run("--model", tiny, "--text", text, "--question", "Where?", *SHORT).stdout
+    assert "DynamicCache's answer" in shown
+    assert re.search(r"the same +1 of 1 +1 of 1 +[01] of 1 +[01] of 1", shown)
+    assert re.search(r"\d% of the bytes, [01] of 1 answers the same\.", shown)
+
+
+def test_without_kvpress_a_line_says_how_to_install_it(tiny, monkeypatch):
+    # What the import system does with a package that is not there, for the package that would import it.
+    monkeypatch.setitem(sys.modules, "kvpress", None)
+    monkeypatch.delitem(sys.modules, "pikv_hf.presses", raising=False)
+    found = run_json("--model", tiny, *SHORT)
+    assert found["press"] is None
+    assert found["press_missing"] == 'PiKVPress needs kvpress: pip install "pikv-hf[kvpress]"'
+    shown = run("--model", tiny, *SHORT).stdout
+    assert "3 caches" in shown
+    assert re.search(r'^PiKVPress +needs kvpress: pip install "pikv-hf\[kvpress\]"', shown, flags=re.MULTILINE)
 
 
 def test_disagreement_is_reported_with_status_1(tiny, monkeypatch):
