@@ -16,7 +16,7 @@ DEVELOPED := $(VENV)/dev.stamp
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUNNABLE) ## Compare DynamicCache and PiKVCache on the bundled model
+demo: $(RUNNABLE) ## Ask a small model about one text with DynamicCache and three kinds of PiKVCache
 	$(BIN)/pikv demo
 
 # One torch thread per worker: two workers with two threads each on two cores wait for one another.

@@ -15,7 +15,7 @@ from pikv_hf.eval.demo.options import DemoOptions, tier_limits
 from pikv_hf.eval.errors import user_input
 
 if TYPE_CHECKING:
-    from pikv_hf.eval.demo.demo import DemoResult
+    from pikv_hf.eval.demo.result import DemoResult
 
 app = typer.Typer(
     name="pikv",

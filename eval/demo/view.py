@@ -167,12 +167,10 @@ _TIMES = (
 
 def _costs(result: DemoResult) -> Group:
     table = _table("Costs", "", *(cache.cache for cache in result.caches))
-    for label, attribute in (
-        (" of the text", "context_bytes"),
-        (f", {len(result.questions)} questions open", "open_bytes"),
-    ):
+    memory = {"memory of the text": "context_bytes", f"memory, {len(result.questions)} questions open": "open_bytes"}
+    for label, attribute in memory.items():
         amounts = [getattr(cache, attribute) for cache in result.caches]
-        table.add_row(f"memory{label}", *map(format_bytes, amounts))
+        table.add_row(label, *map(format_bytes, amounts))
         table.add_row("  of DynamicCache's", *(f"{amount / amounts[0]:.1%}" for amount in amounts))
     for label, attribute in _TIMES:
         amounts = [getattr(cache, attribute) for cache in result.caches]

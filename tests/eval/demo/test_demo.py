@@ -138,6 +138,7 @@ def test_tiers_move_pages_and_change_no_answer(tiny):
     found = run_json("--model", tiny, *SHORT, "--page-size", "8", "--tiers", "cpu=96KiB,disk")
     assert found["agree"]
     tiers = found["stats"]["tiers"]
+    assert found["press_missing"] is None
     assert tiers["limits"] == {"cpu": 96 * 1024, "disk": None}
     assert tiers["pages"]["disk"] > 0 < tiers["bytes_moved"]["disk->cpu"]
     shown = run("--model", tiny, *SHORT, "--page-size", "8", "--tiers", "cpu=96KiB,disk")
@@ -153,6 +154,7 @@ def test_shards_on_several_devices_change_no_answer(tiny):
     arguments = ("--model", tiny, *SHORT, "--page-size", "8", "--cache-devices", "cpu:0,cpu:1")
     found = run_json(*arguments)
     assert found["agree"]
+    assert found["press_missing"] is None
     assert set(found["per_device"]) == {"cpu:0", "cpu:1"}
     assert min(found["per_device"].values()) > 0.3 * sum(found["per_device"].values())
     for layer in found["spread"]:
