@@ -56,7 +56,7 @@ def reference_model() -> tuple[Any, Any]:
 @pytest.fixture(autouse=True)
 def _small_runs_count(monkeypatch: pytest.MonkeyPatch) -> None:
     # The pages of small models are so small that they would all be gathered, and none read in place.
-    monkeypatch.setattr("pikv_hf.page_table.page_table.MIN_RUN_BYTES", 1)
+    monkeypatch.setattr("pikv_hf.page_table.table_view.MIN_RUN_BYTES", 1)
 
 
 @pytest.fixture(autouse=True)

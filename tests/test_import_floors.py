@@ -58,10 +58,6 @@ KNOWN: dict[str, set[str]] = {
     "integration.attachment": {"integration.prefetch"},
     "integration.prefetch": {"integration.attachment"},
     "layer.layer_store": {"integration.attachment"},
-    "page_table.layer_pools": {"reports.memory_report", "scheduling.growth_limit"},
-    "page_table.prompt_packing": {"page_table.sequence_writer"},
-    "page_table.sequence_writer": {"page_table.prompt_packing"},
-    "scheduling.growth_limit": {"reports.memory_report"},
     "serialization.save_load": {"cache"},
 }
 

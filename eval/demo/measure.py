@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers.generation.streamers import BaseStreamer
 
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.eval.demo.caches import CacheKind
 from pikv_hf.eval.demo.task import DemoTask, Prompt
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.reports.memory_report import live_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

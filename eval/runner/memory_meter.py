@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.reports.memory_report import live_bytes
+from pikv_hf.common.tensors import live_bytes
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")

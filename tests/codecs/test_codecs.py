@@ -11,12 +11,13 @@ from families import FAMILIES, prompts
 from pikv_hf import PiKVCache, detach
 from pikv_hf.codecs.codec import fit_basis
 from pikv_hf.codecs.page_encoder import GUARD, PageEncoder
+from pikv_hf.common.kv import KV
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench.decode import filled_pikv, geometry_model
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.pages.packed_pool import PackedPool
 from pikv_hf.pages.pool_id import PoolId
-from pikv_hf.reports.memory_report import live_bytes
 
 SMALL = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3}
 LOSSY = [name for name in CODECS if name != "none"]
@@ -159,7 +160,7 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
 
 
 def encoder(codec: str, **options: Any) -> PageEncoder:
-    return PageEncoder(codec, True, PiKVConfig(key_codec=codec, **options))
+    return PageEncoder(codec, KV.KEYS, PiKVConfig(key_codec=codec, **options))
 
 
 def test_a_page_with_a_huge_token_is_kept_wider() -> None:
@@ -273,7 +274,7 @@ def test_errors_of_logits_are_those_of_recent_queries() -> None:
     error = cache.memory_report().per_codec["int2"].logit_error
     assert error is not None
     assert error > 0
-    assert cache.layers[0].table.pools.queries.shape == (2, 16, 16)
+    assert cache.layers[0].table.pools.encoders.queries.shape == (2, 16, 16)
 
 
 def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def test_packed_tokens_stay_as_they_are(model: Any, codec: str) -> None:
     layer = cache.layers[1]
     layer.settle()
     before = [part.clone() for part in layer.dense()]
-    packed = layer.table.stored_mask(61, layer.table.pools.packed)[:, None, :]
+    packed = layer.table.view.stored_mask(61, layer.table.pools.packed)[:, None, :]
     assert packed.any()
     kept = random_keep(cache)[1]
     layer.keep(kept)

@@ -9,7 +9,8 @@ from families import FAMILIES
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.reports.memory_report import format_bytes, live_bytes
+from pikv_hf.common.tensors import live_bytes
+from pikv_hf.reports.memory_report import format_bytes
 
 PREFIX = 4096
 

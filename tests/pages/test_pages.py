@@ -141,7 +141,7 @@ def test_forks_may_take_the_free_pages_that_a_run_reads_past() -> None:
     table.rows[0].full[table.rows[0].full == middle] = moved
     pool_.decref(np.array([middle]))
     table._changed()
-    assert middle in table.plan().bridged
+    assert middle in table.view.plan().bridged
     torch.testing.assert_close(attend(cache, query)[0], expected)
     # Someone else takes the page and fills it with what must not be read.
     taken = pool_.allocate(pool_.allocator.free_pages)

@@ -11,12 +11,12 @@ from routing_reference import choose, full_pages, grow, grown
 from routing_runs import SMALL, generate, queries
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import CODECS
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.kernels.page_codes import BITS, spread_values
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.pages.pool_id import PLAIN, PoolId
-from pikv_hf.reports.memory_report import live_bytes
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -25,9 +25,9 @@ def test_bounds_bound_every_logit(codec: str) -> None:
     layer = grown(prompt=130, batch=2, key_codec=codec, value_codec="none", rank=4, routing="page_bound", max_pages=3)
     for each in _lives(layer):
         query = queries(each)
-        bounds = each.table.index().bounds(query).double()
+        bounds = each.table.view.full_pages().bounds(query).double()
         for row in range(2):
-            columns = each.table.index().pages[row].tolist()
+            columns = each.table.view.full_pages().pages[row].tolist()
             for page in full_pages(each, row):
                 assert page.where[1] in columns
                 column = _column(each, row, page)
@@ -65,7 +65,7 @@ def _lives(layer: PiKVLayer) -> Any:
 
 
 def _column(layer: PiKVLayer, row: int, page: slow.Page) -> int:
-    index = layer.table.index()
+    index = layer.table.view.full_pages()
     part = index.columns[page.where[0]]
     return part.start + index.pages[row, part].tolist().index(page.where[1])
 
@@ -118,5 +118,5 @@ def test_the_report_counts_bounds() -> None:
 def test_integer_codes_are_their_own_bounds() -> None:
     layer = grown(prompt=180, key_codec="int4", value_codec="int4", routing="page_bound", max_pages=3)
     choose(layer, queries(layer))
-    assert PoolId.parse("int4") in layer.table.index().pools
+    assert PoolId.parse("int4") in layer.table.view.full_pages().pools
     assert layer.table.pools.packed[PoolId.parse("int4")].bounds is None

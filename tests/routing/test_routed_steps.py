@@ -51,7 +51,7 @@ def test_everything_chosen_with_codecs(codec: str, routed_steps: list[int]) -> N
     cache = PiKVCache.for_model(model, **options, **EVERYTHING)
     assert_same(generate(model, inputs, cache), expected)
     assert routed_steps
-    pools = cache.layers[0].table.index().pools
+    pools = cache.layers[0].table.view.full_pages().pools
     assert len(pools) >= (2 if codec == "auto" else 1)
     assert set(pools) - {PLAIN}
 
@@ -162,8 +162,8 @@ def test_in_the_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setenv("PIKV_KERNELS", backend)
             logits[backend] = model(step, attention_mask=seen, past_key_values=cache).logits
         (layer,) = cache.layers
-        assert len(layer.table.index().lengths[PoolId.parse("int4/int8")].unique()) == 2
+        assert len(layer.table.view.full_pages().lengths[PoolId.parse("int4/int8")].unique()) == 2
         query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
-        columns[backend] = layer.page_router.choose(layer.table.index(), query, 0.25, layer.seen).columns
+        columns[backend] = layer.page_router.choose(layer.table.view.full_pages(), query, 0.25, layer.seen).columns
     assert torch.equal(columns["torch"], columns["interpret"])
     torch.testing.assert_close(logits["interpret"], logits["torch"], atol=1e-4, rtol=1e-4)

@@ -20,7 +20,7 @@ def test_codecs(codec: str, tmp_path: Path) -> None:
     assert any(layer.table.pools.packed for layer in cache.layers) == (codec != "none")
     loaded = round_trip(model, cache, tmp_path)
     for layer in loaded.layers:
-        for encoder, keys in zip(layer.table.pools.encoders or (), (True, False), strict=False):
+        for encoder, keys in zip(layer.table.pools.encoders.in_use, (True, False), strict=False):
             pools = [pool for name, pool in layer.table.pools.packed.items() if name.is_lowrank]
             assert all((pool.key_codec if keys else pool.value_codec) in encoder.codecs.values() for pool in pools)
 

@@ -12,13 +12,13 @@ from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, V
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import PartLayout, PartLocation
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.pages.pool_id import PLAIN
 from pikv_hf.reports.memory_measure import layer_memory
-from pikv_hf.reports.memory_report import live_bytes
 
 #: The share of the tokens that each part is to get; the first has nothing but the window where it is 0.
 WEIGHTS = [(1.0, 1.0), (3.0, 1.0), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 1.0, 1.0, 1.0), (1.0,) * 7]
@@ -145,7 +145,7 @@ class DeviceMachine(EvictionMachine):
         self.contents_agree()
         twin.layer.truncate(length)
         twin.change(lambda part: part[:, :, :length])
-        if twin.layer.table.pools.packs:
+        if twin.layer.table.pools.encoders.packs:
             # What the question packed is as it was, bit by bit.
             for name in NAMES:
                 setattr(twin, name, old[name])
@@ -187,7 +187,7 @@ class DeviceMachine(EvictionMachine):
             owners = torch.zeros(shape, dtype=torch.int64)
             for table in layer.tables():
                 assert len(table.rows) == len(layer.table.rows)
-                owners += table.stored_mask(stored).view(shape)
+                owners += table.view.stored_mask(stored).view(shape)
             assert torch.equal(owners.expand(-1, HEADS, -1), twin.held[:, :, :stored].long())
             self.rows_are_alike(layer)
             for number, weight in enumerate(layer.layout.weights):

@@ -43,7 +43,7 @@ def assert_spread(cache: PiKVCache) -> None:
     """All devices have a part of the shards, and every token is in one of them."""
     for layer in paged_layers(cache):
         layer.settle()
-        held = sum(table.stored_mask(layer.seen).long() for table in layer.tables())
+        held = sum(table.view.stored_mask(layer.seen).long() for table in layer.tables())
         assert torch.equal(
             held.view(layer.batch, layer.lanes, -1).expand(-1, layer.heads, -1), layer.stored_mask().long()
         )

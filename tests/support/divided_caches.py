@@ -8,6 +8,7 @@ import torch
 from saved_runs import go_on, new_cache, plain_state
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.kv import KV
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.page_table.page_table import PageTable
 from pikv_hf.serialization.pool_records import page_notes
@@ -42,7 +43,7 @@ def capacities(cache: PiKVCache) -> list[int]:
 def positions(cache: PiKVCache) -> list[list[list[int]]]:
     """Return which positions each row has in each part."""
     tables = [(layer.seen, table) for layer in paged(cache) for table in layer.tables()]
-    return [[held.nonzero().flatten().tolist() for held in table.stored_mask(seen)] for seen, table in tables]
+    return [[held.nonzero().flatten().tolist() for held in table.view.stored_mask(seen)] for seen, table in tables]
 
 
 def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
@@ -59,8 +60,8 @@ def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
         if one.table is not None:
             assert one.reads_window == other.table.writer.reads_window
             assert one.table.writer._counts == other.table.writer._counts
-            for keys in (True, False):
-                bases = one.table.pools.bases(keys), other.table.pools.bases(keys)
+            for which in KV:
+                bases = one.table.pools.encoders.bases(which), other.table.pools.encoders.bases(which)
                 assert all(torch.equal(a, b) for a, b in zip(*bases, strict=True))
         if one.scheduler is not None:
             assert vars(one.scheduler.policy) == vars(other.scheduler.policy)

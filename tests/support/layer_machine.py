@@ -10,10 +10,10 @@ from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, V
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import attend, pikv_attention_forward
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.reports.memory_report import live_bytes
 
 # The most that packing may change a number by, for standard normal tokens; a basis of half the rank may lose anything.
 CHANGE = {

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 
+from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.kernels.page_codes import BITS, SPREAD_ONE, SPREAD_STEPS
@@ -89,7 +90,7 @@ def _most(query: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> float:
 def full_pages(layer: PiKVLayer, row: int) -> list[Page]:
     """Return the full pages of a row of the layer's table."""
     assert layer.table is not None
-    keys = layer.table.dense_part(layer.seen, True)[row].double()
+    keys = layer.table.view.dense_part(layer.seen, KV.KEYS)[row].double()
     pages = []
     for name, pool in layer.table.pools.by_id().items():
         for number in layer.table.rows[row].full_pages(name).tolist():
@@ -181,13 +182,13 @@ def choose(layer: PiKVLayer, query: torch.Tensor) -> Choice | None:
     assert layer.table is not None
     assert layer.page_router is not None
     by_row = query.reshape(len(layer.table.rows), -1, query.shape[-1])
-    return layer.page_router.choose(layer.table.index(), by_row, SCALE, layer.seen)
+    return layer.page_router.choose(layer.table.view.full_pages(), by_row, SCALE, layer.seen)
 
 
 def chosen(layer: PiKVLayer, choice: Choice | None, row: int, head: int) -> set[tuple[str, int]]:
     """Return the pool and number of each page that is read."""
     assert layer.table is not None
-    index = layer.table.index()
+    index = layer.table.view.full_pages()
     if choice is None:
         return {page.where for page in full_pages(layer, row)}
     found = []
@@ -203,6 +204,6 @@ def chosen(layer: PiKVLayer, choice: Choice | None, row: int, head: int) -> set[
 def dense_attention(layer: PiKVLayer, query: torch.Tensor, row: int, head: int, positions: list[int]) -> torch.Tensor:
     """Return attention of the queries of a KV head of a row over the tokens at these positions, `(G, Dv)` float64."""
     assert layer.table is not None
-    keys, values = (part[row, head, positions].double() for part in layer.table.dense(layer.seen))
+    keys, values = (part[row, head, positions].double() for part in layer.table.view.dense(layer.seen))
     logits = queries_of(layer, query, row, head).double() @ keys.T * SCALE
     return logits.softmax(dim=-1) @ values

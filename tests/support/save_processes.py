@@ -81,7 +81,9 @@ class Rank:
         cache = self.new(**CASES[name])
         cache.save(self.folder / name)
         files = sorted(path.name for path in self.folder.iterdir() if path.name.startswith((name, ".pikv")))
-        held = [cache.layers[0].table.stored_mask(cache.layers[0].seen).tolist() for cache in (cache, self.load(name))]
+        held = [
+            cache.layers[0].table.view.stored_mask(cache.layers[0].seen).tolist() for cache in (cache, self.load(name))
+        ]
         loaded = self.load(name)
         return {"files": files, "held": held, "logits": [continued(self.model, each) for each in (cache, loaded)]}
 

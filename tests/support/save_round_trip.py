@@ -8,6 +8,7 @@ import torch
 from saved_runs import go_on, plain_state
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.kv import KV
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.serialization.pool_records import most_pages, page_notes
 
@@ -63,14 +64,15 @@ def assert_same_tables(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     writers = [(t.writer.num_shards, t.writer.recent_window, t.writer.sink_pages) for t in tables]
     assert writers[0] == writers[1]
     stores = [table.pools for table in tables]
+    encoders = [pools.encoders for pools in stores]
     assert stores[0].config == stores[1].config
-    for keys in (True, False):
-        for one, other in zip(stores[0].bases(keys), stores[1].bases(keys), strict=True):
+    for which in KV:
+        for one, other in zip(encoders[0].bases(which), encoders[1].bases(which), strict=True):
             assert torch.equal(one, other)
-    assert (stores[0].queries is None) == (stores[1].queries is None)
-    if stores[0].queries is not None:
-        assert torch.equal(stores[0].queries, stores[1].queries)
-        assert stores[0].query_scale == stores[1].query_scale
+    assert (encoders[0].queries is None) == (encoders[1].queries is None)
+    if encoders[0].queries is not None:
+        assert torch.equal(encoders[0].queries, encoders[1].queries)
+        assert encoders[0].query_scale == encoders[1].query_scale
 
 
 def assert_compact(cache: PiKVCache) -> None:

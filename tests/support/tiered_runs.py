@@ -5,8 +5,8 @@ from typing import Any
 import torch
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.reports.memory_report import live_bytes
 
 LAYOUT = {"page_size": 8, "recent_window": 16, "num_shards": 2}
 LENGTH, STEPS = 200, 24

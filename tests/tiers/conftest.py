@@ -12,8 +12,8 @@ from families import FAMILIES, VOCAB
 from tiered_runs import LENGTH, generate
 from transformers import DynamicCache
 
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.reports.memory_report import live_bytes
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from tiered_runs import LAYOUT, LENGTH, fast_bytes, generate, half, pools_of
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import CODECS
-from pikv_hf.reports.memory_report import live_bytes
 from pikv_hf.tiers import tiered_pool
 from pikv_hf.tiers.file_records import PageFileError, Records
 from pikv_hf.tiers.tier_limits import TierFull

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, rule
 from layer_machine import CODECS, LayerMachine
 
-from pikv_hf.reports.memory_report import live_bytes
+from pikv_hf.common.tensors import live_bytes
 
 # Bytes of a token in a page of float32.
 TOKEN = HEADS * (KEY_DIM + VALUE_DIM) * 4

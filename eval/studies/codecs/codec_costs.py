@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.tensors import live_bytes
 from pikv_hf.eval.bench.decode import HEAD_DIM, filled_pikv, geometry_model
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.integration.attention_function import attend
-from pikv_hf.reports.memory_report import CodecMemory, live_bytes
+from pikv_hf.reports.memory_report import CodecMemory
 
 from ...report.result_rows import percent, show_table, write_rows
 from .attention_error import Subject, root_mean_square
@@ -116,7 +117,7 @@ class Packed:
             per_token = pool.keys.shape[0] * (pool.keys.shape[-1] + pool.values.shape[-1]) * 2
             held = pool.incompressible & (pool.allocator.refcount > 0)
             here = Counter({of.name: int(packed.count.sum()) for of, packed in table.pools.packed.items()})
-            if table.pools.packs:
+            if table.pools.encoders.packs:
                 size -= live_bytes(pool.tensors()) + pool.host_bytes - int(held.sum()) * pool.page_bytes
                 here["none"] += int(pool.count[held].sum())
             else:

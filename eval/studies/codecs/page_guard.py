@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from pikv_hf.codecs.page_encoder import GUARD, LADDER, PageEncoder
+from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
@@ -77,7 +78,7 @@ def guard_pages(pages: torch.Tensor, kind: Kind, *, keys: bool) -> Guarded:
     _check_kind(kind)
     decoded = torch.empty_like(pages)
     kinds = [kind] * pages.shape[1]
-    for part in PageEncoder(kind, keys, PiKVConfig()).encode(pages, None, 1.0):
+    for part in PageEncoder(kind, KV.KEYS if keys else KV.VALUES, PiKVConfig()).encode(pages, None, 1.0):
         decoded[:, torch.from_numpy(part.which)] = part.codec.decode(part.codes, torch.float32)
         for page in part.which.tolist():
             kinds[page] = part.codec.kind

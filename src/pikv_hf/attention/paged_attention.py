@@ -76,11 +76,11 @@ def _attend_routed(
     router = call.page_router
     if router is None:
         return None, every
-    choice = router.choose(table.index(), query[:, :, 0], call.scale, call.seen)
-    router.counts.add(table.index(), choice, table.always_read, folded.shape[0])
+    choice = router.choose(table.view.full_pages(), query[:, :, 0], call.scale, call.seen)
+    router.counts.add(table.view.full_pages(), choice, table.view.always_read, folded.shape[0])
     if choice is None:
         return None, every
-    return attend_choice(table.index(), choice, folded, call), [Region.UNFILLED]
+    return attend_choice(table.view.full_pages(), choice, folded, call), [Region.UNFILLED]
 
 
 def _attend_pool(
@@ -92,12 +92,12 @@ def _attend_pool(
     call: AttentionCall,
 ) -> list[Partial]:
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, nothing if there are none."""
-    reader = reader_of(table.pool_of(of))
+    reader = reader_of(table.view.pool_of(of))
     query = reader.query(folded)
     if looks_up:
-        part = _attend_entries(reader, query, table.entries(of), call)
+        part = _attend_entries(reader, query, table.view.entries(of), call)
     else:
-        part = _attend_plan(reader, query, table.plan(of), bias, call)
+        part = _attend_plan(reader, query, table.view.plan(of), bias, call)
     return [] if part is None else [(reader.output(part[0]), part[1])]
 
 

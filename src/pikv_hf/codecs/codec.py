@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from ..common.kv import KV
 from ..kernels.decode_pages import decode_pages
 from ..kernels.encode_pages import encode_pages
 from ..kernels.page_codes import Kind, PageCodes, empty_codes
@@ -23,7 +24,7 @@ class Codec:
     ----------
     name : str
         Any of `CODECS` but `"auto"`, which is a choice among others.
-    keys : bool
+    which : KV
         Keys or values.
     rank : int
         Of the low-rank codecs, at most the head dim.
@@ -35,7 +36,7 @@ class Codec:
     """
 
     name: str
-    keys: bool
+    which: KV
     rank: int = 0
     basis: torch.Tensor | None = None
 
@@ -53,7 +54,7 @@ class Codec:
         """Return the codes of no pages."""
         coded = min(self.rank, dim) if self.name == "lowrank" else dim
         latent = min(self.rank, dim) if self.name == "lowrank+int4" else 0
-        return empty_codes(self.kind, heads, page_size, coded, dtype, device, keys=self.keys, rank=latent)
+        return empty_codes(self.kind, heads, page_size, coded, dtype, device, keys=self.which is KV.KEYS, rank=latent)
 
     def is_ready(self, tokens: int, dim: int) -> bool:
         """Return whether pages of so many tokens can be encoded; a basis wants some to be fitted to."""
@@ -62,14 +63,14 @@ class Codec:
     def encode(self, tokens: torch.Tensor) -> PageCodes:
         """Encode full pages `(H, N, P, D)`. The first call of a low-rank codec fits its basis to them."""
         if not self.is_lowrank:
-            return encode_pages(tokens, self.kind, keys=self.keys)
+            return encode_pages(tokens, self.kind, keys=self.which is KV.KEYS)
         if self.basis is None:
             self.basis = fit_basis(tokens, self.rank)
         coefficients = torch.matmul(tokens, self.basis.unsqueeze(1))
         if self.name == "lowrank":
             return PageCodes("none", tokens.shape[2], coefficients)
         rest = tokens.float() - torch.matmul(coefficients.float(), self.basis.float().unsqueeze(1).transpose(2, 3))
-        return dataclasses.replace(encode_pages(rest, self.kind, keys=self.keys), latent=coefficients)
+        return dataclasses.replace(encode_pages(rest, self.kind, keys=self.which is KV.KEYS), latent=coefficients)
 
     def decode(self, codes: PageCodes, dtype: torch.dtype) -> torch.Tensor:
         """Decode pages into `(H, N, P, D)`."""

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import torch
 
+from ..common.kv import KV
 from ..config import PiKVConfig
 from ..kernels.page_codes import PageCodes
 from .codec import Codec, is_lowrank
@@ -66,14 +67,14 @@ class PageEncoder:
     ----------
     name : str
         The codec of the configuration; `"auto"` starts with the narrowest.
-    keys : bool
+    which : KV
         Keys or values.
     config : PiKVConfig
         Error budget and rank.
     """
 
-    def __init__(self, name: str, keys: bool, config: PiKVConfig) -> None:
-        self.name, self.keys = name, keys
+    def __init__(self, name: str, which: KV, config: PiKVConfig) -> None:
+        self.name, self.which = name, which
         self.budget = config.error_budget
         self.rank = config.rank
         self.codecs: dict[str, Codec] = {}
@@ -88,7 +89,7 @@ class PageEncoder:
     def codec(self, name: str, dim: int) -> Codec:
         """Return this layer's codec of that name."""
         if name not in self.codecs:
-            self.codecs[name] = Codec(name, self.keys, (self.rank or max(1, dim // 4)) if is_lowrank(name) else 0)
+            self.codecs[name] = Codec(name, self.which, (self.rank or max(1, dim // 4)) if is_lowrank(name) else 0)
         return self.codecs[name]
 
     def is_ready(self, tokens: int, dim: int) -> bool:
@@ -151,12 +152,12 @@ class PageEncoder:
         error = decoded.sub_(exact)
         lost, energy = error.square().sum(dim=(2, 3)), exact.square().sum(dim=(2, 3))
         logits = None
-        if self.keys and queries is not None:
+        if self.which is KV.KEYS and queries is not None:
             logits = torch.matmul(error.flatten(1, 2), queries.float().transpose(1, 2) * scale).square_()
             logits = logits.view(*pages.shape[:3], -1).mean(dim=(2, 3))
         good = torch.ones(pages.shape[1], dtype=torch.bool, device=pages.device)
         if name in GUARD:
-            telling = exact - exact.mean(dim=2, keepdim=True) if self.keys else exact
+            telling = exact - exact.mean(dim=2, keepdim=True) if self.which is KV.KEYS else exact
             size = telling.abs().mean(dim=(2, 3)).clamp_min_(torch.finfo(torch.float32).tiny)
             ratio = (lost / pages[0, 0].numel()).sqrt_() / size
             # Written so that NaN, the error of keys that are not finite, is not good.

@@ -1,4 +1,6 @@
-"""Tensors that travel between devices."""
+"""Tensors: moved between devices, extended, and the bytes that they take."""
+
+from collections.abc import Iterable
 
 import torch
 
@@ -20,3 +22,12 @@ def extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
     grown = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
     grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
     return grown
+
+
+def live_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the bytes of the distinct storages behind tensors: a view costs what it keeps alive."""
+    storages = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())

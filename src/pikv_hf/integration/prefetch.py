@@ -48,7 +48,7 @@ def prefetch(layer: "PiKVLayer", query: torch.Tensor, scale: float) -> None:
 
 def _prefetch(table: "PageTable", router: "PageRouter", query: torch.Tensor, scale: float, seen: int) -> None:
     rows = query.reshape(len(table.rows), -1, query.shape[-1])
-    index = table.index()
+    index = table.view.full_pages()
     choice = router.choose(index, rows, scale, seen)
     if choice is None:
         return

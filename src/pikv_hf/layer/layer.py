@@ -6,7 +6,8 @@ import torch
 
 from ..distributed.lockstep import prompt_mark
 from ..distributed.process_exchange import leaves_others
-from ..page_table.layer_pools import MAX_OBSERVED
+from ..page_table.cropping import crop
+from ..page_table.layer_encoders import MAX_OBSERVED
 from .input_checks import check_fits
 from .layer_edits import LayerEdits
 from .pending_tokens import PendingTokens
@@ -132,13 +133,15 @@ class PiKVLayer(LayerEdits):
             return
         batch, _, new, dim = query.shape
         for table in self.tables():
-            pages = table.pools
-            if not pages.packs or (new == 1 and pages.queries is not None and self.state.seen % self.config.page_size):
+            encoders = table.pools.encoders
+            if not encoders.packs or (
+                new == 1 and encoders.queries is not None and self.state.seen % self.config.page_size
+            ):
                 # Pages fill now and then: looking at every decoded token would only cost time.
                 continue
             recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
             few = recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone()
-            pages.remember_queries(few.to(table.plain.device), scale)
+            encoders.remember_queries(few.to(table.plain.device), scale)
 
     def attend_ends(self) -> None:
         """Store the new tokens soon if no router is to be awaited."""
@@ -183,7 +186,7 @@ class PiKVLayer(LayerEdits):
         except BaseException:
             # Those that have the token already let go of it.
             for table in self.tables():
-                table.crop(self.state.seen)
+                crop(table, self.state.seen)
             raise
 
     @leaves_others

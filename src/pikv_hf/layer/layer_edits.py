@@ -1,19 +1,21 @@
 """Changing the tokens of a layer: assigned from outside, kept and evicted by presses, cut off, other rows."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 
+from ..common.kv import KV
 from ..distributed.process_exchange import leaves_others
+from ..page_table.cropping import Crop
+from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
 from .input_checks import check_fits, cropped_length
 from .kv_assignment import HandedOut, is_selection
 from .layer_store import LayerTokens
-from .table_rebuild import checked_widths, equal_rows, leaders_of, shares_of, with_exact_ends
+from .table_rebuild import checked_widths, leaders_of, shares_of, with_exact_ends
 
 
 class LayerEdits(LayerTokens):
@@ -58,7 +60,7 @@ class LayerEdits(LayerTokens):
         if self.table is None:
             return None
         self.settle_marks()
-        dense = self._dense(name == "keys")
+        dense = self._dense(KV(name))
         self._handed[name] = HandedOut(dense)
         return dense
 
@@ -72,10 +74,10 @@ class LayerEdits(LayerTokens):
                 "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
             )
         seen = self.positions_seen
-        picked = self.attachment is not None and keys.shape[2] <= self.seen and is_selection(keys, self._dense(True))
+        picked = self.attachment is not None and keys.shape[2] <= self.seen and is_selection(keys, self._dense(KV.KEYS))
         # What was evicted was handed out as zeros, and comes back as such: it is no token now either.
         held = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1) if self.state.evicted else None
-        leaders = equal_rows(keys, values, batch=self.batch)
+        leaders = equal_rows([keys[:, :, -1:]], [keys, values])
         # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
         every = keys.new_ones(keys.shape[:3], dtype=torch.bool) if held is None else held
         split = not torch.equal(every, every[:, :1].expand_as(every))
@@ -133,7 +135,7 @@ class LayerEdits(LayerTokens):
         for table in self.tables():
             device = table.plain.device
             bases = [None if basis is None else basis.to(device) for basis in (key_basis, value_basis)]
-            table.pools.set_bases(*bases)
+            table.pools.encoders.set_bases(*bases)
 
     # Evicting
 
@@ -202,7 +204,7 @@ class LayerEdits(LayerTokens):
             mine = widths
             if own is not None:
                 # What is stored stays in the part that has it; what is new is divided.
-                held = part.table.stored_mask(stored).to(self.device).view(self.batch, self.lanes, stored)
+                held = part.table.view.stored_mask(stored).to(self.device).view(self.batch, self.lanes, stored)
                 mine = widths * torch.cat([held.expand(-1, self.heads, -1), own], dim=2)
             table = part.kept(self.pending, mine, self.config, self.shard_of(), self.shard_map, leaders, split)
             part.fit(table, self.heads // table.plain.keys.shape[0], self.state.seen)
@@ -260,7 +262,7 @@ class LayerEdits(LayerTokens):
             free = all(each.plain.growth_limit is None for each in pages)
             forks = [
                 (table.fork(), {name for name, pool in table.pools.packed.items() if pool.allocator.refcount.any()})
-                for table in (self.tables() if pages[0].packs and free else [])
+                for table in (self.tables() if pages[0].encoders.packs and free else [])
             ]
             self._checkpoint = (self.state.seen, forks) if forks else None
         self._returns = False
@@ -310,16 +312,18 @@ class LayerEdits(LayerTokens):
     def _crop_tables(self, length: int) -> None:
         """Cut the tables of all parts, or none if one of them cannot be cut for want of memory."""
         tables = self.tables()
-        for part, table in zip(self.parts, tables, strict=True):
-            part.with_room(self.state.seen, functools.partial(table.reserve_crop, length))
+        crops = [Crop(table, length) for table in tables]
+        for part, cut in zip(self.parts, crops, strict=True):
+            part.with_room(self.state.seen, cut.reserve)
         self._note_evictions()
         with ExitStack() as stack:
             for table in tables:
                 # Copying a page that a slower tier has may fail.
                 stack.enter_context(table.pools.transaction())
-            cropped = [table.cropped(length) for table in tables]
-        for table, left in zip(tables, cropped, strict=True):
-            table.finish_crop(left, length)
+            for cut in crops:
+                cut.prepare()
+        for cut in crops:
+            cut.finish()
 
     # Changing rows
 

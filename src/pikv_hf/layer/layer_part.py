@@ -94,7 +94,7 @@ class LayerPart:
     def share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
         """Have the writer of this part's table leave to other parts what `shard_map` gives them."""
         # What leaves the window does so in all parts of a process: the first of them counts it.
-        writer.share(shard_map, self.location.number, counts=self.location.device is None)
+        writer.write_part(shard_map, self.location.number, counts=self.location.device is None)
 
     # Storing
 

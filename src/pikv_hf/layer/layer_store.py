@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ..common.kv import KV
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout
 from ..distributed.process_exchange import leaves_others
+from ..page_table.cropping import crop
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.page_pool import NoRoomError
@@ -320,7 +322,7 @@ class LayerTokens(CacheLayerMixin):
                 self._store(tokens, valid, masses, slice(first, first + piece))
         except BaseException:
             for table in self.tables():
-                table.crop(start)
+                crop(table, start)
             raise
         self._note_evictions()
         self._drop_pending()
@@ -406,20 +408,20 @@ class LayerTokens(CacheLayerMixin):
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all K/V by column, `(B, H, T, D)` and `(B, H, T, Dv)`; zeros for padding and what was evicted."""
-        return self._dense(True), self._dense(False)
+        return self._dense(KV.KEYS), self._dense(KV.VALUES)
 
-    def _dense(self, keys: bool) -> torch.Tensor:
+    def _dense(self, which: KV) -> torch.Tensor:
         assert self.table is not None
         new = None
         if self.pending is not None:
-            new = self.pending.keys if keys else self.pending.values
+            new = self.pending.keys if which is KV.KEYS else self.pending.values
             if self.pending.tokens == self.state.seen:
                 return new
         stored = self.state.seen - (0 if self.pending is None else self.pending.tokens)
         # Every token is in one part, and zero in the others.
-        past = self.table.dense_part(stored, keys)
+        past = self.table.view.dense_part(stored, which)
         for table in self.tables()[1:]:
-            past += table.dense_part(stored, keys).to(past.device)
+            past += table.view.dense_part(stored, which).to(past.device)
         if self.layout.exchange is not None:
             past = self.layout.exchange.total(past)
         past = past.reshape(self.batch, self.heads, stored, past.shape[-1])
@@ -430,9 +432,9 @@ class LayerTokens(CacheLayerMixin):
         if self.table is None:
             return torch.zeros((0, 0, 0), dtype=torch.bool)
         new = 0 if self.pending is None else self.pending.tokens
-        stored = self.table.stored_mask(self.state.seen - new)
+        stored = self.table.view.stored_mask(self.state.seen - new)
         for table in self.tables()[1:]:
-            stored |= table.stored_mask(self.state.seen - new).to(stored.device)
+            stored |= table.view.stored_mask(self.state.seen - new).to(stored.device)
         if self.layout.exchange is not None:
             stored = self.layout.exchange.total(stored)
         stored = stored.view(self.batch, self.lanes, self.state.seen - new).expand(-1, self.heads, -1)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..common.tensors import carried
+from ..page_table.page_packing import adopt_pages
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
 from ..pages.packed_pool import PackedPool
@@ -75,7 +76,6 @@ def _tokens_outside(table: PageTable) -> int:
 def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, PageIds]]:
     """Return full pages by pool, those of shards that the target is to have `(S,)` shares of first."""
     found = []
-    sequences = list({id(row): row for row in table.rows}.values())
     for name, pool in table.pools.by_id().items():
         if isinstance(pool, PackedPool) and any(
             codec.basis is not None for codec in (pool.key_codec, pool.value_codec)
@@ -83,7 +83,7 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, Page
             # A basis is fitted in each part anew.
             continue
         own = np.zeros(pool.capacity, dtype=np.int64)
-        for sequence in sequences:
+        for sequence in table.sequences():
             own[sequence.full_pages(name)] += 1
         pages = np.flatnonzero((own > 0) & (own == pool.allocator.refcount) & (pool.count == pool.page_size))
         order = np.argsort(-preferred[pool.shard[pages]], kind="stable")
@@ -98,10 +98,10 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
     positions = carried(pool.positions[index], device)
     if isinstance(pool, PackedPool):
         keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
-        target, ids = there.pools.adopt(pool, pages, keys, values)
-        book = there.pools.packed[target]
-        book.positions[book.index(ids)] = positions
-        book.count[ids] = pool.count[pages]
+        taken, ids = adopt_pages(there.pools, pool, pages, keys, values)
+        taken.positions[taken.index(ids)] = positions
+        taken.count[ids] = pool.count[pages]
+        target = taken.id
     else:
         contents = here.plain.contents(pages)
         target, ids = (
@@ -124,12 +124,12 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
     for old, new in _pairs(here, there):
         held = np.array([number[page] for page in old.full_pages(name).tolist() if page in number], dtype=np.int64)
         if len(held):
-            there.add(new, target, held)
+            there.add_pages(new, target, held)
     for old, _ in _pairs(here, there):
-        here.drop(old, name, np.intersect1d(old.full_pages(name), pages))
+        here.drop_pages(old, name, np.intersect1d(old.full_pages(name), pages))
     here.compact(name)
 
 
 def _pairs(here: PageTable, there: PageTable) -> list[tuple[SequencePages, SequencePages]]:
     """Return the distinct sequences of two parts, which have the same rows alike."""
-    return list({id(row): (row, twin) for row, twin in zip(here.rows, there.rows, strict=True)}.values())
+    return list(zip(here.sequences(), there.sequences(), strict=True))

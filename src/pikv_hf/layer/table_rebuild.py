@@ -6,6 +6,7 @@ import torch
 
 from ..config import PiKVConfig
 from ..page_table.compaction import AS_CONFIGURED, WIDTHS, CodedPages, Compaction, ExactTokens
+from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..pages.pool_id import PLAIN, UNCODED, PoolId
@@ -88,7 +89,7 @@ def kept_table(
     kept = Compaction(widths, leaders, exact, config, split, table.pools.tiers)
     with kept.retired_on_error():
         if not split:
-            kept.pools.inherit(table.pools)
+            kept.pools.encoders.inherit_bases(table.pools.encoders)
         kept.add_exact()
         for name, pool in table.pools.packed.items():
             if name not in decoded:
@@ -140,8 +141,9 @@ def _exact_tokens(
             new_held &= pending.valid[:, None]
         if not stored:
             return ExactTokens(pending.keys, pending.values, new_held)
-    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.dense(stored, names))
-    held = table.stored_mask(stored, names).view(batch, len(table.rows) // batch, stored).expand(batch, heads, stored)
+    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.view.dense(stored, names))
+    by_lane = table.view.stored_mask(stored, names).view(batch, len(table.rows) // batch, stored)
+    held = by_lane.expand(batch, heads, stored)
     if pending is None or new_held is None:
         return ExactTokens(keys, values, held)
     return ExactTokens(
@@ -151,24 +153,14 @@ def _exact_tokens(
     )
 
 
-def equal_rows(*parts: torch.Tensor | None, batch: int) -> list[int]:
-    """Return for each row of `(B, ...)` tensors the first row that equals it in all of them."""
-    leaders = list(range(batch))
-    for row in range(1, batch):
-        for other in dict.fromkeys(leaders[:row]):
-            if all(part is None or torch.equal(part[row], part[other]) for part in parts):
-                leaders[row] = other
-                break
-    return leaders
-
-
 def leaders_of(table: PageTable, pending: PendingTokens | None, widths: torch.Tensor) -> list[int]:
     """Return for each row the first row with the same past and the same new tokens of which the same is kept."""
     batch = widths.shape[0]
     lanes = len(table.rows) // batch
     past = torch.tensor([id(row) for row in table.rows]).view(batch, lanes)
-    new = () if pending is None else (pending.keys[:, :, -1], pending.valid, pending.keys, pending.values)
-    return equal_rows(past, widths, *new, batch=batch)
+    if pending is None:
+        return equal_rows([past], [widths])
+    return equal_rows([past, pending.keys[:, :, -1]], [widths, pending.valid, pending.keys, pending.values])
 
 
 def shares_of(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> torch.Tensor:

@@ -18,11 +18,11 @@ from ..kernels.page_codes import PageCodes, reordered
 from ..pages.packed_pool import PackedPool
 from ..pages.page_contents import PageContents
 from ..pages.plain_pool import PlainPool
-from ..pages.pool_id import PoolId
 from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
 from ..tiers.tiered_pool import TieredPool, retire
 from .layer_pools import LayerPools
+from .page_packing import PackedPages, adopt_pages, pack_pages
 from .sequence_pages import SequencePages
 
 #: The codec of each width in bits of K and V.
@@ -161,16 +161,16 @@ class Compaction:
         numbers, owners = counts.cpu().numpy(), lanes.cpu().numpy()
         left = np.ones(len(columns), dtype=np.bool_)
         if width != AS_CONFIGURED:
-            self._give(self.pools.pack(pages, WIDTHS[width]), numbers, owners)
+            self._give(pack_pages(self.pools, pages, WIDTHS[width]), numbers, owners)
             return
-        if self.pools.is_ready(len(columns)):
-            packed = self.pools.pack(pages)
+        if self.pools.encoders.is_ready(len(columns) * size):
+            packed = pack_pages(self.pools, pages)
             self._give(packed, numbers, owners)
             for which, _ in packed.values():
                 left[which] = False
         if left.any():
             rest = pages if left.all() else pages.pick(np.flatnonzero(left))
-            self._give(self.pools.pack(rest, "none"), numbers[left], owners[left])
+            self._give(pack_pages(self.pools, rest, "none"), numbers[left], owners[left])
 
     def _pages(self, tokens: torch.Tensor, columns: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
         """Return pages `(page_heads, n, P, D)` of the tokens `(B, H, T, D)` in these columns `(n, P)`."""
@@ -182,13 +182,13 @@ class Compaction:
         index = first[:, :, None] * tokens.shape[2] + columns
         return tokens.reshape(-1, tokens.shape[-1]).index_select(0, index.view(-1)).view(*index.shape, -1)
 
-    def _give(self, packed: dict[PoolId, tuple[np.ndarray, PageIds]], counts: np.ndarray, owners: np.ndarray) -> None:
+    def _give(self, packed: PackedPages, counts: np.ndarray, owners: np.ndarray) -> None:
         """Hand packed pages, `counts` `(n,)` tokens in each, to the lanes `owners` `(n,)` that they belong to."""
         lanes = list(self._sequences)
-        for name, (which, ids) in packed.items():
-            self.pools.packed[name].count[ids] = counts[which]
+        for pool_id, (which, ids) in packed.items():
+            self.pools.packed[pool_id].count[ids] = counts[which]
             for owner in np.unique(owners[which]):
-                self.pools.give(self._sequences[lanes[owner]], name, ids[owners[which] == owner])
+                self.pools.add_packed(self._sequences[lanes[owner]], pool_id, ids[owners[which] == owner])
 
     # Pages that a codec has packed
 
@@ -212,16 +212,15 @@ class Compaction:
         for block in np.split(stays, range(step, len(stays), step)) if len(stays) else []:
             index = pool.index(block)
             order = torch.argsort(~kept[index], dim=1, stable=True)
-            keys, values = _picked(pool, numbers[block], heads[block], self.page_heads)
+            keys, values = _copied_codes(pool, numbers[block], heads[block], self.page_heads)
             if (counts[block] < pool.count[numbers[block]]).any():
                 keys, values = reordered(keys, order), reordered(values, order)
-            name, ids = self.pools.adopt(pool, numbers[block], keys, values)
-            book = self.pools.packed[name]
-            book.positions[book.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
-            self._give({name: (np.arange(len(block)), ids)}, counts[block], owner[block])
+            target, ids = adopt_pages(self.pools, pool, numbers[block], keys, values)
+            target.positions[target.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
+            self._give({target.id: (np.arange(len(block)), ids)}, counts[block], owner[block])
 
 
-def _picked(pool: PackedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
+def _copied_codes(pool: PackedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
     """Return copies of pages `(n,)`, of those heads `(n,)` of them alone if pages of one head are wanted."""
     if isinstance(pool, TieredPool):
         keys, values = pool.codes_at(pool.index(ids))

@@ -57,7 +57,7 @@ class FullPageIndex:
     _found: set[PoolId] = dataclasses.field(default_factory=set)
 
     @classmethod
-    def of(cls, rows: Sequence[SequencePages], pools: Mapping[PoolId, PagePool]) -> "FullPageIndex":
+    def from_rows(cls, rows: Sequence[SequencePages], pools: Mapping[PoolId, PagePool]) -> "FullPageIndex":
         """Index the full pages of rows."""
         device = next(iter(pools.values())).device
         of_pool = {name: [row.full_pages(name) for row in rows] for name in pools}

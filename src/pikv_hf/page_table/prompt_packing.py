@@ -1,36 +1,33 @@
-"""Packing the tokens of a prompt that pass straight to their shards, without storing them as they come first."""
-
-from typing import TYPE_CHECKING
+"""Packing the tokens of a prompt that pass straight to their shards, without storing them as they came first."""
 
 import numpy as np
-import torch
 
 from ..pages.page_contents import PageContents
 from ..pages.plain_pool import PlainPool
 from ..pages.tokens import TokenBatch
+from .layer_pools import LayerPools
+from .page_packing import pack_full, pack_pages
 from .sequence_pages import SequencePages
+from .slots import shard_slots
 
-if TYPE_CHECKING:
-    from .sequence_writer import SequenceWriter
-
-# So many pages are packed at a time.
+#: So many pages are packed at a time.
 CHUNK_PAGES = 128
 
 
-def pack_prompt(
-    writer: "SequenceWriter", sequence: SequencePages, shards: np.ndarray, tokens: TokenBatch
-) -> TokenBatch:
-    """Move the first tokens to their shards and pack the pages that they fill; return the other tokens."""
-    for start in range(0, len(shards), step := CHUNK_PAGES * writer.plain.page_size):
-        chunk = shards[start : start + step]
-        whole, before, after = _divide_by_pages(writer.plain, sequence, chunk)
-        if not writer.pools.is_ready(len(whole)):
-            whole, before, after = whole[:0], np.arange(len(chunk)), after[:0]
-        _pass(writer, sequence, chunk, before, start, tokens)
-        writer.pools.pack_full([sequence])
+def pack_prompt(pools: LayerPools, sequence: SequencePages, shards: np.ndarray, tokens: TokenBatch) -> TokenBatch:
+    """Move the first tokens to their `shards` `(n,)` and pack the pages that they fill; return the other tokens."""
+    size = pools.plain.page_size
+    for start in range(0, len(shards), step := CHUNK_PAGES * size):
+        some, of_shards = tokens[start : start + step], shards[start : start + step]
+        whole, before, after = _divide_by_pages(pools.plain, sequence, of_shards)
+        if not pools.encoders.is_ready(len(whole) * size):
+            whole, before, after = whole[:0], np.arange(len(of_shards)), after[:0]
+        _store_plain(pools.plain, sequence, of_shards, some, before)
+        pack_full(pools, [sequence])
         if len(whole):
-            _pack(writer, sequence, chunk[whole[:, 0]], writer.plain.index(start + whole), tokens)
-        _pass(writer, sequence, chunk, after, start, tokens)
+            picked = some.pick(pools.plain.index(whole).view(-1))
+            _pack_whole(pools, sequence, PageContents.of(picked, of_shards[whole[:, 0]]))
+        _store_plain(pools.plain, sequence, of_shards, some, after)
     return tokens[len(shards) :]
 
 
@@ -50,41 +47,29 @@ def _divide_by_pages(
     return np.concatenate(whole), np.concatenate(before), np.concatenate(after)
 
 
-def _pass(
-    writer: "SequenceWriter",
-    sequence: SequencePages,
-    shards: np.ndarray,
-    which: np.ndarray,
-    start: int,
-    tokens: TokenBatch,
+def _store_plain(
+    pool: PlainPool, sequence: SequencePages, shards: np.ndarray, tokens: TokenBatch, which: np.ndarray
 ) -> None:
-    """Write some tokens of a chunk that begins at `start` to the open pages of their shards."""
+    """Write the tokens at `which` `(m,)` to the open pages of their shards."""
     if len(which):
-        slots = writer.plain.index(writer.shard_slots([sequence], shards[which]))
-        writer.plain.write(slots, tokens.pick(writer.plain.index(start + which)))
+        slots = pool.index(shard_slots(pool, [sequence], shards[which]))
+        pool.write(slots, tokens.pick(pool.index(which)))
 
 
-def _pack(
-    writer: "SequenceWriter",
-    sequence: SequencePages,
-    shards: np.ndarray,
-    index: torch.Tensor,
-    tokens: TokenBatch,
-) -> None:
-    """Pack tokens that fill pages on their own: `index` `(n, P)` are their numbers, `shards` `(n,)` the pages'."""
-    contents = PageContents.of(tokens.pick(index.view(-1)), shards)
-    left = np.ones(len(shards), dtype=np.bool_)
-    for name, (which, ids) in writer.pools.pack(contents).items():
-        writer.pools.give(sequence, name, ids)
+def _pack_whole(pools: LayerPools, sequence: SequencePages, contents: PageContents) -> None:
+    """Pack tokens that fill pages on their own; what no codec holds well enough is stored as it is."""
+    left = np.ones(len(contents.shards), dtype=np.bool_)
+    for pool_id, (which, ids) in pack_pages(pools, contents).items():
+        pools.add_packed(sequence, pool_id, ids)
         left[which] = False
     if left.any():
-        _keep(writer.plain, sequence, contents, np.flatnonzero(left))
+        _store_full(pools.plain, sequence, contents.pick(np.flatnonzero(left)))
 
 
-def _keep(pool: PlainPool, sequence: SequencePages, contents: PageContents, which: np.ndarray) -> None:
+def _store_full(pool: PlainPool, sequence: SequencePages, contents: PageContents) -> None:
     """Store full pages as they are."""
-    ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards[which]])
+    ids = np.concatenate([pool.allocate(1, shard=int(shard)) for shard in contents.shards])
     pool.count[ids], pool.incompressible[ids] = pool.page_size, True
     slots = (ids[:, None] * pool.page_size + np.arange(pool.page_size)).reshape(-1)
-    pool.write(pool.index(slots), contents.pick(which).tokens())
+    pool.write(pool.index(slots), contents.tokens())
     sequence.full = np.append(sequence.full, ids)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -69,3 +70,8 @@ class SequencePages:
     def copy(self) -> "SequencePages":
         """Return an independent object; the caller adds the references."""
         return SequencePages(list(self.window), self.open.copy(), self.full, self.packed)
+
+
+def distinct_sequences(rows: Iterable[SequencePages]) -> list[SequencePages]:
+    """Return each of the sequences once, in order of their first row."""
+    return list({id(row): row for row in rows}.values())

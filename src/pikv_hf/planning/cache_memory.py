@@ -13,8 +13,9 @@ import torch
 
 from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec
 from pikv_hf.common.budget import Budget
+from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
-from pikv_hf.page_table.layer_pools import MAX_OBSERVED
+from pikv_hf.page_table.layer_encoders import MAX_OBSERVED
 from pikv_hf.pages.packed_pool import PACKED_GROWTH
 from pikv_hf.pages.plain_pool import PLAIN_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
@@ -238,10 +239,13 @@ def part_bytes(
 def packed_page_bytes(layer: LayerShape, options: PiKVConfig, dtype: str) -> int:
     """Return the bytes of the codes of a page, scales included, of all KV heads."""
     total = 0
-    for name, dim, keys in ((options.key_codec, layer.key_dim, True), (options.value_codec, layer.value_dim, False)):
+    for name, dim, which in (
+        (options.key_codec, layer.key_dim, KV.KEYS),
+        (options.value_codec, layer.value_dim, KV.VALUES),
+    ):
         rank = min(dim, options.rank or max(1, dim // 4)) if "lowrank" in name else 0
         # What "auto" will choose is not known before: it is counted as the int4 that it mostly chose.
-        codec = Codec("int4" if name == "auto" else name, keys, rank)
+        codec = Codec("int4" if name == "auto" else name, which, rank)
         codes = codec.empty(layer.kv_heads, options.page_size, dim, getattr(torch, dtype), torch.device("meta"))
         total += sum(t.element_size() * t.shape[0] * int(np.prod(t.shape[2:])) for t in codes.tensors())
     return total

@@ -4,11 +4,13 @@ from typing import Any
 
 import numpy as np
 
+from ..common.kv import KV
+from ..common.tensors import live_bytes
 from ..layer.layer import PiKVLayer
 from ..page_table.page_table import PageTable
 from ..pages.packed_pool import PackedPool
 from ..pages.pool_id import PLAIN
-from .memory_report import CodecMemory, LayerMemory, live_bytes
+from .memory_report import CodecMemory, LayerMemory
 
 
 def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
@@ -24,10 +26,10 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     pages, plain = table.pools, table.plain
     pools = pages.by_id()
     held = {name: table.distinct_pages(name) for name in pools}
-    keys = live_bytes([plain.keys, *(t for p in pages.packed.values() for t in p.keys.tensors()), *pages.bases(True)])
-    values = live_bytes(
-        [plain.values, *(t for p in pages.packed.values() for t in p.values.tensors()), *pages.bases(False)]
-    )
+    packed_keys = [tensor for pool in pages.packed.values() for tensor in pool.keys.tensors()]
+    packed_values = [tensor for pool in pages.packed.values() for tensor in pool.values.tensors()]
+    keys = live_bytes([plain.keys, *packed_keys, *pages.encoders.bases(KV.KEYS)])
+    values = live_bytes([plain.values, *packed_values, *pages.encoders.bases(KV.VALUES)])
     storages = layer.storages(number)
     total = live_bytes(storages) + pages.host_bytes + table.host_bytes
     pending = live_bytes(storages) - live_bytes(pages.tensors())

@@ -2,21 +2,10 @@
 
 import dataclasses
 import io
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from rich.console import Console, Group
 from rich.table import Table
-
-
-def live_bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Return the bytes of the distinct storages behind tensors: a view costs what it keeps alive."""
-    storages = {}
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[tensor.device, storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def format_bytes(count: float) -> str:

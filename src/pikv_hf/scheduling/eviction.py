@@ -100,7 +100,7 @@ def evict_bytes(rules: EvictionRules, table: PageTable, pools: Sequence[PoolId],
 def _one_by_one(rules: EvictionRules, table: PageTable, names: Sequence[PoolId], seen: int) -> Iterator[int]:
     """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
     pools = table.pools.by_id()
-    distinct = _distinct(table.rows)
+    distinct = table.sequences()
     sources = [PagesOfSequence(sequence, name, lane) for lane, sequence in enumerate(distinct) for name in names]
     holders = {name: _holders(table, name) for name in names}
     for candidates in _candidates(rules, table, sources, seen):
@@ -158,7 +158,7 @@ def _evict(rules: EvictionRules, table: PageTable, candidates: EvictionCandidate
     """Take the pages at these indices from their sequences."""
     for number in np.unique(candidates.of_source[which]):
         source = candidates.sources[number]
-        table.drop(source.sequence, source.pool, candidates.pages[which[candidates.of_source[which] == number]])
+        table.drop_pages(source.sequence, source.pool, candidates.pages[which[candidates.of_source[which] == number]])
     rules.pages_evicted += len(which)
     rules.tokens_evicted += int(candidates.stats.tokens[which].sum())
 
@@ -175,9 +175,5 @@ def token_count(table: PageTable, rows: Sequence[SequencePages], shard: int | No
 
 def _holders(table: PageTable, name: PoolId) -> np.ndarray:
     """Return how many sequences of a table hold each page of a pool, `(N,)`."""
-    pages = [sequence.pages(name) for sequence in _distinct(table.rows)]
+    pages = [sequence.pages(name) for sequence in table.sequences()]
     return np.bincount(np.concatenate(pages), minlength=table.pools.by_id()[name].capacity)
-
-
-def _distinct(rows: Sequence[SequencePages]) -> list[SequencePages]:
-    return list({id(row): row for row in rows}.values())

@@ -5,9 +5,9 @@ from typing import Protocol
 
 import torch
 
+from ..common.tensors import live_bytes
 from ..page_table.layer_pools import LayerPools
 from ..pages.plain_pool import PlainPool
-from ..reports.memory_report import live_bytes
 from .layer_budget import LayerBudget
 
 
@@ -77,7 +77,7 @@ class GrowthLimit:
         pages = self._layer_pools()
         size = pages.plain.page_size
         needed = -(-self._limit.least // size) + 2 + min(size, self._limit.shards)
-        beside = pages.most_beside + user.most_beside(pages.plain, rows)
+        beside = pages.encoders.most_bytes + user.most_beside(pages.plain, rows)
         return rows * needed * pages.plain.full_page_bytes + beside
 
     def __call__(self) -> int:

@@ -128,7 +128,7 @@ class PageScheduler:
         pages = table.pools
         if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
             if pages.plain.growth_limit is None:
-                pages.limit(GrowthLimit(pages, self.limit))
+                pages.limit_growth(GrowthLimit(pages, self.limit))
             assert isinstance(pages.plain.growth_limit, GrowthLimit)
             pages.plain.growth_limit.admit(self, rows)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ..codecs.codec import Codec
+from ..common.kv import KV
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
@@ -168,7 +169,7 @@ class SavedTable:
         for each in sequences:
             window, is_open = np.array(each.window[:-1], dtype=np.int64), each.open >= 0
             partial = count[each.open[is_open]]
-            # Cut by a crop where parts have given pages to each other; see :meth:`SequenceWriter.cropped`.
+            # Cut by a crop where parts have given pages to each other; see :mod:`pikv_hf.page_table.cropping`.
             may_be_cut = kept[each.full] & (count[each.full] > 0) & (not self._is_alone)
             is_full = np.append(count[window] == size, (count[each.full] == size) | may_be_cut)
             require(bool(is_full.all()), "a page that should be full is not")
@@ -185,7 +186,7 @@ class SavedTable:
         for book, prefix, pool in books:
             fill_pool(book, prefix, pool, self._file)
         if self._table["queries"]:
-            store.remember_queries(self._tensor("queries").to(device, copy=True), self._table["query_scale"])
+            store.encoders.remember_queries(self._tensor("queries").to(device, copy=True), self._table["query_scale"])
         sequences = self._sequences({pool_of(pool): self._tensor("numbers", pool_of(pool)).numpy() for pool in pools})
         for sequence in sequences:
             store.incref(sequence)
@@ -208,7 +209,7 @@ class SavedTable:
         plain = PlainPool(self._table["page_heads"], keys, values, size, self.dtype, device)
         store = LayerPools(plain, self.config, tiers)
         codecs = [self._codec(number, codec, device) for number, codec in enumerate(self._table["codecs"])]
-        for encoder, known in zip(store.encoders or (), self._table["sealers"], strict=False):
+        for encoder, known in zip(store.encoders.in_use, self._table["sealers"], strict=False):
             encoder.codecs.update({name: codecs[number] for name, number in known.items()})
         for pool in self._table["pools"]:
             if pool_of(pool) != PLAIN:
@@ -218,7 +219,7 @@ class SavedTable:
 
     def _codec(self, number: int, saved: dict[str, Any], device: torch.device) -> Codec:
         basis = self._file[basis_name(self._prefix, number)].to(device, copy=True) if saved["basis"] else None
-        return Codec(saved["name"], saved["keys"], saved["rank"], basis)
+        return Codec(saved["name"], KV.KEYS if saved["keys"] else KV.VALUES, saved["rank"], basis)
 
     # Reading
 

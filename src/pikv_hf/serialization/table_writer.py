@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..common.kv import KV
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
 from ..page_table.layer_pools import LayerPools
@@ -57,8 +58,8 @@ def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[di
         pools.append({"name": name_in_file(name), **pool, **codecs["pools"].get(name, {})})
         groups.append(group)
     groups.append(Group.of({f"{prefix}.{name}": part for name, part in _sequences(table, used).items()}))
-    if store.queries is not None:
-        groups.append(Group.of({f"{prefix}.queries": store.queries}))
+    if store.encoders.queries is not None:
+        groups.append(Group.of({f"{prefix}.queries": store.encoders.queries}))
     plain = store.plain
     description = {
         "heads": layer.heads,
@@ -72,8 +73,8 @@ def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[di
         "pools": pools,
         "codecs": codecs["codecs"],
         "sealers": codecs["sealers"],
-        "queries": store.queries is not None,
-        "query_scale": float(store.query_scale),
+        "queries": store.encoders.queries is not None,
+        "query_scale": float(store.encoders.query_scale),
     }
     return description, groups
 
@@ -88,7 +89,7 @@ def _sequences(table: PageTable, used: dict[PoolId, PageIds]) -> dict[str, torch
         `(S, 1 + 1 + pools)`: how many pages are in the window, sealed, and in each pool of packed pages. `ids`: these
         pages, one sequence after the other, in that order.
     """
-    sequences = list({id(row): row for row in table.rows}.values())
+    sequences = table.sequences()
     numbers = {id(sequence): number for number, sequence in enumerate(sequences)}
     renumbered = {name: _renumbering(ids) for name, ids in used.items()}
     ids, lengths = [np.zeros(0, dtype=np.int64)], []
@@ -118,7 +119,7 @@ def _renumbering(used: PageIds) -> PageIds:
 
 def _describe_codecs(prefix: str, store: LayerPools, names: list[PoolId]) -> tuple[dict[str, Any], list[Group]]:
     """Describe the codecs, by number: pools and those that will pack the next pages share them."""
-    encoders = [dict(encoder.codecs) for encoder in store.encoders or ()]
+    encoders = [dict(encoder.codecs) for encoder in store.encoders.in_use]
     pools = {name: store.packed[name] for name in names if name != PLAIN}
     every = [codec for codecs in encoders for codec in codecs.values()]
     every += [codec for pool in pools.values() for codec in (pool.key_codec, pool.value_codec)]
@@ -127,7 +128,7 @@ def _describe_codecs(prefix: str, store: LayerPools, names: list[PoolId]) -> tup
     bases = {index: codec.basis for index, codec in enumerate(distinct) if codec.basis is not None}
     description = {
         "codecs": [
-            {"name": codec.name, "keys": codec.keys, "rank": codec.rank, "basis": codec.basis is not None}
+            {"name": codec.name, "keys": codec.which is KV.KEYS, "rank": codec.rank, "basis": codec.basis is not None}
             for codec in distinct
         ],
         "sealers": [{name: number[id(codec)] for name, codec in codecs.items()} for codecs in encoders],

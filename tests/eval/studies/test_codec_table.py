@@ -11,6 +11,7 @@ import torch
 from report_folders import write_run
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.kv import KV
 from pikv_hf.config import CODECS
 from pikv_hf.eval.bench.decode import Comparison, filled_pikv, geometry_model
 from pikv_hf.eval.bench.decode import Timing as CpuTiming
@@ -198,7 +199,7 @@ def test_every_codec_is_a_row() -> None:
     assert {choice.codec for choice in CHOICES} == set(CODECS)
     assert len(set(CHOICES)) == len(CHOICES) == len(CODECS) + 1
     default = filled_pikv(geometry_model(), *torch.randn(2, 1, 4, 1200, 128), key_codec="lowrank")
-    basis = default.layers[0].table.pools.bases(True)[0]
+    basis = default.layers[0].table.pools.encoders.bases(KV.KEYS)[0]
     assert basis.shape[-1] == Choice("lowrank", 4).rank_at(128), "rank D/4 is the default"
 
 

@@ -1,0 +1,136 @@
+"""What attention reads of a page table: plans, entries for kernels, the index of full pages, and dense K/V."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ..common.kv import KV
+from ..pages.page_pool import PagePool
+from ..pages.pool_id import PLAIN, PoolId
+from ..pages.types import PageIds
+from ..tiers.tiered_pool import TieredPool
+from .full_page_index import FullPageIndex
+from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
+from .sequence_pages import Region, SequencePages, distinct_sequences
+from .sequence_writer import SequenceWriter
+
+
+class TableView:
+    """Reads the rows of a page table, as they are until pages change hands; what it has found out it keeps.
+
+    Parameters
+    ----------
+    writer : SequenceWriter
+        Of the table, for its pools. The view of a part that does not read its window has it in
+        :attr:`Region.WINDOW` alone.
+    rows : sequence of SequencePages
+        B rows.
+    """
+
+    def __init__(self, writer: SequenceWriter, rows: Sequence[SequencePages]) -> None:
+        self._writer, self._rows = writer, rows
+        self._plans: dict[PoolId | Region, tuple[ReadPlan, int]] = {}
+        self._entries: dict[PoolId | Region, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._index: FullPageIndex | None = None
+
+    def pool_of(self, of: PoolId | Region) -> PagePool:
+        """Return the pool that is meant, or that a region is of."""
+        return self._writer.plain if isinstance(of, Region) else self._writer.pools.by_id()[of]
+
+    def plan(self, of: PoolId | Region = PLAIN) -> ReadPlan:
+        """Return how attention reads the rows' pages of a pool, or some of the plain one's."""
+        pool = self.pool_of(of)
+        plan, made_at = self._plans.get(of, (None, -1))
+        if plan is None or (len(plan.bridged) and made_at != pool.allocator.allocations):
+            members: dict[int, list[int]] = defaultdict(list)
+            for index, row in enumerate(self._rows):
+                members[id(row)].append(index)
+            pages = [self._pages(sequence, of) for sequence in distinct_sequences(self._rows)]
+            # Pages that may move are never read as neighbours.
+            movable = isinstance(pool, TieredPool)
+            min_run = pool.capacity + 1 if movable else max(2, MIN_RUN_BYTES // pool.page_bytes)
+            free = pool.allocator.refcount == 0
+            plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
+            # The free pages that a run reads past must stay free and clean; another fork may allocate them.
+            pool.clear_free(plan.bridged)
+            self._plans[of] = plan, pool.allocator.allocations
+        return plan
+
+    def entries(self, of: PoolId | Region) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the pages of a pool by row, for kernels that look pages up. See :meth:`plan`.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(B, n)` int32 page numbers and `(B,)` int32, how many of them count.
+        """
+        if of not in self._entries:
+            rows = [self._pages(row, of) for row in self._rows]
+            lengths = np.array([len(row) for row in rows], dtype=np.int32)
+            numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
+            for line, row in zip(numbers, rows, strict=True):
+                line[: len(row)] = row
+            device = self._writer.plain.device
+            self._entries[of] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
+        return self._entries[of]
+
+    def full_pages(self) -> FullPageIndex:
+        """Return the full pages of the rows, for routing."""
+        if self._index is None:
+            self._index = FullPageIndex.from_rows(self._rows, self._writer.pools.by_id())
+        return self._index
+
+    @property
+    def always_read(self) -> int:
+        """Pages that a step reads whatever routing says, over all rows."""
+        return sum(len(self._pages(row, Region.UNFILLED)) for row in self._rows)
+
+    # Dense
+
+    def dense(self, length: int, pools: Iterable[PoolId] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K/V by position, `(B, H, length, D)` and `(B, H, length, Dv)`; zeros where nothing is stored.
+
+        `pools` are those to read, by default all.
+        """
+        return self.dense_part(length, KV.KEYS, pools), self.dense_part(length, KV.VALUES, pools)
+
+    def dense_part(self, length: int, which: KV, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
+        """Return only the keys, or only the values, of :meth:`dense`."""
+        plain = self._writer.plain.keys if which is KV.KEYS else self._writer.plain.values
+        part = plain.new_zeros((len(self._rows), plain.shape[0], length, plain.shape[-1]))
+        for row, pool, ids in self._read(pools):
+            positions = pool.positions[ids].view(-1)
+            stored = (positions >= 0).nonzero().squeeze(1)
+            tokens = pool.decoded(ids, which).index_select(1, stored)
+            part[row].index_copy_(1, positions[stored].long(), tokens)
+        return part
+
+    def stored_mask(self, length: int, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
+        """Return `(B, length)` bool, at which positions the rows hold a token in these pools, by default in any."""
+        stored = torch.zeros((len(self._rows), length), dtype=torch.bool, device=self._writer.plain.device)
+        for row, pool, ids in self._read(pools):
+            positions = pool.positions[ids]
+            stored[row, positions[positions >= 0].long()] = True
+        return stored
+
+    # Pages
+
+    def _pages(self, sequence: SequencePages, of: PoolId | Region) -> PageIds:
+        """Return the pages of a sequence that attention reads; see :meth:`plan`."""
+        if of is Region.WINDOW:
+            return np.asarray(sequence.window, dtype=np.int64)
+        pages = sequence.unfilled() if isinstance(of, Region) else sequence.pages(of)
+        # The window's come first in both.
+        in_plain = isinstance(of, Region) or of == PLAIN
+        return pages[len(sequence.window) :] if in_plain and not self._writer.reads_window else pages
+
+    def _read(self, pools: Iterable[PoolId] | None) -> Iterator[tuple[int, PagePool, torch.Tensor]]:
+        """Yield each row's pages `(n,)` in each of the pools."""
+        known = self._writer.pools.by_id()
+        for pool_id in known if pools is None else pools:
+            if (pool := known.get(pool_id)) is not None:
+                for row, sequence in enumerate(self._rows):
+                    if len(pages := self._pages(sequence, pool_id)):
+                        yield row, pool, pool.index(pages)
