@@ -1,4 +1,4 @@
-"""Time decoding, beam reordering and prefill against `DynamicCache` with transformers' own SDPA attention, in one run."""
+"""Time decoding, beam reordering and prefill against `DynamicCache` with SDPA attention, in one run."""
 
 import dataclasses
 import itertools

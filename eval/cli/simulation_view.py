@@ -14,7 +14,7 @@ from pikv_hf.eval.report.result_rows import write_rows
 from pikv_hf.planning.model_shape import ModelShape
 from pikv_hf.planning.plan import Workload
 from pikv_hf.planning.simulate.outcome import Outcome, Simulation, SimulationOptions
-from pikv_hf.planning.simulate.routing_trace import RoutingTrace, load_trace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import Popularity, RoutingTrace, load_trace, synthetic_trace
 from pikv_hf.planning.simulate.simulation import COUNTS, simulate
 
 #: Of traces that are made up: how often a token goes where the one before went, and the seed.
@@ -70,7 +70,7 @@ def make_trace(shape: ModelShape, context: int, file: Path | None, skew: float |
         raise InputError(f"{shape.name} has no paged layer with a router to simulate")
     with user_input("invalid --skew"):
         chosen = 1.0 if skew is None else skew
-        return synthetic_trace(len(shape.paged_layers), experts, context, chosen, SEED, STICKINESS)
+        return synthetic_trace(len(shape.paged_layers), experts, context, Popularity(chosen, STICKINESS), SEED)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

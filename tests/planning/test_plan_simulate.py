@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pikv_hf.eval.cli.main import app
 from pikv_hf.eval.cli.simulation_view import amount
 from pikv_hf.planning.simulate.placements import PLACEMENTS
-from pikv_hf.planning.simulate.routing_trace import save_trace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import Popularity, save_trace, synthetic_trace
 from pikv_hf.planning.simulate.simulation import COUNTS
 
 EXPERTS, LAYERS = 8, 2
@@ -65,7 +65,7 @@ def test_json_of_given_devices(model: str) -> None:
 
 
 def test_recorded_trace(model: str, tmp_path: Path) -> None:
-    file = save_trace(synthetic_trace(LAYERS, EXPERTS, 400, skew=3.0), tmp_path / "trace.npz")
+    file = save_trace(synthetic_trace(LAYERS, EXPERTS, 400, Popularity(skew=3.0)), tmp_path / "trace.npz")
     skewed = json.loads(run("--model", model, "--simulate", "--trace", str(file), "--json").stdout)
     even = json.loads(run("--model", model, "--simulate", "--skew", "0", "--json").stdout)
     worst = {name: _balance(found) for name, found in (("skewed", skewed), ("even", even))}

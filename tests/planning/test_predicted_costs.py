@@ -19,6 +19,7 @@ from pikv_hf.eval.studies.planning.plan_validation_memory import (
     part_errors,
     small_model,
 )
+from pikv_hf.planning.cache_contents import CacheContents
 from pikv_hf.planning.cache_memory import cache_bytes, packed_page_bytes, part_bytes
 from pikv_hf.planning.calibration import calibrated_cpu
 from pikv_hf.planning.capacity import expected_pages, measured_loads, shard_capacity, uniform_loads
@@ -132,21 +133,21 @@ def test_bounds_for_routing_are_counted():
         _our_step(cache, model.model.layers[0].self_attn, *_decode_inputs(1))
     shape = shape_of(model.config, "layer", dtype="float32")
     for changed, matters in ((storage, False), ({"page_size": 16}, True)):
-        predicted = cache_bytes(shape, 6001, 1, PiKVConfig.from_dict(changed), generated=1).total
+        predicted = cache_bytes(shape, CacheContents(6001, 1, PiKVConfig.from_dict(changed), generated=1)).total
         assert abs(predicted / cache.nbytes - 1) > 0.04 if matters else abs(predicted / cache.nbytes - 1) < 0.02
 
 
 def test_parts_have_the_window_and_an_equal_share():
     options = PiKVConfig()
-    whole = cache_bytes(MODEL, 50_000, 2, options)
-    assert part_bytes(MODEL, 50_000, 2, options, 1) == whole
-    part = part_bytes(MODEL, 50_000, 2, options, 4)
+    whole = cache_bytes(MODEL, CacheContents(50_000, 2, options))
+    assert part_bytes(MODEL, CacheContents(50_000, 2, options), 1) == whole
+    part = part_bytes(MODEL, CacheContents(50_000, 2, options), 4)
     assert part.window == whole.window
     assert part.shards == pytest.approx(whole.shards / 4, rel=0.01)
-    fullest = part_bytes(MODEL, 50_000, 2, options, 4, imbalance=0.1)
+    fullest = part_bytes(MODEL, CacheContents(50_000, 2, options), 4, imbalance=0.1)
     assert fullest.shards == pytest.approx(1.1 * part.shards, rel=0.01)
     with pytest.raises(ValueError, match="at least 1, got 0"):
-        part_bytes(MODEL, 50_000, 2, options, 0)
+        part_bytes(MODEL, CacheContents(50_000, 2, options), 0)
 
 
 def test_predicted_bytes_of_parts_are_within_two_percent_of_a_divided_cache():
@@ -158,14 +159,14 @@ def test_predicted_bytes_of_parts_are_within_two_percent_of_a_divided_cache():
 
 def test_sliding_layers_are_of_every_process_and_divided_over_devices():
     sliding = dataclasses.replace(MODEL, layers=(dataclasses.replace(LAYER, sliding=127),) * 8)
-    whole = cache_bytes(sliding, 4096, 2, PiKVConfig()).total
+    whole = cache_bytes(sliding, CacheContents(4096, 2, PiKVConfig())).total
     assert whole == 8 * 2 * 127 * LAYER.width * 2
-    assert part_bytes(sliding, 4096, 2, PiKVConfig(), 4).total == whole
-    assert part_bytes(sliding, 4096, 2, PiKVConfig(), 4, processes=False).total == whole / 4
+    assert part_bytes(sliding, CacheContents(4096, 2, PiKVConfig()), 4).total == whole
+    assert part_bytes(sliding, CacheContents(4096, 2, PiKVConfig()), 4, processes=False).total == whole / 4
 
 
 def test_part_errors_compare_with_the_mean_and_the_fullest_part():
-    part = part_bytes(MODEL, 50_000, 2, PiKVConfig(), 2).total
+    part = part_bytes(MODEL, CacheContents(50_000, 2, PiKVConfig()), 2).total
     error, above = part_errors([int(0.9 * part), int(1.1 * part)], MODEL, 50_000, 2, PiKVConfig())
     assert (error, above) == (pytest.approx(0, abs=1e-6), pytest.approx(0.1, abs=1e-6))
     with pytest.raises(ValueError, match="got none"):
@@ -173,11 +174,17 @@ def test_part_errors_compare_with_the_mean_and_the_fullest_part():
 
 
 def test_a_budget_bounds_what_is_stored():
-    whole = cache_bytes(MODEL, 65_536, 2, PiKVConfig()).total
-    assert cache_bytes(MODEL, 65_536, 2, PiKVConfig(budget=0.25)).total == pytest.approx(whole / 4, rel=0.02)
-    assert cache_bytes(MODEL, 65_536, 2, PiKVConfig(budget=8192)).total == pytest.approx(whole / 8, rel=0.03)
+    whole = cache_bytes(MODEL, CacheContents(65_536, 2, PiKVConfig())).total
+    assert cache_bytes(MODEL, CacheContents(65_536, 2, PiKVConfig(budget=0.25))).total == pytest.approx(
+        whole / 4, rel=0.02
+    )
+    assert cache_bytes(MODEL, CacheContents(65_536, 2, PiKVConfig(budget=8192))).total == pytest.approx(
+        whole / 8, rel=0.03
+    )
     limit = 100 * 2**20
-    assert 0.95 * limit < cache_bytes(MODEL, 65_536, 2, PiKVConfig(budget=str(limit) + "B")).total <= limit
+    assert (
+        0.95 * limit < cache_bytes(MODEL, CacheContents(65_536, 2, PiKVConfig(budget=str(limit) + "B"))).total <= limit
+    )
 
 
 def test_codes_take_what_the_store_keeps_of_them():
@@ -232,11 +239,11 @@ OPTIONS = st.sampled_from(
 def test_more_work_takes_more_time_and_more_devices_less_attention(sizes, options, mode, name):
     tokens, batch, devices = sizes
     device = DEVICES[name]
-    here = step_time(MODEL, tokens, batch, options, device, devices, mode)
+    here = step_time(MODEL, CacheContents(tokens, batch, options), device, devices, mode)
     # A page's worth: the window takes up to one more or less.
-    longer = step_time(MODEL, tokens + 1024, batch, options, device, devices, mode)
-    wider = step_time(MODEL, tokens, batch + 1, options, device, devices, mode)
-    alone = step_time(MODEL, tokens, batch, options, device)
+    longer = step_time(MODEL, CacheContents(tokens + 1024, batch, options), device, devices, mode)
+    wider = step_time(MODEL, CacheContents(tokens, batch + 1, options), device, devices, mode)
+    alone = step_time(MODEL, CacheContents(tokens, batch, options), device)
     assert 0 < here.total <= longer.total
     assert here.total < wider.total
     assert here.attention <= alone.attention * (1 + 1e-9)
@@ -250,10 +257,10 @@ def test_more_work_takes_more_time_and_more_devices_less_attention(sizes, option
 @settings(max_examples=15, deadline=None)
 def test_sharding_saves_time_from_the_crossover_on(batch, devices, name):
     options, device = PiKVConfig(), DEVICES[name]
-    tokens = crossover(MODEL, batch, options, device, devices)
+    tokens = crossover(MODEL, CacheContents(0, batch, options), device, devices)
     assert tokens is not None
     times = {
-        (at, n): step_time(MODEL, at, batch, options, device, n).total
+        (at, n): step_time(MODEL, CacheContents(at, batch, options), device, n).total
         for at in (tokens + 512, max(1, tokens - 512))
         for n in (1, devices)
     }  # fmt: skip
@@ -263,8 +270,11 @@ def test_sharding_saves_time_from_the_crossover_on(batch, devices, name):
 
 
 def test_where_little_is_read_sharding_never_saves_time():
-    assert crossover(MODEL, 1, PiKVConfig(routing="page_bound", max_pages=4), GPU, 4, limit=1 << 17) is None
-    assert crossover(MODEL, 1, PiKVConfig(), GPU, 1) is None
+    assert (
+        crossover(MODEL, CacheContents(0, 1, PiKVConfig(routing="page_bound", max_pages=4)), GPU, 4, limit=1 << 17)
+        is None
+    )
+    assert crossover(MODEL, CacheContents(0, 1, PiKVConfig()), GPU, 1) is None
 
 
 def test_a_calibrated_cpu_is_measured():

@@ -24,7 +24,7 @@ from pikv_hf.planning.simulate.placements import (
     shared_bits,
     top_share,
 )
-from pikv_hf.planning.simulate.routing_trace import RoutingTrace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import Popularity, RoutingTrace, synthetic_trace
 from pikv_hf.planning.simulate.simulation import simulate
 from pikv_hf.sharding import shard_map
 from pikv_hf.sharding.load_balancing import imbalance
@@ -35,7 +35,7 @@ EXPERTS, LAYERS = 8, 3
 OPTIONS = SimulationOptions(context=700, page_size=4, recent_window=16, sink_tokens=3, check_every=100)
 LAYER = LayerShape(kv_heads=2, query_heads=6, key_dim=16, value_dim=8, experts=EXPERTS, top_k=2)
 SHAPE = ModelShape("small", (LAYER,) * LAYERS, params=1, routed_params=0, unread_params=0)
-TRACE = synthetic_trace(LAYERS, EXPERTS, 700, skew=1.0, seed=2, stickiness=0.3)
+TRACE = synthetic_trace(LAYERS, EXPERTS, 700, Popularity(skew=1.0, stickiness=0.3), seed=2)
 H200 = find_device("H200")
 
 
@@ -200,7 +200,7 @@ def test_traffic_does_not_depend_on_the_context() -> None:
 
 
 def test_few_experts_leave_devices_empty_unless_hot_ones_are_split() -> None:
-    trace = synthetic_trace(LAYERS, EXPERTS, 4000, skew=0.5, seed=1)
+    trace = synthetic_trace(LAYERS, EXPERTS, 4000, Popularity(skew=0.5), seed=1)
     plain, split = (outcome_of(name, 32, trace, context=4000) for name in ("expert", "balanced"))
     assert plain.holders == EXPERTS
     assert split.holders == 32
@@ -210,7 +210,7 @@ def test_few_experts_leave_devices_empty_unless_hot_ones_are_split() -> None:
 @pytest.mark.parametrize("skew", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("devices", [4, 6, 16])
 def test_balanced_stays_within_its_bound_and_a_page(skew: float, devices: int) -> None:
-    trace = synthetic_trace(2, EXPERTS, 6000, skew=skew, seed=3, topic_tokens=2000)
+    trace = synthetic_trace(2, EXPERTS, 6000, Popularity(skew=skew, topic_tokens=2000), seed=3)
     placed = BalancedPlaced(2, EXPERTS, devices, page_size=4, bound=0.1)
     for start in range(0, 6000, 500):
         positions = np.arange(start, start + 500)

@@ -15,7 +15,7 @@ from pikv_hf.eval.demo.options import DemoOptions
 from pikv_hf.eval.demo.routing_recorder import Recorder
 from pikv_hf.eval.demo.task import build_task
 from pikv_hf.eval.errors import InputError
-from pikv_hf.planning.simulate.routing_trace import RoutingTrace, load_trace, save_trace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import Popularity, RoutingTrace, load_trace, save_trace, synthetic_trace
 
 
 def trace_of(rows: list[list[int]], num_experts: int = 4, **more: Any) -> RoutingTrace:
@@ -23,7 +23,7 @@ def trace_of(rows: list[list[int]], num_experts: int = 4, **more: Any) -> Routin
 
 
 def test_round_trip(tmp_path: Path) -> None:
-    trace = synthetic_trace(3, 8, 1000, skew=1.2, seed=5)
+    trace = synthetic_trace(3, 8, 1000, Popularity(skew=1.2), seed=5)
     trace = dataclasses.replace(trace, layers=(1, 3, 4), prompt_tokens=700)
     path = save_trace(trace, tmp_path / "trace.bin")
     read = load_trace(path)
@@ -67,7 +67,7 @@ def test_loads() -> None:
 @pytest.mark.parametrize("stickiness", [0.0, 0.7])
 def test_synthetic_shares_follow_zipf(stickiness: float) -> None:
     skew, experts = 1.3, 6
-    trace = synthetic_trace(3, experts, 60_000, skew, seed=1, stickiness=stickiness)
+    trace = synthetic_trace(3, experts, 60_000, Popularity(skew=skew, stickiness=stickiness), seed=1)
     wanted = np.arange(1, experts + 1) ** -skew
     shares = np.sort(trace.loads() / trace.tokens, axis=1)[:, ::-1]
     np.testing.assert_allclose(shares, np.broadcast_to(wanted / wanted.sum(), shares.shape), atol=0.02)
@@ -78,15 +78,15 @@ def test_synthetic_shares_follow_zipf(stickiness: float) -> None:
 
 
 def test_synthetic_layers_prefer_different_experts() -> None:
-    favourites = synthetic_trace(12, 64, 5000, skew=1.5).loads().argmax(axis=1)
+    favourites = synthetic_trace(12, 64, 5000, Popularity(skew=1.5)).loads().argmax(axis=1)
     assert len(set(favourites.tolist())) > 6
 
 
 def test_synthetic_topics_change_popularity() -> None:
-    trace = synthetic_trace(8, 16, 20_000, skew=1.5, topic_tokens=10_000)
+    trace = synthetic_trace(8, 16, 20_000, Popularity(skew=1.5, topic_tokens=10_000))
     halves = [np.stack([np.bincount(row, minlength=16) for row in part]) for part in np.split(trace.experts, 2, axis=1)]
     assert (halves[0].argmax(axis=1) != halves[1].argmax(axis=1)).any()
-    still = synthetic_trace(8, 16, 20_000, skew=1.5)
+    still = synthetic_trace(8, 16, 20_000, Popularity(skew=1.5))
     halves = [np.stack([np.bincount(row, minlength=16) for row in part]) for part in np.split(still.experts, 2, axis=1)]
     assert (halves[0].argmax(axis=1) == halves[1].argmax(axis=1)).all()
 
@@ -116,18 +116,22 @@ def test_wrong_traces(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(trace_of([[0, 1, 2], [3, 3, 0]]), **change)
 
 
+def test_wrong_sizes_of_synthetic_traces() -> None:
+    with pytest.raises(ValueError, match="layers has to be at least 1, got 0"):
+        synthetic_trace(0, 4, 8)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"layers": 0}, "layers has to be at least 1, got 0"),
         ({"topic_tokens": 0}, "topic_tokens has to be at least 1, got 0"),
         ({"skew": -1.0}, "got -1.0 and 0.0"),
         ({"stickiness": 1.0}, r"stickiness in \[0, 1\), got 1.0 and 1.0"),
     ],
 )
-def test_wrong_synthetic_traces(given: dict[str, Any], message: str) -> None:
+def test_wrong_popularity_of_synthetic_traces(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        synthetic_trace(**{"layers": 1, "experts": 4, "tokens": 8, **given})
+        Popularity(**given)
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pikv_hf.planning.simulate.placements import (
     shared_bits,
     top_share,
 )
-from pikv_hf.planning.simulate.routing_trace import RoutingTrace, synthetic_trace
+from pikv_hf.planning.simulate.routing_trace import Popularity, RoutingTrace, synthetic_trace
 from pikv_hf.sharding.load_balancing import imbalance
 
 #: Numbers of devices, powers of two and others.
@@ -63,7 +63,7 @@ def recorded(sequences: int, tokens: int) -> Sequences:
 
 def made_up(skew: float) -> Sequences:
     """Return a trace of this skew as one sequence."""
-    trace = synthetic_trace(LAYERS, EXPERTS, TOKENS, skew, seed=0, stickiness=0.3)
+    trace = synthetic_trace(LAYERS, EXPERTS, TOKENS, Popularity(skew, stickiness=0.3), seed=0)
     return [trace.experts.astype(np.int64)], EXPERTS
 
 

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 
 from pikv_hf import PiKVConfig
+from pikv_hf.planning.cache_contents import CacheContents
 from pikv_hf.planning.calibration import calibrated_cpu
 from pikv_hf.planning.hardware import Device
 from pikv_hf.planning.model_shape import ModelShape, shape_of
@@ -78,7 +79,7 @@ def _predicted(
     shape: ModelShape, tokens: int, batch: int, codec: str, routing: str, max_pages: int, device: Device
 ) -> float:
     options = PiKVConfig(key_codec=codec, value_codec=codec, routing=routing, max_pages=max_pages)
-    return layer_seconds(shape.layers[0], tokens, batch, options, shape.dtype, device)
+    return layer_seconds(shape.layers[0], CacheContents(tokens, batch, options), shape.dtype, device)
 
 
 # Running it

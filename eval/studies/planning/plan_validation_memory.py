@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from pikv_hf import PiKVCache, PiKVConfig
+from pikv_hf.planning.cache_contents import CacheContents
 from pikv_hf.planning.cache_memory import cache_bytes, part_bytes
 from pikv_hf.planning.model_shape import ModelShape, shape_of
 
@@ -128,7 +129,8 @@ def memory_cells(
             for tokens, batch, generated in sizes:
                 cache = filled(model, shape, tokens, batch, generated, key_codec=codec, value_codec=codec)
                 measured = cache.memory_report().total
-                predicted = int(cache_bytes(shape, tokens, batch, options, generated=generated).total)
+                contents = CacheContents(tokens, batch, options, generated)
+                predicted = int(cache_bytes(shape, contents).total)
                 yield MemoryCell(name, codec, tokens, batch, generated, predicted, measured, predicted / measured - 1)
 
 
@@ -184,6 +186,7 @@ def part_errors(
     """
     if not measured:
         raise ValueError("measured must have the bytes of at least one part, got none")
-    parts = part_bytes(shape, tokens, batch, options, len(measured), processes=processes, generated=generated)
+    contents = CacheContents(tokens, batch, options, generated)
+    parts = part_bytes(shape, contents, len(measured), processes=processes)
     mean = statistics.fmean(measured)
     return parts.total / mean - 1, max(measured) / mean - 1

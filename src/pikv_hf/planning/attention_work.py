@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 from pikv_hf.config import PiKVConfig
 
+from .cache_contents import CacheContents
 from .cache_memory import is_packed, packed_page_bytes, uses_bounds
 from .model_shape import DTYPE_BYTES, LayerShape
 from .page_counts import page_counts, shard_loads
@@ -41,38 +41,24 @@ class AttentionWork:
         return self.bytes_read + sum(stored for _, _, stored, _ in self.coded)
 
 
-def layer_work(
-    layer: LayerShape,
-    tokens: int,
-    batch: int,
-    options: PiKVConfig,
-    dtype: str,
-    *,
-    share: float = 1.0,
-    loads: Sequence[float] | None = None,
-) -> AttentionWork:
+def layer_work(layer: LayerShape, contents: CacheContents, dtype: str) -> AttentionWork:
     """Return what a step reads of one layer's stored tokens.
 
     Parameters
     ----------
     layer : LayerShape
         Heads and dims.
-    tokens, batch : int
-        Stored tokens of each row, and rows.
-    options : PiKVConfig
-        Codecs, routing, pages.
+    contents : CacheContents
+        What the layer stores on this device.
     dtype : str
         Of K/V.
-    share : float
-        The part of the tokens outside of the window that this device keeps; it reads the window too.
-    loads : sequence of float, optional
-        Shares of the tokens by shard.
     """
+    tokens, batch, options = contents.tokens, contents.batch, contents.options
     element, size = DTYPE_BYTES[dtype], options.page_size
     if layer.sliding is not None:
         kept = min(tokens, layer.sliding)
         return _plain(layer, batch, kept, 0.0, element)
-    counts = page_counts(tokens, options, shard_loads(layer, options, loads), layer.experts, share)
+    counts = page_counts(tokens, options, shard_loads(layer, options, contents.loads), layer.experts, contents.share)
     read = chosen_pages(counts.full, options)
     routed = read < counts.full
     always = (counts.window + counts.open) * size
@@ -81,7 +67,7 @@ def layer_work(
         scattered = read * size if routed else 0.0
         work = _plain(layer, batch, always + read * size, scattered, element)
     else:
-        work = _with_codes(layer, batch, always, read, routed, options, dtype)
+        work = _with_codes(layer, contents, always, read, routed, dtype)
     if not routed:
         return work
     ranked = batch * counts.full
@@ -114,8 +100,10 @@ def _plain(layer: LayerShape, batch: int, tokens: float, scattered: float, eleme
 
 
 def _with_codes(
-    layer: LayerShape, batch: int, always: float, read: float, routed: bool, options: PiKVConfig, dtype: str
+    layer: LayerShape, contents: CacheContents, always: float, read: float, routed: bool, dtype: str
 ) -> AttentionWork:
+    """Return what a step reads of `always` tokens as they came and `read` packed pages of each row."""
+    batch, options = contents.batch, contents.options
     element, pages = DTYPE_BYTES[dtype], batch * read
     work = _plain(layer, batch, always, 0.0, element)
     stored = pages * packed_page_bytes(layer, options, dtype) / (layer.key_dim + layer.value_dim)

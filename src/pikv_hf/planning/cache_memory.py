@@ -1,12 +1,11 @@
 """The bytes of a `PiKVCache`, predicted: pages, scales, bookkeeping and what is kept beside them.
 
-The counts follow what `pages.py`, `sealed_pool.py` and `writer.py` allocate, and sizes are asked of the codecs
-themselves, so that a change of the format shows here too; `eval/results/plan-validation.json` compares both.
+The counts follow what the pools of `pages` allocate for `page_table`, and sizes are asked of the codecs themselves, so
+that a change of the format shows here too; `eval/results/plan-validation.json` compares both.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -17,10 +16,9 @@ from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
 from pikv_hf.page_table.layer_encoders import MAX_OBSERVED
 from pikv_hf.pages.packed_pool import PACKED_GROWTH
-from pikv_hf.pages.plain_pool import PLAIN_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
-from pikv_hf.scheduling.page_scheduler import BUDGET_GROWTH
 
+from .cache_contents import CacheContents
 from .model_shape import LayerShape, ModelShape
 from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads, shards_of_part
 
@@ -68,14 +66,17 @@ class CacheBytes:
         )
 
 
-def stored_tokens(tokens: int, batch: int, layer: LayerShape, model: ModelShape, options: PiKVConfig) -> int:
-    """Return how many of `tokens` tokens of a sequence a paged layer keeps within the budget of the options.
+def stored_tokens(contents: CacheContents, layer: LayerShape, model: ModelShape) -> int:
+    """Return how many of the tokens that a row has seen a layer stores: a budget lets a paged one keep some.
 
     Raises
     ------
     ValueError
         If the budget is less than what is never evicted.
     """
+    tokens, options = contents.tokens, contents.options
+    if layer.sliding is not None:
+        return tokens
     paged = max(1, len(model.paged_layers))
     bounded = sum(each.sliding or 0 for each in model.layers)
     limit = LayerBudget.of(options, paged, bounded)
@@ -85,68 +86,48 @@ def stored_tokens(tokens: int, batch: int, layer: LayerShape, model: ModelShape,
     if most is not None:
         return min(tokens, most * options.num_shards if limit.per_shard else most)
     assert limit.total_bytes is not None
-    return _tokens_within(limit.total_bytes, tokens, batch, layer, model, options)
+    return _tokens_within(limit.total_bytes, contents, layer, model.dtype)
 
 
-def _tokens_within(
-    budget: int, tokens: int, batch: int, layer: LayerShape, model: ModelShape, options: PiKVConfig
-) -> int:
+def _tokens_within(budget: int, contents: CacheContents, layer: LayerShape, dtype: str) -> int:
     """Return the most tokens of each sequence whose layer takes at most so many bytes."""
-    free = dataclasses.replace(options, budget=None, budget_scope=None, scheduler=None)
-    low, high = 0, tokens
+    free = dataclasses.replace(contents.options, budget=None, budget_scope=None, scheduler=None)
+    low, high = 0, contents.tokens
     while low < high:
         middle = (low + high + 1) // 2
-        if layer_bytes(layer, middle, batch, free, model.dtype).total <= budget:
+        if layer_bytes(layer, CacheContents(middle, contents.batch, free), dtype).total <= budget:
             low = middle
         else:
             high = middle - 1
     return low
 
 
-def layer_bytes(
-    layer: LayerShape,
-    tokens: int,
-    batch: int,
-    options: PiKVConfig,
-    dtype: str,
-    *,
-    generated: int = 0,
-    loads: Sequence[float] | None = None,
-    share: float = 1.0,
-) -> CacheBytes:
+def layer_bytes(layer: LayerShape, contents: CacheContents, dtype: str) -> CacheBytes:
     """Return the bytes of one layer after a prompt of `tokens - generated` tokens and `generated` decoded ones.
 
     Parameters
     ----------
     layer : LayerShape
         Heads and dims.
-    tokens : int
-        Stored tokens of each row.
-    batch : int
-        Rows that share nothing.
-    options : PiKVConfig
-        How they are stored.
+    contents : CacheContents
+        Its `tokens` are those that the layer stores.
     dtype : str
         Of K/V.
-    generated : int
-        Tokens decoded one at a time, for which pools have grown.
-    loads : sequence of float, optional
-        Shares of the tokens by shard; equal ones by default.
-    share : float
-        The part of the tokens outside of the window that is kept here.
 
     Raises
     ------
     ValueError
         For negative sizes, or more generated tokens than there are.
     """
+    tokens, batch, options = contents.tokens, contents.batch, contents.options
+    generated, share = contents.generated, contents.share
     if not 0 <= generated <= tokens or batch < 1:
         raise ValueError(f"0 <= generated <= tokens and batch >= 1, got {generated}, {tokens} and {batch}")
     element = getattr(torch, dtype).itemsize
     if layer.sliding is not None:
         kept = min(tokens, layer.sliding + bool(generated))
         return CacheBytes(window=float(batch * kept * layer.width * element))
-    shares = shard_loads(layer, options, loads)
+    shares = shard_loads(layer, options, contents.loads)
     now = page_counts(tokens, options, shares, layer.experts, share)
     first = page_counts(tokens - generated, options, shares, layer.experts, share)
     packs = _packs(options, layer, now)
@@ -156,67 +137,52 @@ def layer_bytes(
     # A prompt's pages are packed before they are stored: the plain pool has room for one per shard.
     most = shards_of_part(options.num_shards, share) if packs else math.inf
     begun = first.window + min(first.open + first.full, most)
-    slow = BUDGET_GROWTH if options.budget is not None else PLAIN_GROWTH
     flushes = round((now.tokens - first.tokens) / share / options.page_size)
     plain = batch * begun
     if generated:
-        plain = plain_pages(plain, batch * held, batch, flushes, now, options, slow, bool(layer.experts))
+        plain = plain_pages(plain, batch * held, contents, now, flushes, bool(layer.experts))
     packed = grown(batch * first.full, batch * now.full, PACKED_GROWTH) if packs else 0.0
     return CacheBytes(
         window=batch * now.window * plain_page,
         shards=batch * (now.open * plain_page + now.full * packed_page),
         free=max(0.0, plain - batch * held) * plain_page + max(0.0, packed - batch * now.full * packs) * packed_page,
-        metadata=_metadata(
-            layer, batch, options, element, plain, packed, batch * (now.window + now.open + now.full), generated
-        ),
+        metadata=_metadata(layer, contents, element, plain, packed, batch * (now.window + now.open + now.full)),
     )
 
 
-def cache_bytes(
-    model: ModelShape,
-    tokens: int,
-    batch: int,
-    options: PiKVConfig,
-    *,
-    generated: int = 0,
-    loads: Sequence[float] | None = None,
-    share: float = 1.0,
-    sliding_share: float = 1.0,
-) -> CacheBytes:
+def cache_bytes(model: ModelShape, contents: CacheContents, sliding_share: float = 1.0) -> CacheBytes:
     """Return the bytes of a whole cache, or of the part that one of several devices keeps.
 
-    The parameters are those of :func:`layer_bytes`; `tokens` are those seen, of which a budget keeps some.
-    `sliding_share` is the part of the bounded sliding layers that is here, on average.
+    Parameters
+    ----------
+    model : ModelShape
+        Its layers.
+    contents : CacheContents
+        Its `tokens` are those seen, of which a budget keeps some.
+    sliding_share : float
+        The part of the bounded sliding layers that is here, on average.
     """
     total, known = CacheBytes(), dict[LayerShape, CacheBytes]()
     for layer in model.layers:
         if layer not in known:
-            kept = tokens if layer.sliding is not None else stored_tokens(tokens, batch, layer, model, options)
+            kept = stored_tokens(contents, layer, model)
             # Under a budget pools are full, and whatever comes takes the place of what goes.
-            new = min(generated, kept) if kept == tokens else 0
-            part = layer_bytes(layer, kept, batch, options, model.dtype, generated=new, loads=loads, share=share)
+            new = min(contents.generated, kept) if kept == contents.tokens else 0
+            part = layer_bytes(layer, dataclasses.replace(contents, tokens=kept, generated=new), model.dtype)
             known[layer] = part if layer.sliding is None else CacheBytes(window=part.window * sliding_share)
         total += known[layer]
     return total
 
 
 def part_bytes(
-    model: ModelShape,
-    tokens: int,
-    batch: int,
-    options: PiKVConfig,
-    parts: int,
-    *,
-    processes: bool = True,
-    imbalance: float = 0.0,
-    generated: int = 0,
+    model: ModelShape, contents: CacheContents, parts: int, *, processes: bool = True, imbalance: float = 0.0
 ) -> CacheBytes:
     """Return the bytes of one of several parts of a cache: the window, and an equal share of everything else.
 
     Parameters
     ----------
-    model, tokens, batch, options, generated
-        As in :func:`cache_bytes`.
+    model, contents
+        Of the whole cache, as in :func:`cache_bytes`.
     parts : int
         Devices or processes that share the pages.
     processes : bool
@@ -233,7 +199,7 @@ def part_bytes(
         raise ValueError(f"parts must be at least 1, got {parts}")
     share = 1.0 if parts == 1 else min(1.0, (1 + imbalance) / parts)
     sliding = 1.0 if processes else 1 / parts
-    return cache_bytes(model, tokens, batch, options, generated=generated, share=share, sliding_share=sliding)
+    return cache_bytes(model, dataclasses.replace(contents, share=share), sliding)
 
 
 def packed_page_bytes(layer: LayerShape, options: PiKVConfig, dtype: str) -> int:
@@ -272,25 +238,19 @@ def _packs(options: PiKVConfig, layer: LayerShape, counts: PageCounts) -> bool:
 
 
 def _metadata(
-    layer: LayerShape,
-    batch: int,
-    options: PiKVConfig,
-    element: int,
-    plain: float,
-    packed: float,
-    held: float,
-    generated: int,
+    layer: LayerShape, contents: CacheContents, element: int, plain: float, packed: float, in_use: float
 ) -> float:
-    size = options.page_size
-    total = plain * (6 * size + _PLAIN_NOTES) + packed * (4 * size + _PACKED_NOTES) + held * _TABLE_ENTRY
+    """Return the bytes kept beside K/V of so many pages of the plain and the packed pool, and of those in use."""
+    options, size = contents.options, contents.options.page_size
+    total = plain * (6 * size + _PLAIN_NOTES) + packed * (4 * size + _PACKED_NOTES) + in_use * _TABLE_ENTRY
     if options.budget is not None:
         total += (plain + packed) * _USAGE
     if uses_bounds(options):
         total += (packed or plain) * (2 * layer.key_dim * layer.kv_heads * element + 1)
     if is_packed(options):
         # Those of the prompt's end, later those of the steps that filled a page.
-        seen = 1 if generated > size else _OBSERVED_POSITIONS
-        queries = batch * (layer.query_heads // layer.kv_heads) * seen
+        seen = 1 if contents.generated > size else _OBSERVED_POSITIONS
+        queries = contents.batch * (layer.query_heads // layer.kv_heads) * seen
         total += layer.kv_heads * min(MAX_OBSERVED, queries) * layer.key_dim * element
         for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim)):
             if "lowrank" in name:

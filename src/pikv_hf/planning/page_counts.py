@@ -1,6 +1,6 @@
 """Where the tokens of a cache are: pages of the window, begun and full pages of the shards, and room for more.
 
-Counts follow `writer.py` and `page_book.py`.
+Counts follow what `page_table.sequence_writer` takes and `pages` allocates.
 """
 
 import dataclasses
@@ -11,7 +11,10 @@ import numpy as np
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.pages.page_pool import MIN_GROWTH
+from pikv_hf.pages.plain_pool import PLAIN_GROWTH
+from pikv_hf.scheduling.page_scheduler import BUDGET_GROWTH
 
+from .cache_contents import CacheContents
 from .capacity import expected_pages, uniform_loads
 from .distributions import poisson_cdf
 from .model_shape import LayerShape
@@ -76,9 +79,9 @@ def _part_counts(window: float, tokens: float, shards: float, size: int) -> Page
 
     How many tokens come here is as random as the last page's remainder, which is as likely to be anything.
     """
-    decode_pages = min(shards * (size - 1) / size, tokens)
-    full = max(0.0, tokens / size - decode_pages / 2)
-    return PageCounts(window, decode_pages, full, round(tokens))
+    open_pages = min(shards * (size - 1) / size, tokens)
+    full = max(0.0, tokens / size - open_pages / 2)
+    return PageCounts(window, open_pages, full, round(tokens))
 
 
 def shard_loads(layer: LayerShape, options: PiKVConfig, loads: Sequence[float] | None) -> tuple[float, ...]:
@@ -89,20 +92,15 @@ def shard_loads(layer: LayerShape, options: PiKVConfig, loads: Sequence[float] |
 
 
 def plain_pages(
-    capacity: float,
-    held: float,
-    batch: int,
-    flushes: int,
-    now: PageCounts,
-    options: PiKVConfig,
-    growth: float,
-    by_expert: bool,
+    capacity: float, held: float, contents: CacheContents, now: PageCounts, flushes: int, by_expert: bool
 ) -> float:
     """Return the expected size of the plain pool after pages have left the windows of all rows `flushes` times.
 
     The tokens of a page begin one page in the shards on average, before the page itself is free. Where experts decide
     it may be none or several: about a Poisson number for all rows, whose largest of all times the pool has grown for.
     """
+    options, batch = contents.options, contents.batch
+    growth = BUDGET_GROWTH if options.budget is not None else PLAIN_GROWTH
     if not flushes:
         return grown(capacity, held, growth)
     size = options.page_size

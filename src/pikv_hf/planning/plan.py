@@ -7,6 +7,7 @@ from typing import Any
 from pikv_hf.config import PiKVConfig
 
 from .attention_work import layer_work
+from .cache_contents import CacheContents
 from .cache_memory import CacheBytes, packed_page_bytes, part_bytes, stored_tokens
 from .capacity import ShardCapacity, shard_capacity
 from .hardware import Device
@@ -67,6 +68,11 @@ class Workload:
         for name in ("tokens", "batch", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def contents(self) -> CacheContents:
+        """What a cache holds at the end of the context."""
+        return CacheContents(self.tokens, self.batch, self.options, loads=self.loads)
 
     @property
     def usable(self) -> int:
@@ -211,8 +217,13 @@ def lay_out(workload: Workload) -> Layout:
         per_token=token_bytes(workload),
         capacity=_capacity(workload),
         crossovers={
+            # Whatever the tokens' shards: no loads.
             row.devices: crossover(
-                workload.model, workload.batch, workload.options, workload.device, row.devices, row.mode
+                workload.model,
+                CacheContents(0, workload.batch, workload.options),
+                workload.device,
+                row.devices,
+                row.mode,
             )
             for row in rows[1:]
         },
@@ -230,9 +241,7 @@ def make_row(workload: Workload, devices: int) -> Row:
 def _row(workload: Workload, devices: int, mode: Mode) -> Row:
     model, batch = workload.model, workload.batch
     weights = model.weight_bytes if mode == "processes" else -(-model.weight_bytes // devices)
-    step = step_time(
-        model, workload.tokens, batch, workload.options, workload.device, devices, mode, loads=workload.loads
-    )
+    step = step_time(model, workload.contents, workload.device, devices, mode)
 
     def fits(tokens: int, rows: int) -> bool:
         return weights + kv_bytes(workload, tokens, rows, devices, mode).total <= workload.usable
@@ -256,21 +265,18 @@ def kv_bytes(workload: Workload, tokens: int, batch: int, devices: int, mode: Mo
     """Return the bytes of K/V on the fullest of so many devices, with the room that pools add when they grow."""
     decoded = min(tokens, DECODED)
     spread = IMBALANCE if devices > 1 else 0.0
-    options, processes = workload.options, mode == "processes"
-    return part_bytes(
-        workload.model, tokens, batch, options, devices, processes=processes, imbalance=spread, generated=decoded
-    )
+    contents = CacheContents(tokens, batch, workload.options, generated=decoded)
+    return part_bytes(workload.model, contents, devices, processes=mode == "processes", imbalance=spread)
 
 
 def _read_bytes(workload: Workload, devices: int, mode: Mode) -> float:
     model, share = workload.model, 1.0 if devices == 1 else min(1.0, (1 + IMBALANCE) / devices)
     total = model.read_weight_bytes(workload.batch) / (1 if mode == "processes" else devices)
     for layer in model.layers:
-        kept = workload.tokens
-        if layer.sliding is None:
-            kept = stored_tokens(kept, workload.batch, layer, model, workload.options)
-        work = layer_work(layer, kept, workload.batch, workload.options, model.dtype, share=share, loads=workload.loads)
-        total += work.stored_bytes
+        kept = stored_tokens(workload.contents, layer, model)
+        total += layer_work(
+            layer, dataclasses.replace(workload.contents, tokens=kept, share=share), model.dtype
+        ).stored_bytes
     return total
 
 
@@ -278,9 +284,7 @@ def _copies(workload: Workload, devices: int) -> Copies:
     batch = -(-workload.batch // devices)
     kv = kv_bytes(workload, workload.tokens, batch, 1, "processes").total
     needed = int(workload.model.weight_bytes + kv)
-    seconds = step_time(
-        workload.model, workload.tokens, batch, workload.options, workload.device, loads=workload.loads
-    ).total
+    seconds = step_time(workload.model, dataclasses.replace(workload.contents, batch=batch), workload.device).total
     return Copies(devices, batch, needed, needed <= workload.usable, seconds, workload.batch / seconds)
 
 
@@ -299,7 +303,7 @@ def _capacity(workload: Workload) -> ShardCapacity:
     model, options = workload.model, workload.options
     layer = next(iter(model.paged_layers), model.layers[0])
     loads = shard_loads(layer, options, workload.loads)
-    kept = stored_tokens(workload.tokens, workload.batch, layer, model, options)
+    kept = stored_tokens(workload.contents, layer, model)
     counts = page_counts(kept, options, loads, layer.experts)
     return shard_capacity(counts.tokens, loads, workload.z)
 

@@ -5,12 +5,10 @@ Roofline: Williams, Waterman and Patterson, 2009. Alpha-beta costs of collective
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Literal
 
-from pikv_hf.config import PiKVConfig
-
 from .attention_work import AttentionWork, layer_work
+from .cache_contents import CacheContents
 from .cache_memory import stored_tokens
 from .hardware import Device
 from .model_shape import LayerShape, ModelShape
@@ -110,39 +108,21 @@ def work_seconds(work: AttentionWork, device: Device) -> float:
     return attention_seconds(stored, flops, device) + coded + work.logits / device.rates.logits
 
 
-def layer_seconds(
-    layer: LayerShape,
-    tokens: int,
-    batch: int,
-    options: PiKVConfig,
-    dtype: str,
-    device: Device,
-    *,
-    share: float = 1.0,
-    loads: Sequence[float] | None = None,
-) -> float:
+def layer_seconds(layer: LayerShape, contents: CacheContents, dtype: str, device: Device) -> float:
     """Return the time of a layer's step on one device: appending a token and attending to what it keeps.
 
-    This is what `pikv bench decode` times. `share` is the part of the tokens outside of the window that is kept here.
+    This is what `pikv bench decode` times. `contents` are what the layer stores on this device.
     """
-    work = layer_work(layer, tokens, batch, options, dtype, share=share, loads=loads)
+    work = layer_work(layer, contents, dtype)
     more = 0.0
     if layer.sliding is None:
-        more += device.rates.routed_overhead if options.routing != "all" else 0.0
+        more += device.rates.routed_overhead if contents.options.routing != "all" else 0.0
         more += device.rates.coded_overhead if work.coded else 0.0
     return work_seconds(work, device) + device.overhead + more
 
 
 def step_time(
-    model: ModelShape,
-    tokens: int,
-    batch: int,
-    options: PiKVConfig,
-    device: Device,
-    devices: int = 1,
-    mode: Mode = "processes",
-    *,
-    loads: Sequence[float] | None = None,
+    model: ModelShape, contents: CacheContents, device: Device, devices: int = 1, mode: Mode = "processes"
 ) -> StepTime:
     """Return the time of one decoding step of all rows.
 
@@ -150,10 +130,8 @@ def step_time(
     ----------
     model : ModelShape
         What is run.
-    tokens, batch : int
-        Tokens seen by each row, and rows.
-    options : PiKVConfig
-        Codecs, routing, budget, pages.
+    contents : CacheContents
+        Its `tokens` are those seen by each row.
     device : Device
         Of a kind.
     devices : int
@@ -161,14 +139,13 @@ def step_time(
     mode : {"processes", "devices"}
         A process per device, each with all weights; or one process, whose layers are divided over the devices and run
         on one of them at a time, while all attend to their pages.
-    loads : sequence of float, optional
-        Shares of the tokens by shard.
 
     Raises
     ------
     ValueError
         For sizes that are not positive.
     """
+    tokens, batch = contents.tokens, contents.batch
     if tokens < 0 or batch < 1 or devices < 1:
         raise ValueError(f"tokens, batch and devices must be positive, got {tokens}, {batch} and {devices}")
     share = 1.0 if devices == 1 else min(1.0, (1 + IMBALANCE) / devices)
@@ -176,8 +153,8 @@ def step_time(
     known: dict[LayerShape, tuple[float, float, float]] = {}
     for layer in model.layers:
         if layer not in known:
-            kept = tokens if layer.sliding is not None else stored_tokens(tokens, batch, layer, model, options)
-            every = layer_seconds(layer, kept, batch, options, model.dtype, device, share=share, loads=loads)
+            kept = dataclasses.replace(contents, tokens=stored_tokens(contents, layer, model), share=share)
+            every = layer_seconds(layer, kept, model.dtype, device)
             fixed = device.overhead
             alone = layer.sliding is not None or devices == 1
             sent = 0.0 if alone else exchange_seconds(layer, batch, model.element_size, device, devices, mode)
@@ -224,27 +201,26 @@ def _query_bytes(layer: LayerShape, batch: int, element_size: int) -> int:
 
 def crossover(
     model: ModelShape,
-    batch: int,
-    options: PiKVConfig,
+    contents: CacheContents,
     device: Device,
     devices: int,
     mode: Mode = "processes",
-    *,
     limit: int = 1 << 24,
 ) -> int | None:
     """Return the least context from which a step on several devices takes less time than on one; None up to `limit`.
 
-    A single device is taken to have room for it, which it need not have.
+    A single device is taken to have room for it, which it need not have. The tokens of `contents` are not looked at.
     """
 
     def pays(tokens: int) -> bool:
-        alone, several = (step_time(model, tokens, batch, options, device, n, mode).total for n in (1, devices))
+        longer = dataclasses.replace(contents, tokens=tokens)
+        alone, several = (step_time(model, longer, device, n, mode).total for n in (1, devices))
         return several < alone
 
     if devices == 1 or not pays(limit):
         return None
-    low, high = 0, limit
-    while high - low > max(1, options.page_size):
+    low, high, size = 0, limit, contents.options.page_size
+    while high - low > max(1, size):
         middle = (low + high) // 2
         low, high = (low, middle) if pays(middle) else (middle, high)
-    return math.ceil(high / options.page_size) * options.page_size
+    return math.ceil(high / size) * size

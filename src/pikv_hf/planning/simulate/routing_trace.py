@@ -156,14 +156,39 @@ def _checked(header: Any, experts: npt.NDArray[Any]) -> RoutingTrace:
     return trace
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Popularity:
+    """How made-up tokens choose their experts.
+
+    Attributes
+    ----------
+    skew : float
+        The expert of rank k is chosen with a probability proportional to `k ** -skew`; 0 is uniform.
+    stickiness : float
+        In [0, 1), the probability that a token goes where the one before went. It changes no expert's share.
+    topic_tokens : int or None
+        After so many tokens each the popularity of half of the experts is exchanged among them; None for never.
+
+    Raises
+    ------
+    ValueError
+        If a number is out of range.
+    """
+
+    skew: float = 1.0
+    stickiness: float = 0.0
+    topic_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        skew, stickiness = self.skew, self.stickiness
+        if self.topic_tokens is not None and self.topic_tokens < 1:
+            raise ValueError(f"topic_tokens has to be at least 1, got {self.topic_tokens}")
+        if not 0 <= skew < np.inf or not 0 <= stickiness < 1:
+            raise ValueError(f"skew has to be at least 0 and stickiness in [0, 1), got {skew} and {stickiness}")
+
+
 def synthetic_trace(
-    layers: int,
-    experts: int,
-    tokens: int,
-    skew: float = 1.0,
-    seed: int = 0,
-    stickiness: float = 0.0,
-    topic_tokens: int | None = None,
+    layers: int, experts: int, tokens: int, popularity: Popularity | None = None, seed: int = 0
 ) -> RoutingTrace:
     """Make up a trace with Zipf-distributed experts, in each layer others being popular.
 
@@ -171,25 +196,21 @@ def synthetic_trace(
     ----------
     layers, experts, tokens : int
         Its size.
-    skew : float
-        The expert of rank k is chosen with a probability proportional to `k ** -skew`; 0 is uniform.
+    popularity : Popularity, optional
+        How tokens choose.
     seed : int
         Of the generator; the same arguments give the same trace.
-    stickiness : float
-        In [0, 1), the probability that a token goes where the one before went. It changes no expert's share.
-    topic_tokens : int, optional
-        After so many tokens each the popularity of half of the experts is exchanged among them; by default never.
 
     Raises
     ------
     ValueError
-        If a number is out of range.
+        If a size is less than 1.
     """
-    for name, value in (("layers", layers), ("experts", experts), ("tokens", tokens), ("topic_tokens", topic_tokens)):
-        if value is not None and value < 1:
+    for name, value in (("layers", layers), ("experts", experts), ("tokens", tokens)):
+        if value < 1:
             raise ValueError(f"{name} has to be at least 1, got {value}")
-    if not 0 <= skew < np.inf or not 0 <= stickiness < 1:
-        raise ValueError(f"skew has to be at least 0 and stickiness in [0, 1), got {skew} and {stickiness}")
+    chosen = Popularity() if popularity is None else popularity
+    skew, stickiness, topic_tokens = chosen.skew, chosen.stickiness, chosen.topic_tokens
     generator = np.random.default_rng(seed)
     weights = np.arange(1, experts + 1, dtype=np.float64) ** -skew
     bounds = np.cumsum(weights)[:-1] / weights.sum()
