@@ -17,7 +17,7 @@ from pikv_hf.integration.mask_function import new_tokens_valid
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.expert_routing import is_routed, unwatch_routers
 from pikv_hf.presses.observed_queries import is_watched, unwatch, watch
-from pikv_hf.presses.press_budget import Budget, Given
+from pikv_hf.presses.press_budget import PressBudget, Given
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class ObservingPress(ScorerPress):
     compression_ratio: float = 0.0
     budget: Given | None = None
     sink_tokens: int = 4
-    _budget: Budget | None = field(init=False, repr=False, default=None)
+    _budget: PressBudget | None = field(init=False, repr=False, default=None)
     _entered: int = field(init=False, repr=False, default=0)
     _eager: bool = field(init=False, repr=False, default=False)
 
@@ -104,7 +104,7 @@ class ObservingPress(ScorerPress):
             )
         if self.sink_tokens < 0:
             raise ValueError(f"{name}: sink_tokens must be at least 0, got {self.sink_tokens}")
-        self._budget = None if self.budget is None else Budget.parse(self.budget)
+        self._budget = None if self.budget is None else PressBudget.parse(self.budget)
         if self._budget is not None and self._budget.kind == "share":
             # A ratio is what kvpress's wrappers read and set.
             self.compression_ratio, self._budget = 1 - self._budget.amount, None

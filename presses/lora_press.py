@@ -1,4 +1,4 @@
-"""Low-rank keys and values."""
+"""LoRAPress: keys and values stored as coefficients of a low-rank basis."""
 
 import logging
 from dataclasses import dataclass

@@ -12,7 +12,7 @@ _TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class PressBudget:
     """What a press may keep of the context.
 
     Attributes
@@ -28,7 +28,7 @@ class Budget:
     amount: float
 
     @classmethod
-    def parse(cls, given: Given) -> "Budget":
+    def parse(cls, given: Given) -> "PressBudget":
         """Read a budget as users write it.
 
         Parameters
@@ -43,8 +43,8 @@ class Budget:
 
         Examples
         --------
-        >>> Budget.parse("12.5%")
-        Budget(kind='share', amount=0.125)
+        >>> PressBudget.parse("12.5%")
+        PressBudget(kind='share', amount=0.125)
         """
         if isinstance(given, bool) or not isinstance(given, int | float | str):
             raise TypeError(f"a budget is a share, a number of tokens or bytes, got {given!r} ({type(given).__name__})")
@@ -53,7 +53,7 @@ class Budget:
         return cls._checked("tokens" if isinstance(given, int) else "share", float(given), given)
 
     @classmethod
-    def _of_text(cls, given: str) -> "Budget":
+    def _of_text(cls, given: str) -> "PressBudget":
         match = _TEXT.fullmatch(given)
         if match is not None:
             amount, unit = float(match[1]), match[2].lower()
@@ -66,7 +66,7 @@ class Budget:
         raise ValueError(f"a budget is written like '25%', '512 tokens' or '64 MiB', got {given!r}")
 
     @classmethod
-    def _checked(cls, kind: Kind, amount: float, given: Given) -> "Budget":
+    def _checked(cls, kind: Kind, amount: float, given: Given) -> "PressBudget":
         if not amount > 0 or (kind == "share" and amount > 1):
             raise ValueError(f"a budget is above 0, and a share at most 1, got {given!r}")
         return cls(kind, amount)

@@ -13,7 +13,7 @@ import pikv_hf.presses
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.calls import Call, parse_call
-from pikv_hf.presses.press_budget import Budget
+from pikv_hf.presses.press_budget import PressBudget
 
 #: What `--ratio` sets, by order of preference; the first one that a press has.
 _RATIOS = ("compression_ratio", "key_channel_compression_ratio", "head_compression_ratio")
@@ -152,5 +152,5 @@ def _own_ratio(holder: Any, name: str) -> float:
     budget = getattr(holder, "budget", None)
     if budget is None:
         return float(getattr(holder, name) or 0.0)
-    given = Budget.parse(budget)
+    given = PressBudget.parse(budget)
     return 1 - given.amount if given.kind == "share" else 0.0

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, PyramidPress, QueryAwarePress
-from pikv_hf.presses.press_budget import Budget
+from pikv_hf.presses.press_budget import PressBudget
 from pikv_hf.presses.pyramid_press import falling_shares
 
 
@@ -48,7 +48,7 @@ def paged_bytes(cache: PiKVCache) -> int:
     ],
 )
 def test_budgets_are_read_as_users_write_them(given: Any, kind: str, amount: float) -> None:
-    assert Budget.parse(given) == Budget(kind, amount)  # type: ignore[arg-type]
+    assert PressBudget.parse(given) == PressBudget(kind, amount)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("given", [0, -3, 0.0, 1.5, float("nan"), "0%", "150%", "64 pounds", "", "half", "-1 MiB"])
