@@ -17,7 +17,7 @@ from pikv_hf.integration.mask_function import new_tokens_valid
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.presses.expert_routing import is_routed, unwatch_routers
 from pikv_hf.presses.observed_queries import is_watched, unwatch, watch
-from pikv_hf.presses.press_budget import PressBudget, Given
+from pikv_hf.presses.press_budget import Given, PressBudget
 
 logger = logging.getLogger(__name__)
 
