@@ -88,7 +88,7 @@ class PackedPool(PagePool):
         self.keep_bounds()
         if self.bounds is not None:
             return super().key_bounds(ids)
-        return code_bounds(self.keys)
+        return bounds_of_codes(self.keys)
 
     def put(self, ids: PageIds, keys: list[torch.Tensor], values: list[torch.Tensor], errors: np.ndarray) -> None:
         """Store encoded pages.
@@ -131,7 +131,7 @@ class PackedPool(PagePool):
         return codec.from_code_space(gather_pages(codes, table, lengths, counts, dtype)[0]).to(self.dtype)
 
 
-def code_bounds(keys: PageCodes) -> tuple[torch.Tensor, torch.Tensor]:
+def bounds_of_codes(keys: PageCodes) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the floors and the spreads above them `(H, N, D)` that integer codes of keys are counted from."""
     assert keys.floor is not None
     assert keys.spread is not None

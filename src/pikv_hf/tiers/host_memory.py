@@ -1,4 +1,4 @@
-"""Memory of the host for pages that are not in fast memory."""
+"""Rows of the host's memory for pages that are not in fast memory."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -9,12 +9,12 @@ import torch
 from .tier_limits import LayerTiers
 from .transfers import Transfers
 
-# The memory is taken in pieces of this size.
+#: Memory is allocated in slabs of so many bytes.
 SLAB_BYTES = 1 << 20
 
 
 class HostMemory:
-    """A row of bytes for each page, in pieces that are given back when they are empty.
+    """A row of bytes for each page, in slabs that are freed when they are empty.
 
     Parameters
     ----------
@@ -51,12 +51,12 @@ class HostMemory:
         """Return the tensors that hold the rows."""
         return list(self._slabs.values())
 
-    def obtainable(self) -> int:
-        """Return how many rows can be taken."""
+    def free_rows(self) -> int:
+        """Return how many rows can be allocated, those of memory that may still be taken included."""
         return sum(map(len, self._free.values())) + self._tiers.room("cpu") // self.row_bytes
 
-    def take(self, pages: Sequence[int]) -> list[torch.Tensor]:
-        """Give pages rows `(row_bytes,)`."""
+    def allocate(self, pages: Sequence[int]) -> list[torch.Tensor]:
+        """Give each page a row and return the rows, `(row_bytes,)` uint8 each."""
         for page in pages:
             slab = next((slab for slab, free in self._free.items() if free), None)
             if slab is None:
@@ -81,7 +81,7 @@ class HostMemory:
         self._places.move_to_end(page)
 
     def drop(self, pages: Iterable[int]) -> None:
-        """Take the rows of pages back."""
+        """Free the rows of pages that have one."""
         for page in pages:
             if (place := self._places.pop(page, None)) is not None:
                 slab, row = place

@@ -9,8 +9,8 @@ from ..pages.types import PageIds
 from .file_records import HEADER_BYTES, RECORD_HEADER_BYTES, PageFileError, Records, read_all
 from .host_memory import HostMemory
 from .page_file import PageFile
-from .page_record import RecordLayout
 from .read_ahead import Reading
+from .record_layout import RecordLayout
 from .tier_limits import LayerTiers, TierFull
 from .transfers import Arriving, Transfers
 
@@ -94,7 +94,7 @@ class LowerTiers:
             If there is no room, or a file cannot be written; nothing has left its place then.
         """
         wanted = [int(page) for page in ids if self._rows is None or page not in self._rows]
-        room = 0 if self._rows is None else self._rows.obtainable()
+        room = 0 if self._rows is None else self._rows.free_rows()
         leaving = self._leaving_rows(len(wanted) - room, set(ids.tolist()), resident)
         to_rows, to_disk = wanted[: room + len(leaving)], wanted[room + len(leaving) :]
         moving = [page for page in leaving if not resident[page]]
@@ -102,7 +102,7 @@ class LowerTiers:
         self._write(to_disk, shards, records)
         if self._rows is not None and to_rows:
             self._rows.drop(leaving)
-            self._transfers.to_rows(records(to_rows), self._rows.take(to_rows))
+            self._transfers.to_rows(records(to_rows), self._rows.allocate(to_rows))
             self._moved(self._tiers.fast, "cpu", len(to_rows))
 
     def _leaving_rows(self, count: int, taken: set[int], resident: np.ndarray) -> list[int]:

@@ -15,14 +15,14 @@ from ..codecs.codec import Codec
 from ..common.kv import KV
 from ..kernels.page_codes import PageCodes
 from ..pages.key_bounds import KeyBounds
-from ..pages.packed_pool import PackedPool, code_bounds
+from ..pages.packed_pool import PackedPool, bounds_of_codes
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.types import PageIds
 from .code_bounds import CodeBounds
 from .frame_table import FrameTable
 from .lower_tiers import LowerTiers
-from .page_record import RecordLayout
+from .record_layout import RecordLayout
 from .tier_limits import LayerTiers
 
 #: Pages are gathered in blocks of so many bytes, beyond what is in fast memory anyway.
@@ -86,7 +86,7 @@ class TieredPool(PackedPool):
     def _read_bounds(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self._codes_have_bounds:
             return super()._read_bounds(index)
-        blocks = [code_bounds(self.codes_at(block)[0]) for block in index.split(self.chunk_pages())]
+        blocks = [bounds_of_codes(self.codes_at(block)[0]) for block in index.split(self.chunk_pages())]
         floors, spreads = zip(*blocks, strict=True)
         return torch.cat(floors, dim=1), torch.cat(spreads, dim=1)
 
