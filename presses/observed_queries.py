@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
 from pikv_hf.integration.attachment import ATTENTION_NAME, ensure_attached
-from pikv_hf.integration.attention_function import OBSERVER_ATTRIBUTE
 from pikv_hf.integration.mask_function import new_tokens_valid
 
 #: Queries kept per layer, the latest ones.

@@ -11,8 +11,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, attention_device, find_spread
 from .integration.attachment import Attachment, check_supported, ensure_attached
-from .layer.input_checks import check_fits, cropped_length
+from .layer.input_checks import check_fits
 from .layer.layer import PiKVLayer
+from .layer.layer_cropping import cropped_length
+from .layer.layer_part import make_parts
 from .layer.sliding_layer import copy_sliding, kv_format, trim_to_window
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
@@ -76,22 +78,8 @@ class PiKVCache(Cache):
         check_supported(config)
         self.pikv_config = options
         self.attachment = attachment
-        super().__init__(layers=_make_layers(config, options, attachment, spread))
-        paged = [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
-        for layer in paged[:1]:
-            layer.leads = True
-        parts = max((layer.layout.parts for layer in paged), default=1)
-        self.tiers = None if options.tiers is None else Tiers(options, max(1, len(paged)) * parts)
-        bounded = sum(layer.sliding_window for layer in self.layers if not isinstance(layer, PiKVLayer))
-        for layer in paged:
-            for part in layer.parts:
-                part.scheduler = make_scheduler(
-                    options, len(paged), bounded, parts, layer.layout.fraction(part.location.number)
-                )
-                if part.scheduler is not None and attachment is not None:
-                    part.scheduler.query_groups = attachment.query_groups(layer.layer_idx)
-                number = part.location.number
-                part.tiers = None if self.tiers is None else self.tiers.layer(layer.layer_idx, number)
+        layers, self.tiers = _make_layers(config, options, attachment, spread)
+        super().__init__(layers=layers)
 
     @classmethod
     def for_model(
@@ -175,9 +163,9 @@ class PiKVCache(Cache):
         """
         if layer_idx is not None:
             if layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], PiKVLayer):
-                layer.may_return()
+                layer.request_snapshot()
             return super().get_seq_length(layer_idx)
-        return next((x.positions_seen for x in self.layers if isinstance(x, PiKVLayer)), super().get_seq_length())
+        return next((x.state.positions_seen for x in self.layers if isinstance(x, PiKVLayer)), super().get_seq_length())
 
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
@@ -350,7 +338,7 @@ class PiKVCache(Cache):
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.settle_unless_held()
+                layer.settle_unless_awaited()
         layers = tuple(part for index, layer in enumerate(self.layers) for part in layer_memory(index, layer))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 
@@ -368,22 +356,44 @@ class PiKVCache(Cache):
 
 def _make_layers(
     config: Any, options: PiKVConfig, attachment: Attachment | None, spread: Devices | PartLayout | None
-) -> list[Any]:
-    """Return a layer for each that `DynamicCache` would make: its sliding layers as they are, the others paged."""
-    layers: list[Any] = []
-    modules = {} if attachment is None else attachment.attention_modules()
-    for index, layer in enumerate(DynamicCache(config=config.get_text_config(decoder=True)).layers):
-        if type(layer) is DynamicSlidingWindowLayer and options.sliding_layers == "bounded":
-            layers.append(layer)
-        elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            layout = spread
-            if isinstance(layout, Devices):
-                assert attachment is not None
-                layout = layout.around(attention_device(modules.get(index), attachment.model))
-            layers.append(PiKVLayer(index, options, attachment, layout))
-        else:
-            raise ValueError(
-                f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "
-                "PiKVCache knows full and sliding attention"
-            )
-    return layers
+) -> tuple[list[Any], Tiers | None]:
+    """Return a layer for each that `DynamicCache` would make: its sliding layers as they are, the others paged.
+
+    With them come the tiers that the paged layers share.
+    """
+    layers: list[Any] = list(DynamicCache(config=config.get_text_config(decoder=True)).layers)
+    layouts = {
+        index: _layout_of(index, attachment, spread)
+        for index, layer in enumerate(layers)
+        if _is_paged(index, layer, config, options)
+    }
+    parts = max((layout.parts for layout in layouts.values()), default=1)
+    tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
+    bounded = sum(layer.sliding_window for index, layer in enumerate(layers) if index not in layouts)
+    for index, layout in layouts.items():
+        groups = 1 if attachment is None else attachment.query_groups(index)
+        schedulers = [
+            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
+            for location in layout.locations
+        ]
+        made = make_parts(index, options, layout, schedulers, tiers)
+        layers[index] = PiKVLayer(index, options, attachment, layout, made, leads=index == min(layouts))
+    return layers, tiers
+
+
+def _is_paged(index: int, layer: Any, config: Any, options: PiKVConfig) -> bool:
+    """Return whether a layer of `DynamicCache` is replaced by a paged one; refuse those of other kinds."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(
+            f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "
+            "PiKVCache knows full and sliding attention"
+        )
+    return type(layer) is DynamicLayer or options.sliding_layers == "paged"
+
+
+def _layout_of(index: int, attachment: Attachment | None, spread: Devices | PartLayout | None) -> PartLayout:
+    """Return where the parts of a layer are."""
+    if isinstance(spread, Devices):
+        assert attachment is not None
+        return spread.around(attention_device(attachment.attention_of(index), attachment.model))
+    return PartLayout() if spread is None else spread

@@ -198,7 +198,7 @@ def test_what_is_known_of_use_follows_a_slow_reference(case: str) -> None:
     usage = {name: pool.usage for name, pool in layer.table.pools.by_id().items()}
     steps = {page: usage[page[0]].steps[:, page[1]].tolist() for _, page in pages_of(layer)}
     uses: dict[Page, list[int]] = {page: [] for page in steps}
-    recent, start = recorded(layer, 1), layer.scheduler.now
+    recent, start = recorded(layer, 1), layer.parts[0].scheduler.now
     for step in range(start + 1, start + 25):
         query = 2 * torch.randn(layer.batch, HEADS * GROUPS, 1, KEY_DIM)
         attend(layer, query, scale=SCALE)
@@ -214,7 +214,7 @@ def test_what_is_known_of_use_follows_a_slow_reference(case: str) -> None:
         times = [previous, last][max(0, 2 - count) :] + uses[page]
         expected = [born, times[-1] if times else last, times[-2] if len(times) > 1 else -1, count + len(uses[page])]
         assert usage[page[0]].steps[:, page[1]].tolist() == expected, page
-    assert layer.scheduler.now == start + 24
+    assert layer.parts[0].scheduler.now == start + 24
     assert any(uses.values())
     assert not all(len(times) == 24 for times in uses.values())
 
@@ -278,11 +278,11 @@ def test_pages_of_a_call_have_been_seen_by_it() -> None:
     layer = make_layer()
     grow(layer, 60)
     pages = [page for _, page in pages_of(layer)]
-    assert layer.scheduler.now == 1
+    assert layer.parts[0].scheduler.now == 1
     assert all(layer.table.pools.by_id()[name].usage.steps[0, page] == 0 for name, page in pages)
     grow(layer, 20)
     born = {int(layer.table.pools.by_id()[name].usage.steps[0, page]) for _, (name, page) in pages_of(layer)}
-    assert layer.scheduler.now == 2
+    assert layer.parts[0].scheduler.now == 2
     assert born == {0, 1}
 
 
@@ -295,7 +295,7 @@ def test_forks_share_the_count_of_steps() -> None:
     recent = recorded(twin, 1)
     query = torch.randn(2, HEADS * GROUPS, 1, KEY_DIM)
     attend(twin, query, scale=SCALE)
-    assert twin.scheduler.now == layer.scheduler.now + 1
+    assert twin.parts[0].scheduler.now == layer.parts[0].scheduler.now + 1
     shares = shares_of(twin, by_kv_head(weights(twin, query)))
     decay = 0.5 ** (1 / ATTENTION_HALF_LIFE)
     assert_close(recorded(twin, 1), {page: recent[page] * decay + shares[page] for page in recent}, 1e-5)

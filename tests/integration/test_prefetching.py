@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, prompts
 
 from pikv_hf import PiKVCache
-from pikv_hf.integration.attention_function import OBSERVER_ATTRIBUTE
+from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
 from pikv_hf.integration.prefetch import predicted_query
 
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}

@@ -20,7 +20,7 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import PartLayout
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.layer.page_migration import MOVES, level
+from pikv_hf.layer.page_migration import MAX_MIGRATED, migrate_pages
 from pikv_hf.pages.page_pool import MIN_GROWTH
 from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.reports.memory_measure import layer_memory
@@ -83,7 +83,7 @@ def everything_to_part(number: int) -> Iterator[None]:
     def own(self: ShardMap, shards: np.ndarray, positions: np.ndarray, part: int) -> np.ndarray:
         return shards if part == number else -1 - (number * self.num_shards + shards)
 
-    with mock.patch.object(ShardMap, "own", own), mock.patch("pikv_hf.layer.layer_store.level", return_value=0):
+    with mock.patch.object(ShardMap, "own", own), mock.patch("pikv_hf.layer.layer_store.migrate_pages", return_value=0):
         yield
 
 
@@ -134,14 +134,18 @@ def test_a_router_whose_favourite_changes(parts: int, at_a_time: int) -> None:
     """Even at first, then one expert takes most, then another one; balance is looked at all along."""
     reader, one, tokens = Reader((1.0,) * parts), Reader(None), 1600 if at_a_time == 1 else 3000
     moves = []
-    with mock.patch("pikv_hf.layer.layer_store.level", side_effect=lambda *given: moves.append(level(*given))):
+
+    def counted(*given: Any) -> None:
+        moves.append(migrate_pages(*given))
+
+    with mock.patch("pikv_hf.layer.layer_store.migrate_pages", side_effect=counted):
         for chances in (EVEN, FAVOURITE, OTHER):
             for each in (reader, one):
                 each.read(tokens, chances, at_a_time=tokens if chances is EVEN else at_a_time)
             assert_even(reader, one)
     if at_a_time < 1000:
         assert sum(moves) > 0, "no page has moved"
-    assert max(moves) <= MOVES
+    assert max(moves) <= MAX_MIGRATED
     torch.testing.assert_close(reader.output(), one.output(), atol=1e-5, rtol=1e-5)
 
 
@@ -190,8 +194,8 @@ def test_what_moves_stays_what_it_was(codec: str, batch: int) -> None:
     encoded = mock.Mock(side_effect=AssertionError("a page was encoded again"))
     total, moved = 0, 1
     with mock.patch.object(PageEncoder, "encode", encoded):
-        while moved := level(layer.parts, layer.shard_map):
-            assert moved <= MOVES
+        while moved := migrate_pages(layer.parts, layer.store.shard_map):
+            assert moved <= MAX_MIGRATED
             total += moved
             after = reader.outside()
             assert sum(after) == sum(held)
@@ -212,8 +216,8 @@ def test_what_moves_stays_what_it_was(codec: str, batch: int) -> None:
 def test_pages_of_the_shards_that_the_target_is_to_have_go_first() -> None:
     reader = uneven()
     layer = reader.layer
-    layer.shard_map.divide(np.ones(8, dtype=np.int64))
-    assert level(layer.parts, layer.shard_map) > 0
+    layer.store.shard_map.divide(np.ones(8, dtype=np.int64))
+    assert migrate_pages(layer.parts, layer.store.shard_map) > 0
     assert set(np.flatnonzero(layer_memory(0, layer)[1].shard_tokens)) <= {4, 5, 6, 7}
 
 
@@ -221,13 +225,13 @@ def test_pages_that_a_fork_holds_stay() -> None:
     reader = uneven()
     fork = reader.layer.fork()
     before = reader.outside()
-    assert level(reader.layer.parts, reader.layer.shard_map) == 0
+    assert migrate_pages(reader.layer.parts, reader.layer.store.shard_map) == 0
     assert reader.outside() == before
     reader.read(200)
-    assert level(fork.parts, fork.shard_map) == 0
+    assert migrate_pages(fork.parts, fork.store.shard_map) == 0
     del fork
     gc.collect()
-    assert level(reader.layer.parts, reader.layer.shard_map) > 0
+    assert migrate_pages(reader.layer.parts, reader.layer.store.shard_map) > 0
     torch.testing.assert_close(reader.layer.dense()[0], reader.keys)
 
 
@@ -236,7 +240,7 @@ def test_pages_that_a_fork_holds_stay() -> None:
 def test_a_crop_through_pages_that_moved(codec: str, length: int) -> None:
     reader, one = uneven(key_codec=codec, value_codec=codec), Reader(None, key_codec=codec, value_codec=codec)
     one.read(1500)
-    while level(reader.layer.parts, reader.layer.shard_map):
+    while migrate_pages(reader.layer.parts, reader.layer.store.shard_map):
         pass
     for each in (reader, one):
         each.layer.crop(length)
@@ -255,7 +259,7 @@ def test_bounds_for_routing_follow(codec: str) -> None:
     """What routing believes of a page after it has moved is what its keys say."""
     reader = uneven(key_codec=codec, value_codec=codec, routing="page_bound", max_pages=4)
     reader.output()
-    while level(reader.layer.parts, reader.layer.shard_map):
+    while migrate_pages(reader.layer.parts, reader.layer.store.shard_map):
         pass
     table = reader.layer.parts[1].table
     for name, pool in table.pools.by_id().items():
@@ -277,7 +281,7 @@ def test_statistics_of_use_follow(tmp_path: Any) -> None:
     here, there = (part.table.pools for part in reader.layer.parts)
     before = sum(float(pool.usage.shares[0].sum()) for pool in here.by_id().values())
     total = 0
-    while moved := level(reader.layer.parts, reader.layer.shard_map):
+    while moved := migrate_pages(reader.layer.parts, reader.layer.store.shard_map):
         total += moved
     taken = sum(float(pool.usage.shares[0].sum()) for pool in there.packed.values())
     held = [pool.usage.steps[3][pool.allocator.refcount > 0] for pool in there.packed.values()]
@@ -291,9 +295,9 @@ def test_rows_that_share_pages_go_on_sharing() -> None:
     reader = uneven()
     reader.layer.batch_repeat_interleave(3)
     reader.batch, reader.keys = 3, reader.keys.repeat_interleave(3, dim=0)
-    with mock.patch("pikv_hf.layer.layer_store.level", return_value=0):
+    with mock.patch("pikv_hf.layer.layer_store.migrate_pages", return_value=0):
         reader.read(120, at_a_time=1)
-    while level(reader.layer.parts, reader.layer.shard_map):
+    while migrate_pages(reader.layer.parts, reader.layer.store.shard_map):
         pass
     rows = reader.layer.parts[1].table.rows
     shared = set(rows[0].full) & set(rows[1].full) & set(rows[2].full)
@@ -312,14 +316,14 @@ def test_parts_that_evict_are_left_alone(options: dict[str, Any]) -> None:
     reader = uneven()
     for part in reader.layer.parts:
         part.scheduler = make_scheduler(PiKVConfig(**SMALL, **options), 1, 0, 2)
-    assert level(reader.layer.parts, reader.layer.shard_map) == 0
+    assert migrate_pages(reader.layer.parts, reader.layer.store.shard_map) == 0
 
 
 def test_low_rank_pages_stay_with_their_basis() -> None:
     reader = uneven(key_codec="lowrank", value_codec="lowrank", rank=4)
     before = reader.outside()
     assert PoolId.parse("lowrank") in reader.layer.table.pools.packed
-    level(reader.layer.parts, reader.layer.shard_map)
+    migrate_pages(reader.layer.parts, reader.layer.store.shard_map)
     moved = before[0] - reader.outside()[0]
     assert moved == 0
     assert not reader.layer.parts[1].table.pools.packed[PoolId.parse("lowrank")].allocator.refcount.any()
@@ -327,14 +331,14 @@ def test_low_rank_pages_stay_with_their_basis() -> None:
 
 def test_a_few_pages_do_not_tip_the_scales() -> None:
     reader = uneven(tokens=250)
-    assert level(reader.layer.parts, reader.layer.shard_map) == 0
+    assert migrate_pages(reader.layer.parts, reader.layer.store.shard_map) == 0
 
 
 def test_a_device_that_is_full_gets_nothing_and_stops_nobody() -> None:
     reader = uneven()
     before = reader.outside()
     with no_memory_for(reader.layer, 1) as tried:
-        assert level(reader.layer.parts, reader.layer.shard_map) == 0
+        assert migrate_pages(reader.layer.parts, reader.layer.store.shard_map) == 0
     assert tried
     assert reader.outside() == before
     reader.read(100, at_a_time=1)

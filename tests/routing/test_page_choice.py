@@ -114,7 +114,7 @@ def test_equal_pages() -> None:
     layer.settle()
     query = queries(layer)
     for name in POLICIES:
-        layer.page_router.policy = make_routing(PiKVConfig(routing=name, max_pages=5, coverage=0.9))
+        layer.parts[0].page_router.policy = make_routing(PiKVConfig(routing=name, max_pages=5, coverage=0.9))
         for head in range(HEADS):
             assert len(chosen(layer, choose(layer, query), 0, head)) == 5
 

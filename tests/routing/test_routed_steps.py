@@ -72,11 +72,12 @@ def test_everything_chosen_after_changes(change: str, codec: str, routed_steps: 
             grow(layer, 1)
     routed_steps.clear()
     for each in (layer, twin):
-        router, query = each.page_router, queries(each)[:, :, None]
+        part, query = each.parts[0], queries(each)[:, :, None]
+        router = part.page_router
         routed = attend(each, query, scale=SCALE)
-        each.page_router = None
+        part.page_router = None
         exact = attend(each, query, scale=SCALE)
-        each.page_router = router
+        part.page_router = router
         for mine, other in zip(routed, exact, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
     assert len(routed_steps) == 2
@@ -164,6 +165,8 @@ def test_in_the_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (layer,) = cache.layers
         assert len(layer.table.view.full_pages().lengths[PoolId.parse("int4/int8")].unique()) == 2
         query = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0))
-        columns[backend] = layer.page_router.choose(layer.table.view.full_pages(), query, 0.25, layer.seen).columns
+        columns[backend] = (
+            layer.parts[0].page_router.choose(layer.table.view.full_pages(), query, 0.25, layer.seen).columns
+        )
     assert torch.equal(columns["torch"], columns["interpret"])
     torch.testing.assert_close(logits["interpret"], logits["torch"], atol=1e-4, rtol=1e-4)

@@ -47,8 +47,8 @@ def test_decisions_are_those_of_slow_statistics(scheduler: str, monkeypatch: pyt
     model = FAMILIES["qwen3_moe"].build(num_hidden_layers=1)
     cache = make_cache(model, budget=64, scheduler=scheduler, num_shards=1, sink_tokens=0, recent_window=8)
     layer, before = cache.layers[0], {}
-    watch = Watch(layer.scheduler.policy)
-    layer.scheduler.policy = watch
+    watch = Watch(layer.parts[0].scheduler.policy)
+    layer.parts[0].scheduler.policy = watch
     begin_step = PageScheduler.begin_step
 
     def begin(schedule: PageScheduler, table: Any) -> None:
@@ -76,7 +76,7 @@ def test_decisions_are_those_of_slow_statistics(scheduler: str, monkeypatch: pyt
 
 def note(layer: PiKVLayer, pages: dict[int, Noted], shares: torch.Tensor, uses: torch.Tensor) -> None:
     """Note what the step gave to each page, by the newest position that it will have; pages move as a whole here."""
-    usage, (row,), now = layer.table.plain.usage, layer.table.rows, layer.scheduler.now
+    usage, (row,), now = layer.table.plain.usage, layer.table.rows, layer.parts[0].scheduler.now
     for page in row.pages().tolist():
         first = int(layer.table.plain.positions[page, 0])
         if first + 7 not in pages:

@@ -64,7 +64,7 @@ def test_a_failed_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ValueError, match="but the cache holds"):
         cache.update(torch.zeros(2, 2, 1, 16), torch.zeros(2, 2, 1, 16), 0)
     assert unchanged()
-    reached = copy.copy(cache.layers[0].scheduler.policy)
+    reached = copy.copy(cache.layers[0].parts[0].scheduler.policy)
     monkeypatch.setattr(type(reached), "priority", lambda self, view: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         decode(model, cache, ids_of(30))

@@ -39,7 +39,7 @@ def test_a_budget_holds_after_every_update(budget: Any, scope: str | None, sched
     options = {"key_codec": codec, "value_codec": codec, "rank": 4}
     cache = make_cache(model, budget=budget, budget_scope=scope, scheduler=scheduler, **options)
     run(model, cache, ids_of(prompt + 9, batch=2), prompt, chunk)
-    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
     assert cache.get_seq_length() == prompt + 9
 
 
@@ -49,7 +49,7 @@ def test_a_budget_holds_with_every_codec(budget: Any, scope: str | None, codec: 
     model = shared_model()
     cache = make_cache(model, budget=budget, budget_scope=scope, key_codec=codec, value_codec=codec, rank=4)
     run(model, cache, ids_of(270, batch=2), 255, 255)
-    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize(("budget", "codec"), [(LEAST, "none"), ("76KB", "none"), ("82KB", "int4"), (0.4, "int4")])
@@ -58,7 +58,7 @@ def test_bounded_sliding_layers_count(budget: Any, codec: str) -> None:
     cache = make_cache(model, budget=budget, key_codec=codec, value_codec=codec)
     assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
     run(model, cache, ids_of(135, batch=2), 110, 55)
-    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize(("budget", "scheduler"), [(56, "h2o"), ("90KB", "quest"), (0.4, "ada_kv")])
@@ -66,7 +66,7 @@ def test_a_budget_holds_with_routing(budget: Any, scheduler: str) -> None:
     model = shared_model()
     cache = make_cache(model, budget=budget, scheduler=scheduler, routing="page_bound", max_pages=2, key_codec="int4")
     run(model, cache, ids_of(115), 90, 45)
-    assert all(layer.scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize("budget", [56, 0.3, "220KB"])
@@ -144,7 +144,7 @@ def test_a_budget_that_is_not_reached_changes_nothing(budget: Any, family: str) 
     ours = model.generate(ids, past_key_values=cache, **options)
     theirs = model.generate(ids, past_key_values=DynamicCache(config=model.config), **options)
     assert torch.equal(ours, theirs)
-    assert all(layer.scheduler.pages_evicted == 0 for layer in paged_layers(cache))
+    assert all(layer.parts[0].scheduler.pages_evicted == 0 for layer in paged_layers(cache))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -201,7 +201,7 @@ def test_lru_without_uses_is_a_circular_buffer_per_shard(capacity: int, monkeypa
             assert there == every[len(every) - len(there) :], shard
             # Nothing goes that need not: with the page that went last there were too many.
             assert len(there) == len(every) or len(there) + 8 > capacity
-    assert layer.scheduler.tokens_evicted > 60
+    assert layer.parts[0].scheduler.tokens_evicted > 60
 
 
 def shards_of_the_window(layer: PiKVLayer) -> dict[int, int]:

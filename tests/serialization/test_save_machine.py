@@ -17,7 +17,6 @@ from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.serialization.layer_loader import SavedPaged
 from pikv_hf.serialization.layer_writer import describe_layer
 from pikv_hf.serialization.tensor_file import TensorFile, write_tensors
-from pikv_hf.tiers.tier_limits import Tiers
 
 KIND = {"format": "machine", "layout": "1"}
 
@@ -35,8 +34,6 @@ def saved_and_loaded(layer: PiKVLayer, **overrides: Any) -> PiKVLayer:
             assert saved.specs() == file.specs
             saved.check()
             loaded = PiKVLayer(0, PiKVConfig.from_dict({**layer.config.to_dict(), **overrides}), FakeAttachment())
-            if loaded.config.tiers is not None:
-                loaded.tiers = Tiers(loaded.config, 1).layer(0)
             saved.restore(loaded, torch.device("cpu"))
     return loaded
 

@@ -155,9 +155,9 @@ def test_compressed_by_kvpress(press_name: str, tmp_path: Path) -> None:
     for layer in cache.layers:
         layer.settle()
     if press_name == "AdaKVPress":
-        assert cache.layers[0].evicted
+        assert cache.layers[0].state.evicted
     else:
-        assert cache.layers[0].dropped > 0
+        assert cache.layers[0].state.dropped > 0
     loaded = round_trip(model, cache, tmp_path)
     assert loaded.get_seq_length() == 150 + 9 + 8
 

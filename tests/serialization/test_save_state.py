@@ -54,20 +54,20 @@ def test_a_budget(scheduler: str, budget: Any, codec: str, tmp_path: Path) -> No
     cache = read(model, new_cache(model, budget=budget, scheduler=scheduler, **both(codec)))
     for layer in cache.layers:
         layer.settle()
-        assert layer.scheduler.pages_evicted > 0
+        assert layer.parts[0].scheduler.pages_evicted > 0
         if scheduler == "pikv":
-            layer.scheduler.policy.threshold = 0.3
+            layer.parts[0].scheduler.policy.threshold = 0.3
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model)
     for mine, theirs in zip(cache.layers, loaded.layers, strict=True):
-        one, other = mine.scheduler, theirs.scheduler
+        one, other = mine.parts[0].scheduler, theirs.parts[0].scheduler
         assert (one.now, one.pages_evicted, one.policy) == (other.now, other.pages_evicted, other.policy)
         assert (one.queries is None) == (other.queries is None)
         assert one.queries is None or torch.equal(one.queries, other.queries)
     assert_equal(cache, loaded)
     # Without a fork: what forks share is not evicted.
     assert_go_on_alike(model, cache, loaded)
-    evicted = [[layer.scheduler.pages_evicted for layer in each.layers] for each in (cache, loaded)]
+    evicted = [[layer.parts[0].scheduler.pages_evicted for layer in each.layers] for each in (cache, loaded)]
     assert evicted[0] == evicted[1]
 
 
@@ -112,9 +112,10 @@ def test_tokens_that_wait_are_settled_first(tmp_path: Path) -> None:
 def test_every_plain_attribute_of_a_layer_is_saved_or_known_to_pass(tmp_path: Path) -> None:
     model = shared_model()
     layer = read(model, new_cache(model)).layers[0]
-    plain = {name for name, value in vars(layer).items() if type(value) in (bool, int, float, str)}
+    known = [*vars(layer).items(), *vars(layer.store).items()]
+    plain = {name for name, value in known if type(value) in (bool, int, float, str)}
     # What the model, the options or the tensors tell, and what is over with the call.
-    assert plain == {"layer_idx", "has_expert_router", "heads", "awaits_press", "_returns", "leads"}
+    assert plain == {"layer_idx", "leads", "has_expert_router", "num_experts", "heads", "awaits_press", "_snapshot_due"}
     fields = {field.name for field in dataclasses.fields(layer.state)}
     assert fields - {name.removeprefix("_") for name in STATE} == {"padding", "expert_loads"}
 
@@ -146,7 +147,7 @@ def test_a_model_that_accelerate_brings_to_its_device(tmp_path: Path) -> None:
     offloaded = cpu_offload(FAMILIES["mixtral"].build(), execution_device=torch.device("cpu"))
     assert next(offloaded.parameters()).device.type == "meta"
     loaded = PiKVCache.load(tmp_path / "cache", offloaded)
-    assert loaded.layers[0].device == torch.device("cpu")
+    assert loaded.layers[0].store.device == torch.device("cpu")
     assert torch.equal(go_on(model, cache, steps=3).argmax(-1), go_on(offloaded, loaded, steps=3).argmax(-1))
     other = cpu_offload(FAMILIES["mixtral"].build(seed=1), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match="digest of the weights"):

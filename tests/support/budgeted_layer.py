@@ -11,8 +11,7 @@ from pikv_hf.scheduling.page_scheduler import make_scheduler
 def budgeted_layer(config: PiKVConfig) -> PiKVLayer:
     """Return an empty layer that is the only one of its cache."""
     layer = PiKVLayer(0, config, FakeAttachment())
-    layer.scheduler = make_scheduler(config, 1, 0)
-    layer.scheduler.query_groups = GROUPS
+    layer.parts[0].scheduler = make_scheduler(config, 1, 0, query_groups=GROUPS)
     return layer
 
 

@@ -71,7 +71,7 @@ class DeviceMachine(EvictionMachine):
         mask = held.any(dim=1)[:, None, None] & torch.ones(new, held.shape[2], dtype=torch.bool).tril(twin.seen)
         mask &= valid[:, None, :, None]
         # The model numbers positions on where a press has picked tokens.
-        mask = torch.nn.functional.pad(mask, (twin.layer.dropped, 0))
+        mask = torch.nn.functional.pad(mask, (twin.layer.state.dropped, 0))
         out, _ = pikv_attention_forward(ATTENTION, query, *got, mask, scaling=SCALE)
         twin.keys, twin.values = torch.cat([twin.keys, keys], 2), torch.cat([twin.values, values], 2)
         twin.held = held
@@ -140,7 +140,7 @@ class DeviceMachine(EvictionMachine):
             return
         self.settle(twin)
         length, old = twin.seen, {name: getattr(twin, name).clone() for name in NAMES}
-        twin.layer.may_return()
+        twin.layer.request_snapshot()
         self.read(twin, new, torch.ones(len(twin.held), new, dtype=torch.bool))
         self.contents_agree()
         twin.layer.truncate(length)
@@ -191,7 +191,7 @@ class DeviceMachine(EvictionMachine):
             assert torch.equal(owners.expand(-1, HEADS, -1), twin.held[:, :, :stored].long())
             self.rows_are_alike(layer)
             for number, weight in enumerate(layer.layout.weights):
-                if not weight and not layer.evicted and not layer.dropped:
+                if not weight and not layer.state.evicted and not layer.state.dropped:
                     table = layer.parts[number].table
                     assert all(len(row.pages(name)) == len(row.window) for row in table.rows for name in [PLAIN])
 
@@ -214,8 +214,8 @@ class DeviceMachine(EvictionMachine):
                     pools[id(pool)] = pool
                     for sequence in {id(s): s for s in table.rows}.values():
                         held.setdefault(id(pool), []).append(sequence.pages(name))
-            if twin.layer._checkpoint is not None:
-                for table, _ in twin.layer._checkpoint[1]:
+            if twin.layer.snapshot is not None:
+                for table in twin.layer.snapshot.tables:
                     for name, pool in table.pools.by_id().items():
                         for sequence in {id(s): s for s in table.rows}.values():
                             held.setdefault(id(pool), []).append(sequence.pages(name))

@@ -72,9 +72,9 @@ def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
 
 
 def assert_equal_shards(mine: PiKVLayer, theirs: PiKVLayer) -> None:
-    assert (mine.shard_map is None) == (theirs.shard_map is None)
-    if mine.shard_map is not None:
-        one, other = vars(mine.shard_map), vars(theirs.shard_map)
+    assert (mine.store.shard_map is None) == (theirs.store.shard_map is None)
+    if mine.store.shard_map is not None:
+        one, other = vars(mine.store.shard_map), vars(theirs.store.shard_map)
         for name, value in one.items():
             assert value.tobytes() == other[name].tobytes() if isinstance(value, np.ndarray) else value == other[name]
 

@@ -180,9 +180,9 @@ def queries_of(layer: PiKVLayer, query: torch.Tensor, row: int, head: int) -> to
 def choose(layer: PiKVLayer, query: torch.Tensor) -> Choice | None:
     """Return what the layer's router chooses for queries `(B, Hq, D)`, lanes or not."""
     assert layer.table is not None
-    assert layer.page_router is not None
+    assert layer.parts[0].page_router is not None
     by_row = query.reshape(len(layer.table.rows), -1, query.shape[-1])
-    return layer.page_router.choose(layer.table.view.full_pages(), by_row, SCALE, layer.seen)
+    return layer.parts[0].page_router.choose(layer.table.view.full_pages(), by_row, SCALE, layer.seen)
 
 
 def chosen(layer: PiKVLayer, choice: Choice | None, row: int, head: int) -> set[tuple[str, int]]:

@@ -44,7 +44,7 @@ class Tiered:
 
     @invariant()
     def limits_hold(self) -> None:
-        layers = {id(twin.layer.tiers): twin.layer.tiers for twin in getattr(self, "twins", [])}
+        layers = {id(twin.layer.parts[0].tiers): twin.layer.parts[0].tiers for twin in getattr(self, "twins", [])}
         for tiers in layers.values():
             pools = tiers.pools
             fast = live_bytes(tensor for pool in pools for tensor in pool.token_tensors())

@@ -279,7 +279,7 @@ class Reader:
         token = self.ask(sample, cache)
         watchers = [Watcher(layer, rules) for layer in cache.layers]
         for layer, watcher in zip(cache.layers, watchers, strict=True):
-            layer.page_router = PageRouter(watcher, SINKS, WINDOW)
+            layer.parts[0].page_router = PageRouter(watcher, SINKS, WINDOW)
         for _ in self.steps(sample, cache, token):
             pass
         return {rule: _mean([note for watcher in watchers for note in watcher.notes[rule]]) for rule in rules}
@@ -313,5 +313,5 @@ def routed(cache: PiKVCache, rule: Rule) -> tuple[PiKVCache, list[Counter]]:
     twin, counters = cache.fork(), []
     for layer in twin.layers:
         counters.append(Counter(layer, rule.policy(layer)))
-        layer.page_router = PageRouter(counters[-1], SINKS, WINDOW)
+        layer.parts[0].page_router = PageRouter(counters[-1], SINKS, WINDOW)
     return twin, counters

@@ -47,7 +47,7 @@ def make_cache(model: Any, scheduler: str | None, budget: int | float, **options
     cache = PiKVCache.for_model(model, budget=budget, scheduler=name, **options)
     if scheduler == RANDOM:
         for layer in cache.layers:
-            layer.scheduler.policy = RandomPages(layer.layer_idx)
+            layer.parts[0].scheduler.policy = RandomPages(layer.layer_idx)
     return cache
 
 
@@ -178,7 +178,7 @@ class Generator:
 
 def tokens_held(layer: PiKVLayer) -> list[float]:
     """Return the tokens that each sequence holds in a layer after a call, means over KV heads."""
-    layer.settle_unless_held()
+    layer.settle_unless_awaited()
     assert layer.table is not None
     return [float(tokens) for tokens in np.reshape(layer.table.tokens(), (-1, layer.lanes)).mean(axis=1)]
 

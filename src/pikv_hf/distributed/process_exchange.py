@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -288,16 +288,28 @@ class Exchange:
                 raise ProcessError(f"ranks {self.rank} and {rank}, at layer {layer_idx}, {wrong}")
 
 
-def leaves_others(method: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+class _InGroup(Protocol):
+    """What several processes may keep together: a layer of a cache."""
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """The processes, None if it is this one alone."""
+
+
+_Member = TypeVar("_Member", bound=_InGroup)
+
+
+def leave_group_on_error(
+    method: Callable[Concatenate[_Member, _Given], _Result],
+) -> Callable[Concatenate[_Member, _Given], _Result]:
     """Have a layer's method leave the other processes if it raises; see :meth:`Exchange.leaving`."""
 
     @functools.wraps(method)
-    def guarded(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
-        exchange: Exchange | None = args[0].layout.exchange  # type: ignore[attr-defined]
-        if exchange is None:
-            return method(*args, **kwargs)
+    def guarded(member: _Member, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        if (exchange := member.exchange) is None:
+            return method(member, *args, **kwargs)
         with exchange.leaving():
-            return method(*args, **kwargs)
+            return method(member, *args, **kwargs)
 
     return guarded
 

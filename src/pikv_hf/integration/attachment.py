@@ -3,25 +3,23 @@
 import functools
 import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
+from ..layer.layer import PiKVLayer
+from ..layer.model_link import LinkedLayer
 from .attention_function import pikv_attention_forward
 from .expert_router import ExpertRouter, find_router
 from .kvpress_marks import note_reader, take_marks
 from .mask_function import pikv_mask
 from .prefetch import read_ahead
 
-if TYPE_CHECKING:
-    from ..layer.layer import PiKVLayer
-    from ..layer.layer_store import LayerTokens
-
 ATTENTION_NAME = "pikv"
-_MODEL_ATTRIBUTE = "_pikv_attachment"
 
 
 class Attachment:
@@ -40,8 +38,8 @@ class Attachment:
         modules = _attention_modules(model)
         self._modules = {id(module) for _, module in modules.values()}
         self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
-        self._waiting: dict[int, weakref.ref[PiKVLayer]] = {}
-        self._lingering: weakref.ref[PiKVLayer] | None = None
+        self._waiting: dict[int, weakref.ref[LinkedLayer]] = {}
+        self._lingering: weakref.ref[LinkedLayer] | None = None
         self._handles: list[Any] = []
         self._previous: dict[int, Any] = {}
         # A cache that is made while a press has the model attached needs it to stay so.
@@ -59,33 +57,31 @@ class Attachment:
         config = self._configs.get(layer_idx)
         return config is not None and config._attn_implementation == ATTENTION_NAME
 
-    def expect(self, layer: "PiKVLayer") -> None:
+    def expect(self, layer: LinkedLayer) -> None:
         """Deliver the next experts that the layer's router chooses to this layer of a cache."""
         self._waiting[layer.layer_idx] = weakref.ref(layer)
 
-    def forget(self, layer: "LayerTokens") -> None:
+    def forget(self, layer: LinkedLayer) -> None:
         """Deliver nothing to a layer whose newest tokens have changed since they were expected."""
         reference = self._waiting.get(layer.layer_idx)
         if reference is not None and reference() is layer:
             del self._waiting[layer.layer_idx]
 
-    def linger(self, layer: "PiKVLayer") -> None:
+    def linger(self, layer: LinkedLayer) -> None:
         """Let a layer store its new tokens when the next one comes, and the one before it now."""
         before = None if self._lingering is None else self._lingering()
         self._lingering = weakref.ref(layer)
         if before is not None and before is not layer:
-            before.settle_unless_held()
+            before.settle_unless_awaited()
 
-    def reads(self, layer: "LayerTokens", prompt: bool) -> None:
+    def reads(self, layer: LinkedLayer, prompt: bool) -> None:
         """Note that a layer is about to be read; see :func:`~pikv_hf.integration.kvpress_marks.note_reader`."""
-        reference = self._attention.get(layer.layer_idx)
-        if reference is not None and (module := reference()) is not None:
+        if (module := self.attention_of(layer.layer_idx)) is not None:
             note_reader(module, layer, prompt)
 
-    def take_marks(self, layer: "LayerTokens") -> Any:
+    def take_marks(self, layer: LinkedLayer) -> Any:
         """Return, once, what kvpress marked for this layer."""
-        reference = self._attention.get(layer.layer_idx)
-        return take_marks(None if reference is None else reference(), layer)
+        return take_marks(self.attention_of(layer.layer_idx), layer)
 
     def _receiver(self, layer_idx: int) -> Any:
         def deliver(experts: torch.Tensor) -> None:
@@ -110,9 +106,14 @@ class Attachment:
         modules = {index: reference() for index, reference in self._attention.items()}
         return {index: module for index, module in modules.items() if module is not None}
 
+    def attention_of(self, layer_idx: int) -> nn.Module | None:
+        """Return the attention module of a layer, None if there is none or the model is gone."""
+        reference = self._attention.get(layer_idx)
+        return None if reference is None else reference()
+
     def query_groups(self, layer_idx: int) -> int:
         """Return the query heads per KV head of a layer, 1 if its attention does not say."""
-        return int(getattr(self.attention_modules().get(layer_idx), "num_key_value_groups", 1))
+        return int(getattr(self.attention_of(layer_idx), "num_key_value_groups", 1))
 
     def activate(self) -> None:
         """Set the attention implementation and place the hooks, unless they are in place."""
@@ -174,7 +175,8 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     layers = getattr(kwargs.get("past_key_values"), "layers", ())
     if not isinstance(mask, torch.Tensor) or not 0 <= index < len(layers):
         return None
-    dropped = getattr(layers[index], "dropped", 0)
+    layer = layers[index]
+    dropped = layer.state.dropped if isinstance(layer, PiKVLayer) else 0
     # What was assigned is all visible, and so is what was seen before: the mask's last columns are the layer's own.
     return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
 
@@ -183,7 +185,7 @@ def _before_attention(
     attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if (alive := attachment()) is not None:
-        read_ahead(alive, module, args, kwargs)
+        read_ahead(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
 
 
@@ -234,13 +236,13 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     if placement != "hash":
         attachment.require_routers(model, placement)
     attachment.activate()
-    setattr(model, _MODEL_ATTRIBUTE, attachment)
+    setattr(model, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
 
 
 def attachment_of(model: Any) -> Attachment | None:
     """Return what :func:`attach` made for this model, active or not."""
-    attachment = getattr(model, _MODEL_ATTRIBUTE, None)
+    attachment = getattr(model, ATTACHMENT_ATTRIBUTE, None)
     return attachment if isinstance(attachment, Attachment) and attachment.model is model else None
 
 

@@ -12,17 +12,14 @@ from ..attention.attention_call import AttentionCall
 from ..attention.attention_mass import AttentionMass, own_masses
 from ..attention.mask_bias import MaskBias
 from ..attention.paged_attention import attend_pages
+from ..common.foreign_attributes import LAYER_ATTRIBUTE, OBSERVER_ATTRIBUTE, PLAIN_ATTRIBUTE
 from ..common.tensors import carried
 from ..kernels import causal_attention, merge_pair
 from ..kernels.merge_partials import merge_sinks
-from ..layer.layer import LAYER_ATTRIBUTE, PiKVLayer
+from ..layer.layer import PiKVLayer
 from ..page_table.page_table import PageTable
 from .kvpress_marks import forget_reader, without_marked
-from .mask_function import PLAIN_ATTRIBUTE, new_tokens_valid, trailing_columns
-
-# Where a press puts what it wants called with the queries of each call:
-# `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.
-OBSERVER_ATTRIBUTE = "_pikv_observer"
+from .mask_function import new_tokens_valid, trailing_columns
 
 
 def pikv_attention_forward(
@@ -82,19 +79,19 @@ def pikv_attention_forward(
             f"layer {layer.layer_idx}: the cache was made for another model than the one that {type(module).__name__} "
             "belongs to; make one with PiKVCache.for_model(model)"
         )
-    if attention_mask is not None and attention_mask.shape[-1] != (seen := layer.positions_seen):
+    if attention_mask is not None and attention_mask.shape[-1] != (seen := layer.state.positions_seen):
         layer.rollback(query.shape[2])
         raise ValueError(
             f"layer {layer.layer_idx}: the attention mask spans {attention_mask.shape[-1]} positions, the cache {seen}"
         )
-    if attention_mask is not None and layer.dropped:
+    if attention_mask is not None and layer.state.dropped:
         attention_mask = trailing_columns(attention_mask, layer.seen)
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
     layer.remember_queries(query, scale)
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scale)
-        if layer.scheduler is not None:
+        if layer.parts[0].scheduler is not None:
             _begin_step(layer)
             _watch_new(layer, query, attention_mask, scale, softcap, None)
         layer.attend_ends()
@@ -132,13 +129,13 @@ def attend(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     assert layer.table is not None
-    history_mask = None if layer.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
+    history_mask = None if layer.state.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
     masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
     out, lse = _attend_parts(layer, query, history_mask, scale, softcap, masses)
     if layer.pending is not None:
         new = _attend_new(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
         out, lse = merge_pair(out, lse, *new)
-    if layer.scheduler is not None:
+    if layer.parts[0].scheduler is not None:
         _begin_step(layer)
         total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
         for table, known in zip(layer.tables(), masses, strict=True):
@@ -212,7 +209,7 @@ def _watch_new(
     lse: torch.Tensor | None,
 ) -> None:
     """Tell the layer's scheduler of the queries, and how the call's own tokens are attended to."""
-    if layer.scheduler is None:
+    if layer.parts[0].scheduler is None:
         return
     for part in layer.parts:
         if part.scheduler is not None:

@@ -5,9 +5,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-# Set on a mask that only hides the future and padding: no stored token is padding, so history needs no mask then.
-PLAIN_ATTRIBUTE = "_pikv_plain"
-_VALID_ATTRIBUTE = "_pikv_valid"
+from ..common.foreign_attributes import PLAIN_ATTRIBUTE, VALID_ATTRIBUTE
 
 
 def pikv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
@@ -48,12 +46,12 @@ def new_tokens_valid(mask: torch.Tensor | None, new: int) -> torch.Tensor | None
     """
     if mask is None:
         return None
-    if not hasattr(mask, _VALID_ATTRIBUTE):
+    if not hasattr(mask, VALID_ATTRIBUTE):
         diagonal = mask[..., -new:].diagonal(dim1=-2, dim2=-1)
         seen = diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
         valid = seen.any(dim=1)
-        setattr(mask, _VALID_ATTRIBUTE, None if bool(valid.all()) else valid)
-    return getattr(mask, _VALID_ATTRIBUTE)
+        setattr(mask, VALID_ATTRIBUTE, None if bool(valid.all()) else valid)
+    return getattr(mask, VALID_ATTRIBUTE)
 
 
 def trailing_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:

@@ -6,47 +6,56 @@ without its offline rotation.
 """
 
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import nn
 
+from ..layer.layer import PiKVLayer
+from ..page_table.page_table import PageTable
+from ..routing.policies import PageRouter
 from ..tiers.tiered_pool import TieredPool
 
-if TYPE_CHECKING:
-    from ..layer.layer import PiKVLayer
-    from ..page_table.page_table import PageTable
-    from ..routing.policies import PageRouter
-    from .attachment import Attachment
 
+def read_ahead(
+    attention_of: Callable[[int], nn.Module | None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a layer's attention decodes one token: have the next paged layer fetch what it is likely to read.
 
-def read_ahead(attachment: "Attachment", module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a layer's attention decodes one token: have the next paged layer fetch what it is likely to read."""
-    cache = kwargs.get("past_key_values")
+    Parameters
+    ----------
+    attention_of : callable
+        Returns the attention module of a layer of the model.
+    module : nn.Module
+        The attention that is about to be called.
+    args, kwargs
+        With which it is called.
+    """
+    cache: Any = kwargs.get("past_key_values")
     if getattr(cache, "tiers", None) is None:
         return
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     if not isinstance(hidden, torch.Tensor) or hidden.shape[1] != 1:
         return
-    modules, layers = attachment.attention_modules(), cache.layers  # type: ignore[union-attr]
-    following = next(
-        (index for index in range(module.layer_idx + 1, len(layers)) if hasattr(layers[index], "page_router")), -1
-    )
-    if following < 0 or following not in modules or layers[following].page_router is None:
+    following = next((x for x in cache.layers[module.layer_idx + 1 :] if isinstance(x, PiKVLayer)), None)
+    if following is None or following.parts[0].page_router is None:
         return
-    layer, attention = layers[following], modules[following]
+    if (attention := attention_of(following.layer_idx)) is None:
+        return
     query = predicted_query(attention, hidden, kwargs.get("position_embeddings"))
     if query is not None:
-        prefetch(layer, query, float(getattr(attention, "scaling", query.shape[-1] ** -0.5)))
+        prefetch(following, query, float(getattr(attention, "scaling", query.shape[-1] ** -0.5)))
 
 
-def prefetch(layer: "PiKVLayer", query: torch.Tensor, scale: float) -> None:
+def prefetch(layer: PiKVLayer, query: torch.Tensor, scale: float) -> None:
     """Begin to fetch the pages that a layer would read for queries `(B, Hq, D)`; never fails for what it cannot get."""
     for part in layer.parts:
         if part.table is not None and part.page_router is not None and query.shape[0] == layer.batch:
             _prefetch(part.table, part.page_router, query.to(part.device), scale, layer.seen + 1)
 
 
-def _prefetch(table: "PageTable", router: "PageRouter", query: torch.Tensor, scale: float, seen: int) -> None:
+def _prefetch(table: PageTable, router: PageRouter, query: torch.Tensor, scale: float, seen: int) -> None:
     rows = query.reshape(len(table.rows), -1, query.shape[-1])
     index = table.view.full_pages()
     choice = router.choose(index, rows, scale, seen)

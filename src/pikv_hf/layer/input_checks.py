@@ -1,13 +1,35 @@
-"""What a layer refuses, and how a crop is meant."""
+"""Refusing K/V that are malformed or do not fit what a layer holds."""
+
+from typing import NamedTuple
 
 import torch
-import transformers
-from packaging.version import Version
-
-KVFormat = tuple[tuple[int, int, int, int], torch.dtype, torch.device]
 
 
-def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: KVFormat | None) -> None:
+class KVFormat(NamedTuple):
+    """What all K/V of a layer have in common.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        `(B, H, D, Dv)`.
+    dtype : torch.dtype
+        Of keys and values.
+    device : torch.device
+        Where the layer's attention computes.
+    """
+
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, values: torch.Tensor) -> "KVFormat":
+        """Return the format of K/V `(B, H, Q, D)` and `(B, H, Q, Dv)`."""
+        batch, heads, _, dim = keys.shape
+        return cls((batch, heads, dim, values.shape[-1]), keys.dtype, keys.device)
+
+
+def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, stored: KVFormat | None) -> None:
     """Raise unless new K/V are well-formed and fit what a layer holds.
 
     Parameters
@@ -16,8 +38,13 @@ def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: K
         For the message.
     keys, values : torch.Tensor
         `(B, H, Q, D)` and `(B, H, Q, Dv)`.
-    held : tuple, optional
-        `(B, H, D, Dv)`, dtype and device of what is stored.
+    stored : KVFormat, optional
+        What is stored already.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        For K/V of other shapes, dtypes or devices, or that require gradients.
     """
     where = f"layer {layer_idx}"
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
@@ -32,9 +59,9 @@ def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: K
             f"{where}: K/V require gradients, which this cache does not keep; "
             "call the model under torch.no_grad() or train without past_key_values"
         )
-    if held is None:
+    if stored is None:
         return
-    shape, dtype, device = held
+    shape, dtype, device = stored
     if (new := (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])) != shape:
         raise ValueError(
             f"{where}: got K/V with (batch, heads, key dim, value dim) = {new}, but the cache holds {shape}; "
@@ -42,18 +69,3 @@ def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, held: K
         )
     if (keys.dtype, keys.device) != (dtype, device):
         raise ValueError(f"{where}: got {keys.dtype} on {keys.device}, but the cache holds {dtype} on {device}")
-
-
-# Up to 5.17 `crop(0)` keeps nothing, from 5.18 on it removes nothing.
-_ZERO_REMOVES_NOTHING = Version(transformers.__version__) >= Version("5.18.0.dev0")
-
-
-def cropped_length(seen: int, argument: int) -> int:
-    """Return how many of `seen` positions `crop(argument)` keeps.
-
-    A negative argument is a number of tokens to remove, which all releases of transformers agree on. A positive one is
-    the length to keep, as up to 5.17; zero means what the installed release means by it.
-    """
-    if argument < 0 or (argument == 0 and _ZERO_REMOVES_NOTHING):
-        return max(0, seen + argument)
-    return min(seen, argument)

@@ -1,7 +1,56 @@
-"""K/V assigned from outside: what was handed out, and what an assignment made of it."""
+"""K/V assigned from outside, as kvpress does: what was handed out before, and what becomes of what comes back."""
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from ..page_table.compaction import ExactTokens
+from ..page_table.equal_rows import equal_rows
+from ..page_table.page_table import PageTable
+from .input_checks import KVFormat, check_fits
+from .layer_reads import dense_keys
+from .layer_store import LayerStore
+from .table_rebuild import TableRebuild
+
+
+class KVAssignment:
+    """An assignment of keys and values under way, and the dense tensors that it may be a slice of.
+
+    Attributes
+    ----------
+    staged : torch.Tensor or None
+        Keys that were assigned; the values are still to come.
+    """
+
+    def __init__(self) -> None:
+        self.staged: torch.Tensor | None = None
+        self._handed_out: dict[str, HandedOut] = {}
+
+    def hand_out(self, name: str, dense: torch.Tensor) -> torch.Tensor:
+        """Remember that the layer has given away its `"keys"` or `"values"`, and return them."""
+        self._handed_out[name] = HandedOut(dense)
+        return dense
+
+    def forget(self) -> None:
+        """Forget what was handed out, since the layer's tokens have changed."""
+        self._handed_out = {}
+
+    def take_staged(self) -> torch.Tensor | None:
+        """Return the keys that were assigned, once."""
+        staged, self.staged = self.staged, None
+        return staged
+
+    def require_complete(self, layer_idx: int) -> None:
+        """Raise `RuntimeError` if keys were assigned without values; the keys are forgotten."""
+        if (staged := self.take_staged()) is not None:
+            raise RuntimeError(
+                f"layer {layer_idx}: keys {tuple(staged.shape)} were assigned without values; assign both"
+            )
+
+    def is_crop(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Return whether keys and values are the first tokens of what was handed out, unchanged."""
+        given = {"keys": keys, "values": values}
+        known = self._handed_out
+        return all(name in known and known[name].is_prefix(tensor) for name, tensor in given.items())
 
 
 class HandedOut:
@@ -34,6 +83,79 @@ class HandedOut:
             # As long as this reference lives, the address is not given to another storage.
             and StorageWeakRef(tensor.untyped_storage()).cdata == self._storage.cdata
         )
+
+
+def assign_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, may_be_picked: bool) -> None:
+    """Replace all tokens of a layer: it counts the new ones 0..T-1.
+
+    Parameters
+    ----------
+    store : LayerStore
+        Of the layer.
+    keys, values : torch.Tensor
+        `(B, H, T, D)` and `(B, H, T, Dv)`, which fit the layer.
+    may_be_picked : bool
+        Whether keys that were only picked from the old ones go on to be rotated by their old positions, in which case
+        the model's positions go on after the last one.
+
+    Raises
+    ------
+    ValueError
+        If rows of the batch are padded; nothing has changed then.
+    """
+    if store.table is None:
+        store.begin(KVFormat.of(keys, values))
+    if store.padding() is not None:
+        raise ValueError(
+            f"layer {store.layer_idx}: K/V of {keys.shape[2]} tokens per row were assigned, but rows of this batch "
+            "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
+        )
+    state, positions = store.state, store.state.positions_seen
+    picked = may_be_picked and keys.shape[2] <= state.seen and is_selection(keys, dense_keys(store))
+    stored = keys.new_ones(keys.shape[:3], dtype=torch.bool)
+    if state.evicted:
+        # What was evicted was handed out as zeros, and comes back as such: it is no token now either.
+        stored = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1)
+    tables = _assigned_tables(store, ExactTokens(keys, values, stored))
+    store.drop_pending()
+    store.replace_tables(tables)
+    if store.shard_map is not None:
+        store.shard_map.rescale(0)
+        store.shard_map.add_evenly(float(stored.sum()) / store.heads)
+    state.evicted = state.evicted and not bool(stored.all())
+    state.seen = state.assigned = keys.shape[2]
+    state.dropped = positions - state.seen if picked else 0
+    store.note_evictions()
+
+
+def _assigned_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
+    """Return a table of each part for tokens from outside; the old ones stay as they are."""
+    stored = tokens.held
+    leaders = equal_rows([tokens.keys[:, :, -1:]], [tokens.keys, tokens.values])
+    # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
+    split = not torch.equal(stored, stored[:, :1].expand_as(stored))
+    rebuild = TableRebuild(store.config, store.shard_of(), store.shard_map, leaders, split)
+    tables = []
+    for part, own in zip(store.parts, store.own_tokens(stored), strict=True):
+        mine = stored if own is None else stored & own
+        table = part.assigned(ExactTokens(tokens.keys, tokens.values, mine), rebuild)
+        part.fit(table, store.heads // table.plain.keys.shape[0], stored.shape[2])
+        tables.append(table)
+    return tables
+
+
+def check_assigned(store: LayerStore, keys: object, values: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what is assigned to a layer as keys and values, refused unless they are tensors that fit it.
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        For other objects, and as :func:`~pikv_hf.layer.input_checks.check_fits`.
+    """
+    if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
+        raise TypeError(f"layer {store.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
+    check_fits(store.layer_idx, keys, values, store.kv_format())
+    return keys, values
 
 
 def _version(tensor: torch.Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""What one device, or one process, holds of a layer."""
+"""The part of a layer that one device, or one process, has: a page table, and what evicts and chooses its pages."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,20 +8,21 @@ import torch
 
 from ..common.tensors import carried
 from ..config import PiKVConfig
-from ..distributed.device_layout import PartLocation
-from ..page_table.compaction import config_of_lanes
+from ..distributed.device_layout import PartLayout, PartLocation
+from ..page_table.compaction import ExactTokens, config_of_lanes
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..pages.page_pool import NoRoomError
 from ..pages.plain_pool import PlainPool
 from ..pages.tokens import TokenBatch
-from ..routing.policies import PageRouter
+from ..routing.policies import PageRouter, make_routing
 from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.shard_map import ShardMap
-from ..tiers.tier_limits import LayerTiers
+from ..tiers.tier_limits import LayerTiers, Tiers
+from .input_checks import KVFormat
 from .pending_tokens import PendingTokens
-from .table_rebuild import assigned_table, kept_table
+from .table_rebuild import TableRebuild
 
 _Result = TypeVar("_Result")
 
@@ -38,7 +39,7 @@ class LayerPart:
     location : PartLocation
         Its number, and its device.
     scheduler : PageScheduler or None
-        Evicts what exceeds this part's share of a budget.
+        Evicts what exceeds what this part has of a budget.
     page_router : PageRouter or None
         Chooses what decoding steps read of it.
     tiers : LayerTiers or None
@@ -68,22 +69,16 @@ class LayerPart:
         return self.table.plain.device
 
     def begin(
-        self,
-        config: PiKVConfig,
-        shape: tuple[int, int, int, int],
-        dtype: torch.dtype,
-        home: torch.device,
-        shard_of: ShardOf,
-        shard_map: ShardMap | None,
+        self, kv_format: KVFormat, config: PiKVConfig, shard_of: ShardOf, shard_map: ShardMap | None
     ) -> PageTable:
-        """Return an empty table for `(B, H, D, Dv)` K/V of a layer whose attention is on `home`."""
-        batch, heads, dim, value_dim = shape
+        """Return an empty table for K/V of a layer; the format's device is that of the layer's attention."""
+        (batch, heads, dim, value_dim), dtype, home = kv_format
         per_head = self.scheduler is not None and self.scheduler.policy.per_head
         device = home if self.location.device is None else self.location.device
         pool = PlainPool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
         pages = LayerPools(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
-        self.share(writer, shard_map)
+        self.assign_shards(writer, shard_map)
         table = PageTable(writer, batch * heads if per_head else batch)
         if self.scheduler is not None:
             self.scheduler.prepare(table)
@@ -91,8 +86,8 @@ class LayerPart:
             pages.keep_bounds()
         return table
 
-    def share(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
-        """Have the writer of this part's table leave to other parts what `shard_map` gives them."""
+    def assign_shards(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:
+        """Have a writer of this part leave to other parts what the shard map gives them."""
         # What leaves the window does so in all parts of a process: the first of them counts it.
         writer.write_part(shard_map, self.location.number, counts=self.location.device is None)
 
@@ -158,38 +153,19 @@ class LayerPart:
             self.scheduler.prepare(table)
             self.scheduler.enforce(table, lanes, seen)
 
-    def kept(
-        self,
-        pending: PendingTokens | None,
-        widths: torch.Tensor,
-        config: PiKVConfig,
-        shard_of: ShardOf,
-        shards: ShardMap | None,
-        leaders: list[int],
-        split: bool,
-    ) -> PageTable:
-        """Return a table of what is kept of this part and of `pending`."""
+    def kept(self, pending: PendingTokens | None, widths: torch.Tensor, rebuild: TableRebuild) -> PageTable:
+        """Return a table of what is kept of this part and of `pending`; see :meth:`TableRebuild.kept`."""
         assert self.table is not None
         new = None if pending is None else pending.to(self.device)
-        table = kept_table(self.table, new, widths.to(self.device), config, shard_of, leaders, split)
-        self.share(table.writer, shards)
+        table = rebuild.kept(self.table, new, widths.to(self.device))
+        self.assign_shards(table.writer, rebuild.shard_map)
         return table
 
-    def assigned(
-        self,
-        tokens: tuple[torch.Tensor, torch.Tensor],
-        held: torch.Tensor | None,
-        config: PiKVConfig,
-        shard_of: ShardOf,
-        shards: ShardMap | None,
-        leaders: list[int],
-        split: bool,
-    ) -> PageTable:
-        """Return a table of K/V from outside; see :func:`~pikv_hf.layer.table_rebuild.assigned_table`."""
-        keys, values = (part.to(self.device) for part in tokens)
-        held = None if held is None else held.to(self.device)
-        table = assigned_table(keys, values, held, config, shard_of, leaders, split, self.tiers)
-        self.share(table.writer, shards)
+    def assigned(self, tokens: ExactTokens, rebuild: TableRebuild) -> PageTable:
+        """Return a table of K/V from outside; see :meth:`TableRebuild.assigned`."""
+        here = ExactTokens(*(tensor.to(self.device) for tensor in (tokens.keys, tokens.values, tokens.held)))
+        table = rebuild.assigned(here, self.tiers)
+        self.assign_shards(table.writer, rebuild.shard_map)
         return table
 
     # Changing rows
@@ -202,11 +178,51 @@ class LayerPart:
         self.table.select_rows([row * lanes + lane for row in indices for lane in range(lanes)])
         self.slots = None
 
-    def copy_to(self, twin: "LayerPart") -> None:
-        """Give another part this one's tokens; both share all pages until either writes to them."""
-        twin.tiers = self.tiers
-        twin.table = None if self.table is None else self.table.fork()
-        if self.scheduler is not None:
-            twin.scheduler = self.scheduler.fork()
-            if twin.table is not None:
-                twin.scheduler.prepare(twin.table)
+    def fork(self, config: PiKVConfig) -> "LayerPart":
+        """Return a part with the same tokens; both share all pages until either writes to them."""
+        table = None if self.table is None else self.table.fork()
+        scheduler = None if self.scheduler is None else self.scheduler.fork()
+        if scheduler is not None and table is not None:
+            scheduler.prepare(table)
+        return LayerPart(self.location, scheduler, make_page_router(config), self.tiers, table)
+
+
+def make_parts(
+    layer_idx: int,
+    config: PiKVConfig,
+    layout: PartLayout,
+    schedulers: Sequence[PageScheduler | None] | None = None,
+    tiers: Tiers | None = None,
+) -> list[LayerPart]:
+    """Return the parts of a layer in this process, without tokens.
+
+    Parameters
+    ----------
+    layer_idx : int
+        The model layer.
+    config : PiKVConfig
+        Routing, and the tiers of a layer alone.
+    layout : PartLayout
+        Where they are.
+    schedulers : sequence of PageScheduler or None, optional
+        What evicts their pages, part by part; nothing by default.
+    tiers : Tiers, optional
+        Those of the cache, whose layers share limits and counters; by default the layer has some of its own.
+    """
+    if tiers is None and config.tiers is not None:
+        tiers = Tiers(config, layout.parts)
+    return [
+        LayerPart(
+            location,
+            None if schedulers is None else schedulers[index],
+            make_page_router(config),
+            None if tiers is None else tiers.layer(layer_idx, location.number),
+        )
+        for index, location in enumerate(layout.locations)
+    ]
+
+
+def make_page_router(config: PiKVConfig) -> PageRouter | None:
+    """Return what chooses the pages that decoding steps read of a part, None if they read all."""
+    policy = make_routing(config)
+    return None if policy is None else PageRouter(policy, config.sink_tokens, config.recent_window)

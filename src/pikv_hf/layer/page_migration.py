@@ -1,7 +1,6 @@
-"""Moving full pages from parts of a layer that hold too much to parts on other devices that hold too little."""
+"""Migration: full pages move from the part of a layer that has too many to the part that has too few."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,16 +15,14 @@ from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..sharding.shard_map import MAX_SKEW, MIN_PAGES, ShardMap
 from ..tiers.tier_limits import TierFull
+from .layer_part import LayerPart
 
-if TYPE_CHECKING:
-    from .layer_part import LayerPart
-
-#: Pages of a layer that move at most while its tokens move on by a page: about as long as a step takes, copies to a
-#: GPU run beside it.
-MOVES = 32
+#: Pages that migrate at most at a time, while a layer's tokens go on by a page: about as long as a step takes, copies
+#: to a GPU run beside it.
+MAX_MIGRATED = 32
 
 
-def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
+def migrate_pages(parts: Sequence[LayerPart], shard_map: ShardMap) -> int:
     """Move some full pages from the fullest part to the emptiest, if these are too far apart; return how many.
 
     Tokens stay where they are in their sequences, shards and pages; nothing is encoded again. Parts that evict keep to
@@ -46,7 +43,7 @@ def level(parts: "Sequence[LayerPart]", shard_map: ShardMap) -> int:
     assert here is not None
     assert there is not None
     size = here.plain.page_size
-    wanted = min(MOVES, int(min(excess[source], -excess[target]) // size))
+    wanted = min(MAX_MIGRATED, int(min(excess[source], -excess[target]) // size))
     moved = 0
     for name, pages in _movable(here, shard_map.fractions[:, numbers[target]]):
         taken = pages[: wanted - moved]
@@ -74,7 +71,7 @@ def _tokens_outside(table: PageTable) -> int:
 
 
 def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, PageIds]]:
-    """Return full pages by pool, those of shards that the target is to have `(S,)` shares of first."""
+    """Return full pages by pool, those of shards of which the target is to have the largest fractions `(S,)` first."""
     found = []
     for name, pool in table.pools.by_id().items():
         if isinstance(pool, PackedPool) and any(

@@ -7,11 +7,10 @@ from .input_checks import KVFormat
 
 
 def kv_format(layer: DynamicSlidingWindowLayer) -> KVFormat | None:
-    """Return the shape, dtype and device that new K/V of a sliding layer must have, None before the first."""
+    """Return what new K/V of a sliding layer must be like, None before the first."""
     if not layer.is_initialized or not layer.keys.numel():
         return None
-    batch, heads, _, dim = layer.keys.shape
-    return (batch, heads, dim, layer.values.shape[-1]), layer.keys.dtype, layer.keys.device
+    return KVFormat.of(layer.keys, layer.values)
 
 
 def trim_to_window(layer: DynamicSlidingWindowLayer) -> None:

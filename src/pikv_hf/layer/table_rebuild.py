@@ -1,5 +1,6 @@
-"""From a layer's table, and what is pending, to a table of what is kept."""
+"""Building a layer's tables anew: of what a press keeps, or of K/V that were assigned from outside."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..pages.pool_id import PLAIN, UNCODED, PoolId
-from ..sharding.shard_map import GOLDEN
+from ..sharding.shard_map import GOLDEN, ShardMap
 from ..tiers.tier_limits import LayerTiers
 from .pending_tokens import PendingTokens
 
@@ -53,80 +54,71 @@ def with_exact_ends(widths: torch.Tensor, config: PiKVConfig) -> torch.Tensor:
     return widths.where(~(exact & (widths == AS_CONFIGURED)), 16)
 
 
-def kept_table(
-    table: PageTable,
-    pending: PendingTokens | None,
-    widths: torch.Tensor,
-    config: PiKVConfig,
-    shard_of: ShardOf,
-    leaders: list[int],
-    split: bool,
-) -> PageTable:
-    """Return a table of its own for what is kept of a layer; the old one stays as it is.
+@dataclasses.dataclass(frozen=True, slots=True)
+class TableRebuild:
+    """How the tables of all parts of a layer are built anew.
 
-    Parameters
+    Attributes
     ----------
-    table : PageTable
-        What is stored.
-    pending : PendingTokens, optional
-        The newest tokens.
-    widths : torch.Tensor
-        `(B, H, T)` uint8, see :class:`Compaction`.
     config : PiKVConfig
-        Options of the cache.
+        Options of the layer.
     shard_of : callable
         Where later tokens go.
+    shard_map : ShardMap or None
+        Which part has which shard, where there are several.
     leaders : list of int
-        See :func:`leaders_of`.
+        For each of the B rows the first row of which the same is kept; see :func:`leaders_of`.
     split : bool
-        Whether heads keep different tokens, here or in another part of the layer.
+        Whether heads keep different tokens, in any part of the layer.
     """
-    batch, heads, columns = widths.shape
-    was_split = table.plain.keys.shape[0] != heads
-    # A low-rank basis belongs to a head: pages of one head cannot share it.
-    decoded = [PLAIN, UNCODED] + [pool for pool in table.pools.packed if split and pool.is_lowrank]
-    exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
-    kept = Compaction(widths, leaders, exact, config, split, table.pools.tiers)
-    with kept.retired_on_error():
-        if not split:
-            kept.pools.encoders.inherit_bases(table.pools.encoders)
-        kept.add_exact()
-        for name, pool in table.pools.packed.items():
-            if name not in decoded:
-                kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
-    return _table_of(kept, config, shard_of)
 
+    config: PiKVConfig
+    shard_of: ShardOf
+    shard_map: ShardMap | None
+    leaders: list[int]
+    split: bool
 
-def assigned_table(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    held: torch.Tensor | None,
-    config: PiKVConfig,
-    shard_of: ShardOf,
-    leaders: list[int],
-    split: bool,
-    tiers: LayerTiers | None = None,
-) -> PageTable:
-    """Return a table of K/V from outside at positions 0..T-1.
+    def kept(self, table: PageTable, pending: PendingTokens | None, widths: torch.Tensor) -> PageTable:
+        """Return a table of its own for what is kept of a part; the old one stays as it is.
 
-    `keys` and `values` are `(B, H, T, D)` and `(B, H, T, Dv)`; `held` `(B, H, T)` is False where there is no token,
-    None if there is one everywhere.
-    """
-    every = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
-    held = every if held is None else held
-    widths = with_exact_ends(held.to(torch.uint8) * AS_CONFIGURED, config)
-    kept = Compaction(widths, leaders, ExactTokens(keys, values, held), config, split, tiers)
-    with kept.retired_on_error():
-        kept.add_exact()
-    return _table_of(kept, config, shard_of)
+        Parameters
+        ----------
+        table : PageTable
+            What is stored.
+        pending : PendingTokens, optional
+            The newest tokens, on the table's device.
+        widths : torch.Tensor
+            `(B, H, T)` uint8, see :class:`Compaction`.
+        """
+        batch, heads, columns = widths.shape
+        was_split = table.plain.keys.shape[0] != heads
+        # A low-rank basis belongs to a head: pages of one head cannot share it.
+        decoded = [PLAIN, UNCODED] + [pool for pool in table.pools.packed if self.split and pool.is_lowrank]
+        exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
+        kept = Compaction(widths, self.leaders, exact, self.config, self.split, table.pools.tiers)
+        with kept.retired_on_error():
+            if not self.split:
+                kept.pools.encoders.inherit_bases(table.pools.encoders)
+            kept.add_exact()
+            for name, pool in table.pools.packed.items():
+                if name not in decoded:
+                    kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
+        return self._table_of(kept)
 
+    def assigned(self, tokens: ExactTokens, tiers: LayerTiers | None) -> PageTable:
+        """Return a table of K/V from outside at positions 0..T-1, where these hold a token."""
+        widths = with_exact_ends(tokens.held.to(torch.uint8) * AS_CONFIGURED, self.config)
+        kept = Compaction(widths, self.leaders, tokens, self.config, self.split, tiers)
+        with kept.retired_on_error():
+            kept.add_exact()
+        return self._table_of(kept)
 
-def _table_of(kept: Compaction, config: PiKVConfig, shard_of: ShardOf) -> PageTable:
-    for pool in kept.pools.by_id().values():
-        pool.trim()
-    # The sinks are among what is kept: later tokens have none of their own.
-    writer = SequenceWriter(kept.pools, config.num_shards, config.recent_window, 0, shard_of)
-    return PageTable.from_rows(writer, kept.rows)
+    def _table_of(self, kept: Compaction) -> PageTable:
+        for pool in kept.pools.by_id().values():
+            pool.trim()
+        # The sinks are among what is kept: later tokens have none of their own.
+        writer = SequenceWriter(kept.pools, self.config.num_shards, self.config.recent_window, 0, self.shard_of)
+        return PageTable.from_rows(writer, kept.rows)
 
 
 def _exact_tokens(
@@ -163,8 +155,8 @@ def leaders_of(table: PageTable, pending: PendingTokens | None, widths: torch.Te
     return equal_rows([past, pending.keys[:, :, -1]], [widths, pending.valid, pending.keys, pending.values])
 
 
-def shares_of(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> torch.Tensor:
-    """Divide what is kept of each KV head among parts, a page of it at a time.
+def part_of_tokens(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> torch.Tensor:
+    """Return to which part each kept token goes: those of a KV head are divided a page at a time.
 
     Parameters
     ----------
@@ -173,7 +165,7 @@ def shares_of(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> t
     page_size : int
         Tokens per page.
     weights : sequence of float
-        The share of each part.
+        In which proportion parts get tokens.
 
     Returns
     -------
@@ -183,6 +175,6 @@ def shares_of(kept: torch.Tensor, page_size: int, weights: Sequence[float]) -> t
     page = (kept.cumsum(dim=2) - 1).clamp_min(0) // page_size
     total = sum(weights)
     ends = torch.tensor([sum(weights[: n + 1]) / total for n in range(len(weights) - 1)], dtype=torch.float64)
-    # Of n pages each part gets its share, up to one page.
+    # Of n pages each part gets as many as its weight says, up to one page.
     place = (page.double() + 0.5) * GOLDEN % 1.0
     return torch.bucketize(place, ends.to(place.device), right=True)

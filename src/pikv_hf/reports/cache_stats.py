@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from ..layer.layer_store import LayerTokens
+from ..layer.layer import PiKVLayer
 from .memory_report import format_bytes
 
 
@@ -36,7 +36,7 @@ class CacheStats:
     tiers: dict[str, Any] | None
 
     @classmethod
-    def of(cls, layers: list[LayerTokens], tiers: Any) -> "CacheStats":
+    def of(cls, layers: list[PiKVLayer], tiers: Any) -> "CacheStats":
         """Add up what the layers counted."""
         parts = [part for layer in layers for part in layer.parts]
         counts = [part.page_router.counts for part in parts if part.page_router is not None]

@@ -44,25 +44,30 @@ class PageScheduler:
         How much may stay; None where only the tiers ask which pages go.
     sink_tokens, recent_window : int
         As in :class:`~pikv_hf.PiKVConfig`: these tokens never go.
+    query_groups : int
+        Query heads per KV head, for what a budget in bytes needs at least.
 
     Attributes
     ----------
     now : int
         Attention steps so far.
-    query_groups : int
-        Query heads per KV head, for what a budget in bytes needs at least.
     pages_evicted, tokens_evicted : int
         Over all sequences, shared ones once for each.
     """
 
     def __init__(
-        self, policy: SchedulingPolicy, limit: LayerBudget | None, sink_tokens: int, recent_window: int
+        self,
+        policy: SchedulingPolicy,
+        limit: LayerBudget | None,
+        sink_tokens: int,
+        recent_window: int,
+        query_groups: int = 1,
     ) -> None:
         self.policy, self.limit = policy, limit
         self.sink_tokens, self.recent_window = sink_tokens, recent_window
         self.now = 0
         self.queries: torch.Tensor | None = None
-        self.query_groups = 1
+        self.query_groups = query_groups
         self.pages_evicted = self.tokens_evicted = 0
         # Pages that attention had found in fast memory, and not, when this was last looked at.
         self._read = 0, 0
@@ -269,7 +274,12 @@ class PageScheduler:
 
 
 def make_scheduler(
-    config: PiKVConfig, layers: int, sliding_tokens: int, parts: int = 1, share: float = 1.0
+    config: PiKVConfig,
+    layers: int,
+    sliding_tokens: int,
+    parts: int = 1,
+    share: float = 1.0,
+    query_groups: int = 1,
 ) -> PageScheduler | None:
     """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
 
@@ -284,4 +294,4 @@ def make_scheduler(
     name = config.scheduler or ("lru" if limit is None else "pikv")
     options = BUDGET_OPTIONS if name == "pikv" and limit is not None else {}
     policy = make_policy(name, **options)
-    return PageScheduler(policy, limit, config.sink_tokens, config.recent_window)
+    return PageScheduler(policy, limit, config.sink_tokens, config.recent_window, query_groups)

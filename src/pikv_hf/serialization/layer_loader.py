@@ -152,15 +152,16 @@ class SavedPaged:
 
     def restore(self, layer: PiKVLayer, device: torch.device) -> None:
         """Fill an empty layer whose attention is on `device`."""
-        layer.config = self.config
-        layer.state = LayerState(
+        layer.store.config = self.config
+        layer.store.state = LayerState(
             **{name.removeprefix("_"): value for name, value in self.state.items()},
             padding=None if self.padding is None else torch.tensor(self.padding, device=device),
             expert_loads=None if self._expert_loads is None else self._expert_loads.copy(),
         )
         if self._shards is not None:
-            layer.shard_map = self._shards.build(self.config, layer.layout.weights)
+            layer.store.shard_map = self._shards.build(self.config, layer.layout.weights)
         if self._tables:
-            layer.heads, layer.dtype, layer.device = self._tables[0].heads, self._tables[0].dtype, device
+            store, table = layer.store, self._tables[0]
+            store.heads, store.dtype, store.device = table.heads, table.dtype, device
         for saved, part in zip(self._parts, layer.parts, strict=True):
             saved.restore(layer, part, device if part.location.device is None else part.location.device)

@@ -37,7 +37,7 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
     """
     if not isinstance(layer, PiKVLayer):
         return _describe_sliding(index, layer)
-    layer.settle_unless_held()
+    layer.settle_unless_awaited()
     _require_settled(layer)
     parts, groups = [], []
     for part in layer.parts:
@@ -59,7 +59,7 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
             "parts": layer.layout.parts,
             "numbers": [part.location.number for part in layer.parts],
             "devices": [part.location.name for part in layer.parts],
-            "shards": layer.shard_map is not None,
+            "shards": layer.store.shard_map is not None,
             "others": parts[1:],
         }
         groups += _describe_shards(index, layer)
@@ -77,15 +77,15 @@ def shards_prefix(index: int) -> str:
 
 
 def _describe_shards(index: int, layer: PiKVLayer) -> list[Group]:
-    if layer.shard_map is None:
+    if layer.store.shard_map is None:
         return []
-    tensors = {name: torch.from_numpy(array) for name, array in layer.shard_map.state().items()}
+    tensors = {name: torch.from_numpy(array) for name, array in layer.store.shard_map.state().items()}
     return [Group.of({f"{shards_prefix(index)}.{name}": tensor for name, tensor in tensors.items()})]
 
 
 def _require_settled(layer: PiKVLayer) -> None:
     where = f"layer {layer.layer_idx}"
-    if layer.awaits_values:
+    if layer.assignment.staged is not None:
         raise ValueError(f"{where}: keys were assigned without values; assign both before saving")
     if layer.pending is not None:
         awaited = "a press" if layer.awaits_press else "the layer's router"

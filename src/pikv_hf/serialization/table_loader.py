@@ -192,8 +192,8 @@ class SavedTable:
             store.incref(sequence)
         sinks = self._table["sink_pages"] * store.plain.page_size
         shards, window = self._table["num_shards"], self._table["recent_window"]
-        writer = SequenceWriter(store, shards, window, sinks, layer.shard_of())
-        part.share(writer, layer.shard_map)
+        writer = SequenceWriter(store, shards, window, sinks, layer.store.shard_of())
+        part.assign_shards(writer, layer.store.shard_map)
         table = PageTable.from_rows(writer, [sequences[number] for number in self.rows.tolist()])
         if part.page_router is not None:
             store.keep_bounds()

@@ -65,7 +65,7 @@ def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[di
         "heads": layer.heads,
         "page_heads": plain.keys.shape[0],
         "dims": [plain.keys.shape[-1], plain.values.shape[-1]],
-        "dtype": str(layer.dtype).removeprefix("torch."),
+        "dtype": str(layer.store.dtype).removeprefix("torch."),
         "config": store.config.to_dict(),
         "num_shards": writer.num_shards,
         "recent_window": writer.recent_window,

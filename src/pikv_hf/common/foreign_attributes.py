@@ -1,0 +1,21 @@
+"""The attributes that this project sets on objects of other libraries: one place that names them all.
+
+They carry what has no other way through code that is not ours: from a cache layer to the attention function, from the
+mask function to the layers, from a press to the attention that it watches, and from a model to its attachment.
+"""
+
+#: On the key tensor that a layer returns: the :class:`~pikv_hf.layer.layer.PiKVLayer` to attend over.
+LAYER_ATTRIBUTE = "_pikv_layer"
+
+#: On a mask that only hides the future and padding: no stored token is padding, so history needs no mask then.
+PLAIN_ATTRIBUTE = "_pikv_plain"
+
+#: On a mask: `(B, Q)` bool, which new tokens are real, or None if all are. Found once for all layers.
+VALID_ATTRIBUTE = "_pikv_valid"
+
+#: On an attention module: what a press wants called with the queries of each call, as
+#: `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.
+OBSERVER_ATTRIBUTE = "_pikv_observer"
+
+#: On a model: its :class:`~pikv_hf.integration.attachment.Attachment`.
+ATTACHMENT_ATTRIBUTE = "_pikv_attachment"

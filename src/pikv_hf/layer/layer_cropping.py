@@ -1,0 +1,107 @@
+"""Cutting a layer back to fewer tokens: what a length means, snapshots for exact crops, and cropping the tables."""
+
+import dataclasses
+from contextlib import ExitStack
+
+import transformers
+from packaging.version import Version
+
+from ..page_table.cropping import Crop
+from ..page_table.page_table import PageTable
+from ..pages.pool_id import PoolId
+from .layer_store import LayerStore
+
+# Up to 5.17 `crop(0)` keeps nothing, from 5.18 on it removes nothing.
+_ZERO_REMOVES_NOTHING = Version(transformers.__version__) >= Version("5.18.0.dev0")
+
+
+def cropped_length(seen: int, argument: int) -> int:
+    """Return how many of `seen` positions `crop(argument)` keeps.
+
+    A negative argument is a number of tokens to remove, which all releases of transformers agree on. A positive one is
+    the length to keep, as up to 5.17; zero means what the installed release means by it.
+    """
+    if argument < 0 or (argument == 0 and _ZERO_REMOVES_NOTHING):
+        return max(0, seen + argument)
+    return min(seen, argument)
+
+
+def column_of(store: LayerStore, length: int) -> int:
+    """Return the columns that remain of the model's first `length` positions.
+
+    Raises
+    ------
+    ValueError
+        Where K/V were assigned from outside and the length reaches into them: their positions are not known.
+    """
+    state = store.state
+    first_known = state.assigned + state.dropped
+    if length >= state.positions_seen or not state.dropped or length >= first_known:
+        return max(0, length - state.dropped)
+    raise ValueError(
+        f"layer {store.layer_idx}: cannot crop to {length} positions: of the first {first_known}, "
+        f"{state.assigned} tokens were assigned from outside, and which ones is not known"
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The tables of a layer as they were at one length: a crop back to it undoes what was packed after it.
+
+    Attributes
+    ----------
+    length : int
+        Columns of the layer.
+    tables : list of PageTable
+        Forks of the parts' tables.
+    pools : list of set
+        For each part, the pools of packed pages that were in use.
+    """
+
+    length: int
+    tables: list[PageTable]
+    pools: list[set[PoolId]]
+
+    @classmethod
+    def take(cls, store: LayerStore) -> "Snapshot | None":
+        """Return a snapshot of a layer, None where a crop is exact without or a budget would have to pay for it."""
+        pages = [table.pools for table in store.tables()]
+        # It would hold on to what a budget in bytes has to get rid of.
+        is_free = all(each.plain.growth_limit is None for each in pages)
+        if not pages[0].encoders.packs or not is_free:
+            return None
+        pools = [{name for name, pool in each.packed.items() if pool.allocator.refcount.any()} for each in pages]
+        return cls(store.state.seen, [table.fork() for table in store.tables()], pools)
+
+    def restore(self, store: LayerStore) -> None:
+        """Give the layer's parts the tables of the snapshot."""
+        store.pending = None
+        for part, table, pools in zip(store.parts, self.tables, self.pools, strict=True):
+            part.table = table
+            table.pools.forget_pools(pools)
+
+
+def crop_tables(store: LayerStore, length: int) -> None:
+    """Cut the tables of all parts, or none if one of them cannot be cut for want of memory."""
+    tables = store.tables()
+    crops = [Crop(table, length) for table in tables]
+    for part, cut in zip(store.parts, crops, strict=True):
+        part.with_room(store.state.seen, cut.reserve)
+    store.note_evictions()
+    with ExitStack() as stack:
+        for table in tables:
+            # Copying a page that a slower tier has may fail.
+            stack.enter_context(table.pools.transaction())
+        for cut in crops:
+            cut.prepare()
+    for cut in crops:
+        cut.finish()
+
+
+def shorten_state(store: LayerStore, length: int) -> None:
+    """Let a layer count `length` columns, once its tables have no more."""
+    state = store.state
+    if store.shard_map is not None:
+        store.shard_map.rescale(length / state.seen)
+    state.seen = length
+    state.assigned = min(state.assigned, length)

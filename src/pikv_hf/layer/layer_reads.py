@@ -1,0 +1,69 @@
+"""Reading what a layer stores: dense K/V, which columns hold a token, and the tensors that take memory."""
+
+import torch
+
+from ..common.kv import KV
+from .layer_store import LayerStore
+from .pending_tokens import PendingTokens
+
+
+def dense_keys(store: LayerStore) -> torch.Tensor:
+    """Return all keys by column, `(B, H, T, D)`; zeros for padding and what was evicted."""
+    return _with_pending(store, KV.KEYS, None if store.pending is None else store.pending.keys)
+
+
+def dense_values(store: LayerStore) -> torch.Tensor:
+    """Return all values by column, `(B, H, T, Dv)`; zeros for padding and what was evicted."""
+    return _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
+
+
+def _with_pending(store: LayerStore, which: KV, new: torch.Tensor | None) -> torch.Tensor:
+    if new is not None and not store.stored:
+        return new
+    past = _dense_stored(store, which)
+    return past if new is None else torch.cat([past, new], dim=2)
+
+
+def _dense_stored(store: LayerStore, which: KV) -> torch.Tensor:
+    """Return what is stored, `(B, H, n, D)`. Every token is in one part, and zero in the others."""
+    first, *others = store.tables()
+    dense = first.view.dense_part(store.stored, which)
+    for table in others:
+        dense += table.view.dense_part(store.stored, which).to(dense.device)
+    if store.layout.exchange is not None:
+        dense = store.layout.exchange.total(dense)
+    return dense.reshape(store.batch, store.heads, store.stored, dense.shape[-1])
+
+
+def stored_mask(store: LayerStore) -> torch.Tensor:
+    """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
+    if store.table is None:
+        return torch.zeros((0, 0, 0), dtype=torch.bool)
+    first, *others = store.tables()
+    mask = first.view.stored_mask(store.stored)
+    for table in others:
+        mask |= table.view.stored_mask(store.stored).to(mask.device)
+    if store.layout.exchange is not None:
+        mask = store.layout.exchange.total(mask)
+    mask = mask.view(store.batch, store.lanes, store.stored).expand(-1, store.heads, -1)
+    if store.pending is None:
+        return mask.clone()
+    return torch.cat([mask, _pending_mask(store, store.pending)], dim=2)
+
+
+def _pending_mask(store: LayerStore, pending: PendingTokens) -> torch.Tensor:
+    """Return `(B, H, Q)` bool, which of the pending columns hold a token."""
+    mask = torch.ones((store.batch, store.heads, pending.tokens), dtype=torch.bool, device=store.device)
+    if pending.valid is not None:
+        mask &= pending.valid[:, None]
+    return mask
+
+
+def storages(store: LayerStore, part: int | None = None) -> list[torch.Tensor]:
+    """Return the tensors that take the memory of one of the parts, or of all; what is pending is the first's."""
+    tensors = []
+    for each in store.parts if part is None else [store.parts[part]]:
+        tensors += [] if each.table is None else each.table.pools.tensors()
+        tensors += [] if each.scheduler is None else each.scheduler.tensors()
+    pending = store.pending
+    return tensors if pending is None or part else [*tensors, pending.keys, pending.values]

@@ -1,0 +1,59 @@
+"""What a layer asks of the model that it is attached to, and what the model's hooks ask of a layer."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+
+class ExpertCount(Protocol):
+    """The router of a decoder layer, of which a layer needs to know how many experts it chooses among."""
+
+    @property
+    def num_experts(self) -> int:
+        """Experts to choose from."""
+
+
+class LinkedLayer(Protocol):
+    """A layer of a cache, as the hooks of a model see it."""
+
+    layer_idx: int
+
+    def record_experts(self, experts: torch.Tensor) -> None:
+        """Take the primary experts of the newest tokens, `(B * Q,)` integers."""
+
+    def settle_unless_awaited(self) -> None:
+        """Store what is pending, unless a router or a press has yet to say where."""
+
+    def settle_marks(self) -> None:
+        """Evict the tokens that kvpress's head-wise presses have marked on the attention module."""
+
+
+class ModelLink(Protocol):
+    """The model that a cache is made for; :class:`~pikv_hf.integration.attachment.Attachment` is one."""
+
+    @property
+    def expert_routers(self) -> Mapping[int, ExpertCount]:
+        """The expert routers of the model, by layer index."""
+
+    def is_active(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention calls PiKV's function now."""
+
+    def owns(self, module: nn.Module) -> bool:
+        """Return whether an attention module belongs to the model."""
+
+    def expect(self, layer: LinkedLayer) -> None:
+        """Deliver the next experts that the layer's router chooses to this layer of a cache."""
+
+    def forget(self, layer: LinkedLayer) -> None:
+        """Deliver no experts to a layer whose newest tokens have changed since they were expected."""
+
+    def linger(self, layer: LinkedLayer) -> None:
+        """Have a layer store its new tokens when the next layer comes, and the one before it now."""
+
+    def reads(self, layer: LinkedLayer, prompt: bool) -> None:
+        """Note that the layer's attention is about to read this layer of a cache."""
+
+    def take_marks(self, layer: LinkedLayer) -> Any:
+        """Return, once, `(rows, heads, columns)` of the tokens that kvpress marked for this layer, or None."""

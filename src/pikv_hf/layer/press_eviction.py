@@ -1,0 +1,123 @@
+"""What presses do to a layer: tokens are kept, in the widths chosen for them, or evicted, each KV head's its own."""
+
+from typing import Any
+
+import torch
+
+from ..page_table.page_table import PageTable
+from .layer_store import LayerStore
+from .table_rebuild import TableRebuild, checked_widths, leaders_of, with_exact_ends
+
+
+def check_evicts(store: LayerStore, is_attached: bool) -> None:
+    """Raise `ValueError` unless a layer has tokens, and attention that can pass over evicted ones."""
+    if store.table is None:
+        raise ValueError(f"layer {store.layer_idx} holds no tokens, of which some could be kept")
+    if not is_attached:
+        raise ValueError(
+            f"layer {store.layer_idx}: only PiKV's attention can pass over evicted tokens; make the cache with "
+            "PiKVCache.for_model(model)"
+        )
+
+
+def keep_tokens(store: LayerStore, kept: torch.Tensor) -> None:
+    """Evict tokens and keep the others in the widths given; see :meth:`PiKVLayer.keep`."""
+    state = store.state
+    widths = checked_widths(kept, (store.batch, store.heads, state.seen), f"layer {store.layer_idx}")
+    widths = with_exact_ends(widths.to(store.device), store.config)
+    tables = _kept_tables(store, widths)
+    if store.shard_map is not None and widths.numel():
+        store.shard_map.rescale(float((widths > 0).float().mean()))
+        store.shard_map.add_evenly(float((widths[:, :, store.stored :] > 0).sum()) / store.heads)
+    store.drop_pending()
+    store.replace_tables(tables)
+    state.evicted |= bool((widths == 0).any())
+    store.note_evictions()
+
+
+def _kept_tables(store: LayerStore, widths: torch.Tensor) -> list[PageTable]:
+    """Return a table of each part for what is kept, `(B, H, T)` widths; the old ones stay as they are."""
+    assert store.table is not None
+    split = store.lanes > 1 or not torch.equal(widths, widths[:, :1].expand_as(widths))
+    leaders = leaders_of(store.table, store.pending, widths)
+    rebuild = TableRebuild(store.config, store.shard_of(), store.shard_map, leaders, split)
+    tables = []
+    for part, widths_here in zip(store.parts, _widths_by_part(store, widths), strict=True):
+        table = part.kept(store.pending, widths_here, rebuild)
+        part.fit(table, store.heads // table.plain.keys.shape[0], store.state.seen)
+        tables.append(table)
+    return tables
+
+
+def _widths_by_part(store: LayerStore, widths: torch.Tensor) -> list[torch.Tensor]:
+    """Return the widths of what each part keeps: of what is stored what it has, of what is pending its own."""
+    if store.layout.parts == 1:
+        return [widths]
+    stored, divided = store.stored, []
+    for part, own in zip(store.parts, store.own_tokens(widths[:, :, stored:] > 0), strict=True):
+        assert part.table is not None
+        assert own is not None
+        here = part.table.view.stored_mask(stored).to(store.device).view(store.batch, store.lanes, stored)
+        divided.append(widths * torch.cat([here.expand(-1, store.heads, -1), own], dim=2))
+    return divided
+
+
+def kept_by_marks(store: LayerStore, marks: Any) -> torch.Tensor:
+    """Return `(B, H, T)` bool, what is left of a layer without the tokens that kvpress's presses have marked.
+
+    Parameters
+    ----------
+    store : LayerStore
+        Of a layer that has tokens.
+    marks : tuple of sequence
+        Rows, KV heads and columns, as kvpress's `module.masked_key_indices` has them.
+
+    Raises
+    ------
+    ValueError
+        If rows are padded, or a column is marked that there is none of.
+    """
+    where, seen = f"layer {store.layer_idx}", store.state.seen
+    if store.padding() is not None:
+        raise ValueError(
+            f"{where}: a press has marked tokens of rows that are padded, and has taken padding for tokens. Wrap it: "
+            "pikv_hf.presses.RowwisePress(press)"
+        )
+    kept = torch.ones((store.batch, store.heads, seen), dtype=torch.bool, device=store.device)
+    rows, heads, columns = (torch.as_tensor(part, device=store.device) for part in marks)
+    if columns.numel() and int(columns.max()) >= seen:
+        raise ValueError(f"{where}: a press marked token {int(columns.max())}, but the layer has {seen}")
+    kept[rows, heads, columns] = False
+    return kept
+
+
+def packed_pages(store: LayerStore) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the pages of what is kept or packed; see :meth:`PiKVLayer.packed_pages`."""
+    found = [_packed_pages(store, table) for table in store.tables()]
+    if not found:
+        empty = torch.zeros(0, dtype=torch.int64, device=getattr(store, "device", None))
+        return empty, empty.new_zeros((0, 1, store.config.page_size)), empty
+    rows, columns, sizes = (torch.cat(each) for each in zip(*found, strict=True))
+    return rows, columns, sizes
+
+
+def _packed_pages(store: LayerStore, table: PageTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the pages of one part."""
+    rows, columns, sizes = [], [], []
+    heads, lanes, device, size = store.heads, store.lanes, store.device, table.plain.page_size
+    for name, pool in table.pools.packed.items():
+        for row, sequence in enumerate(table.rows):
+            pages = sequence.pages(name)
+            positions = pool.positions[pool.index(pages)].long().to(device)
+            by_head = positions.new_full((len(pages), heads, size), -1)
+            head = slice(None) if lanes == 1 else slice(row % lanes, row % lanes + 1)
+            by_head[:, head] = positions[:, None]
+            rows.append(torch.full((len(pages),), row // lanes, device=device))
+            columns.append(by_head)
+            # With its positions, its entry in the table, and what the host knows of it.
+            each = pool.page_bytes + 4 * size + 8 + pool.host_bytes // max(1, pool.capacity)
+            sizes.append(torch.full((len(pages),), each, device=device))
+    if not rows:
+        empty = torch.zeros(0, dtype=torch.int64, device=device)
+        return empty, empty.new_zeros((0, 1, size)), empty
+    return torch.cat(rows), torch.cat(columns), torch.cat(sizes)
