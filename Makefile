@@ -11,7 +11,7 @@ DEVELOPED := $(VENV)/dev.stamp
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format bench gpu-check baseline codecs presses routing budgets plan test-browser clean
+.PHONY: help demo test test-fast check format bench gpu-check baseline codecs presses routing budgets plan test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -20,8 +20,12 @@ demo: $(RUNNABLE) ## Ask a small model about one text with DynamicCache and thre
 	$(BIN)/pikv demo
 
 # One torch thread per worker: two workers with two threads each on two cores wait for one another.
+# Each worker gets half of the files one after another, so that what the tests of a file share is made once.
 test: $(DEVELOPED) ## Run the tests and list the slowest
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --durations=15
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
+
+test-fast: $(DEVELOPED) ## Run the tests that are not marked as slow, and list those
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --fast
 
 check: $(DEVELOPED) ## Check style, formatting and types
 	$(BIN)/ruff check .

@@ -24,6 +24,17 @@ settings.register_profile(
 settings.load_profile("pikv")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fast", action="store_true", help="skip what is marked as slow, and say so at the end")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Skipped, not deselected: workers of xdist tell of nothing that they deselect.
+    for item in items if config.getoption("--fast") else ():
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: make test runs it"))
+
+
 def pytest_collection_finish() -> None:
     """Spare the collector what imports made.
 

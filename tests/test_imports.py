@@ -46,11 +46,13 @@ def run_python(code: str, cwd: Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_import_works_without_optional_packages(tmp_path):
     missing = f"import sys\nsys.modules.update(dict.fromkeys({NOT_AT_IMPORT!r}))\n"
     assert run_python(f"{missing}import pikv_hf; print(pikv_hf.PiKVCache.__name__)", tmp_path).strip() == "PiKVCache"
 
 
+@pytest.mark.slow
 def test_import_adds_at_most_a_fifth_to_that_of_transformers(tmp_path):
     measured = json.loads(run_python(MEASURE, tmp_path))
     (theirs, _), (ours, modules) = measured["theirs"], measured["ours"]

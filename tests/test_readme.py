@@ -18,6 +18,8 @@ import typer
 from pikv_hf.eval.cli.main import app
 from pikv_hf.eval.report import load_runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "eval" / "results"

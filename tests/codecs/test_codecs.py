@@ -94,6 +94,7 @@ def test_window_and_sinks_are_exact(codec: str) -> None:
         assert not torch.equal(held[:, :, 32:-160], given[:, :, 32:-160])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("codec", [name for name in LOSSY if name != "auto"])
 def test_attention_in_compressed_space_equals_decoding(family: str, codec: str) -> None:

@@ -27,6 +27,7 @@ def test_every_family_greedy_with_left_padding(family: str) -> None:
     assert_spread(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_one_more_way(family: str) -> None:
     """Each family another decoding strategy; beams, sampling, chunks and drafts come several times over."""

@@ -75,6 +75,7 @@ def shard_tokens(layer: PiKVLayer) -> np.ndarray:
     return held.reshape(layer.batch, -1, layer.table.num_shards).mean(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("turn", range(2))
 def test_a_budget_holds_after_every_update(turn: int, scheduler: str) -> None:

@@ -19,6 +19,8 @@ from process_traffic import MEMORY, TRAFFIC, small_model
 from pikv_hf import PiKVCache
 from pikv_hf.distributed.lockstep import AGREEMENT, HEADER
 
+pytestmark = pytest.mark.slow
+
 WORLDS = (2, 4, 8)
 
 #: Seconds for all processes together; each group of them has a limit of its own, so that this is never reached.

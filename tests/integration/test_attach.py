@@ -14,6 +14,7 @@ from pikv_hf import PiKVCache, PiKVConfig, attach, detach
 from pikv_hf.integration.attachment import attachment_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jetmoe", "mixtral_sliding"])
 @pytest.mark.parametrize("kind", ["dynamic", "static", "none", "chunks"])
 def test_other_caches_behave_as_with_sdpa(name: str, kind: str) -> None:

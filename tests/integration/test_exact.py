@@ -53,6 +53,7 @@ def test_every_family_greedy_with_left_padding(family_model: Any, sliding_layers
     assert_same(generate(family_model, inputs, PiKVCache.for_model(family_model, **options)), expected)
 
 
+@pytest.mark.slow
 def test_every_family_beam_search(family_model: Any) -> None:
     options = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 24, "output_logits": False}
     expected = reference(family_model, prompts(), **options)
@@ -97,6 +98,7 @@ def test_decoding_strategies(qwen: Any, options: dict[str, Any]) -> None:
     assert torch.equal(ours.sequences, expected.sequences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"do_sample": True, "temperature": 0.7}, {"prefill_chunk_size": 13}], ids=str)
 def test_every_family_sampling_and_chunks(family_model: Any, options: dict[str, Any]) -> None:
     expected = reference(family_model, prompts(), **options)
@@ -108,6 +110,7 @@ def test_every_family_sampling_and_chunks(family_model: Any, options: dict[str, 
     assert torch.equal(ours.sequences, expected.sequences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prompt lookup", "assistant model"])
 def test_every_family_assisted_decoding(family_model: Any, kind: str) -> None:
     model = family_model
@@ -127,6 +130,7 @@ def test_every_family_assisted_decoding(family_model: Any, kind: str) -> None:
     assert torch.equal(ours.sequences, expected.sequences)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attached", [True, False])
 def test_every_family_second_turn_on_the_same_cache(long_run_model: Any, attached: bool) -> None:
     inputs = prompts()
@@ -185,6 +189,7 @@ def test_a_lost_reference_is_remembered(change: str) -> None:
     assert (logits[3] - logits[1]).abs().max() <= 1e-4
 
 
+@pytest.mark.slow
 def test_every_family_row_operations_and_crop(long_run_model: Any) -> None:
     """The same operations on both caches in the middle of decoding, at window depth and deeper."""
     inputs = prompts(length=100)

@@ -8,6 +8,8 @@ from transformers import DynamicCache
 
 from pikv_hf.presses import RowwisePress
 
+pytestmark = pytest.mark.slow
+
 LENGTH, NEW_TOKENS = 300, 6
 #: Presses that evict while `generate` runs.
 WITHIN = [pytest.param(case, id=case.id) for case in CASES if not case.after_prefill]

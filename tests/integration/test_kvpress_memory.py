@@ -9,6 +9,8 @@ from kvpress_cases import CASES, context_and_question
 from kvpress_runs import ask, assert_close, assert_same, attached_cache, model_for, the_tokenizer
 from transformers import DynamicCache
 
+pytestmark = pytest.mark.slow
+
 #: Long enough that pages that are not full, and what is kept per page, do not count.
 LENGTH, NEW_TOKENS = 2000, 4
 OPTIONS = {"page_size": 16, "recent_window": 16, "num_shards": 1}

@@ -8,6 +8,8 @@ from kvpress_cases import ARCHITECTURES, CASES, LEFT_OUT, build_model, context_a
 from kvpress_runs import ask, ask_reference, assert_same, attached_cache, dense_cache, model_for, the_tokenizer
 from transformers import DynamicCache
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 300
 
 

@@ -4,6 +4,8 @@ import pytest
 from kvpress_cases import CASES, context_and_question
 from kvpress_runs import ask, assert_close, attached_cache, dense_cache, lengths_of, model_for, the_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 300
 CODECS = ("none", "int8", "int4", "auto")
 #: What a press does to a cache: picks tokens for all heads, head by head, layer by layer, or changes keys or values.

@@ -8,6 +8,8 @@ from families import FAMILIES
 
 from pikv_hf import PiKVCache
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKEND = "triton" if torch.cuda.is_available() else "interpret"
 

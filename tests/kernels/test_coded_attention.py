@@ -144,6 +144,7 @@ def _with_latent(pages: PageCodes, channels: int) -> PageCodes:
     return PageCodes(*(getattr(pages, name) for name in pages.__slots__[:-1]), latent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int4", "fp8", "none"])
 def test_memory_of_a_long_history_is_bounded(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times the pages raise the largest allocation by nothing."""

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 HEADS, GROUPS, PAGES = 4, 8, 6
 DECODE: dict[str, dict[str, Any]] = {
     "int4": {},

@@ -119,6 +119,7 @@ def test_importing_kernels_neither_imports_triton_nor_touches_cuda() -> None:
     assert python(code) == "False False"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(GPU, reason="beside a GPU kernels are compiled; the interpreter of Triton 3.6 fails with NumPy 2.4")
 def test_the_interpreter_works_in_either_order_of_imports() -> None:
     merge = "print(k.merge_partials(torch.ones(2, 1, 1, 4), torch.zeros(2, 1, 1), backend='interpret')[0].tolist())"

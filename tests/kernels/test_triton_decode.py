@@ -29,6 +29,7 @@ ALIKE: list[tuple[Kind, Kind]] = [(kind, kind) for kind in KINDS]
 MIXED: list[tuple[Kind, Kind]] = [("int4", "int2"), ("int2", "int4"), ("fp8", "int8"), ("none", "int4")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kinds", [*ALIKE, *MIXED], ids="-".join)
 def test_kinds(kinds: tuple[Kind, Kind], dtype: torch.dtype) -> None:
@@ -59,6 +60,7 @@ def test_page_sizes(kinds: tuple[Kind, Kind], size: int) -> None:
     check(random_case(kinds, heads=1, size=size, lengths=(3,)))
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     lengths=st.lists(st.integers(0, 4), min_size=1, max_size=5),

@@ -37,6 +37,7 @@ def parts(pages: PageCodes) -> dict[str, torch.Tensor | None]:
     return {name: getattr(pages, name) for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "dim"), [(32, 48), (5, 16), (16, 80)])
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("kind", CODED)
@@ -111,6 +112,7 @@ def test_seal_pages_takes_any_strides() -> None:
     assert encode_pages(tokens[:, :0], "int4", keys=True, backend=BACKEND).pages == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 5])
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -113,6 +113,7 @@ def assert_even(reader: Reader, one: Reader) -> None:
         assert report.total <= 1.1 * alone.total / parts + alone.window + grain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("codec", ["none", "int4"])
 @pytest.mark.parametrize("chances", [EVEN, ZIPF, FAVOURITE, np.eye(EXPERTS)[2]], ids=["even", "zipf", "80%", "one"])
@@ -128,6 +129,7 @@ def test_a_skewed_router_fills_devices_evenly(parts: int, codec: str, chances: n
     assert_even(*readers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, 4])
 @pytest.mark.parametrize("at_a_time", [1, 40, 1000], ids=["decoding", "turns", "chunks"])
 def test_a_router_whose_favourite_changes(parts: int, at_a_time: int) -> None:

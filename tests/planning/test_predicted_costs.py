@@ -36,6 +36,8 @@ from pikv_hf.planning.step_time import (
 )
 from pikv_hf.sharding.placement import expert_placement
 
+pytestmark = pytest.mark.slow
+
 # Devices
 
 

@@ -14,6 +14,8 @@ from pikv_hf import PiKVCache
 from pikv_hf.integration.attachment import attachment_of, detach
 from pikv_hf.presses import ExpertPress, PyramidPress, QueryAwarePress
 
+pytestmark = pytest.mark.slow
+
 #: The attachment, which is only looked up again, what kvpress's wrapper of attention functions sets in any forward
 #: pass, and the output projections' Gram matrices that `PiKVPress` computes once per model.
 STAY = {"_pikv_attachment", "masked_key_indices", "_pikv_gram"}

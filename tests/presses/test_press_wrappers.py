@@ -13,6 +13,8 @@ from transformers import DynamicCache
 
 from pikv_hf.presses import DuoPress, ExpertPress, PiKVPress, PyramidPress, QueryAwarePress
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 300
 QUESTIONS = ["What is the oldest word?", "Find the number!"]
 

@@ -11,7 +11,7 @@ from saved_runs import both, go_on, new_cache, read, shared_model
 
 from pikv_hf import PiKVCache
 
-pytestmark = pytest.mark.usefixtures("few_tokens_count")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_tokens_count")]
 
 
 @pytest.mark.parametrize(

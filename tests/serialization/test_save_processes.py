@@ -15,7 +15,7 @@ from save_processes import CASES, RANKS
 from pikv_hf import PiKVCache
 from pikv_hf.serialization.tensor_file import CacheFileError
 
-pytestmark = pytest.mark.usefixtures("few_tokens_count")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("few_tokens_count")]
 
 
 @pytest.fixture(scope="module")

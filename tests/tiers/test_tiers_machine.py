@@ -4,6 +4,7 @@ import gc
 from typing import Any
 
 import numpy as np
+import pytest
 from eviction_machine import EvictionMachine
 from fake_attachment import HEADS, KEY_DIM, VALUE_DIM
 from hypothesis import settings
@@ -12,6 +13,8 @@ from hypothesis.stateful import initialize, invariant, rule
 from layer_machine import CODECS, LayerMachine
 
 from pikv_hf.common.tensors import live_bytes
+
+pytestmark = pytest.mark.slow
 
 # Bytes of a token in a page of float32.
 TOKEN = HEADS * (KEY_DIM + VALUE_DIM) * 4

@@ -11,6 +11,8 @@ from pikv_hf.eval.bench.generation import run_chunks, run_generation
 from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
 from pikv_hf.eval.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 
 def test_decode_steps_agree() -> None:
     cases = list(run_decode([40, 500], [1, 3], seconds=0.0))

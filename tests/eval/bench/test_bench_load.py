@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from pikv_hf.eval.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_benchmark_compares_with_reading_again(tmp_path: Path) -> None:
     output = tmp_path / "load.json"

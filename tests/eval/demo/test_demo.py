@@ -17,6 +17,8 @@ from pikv_hf.eval.demo.caches import CacheKind, pikv_cache
 from pikv_hf.eval.demo.measure import Answer, first_difference, total_bytes
 from pikv_hf.eval.reference.tokenizer import build_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LAYERS, EXPERTS = 2, 8
 CACHES = ("dynamic", "pikv", "int4", "press")
 SHORT = ("--tokens", "600", "--max-new-tokens", "6")

@@ -23,6 +23,8 @@ from pikv_hf.eval.gpu.references import attended, gathered
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.page_codes import KINDS, PageCodes
 
+pytestmark = pytest.mark.slow
+
 # The kernels, at sizes that the interpreter is quick with.
 
 ATTENTION = [

@@ -23,6 +23,8 @@ from pikv_hf.eval.gpu.geometry import Shape
 from pikv_hf.eval.gpu.page_speed import Sizes
 from pikv_hf.eval.gpu.time_limit import TimeLimit
 
+pytestmark = pytest.mark.slow
+
 # The whole.
 
 

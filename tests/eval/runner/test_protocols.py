@@ -16,6 +16,8 @@ from pikv_hf.eval.runner.protocol import Asker, Encoded
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.perplexity import reference_windows, text_windows
 
+pytestmark = pytest.mark.slow
+
 PRESSES = (
     None,
     "KnormPress",

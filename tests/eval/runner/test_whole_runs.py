@@ -19,6 +19,8 @@ from pikv_hf.eval.runner.protocol import Asker
 from pikv_hf.eval.runner.run_summary import interval
 from pikv_hf.eval.tasks import needle, reference
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"length": 300, "samples": 2, "progress": False}
 TIMES = ["prefill_seconds", "decode_seconds", "prefill_tokens_per_s", "decode_tokens_per_s", "peak_memory_bytes"]
 

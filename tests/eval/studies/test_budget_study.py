@@ -24,6 +24,8 @@ from pikv_hf.eval.studies.scheduling.budget_runs import (
 from pikv_hf.eval.studies.scheduling.budget_study import SEQUENTIAL, SHARES, Study, interval, main, tables_of
 from pikv_hf.eval.tasks import reference
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[3] / "eval" / "results" / "budgets.json"
 
 

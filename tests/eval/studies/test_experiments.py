@@ -44,6 +44,8 @@ from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import CARRIED_ERROR, Kind
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[3] / "eval" / "results"
 EXACT = 1e-6
 WIDENING: list[Kind] = ["int2", "int4", "int8", "none"]

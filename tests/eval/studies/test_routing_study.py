@@ -21,6 +21,8 @@ from pikv_hf.eval.studies.routing.routing_study import SHARES, TARGETS, Part, pl
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.sample import EvalSample
 
+pytestmark = pytest.mark.slow
+
 RESULTS = Path(__file__).parents[3] / "eval" / "results" / "routing.json"
 
 

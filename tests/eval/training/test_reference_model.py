@@ -33,6 +33,8 @@ from pikv_hf.eval.training.model_card import accuracy_table, write_model_card
 from pikv_hf.eval.training.muon import Muon, orthogonalize
 from pikv_hf.eval.training.trainer import Settings, Trainer
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER = build_tokenizer()
 TINY = (
     Stage("recall", ((96, 4),), 3, {"recall": 0.5, "repetition": 0.5}, growing=True),
