@@ -318,7 +318,8 @@ class PiKVCache(Cache):
         ProcessError
             If another process could not load its part.
         """
-        return load_cache(cls, path, model, find_spread(model, devices, max_memory, process_group, timeout), options)
+        spread = find_spread(model, devices, max_memory, process_group, timeout)
+        return load_cache(lambda config: cls._over(spread, model, config), path, model, spread, options)
 
     @property
     def nbytes(self) -> int:

@@ -11,7 +11,7 @@ from save_round_trip import assert_equal
 from saved_runs import new_cache, read, shared_model
 
 from pikv_hf import PiKVCache
-from pikv_hf.serialization import tensor_file
+from pikv_hf.serialization import tensor_writer
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ def test_a_write_that_fails(where: str, old: Path, monkeypatch: pytest.MonkeyPat
 def test_a_write_that_stops(error: BaseException, after: int, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model()
     cache = read(model, new_cache(model))
-    write, calls = tensor_file._write, iter(range(100))
+    write, calls = tensor_writer._write, iter(range(100))
 
     def stop(*args: Any) -> None:
         if next(calls) >= after:
             raise error
         write(*args)
 
-    monkeypatch.setattr(tensor_file, "_write", stop)
+    monkeypatch.setattr(tensor_writer, "_write", stop)
     with pytest.raises(type(error)):
         cache.save(old)
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from edited_files import rewritten, set_tensor
 from saved_runs import both, go_on, new_cache, read, shared_model
 
 from pikv_hf import PiKVCache
-from pikv_hf.serialization.save_load import FORMAT, LAYOUT, PARTS_LAYOUT
+from pikv_hf.serialization.format import FORMAT, VERSION
 from pikv_hf.serialization.tensor_file import CacheFileError, TensorFile
 
 pytestmark = pytest.mark.usefixtures("few_tokens_count")
@@ -54,19 +54,9 @@ def test_options(saved: Path) -> None:
         PiKVCache.load(saved, model, devices=names(2), budget=60, budget_scope="shard")
 
 
-def test_releases_that_know_no_parts_refuse_the_file(saved: Path, tmp_path: Path) -> None:
-    model = shared_model()
-    read(model, new_cache(model)).save(tmp_path / "one")
-    for path, layout in ((saved, PARTS_LAYOUT), (tmp_path / "one", LAYOUT)):
-        with TensorFile(path, {"format": FORMAT, "layout": layout}) as file:
-            assert any(".parts." in name for name in file.specs) == (layout == PARTS_LAYOUT)
-    with pytest.raises(CacheFileError, match="its layout is '2', this release reads '1'"):
-        TensorFile(saved, {"format": FORMAT, "layout": LAYOUT})
-
-
 def test_a_damaged_part(saved: Path, tmp_path: Path) -> None:
-    with TensorFile(saved, {"format": FORMAT, "layout": PARTS_LAYOUT}) as file:
-        content, name = bytearray(saved.read_bytes()), "layers.1.parts.1.pages.int4.tokens.0"
+    with TensorFile(saved, {"format": [FORMAT], "layout": [VERSION]}) as file:
+        content, name = bytearray(saved.read_bytes()), "layers.1.parts.1.pages.int4.keys.codes"
         length = int.from_bytes(content[:8], "little")
         place = json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
         assert file.specs[name].nbytes
@@ -78,48 +68,54 @@ def test_a_damaged_part(saved: Path, tmp_path: Path) -> None:
 
 def in_both(layers: list[Any], tensors: dict[str, torch.Tensor]) -> None:
     """Give the second part a token of the first."""
-    first, second = (tensors[f"layers.0{part}.pages.int4.positions"] for part in ("", ".parts.1"))
-    row, other = (rows_of(tensors, f"layers.0{part}") for part in ("", ".parts.1"))
+    first, second = (tensors[f"layers.0.parts.{part}.pages.int4.positions"] for part in (0, 1))
+    row, other = (rows_of(tensors, f"layers.0.parts.{part}") for part in (0, 1))
     # Pages of the same row in both.
     second[other[0], 0] = first[row[0], 0]
 
 
 def rows_of(tensors: dict[str, torch.Tensor], prefix: str) -> list[int]:
     """Return the packed pages of the first sequence."""
-    lengths = tensors[f"{prefix}.lengths"]
-    before, packed = int(lengths[0, :2].sum()), int(lengths[0, 2])
-    return tensors[f"{prefix}.ids"][before : before + packed].tolist()
+    counts = tensors[f"{prefix}.page_counts"]
+    before, packed = int(counts[0, :2].sum()), int(counts[0, 2])
+    return tensors[f"{prefix}.page_numbers"][before : before + packed].tolist()
 
 
-def spread_of(layers: list[Any]) -> dict[str, Any]:
-    return layers[1]["spread"]
+def parts_of(layers: list[Any]) -> list[dict[str, Any]]:
+    return layers[1]["parts"]
 
 
 PART = "layers.1.parts.1"
 INCONSISTENT: dict[str, tuple[Callable[[list[Any], dict[str, torch.Tensor]], Any], str]] = {
     "in both": (in_both, "layer 0: a row has a position in two parts"),
-    "window": (set_tensor(f"{PART}.pages.plain.tokens.0", 0, 7), "part 1: the window of sequence 0 is not that of"),
+    "window": (set_tensor(f"{PART}.pages.plain.keys", 0, 7), "part 1: the window of sequence 0 is not that of"),
     "experts": (set_tensor(f"{PART}.pages.plain.experts", (0, 0), 99), "part 1: the window of sequence 0 is not that"),
     "rows": (lambda layers, t: t[f"{PART}.rows"].fill_(0), "part 1: rows are of sequences"),
     "other rows": (lambda layers, t: t.update({f"{PART}.rows": torch.tensor([0, 1, 1])}), "part 1: its rows are of"),
-    "page beyond": (set_tensor(f"{PART}.ids", 0, 999), "layer 1: part 1: page numbers in pool"),
-    "count": (set_tensor(f"{PART}.pages.plain.count", 0, 9), "layer 1: part 1: counts of pool ''"),
-    "missing": (lambda layers, t: t.pop(f"{PART}.pages.int4.tokens.1"), "is None, expected Spec"),
+    "page beyond": (set_tensor(f"{PART}.page_numbers", 0, 999), "layer 1: part 1: page numbers in pool"),
+    "count": (set_tensor(f"{PART}.pages.plain.count", 0, 9), "layer 1: part 1: counts of pool 'plain'"),
+    "missing": (lambda layers, t: t.pop(f"{PART}.pages.int4.values.codes"), "is None, expected Spec"),
     "unknown": (lambda layers, t: t.update({"layers.1.parts.2.rows": torch.ones(1)}), "1 tensors belong to no layer"),
-    "no shards": (lambda layers, t: spread_of(layers).update(shards=False), "shards of 2 parts, with 2 tables"),
-    "fractions": (set_tensor("layers.1.shards.fractions", 0, 0.7), "the shares of the parts in the shards add up"),
-    "loads": (set_tensor("layers.1.shards.loads", 0, -1), "tokens: .* of shards"),
-    "placed": (lambda layers, t: t["layers.1.shards.placed"].fill_(float("nan")), "tokens: .* of shards"),
-    "shape": (lambda layers, t: t.update({"layers.1.shards.loads": torch.zeros(9, dtype=torch.long)}), "expected Spec"),
-    "no table": (lambda layers, t: spread_of(layers)["others"][0].update(table=None), "1 of 2 parts have a table"),
-    "one part": (lambda layers, t: spread_of(layers)["others"].pop(), "makes no sense"),
-    "numbers": (lambda layers, t: spread_of(layers).update(numbers=[0, 2]), "makes no sense"),
-    "parts": (lambda layers, t: spread_of(layers).update(parts=3), "makes no sense"),
-    "more": (lambda layers, t: spread_of(layers).update(more=3), "makes no sense: TypeError"),
-    "not one": (lambda layers, t: layers[1].pop("spread"), "belong to no layer"),
-    "heads": (lambda layers, t: spread_of(layers)["others"][0]["table"].update(heads=4), "part 1: its heads is 4"),
-    "experts of another router": (lambda layers, t: layers[1].update(expert_loads=[1, 2]), "loads of 2 experts, the "),
-    "expert loads": (lambda layers, t: layers[1].update(expert_loads=[1, -1]), "loads of experts are"),
+    "no shards": (lambda layers, t: layers[1].update(has_shard_map=False), "shards of 2 parts, with 2 tables"),
+    "fractions": (set_tensor("layers.1.shard_map.fractions", 0, 0.7), "the shares of the parts in the shards add up"),
+    "loads": (set_tensor("layers.1.shard_map.loads", 0, -1), "tokens: .* of shards"),
+    "placed": (lambda layers, t: t["layers.1.shard_map.placed"].fill_(float("nan")), "tokens: .* of shards"),
+    "shape": (
+        lambda layers, t: t.update({"layers.1.shard_map.loads": torch.zeros(9, dtype=torch.long)}),
+        "expected Spec",
+    ),
+    "no table": (lambda layers, t: parts_of(layers)[1].update(table=None), "1 of 2 parts have a table"),
+    "one part": (lambda layers, t: parts_of(layers).pop(), "belong to no layer"),
+    "numbers": (lambda layers, t: parts_of(layers)[1].update(number=2), "makes no sense"),
+    "parts": (lambda layers, t: layers[1].update(num_parts=3), "makes no sense"),
+    "more": (lambda layers, t: parts_of(layers)[1].update(more=3), "a part .* has the unknown keys"),
+    "not one": (lambda layers, t: layers[1].pop("parts"), "it lacks the keys"),
+    "heads": (lambda layers, t: parts_of(layers)[1]["table"].update(heads=4), "part 1: its heads is 4"),
+    "experts of another router": (
+        lambda layers, t: layers[1]["state"].update(expert_loads=[1, 2]),
+        "loads of 2 experts, the ",
+    ),
+    "expert loads": (lambda layers, t: layers[1]["state"].update(expert_loads=[1, -1]), "loads of experts are"),
     "page size": (lambda layers, t: layers[1]["config"].update(page_size=16), r"pages of \[8, 16\] tokens"),
 }
 

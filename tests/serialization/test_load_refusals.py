@@ -20,11 +20,13 @@ from saved_runs import new_cache, read, shared_model
 
 from pikv_hf import PiKVCache, PiKVConfig, detach
 from pikv_hf.integration.attachment import attachment_of
+from pikv_hf.serialization.format import FORMAT, VERSION
 from pikv_hf.serialization.model_fingerprint import Fingerprint
-from pikv_hf.serialization.save_load import FORMAT, LAYOUT
-from pikv_hf.serialization.tensor_file import CacheFileError, Group, TensorFile, write_tensors
+from pikv_hf.serialization.tensor_file import CacheFileError, TensorFile
+from pikv_hf.serialization.tensor_writer import Group, write_tensors
 
-EXPECTED = {"format": FORMAT, "layout": LAYOUT}
+METADATA = {"format": FORMAT, "layout": VERSION}
+EXPECTED = {name: [value] for name, value in METADATA.items()}
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +93,15 @@ def test_files_that_are_no_saved_cache(saved: Path, tmp_path: Path) -> None:
         PiKVCache.load(path, model)
 
 
-def test_another_layout(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pikv_hf.serialization.save_load.LAYOUT", "7")
-    with pytest.raises(CacheFileError, match=f"its layout is '{LAYOUT}', this release reads '7'"):
-        PiKVCache.load(saved, shared_model("gpt_oss"))
+def test_another_version(saved: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cache"
+    content = saved.read_bytes()
+    path.write_bytes(content.replace(f'"layout":"{VERSION}"'.encode(), b'"layout":"7"', 1))
+    with pytest.raises(CacheFileError, match="its layout is '7', this release reads '1', '2', '3'"):
+        PiKVCache.load(path, shared_model("gpt_oss"))
+    # What releases say that read versions 1 and 2.
+    with pytest.raises(CacheFileError, match="its layout is '3', this release reads '1'"):
+        TensorFile(saved, {"format": [FORMAT], "layout": ["1"]})
 
 
 def test_a_damaged_tensor_is_named(saved: Path, tmp_path: Path) -> None:
@@ -128,7 +135,7 @@ def test_no_damage_goes_unnoticed(saved: Path, data: st.DataObject) -> None:
 
 def test_no_byte_of_a_file_of_tensors_may_change(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    write_tensors(path, EXPECTED, [Group.of({"a": torch.arange(3), "b": torch.ones(5, dtype=torch.bool)})])
+    write_tensors(path, METADATA, [Group.of({"a": torch.arange(3), "b": torch.ones(5, dtype=torch.bool)})])
 
     def verified() -> dict[str, torch.Tensor]:
         with TensorFile(path, EXPECTED) as file:
@@ -149,33 +156,45 @@ def test_no_byte_of_a_file_of_tensors_may_change(tmp_path: Path) -> None:
         verified()
 
 
-MIXED = "layers.1.pages.int4/lowrank"
+PART = "layers.1.parts.0"
+MIXED = f"{PART}.pages.int4/lowrank"
+
+
+def table_of(layers: list[Any]) -> dict[str, Any]:
+    return layers[1]["parts"][0]["table"]
+
+
 INCONSISTENT: dict[str, tuple[Callable[[list[Any], dict[str, torch.Tensor]], Any], str]] = {
-    "page beyond": (set_tensor("layers.1.ids", 0, 999), "layer 1: page numbers in pool"),
-    "page below": (set_tensor("layers.1.ids", 0, -1), "layer 1: page numbers"),
-    "page twice": (lambda layers, t: t["layers.1.ids"].copy_(t["layers.1.ids"].roll(1)), "layer 1: "),
-    "lengths": (set_tensor("layers.1.lengths", (0, 0), 99), "layer 1: "),
-    "row": (set_tensor("layers.1.rows", 0, 5), "layer 1: rows"),
-    "count": (set_tensor("layers.1.pages.plain.count", 0, 9), "counts of pool ''"),
+    "page beyond": (set_tensor(f"{PART}.page_numbers", 0, 999), "layer 1: page numbers in pool"),
+    "page below": (set_tensor(f"{PART}.page_numbers", 0, -1), "layer 1: page numbers"),
+    "page twice": (lambda layers, t: t[f"{PART}.page_numbers"].copy_(t[f"{PART}.page_numbers"].roll(1)), "layer 1: "),
+    "lengths": (set_tensor(f"{PART}.page_counts", (0, 0), 99), "layer 1: "),
+    "row": (set_tensor(f"{PART}.rows", 0, 5), "layer 1: rows"),
+    "count": (set_tensor(f"{PART}.pages.plain.count", 0, 9), "counts of pool 'plain'"),
     "position": (set_tensor(f"{MIXED}.positions", (0, 7), 10**6), "positions in pool"),
     "two positions": (set_tensor(f"{MIXED}.positions", (0, 1), 40), "a row has a position twice"),
     "shard": (set_tensor(f"{MIXED}.shard", 0, 3), "shards in pool"),
-    "dtype": (lambda layers, t: t.update({f"{MIXED}.tokens.0": t[f"{MIXED}.tokens.0"].short()}), "expected Spec"),
+    "dtype": (lambda layers, t: t.update({f"{MIXED}.keys.codes": t[f"{MIXED}.keys.codes"].short()}), "expected Spec"),
     "shape": (lambda layers, t: t.update({f"{MIXED}.errors": t[f"{MIXED}.errors"][:, :4]}), "expected Spec"),
-    "missing": (lambda layers, t: t.pop(f"{MIXED}.tokens.1"), "is None, expected Spec"),
-    "missing rows": (lambda layers, t: t.pop("layers.1.rows"), "makes no sense: KeyError"),
+    "missing": (lambda layers, t: t.pop(f"{MIXED}.values.codes"), "is None, expected Spec"),
+    "missing rows": (lambda layers, t: t.pop(f"{PART}.rows"), "makes no sense: KeyError"),
     "unknown": (lambda layers, t: t.update({"layers.1.more": torch.ones(1)}), "1 tensors belong to no layer"),
     "fewer layers": (lambda layers, t: [layers.pop(), t.pop("layers.2.keys"), t.pop("layers.2.values")], "2 layers"),
-    "kind": (lambda layers, t: layers[0].update(kind="paged"), "makes no sense: KeyError"),
-    "state": (lambda layers, t: layers[1]["state"].pop("seen"), "makes no sense: KeyError"),
+    "kind": (lambda layers, t: layers[0].update(kind="paged"), "layer 0: it lacks the keys"),
+    "state": (lambda layers, t: layers[1]["state"].pop("seen"), r"its state lacks the keys \['seen'\]"),
     "negative": (lambda layers, t: layers[1]["state"].update(dropped=-1), "negative lengths"),
     "option": (lambda layers, t: layers[1]["config"].update(new=1), "unknown option 'new'"),
-    "type": (lambda layers, t: layers[1]["table"].update(dtype="nothing"), "makes no sense: AttributeError"),
-    "router": (lambda layers, t: layers[1].update(routed=False), "a router was known: False there, True here"),
-    "codec": (lambda layers, t: layers[1]["table"]["pools"][1].update(name="int8"), "has the codecs of"),
-    "padding": (lambda layers, t: layers[1].update(padding=[1]), r"2 rows, paddings \[1\]"),
-    "lanes": (lambda layers, t: layers[1]["table"].update(page_heads=0), "makes no sense: ZeroDivisionError"),
-    "dims": (lambda layers, t: layers[1]["table"].update(dims=[-1, 4]), "makes no sense: RuntimeError"),
+    "type": (lambda layers, t: table_of(layers).update(dtype="nothing"), "makes no sense: AttributeError"),
+    "router": (
+        lambda layers, t: layers[1].update(has_expert_router=False),
+        "a router was known: False there, True here",
+    ),
+    "codec": (lambda layers, t: table_of(layers)["pools"][1].update(name="int8"), "has the codecs of"),
+    "padding": (lambda layers, t: layers[1]["state"].update(padding=[1]), r"2 rows, paddings \[1\]"),
+    "lanes": (lambda layers, t: table_of(layers).update(page_heads=0), "makes no sense: ZeroDivisionError"),
+    "dims": (lambda layers, t: table_of(layers).update(key_dim=-1), "makes no sense: RuntimeError"),
+    "unknown key": (lambda layers, t: table_of(layers).update(more=1), r"its table .* has the unknown keys \['more'\]"),
+    "unknown kind": (lambda layers, t: layers[1].update(kind="linear"), "layer 1: it is of the kind 'linear'"),
     "window": (lambda layers, t: layers[0].update(window=9), "layer 0: "),
 }
 

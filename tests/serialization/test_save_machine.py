@@ -14,9 +14,10 @@ from layer_machine import LayerMachine
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.serialization.layer_loader import SavedPaged
+from pikv_hf.serialization.layer_loader import PagedLayerLoader
 from pikv_hf.serialization.layer_writer import describe_layer
-from pikv_hf.serialization.tensor_file import TensorFile, write_tensors
+from pikv_hf.serialization.tensor_file import TensorFile
+from pikv_hf.serialization.tensor_writer import write_tensors
 
 KIND = {"format": "machine", "layout": "1"}
 
@@ -28,9 +29,9 @@ def saved_and_loaded(layer: PiKVLayer, **overrides: Any) -> PiKVLayer:
         path = Path(folder) / "layer.safetensors"
         description, groups = describe_layer(0, layer)
         write_tensors(path, {**KIND, "description": json.dumps(description)}, groups)
-        with TensorFile(path, KIND) as file:
+        with TensorFile(path, {name: [value] for name, value in KIND.items()}) as file:
             file.verify()
-            saved = SavedPaged(0, json.loads(file.metadata["description"]), file, overrides)
+            saved = PagedLayerLoader(0, json.loads(file.metadata["description"]), file, overrides)
             assert saved.specs() == file.specs
             saved.check()
             loaded = PiKVLayer(0, PiKVConfig.from_dict({**layer.config.to_dict(), **overrides}), FakeAttachment())

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.serialization.layer_loader import SavedPaged
+from pikv_hf.serialization.layer_loader import PagedLayerLoader
 from pikv_hf.serialization.layer_writer import describe_layer
-from pikv_hf.serialization.tensor_file import TensorFile, write_tensors
+from pikv_hf.serialization.tensor_file import TensorFile
+from pikv_hf.serialization.tensor_writer import write_tensors
 
 pytestmark = pytest.mark.usefixtures("few_tokens_count")
 
@@ -29,9 +30,9 @@ def saved_and_loaded(layer: PiKVLayer) -> PiKVLayer:
         path = Path(folder) / "layer"
         description, groups = describe_layer(0, layer)
         write_tensors(path, {**KIND, "description": json.dumps(description)}, groups)
-        with TensorFile(path, KIND) as file:
+        with TensorFile(path, {name: [value] for name, value in KIND.items()}) as file:
             file.verify()
-            saved = SavedPaged(0, json.loads(file.metadata["description"]), file, {})
+            saved = PagedLayerLoader(0, json.loads(file.metadata["description"]), file, {})
             assert saved.specs() == file.specs
             saved.check()
             loaded = PiKVLayer(0, layer.config, FakeAttachment(), layer.layout)

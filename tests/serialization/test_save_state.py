@@ -14,8 +14,7 @@ from saved_runs import both, go_on, new_cache, read, shared_model
 
 from pikv_hf import PiKVCache
 from pikv_hf.pages.pool_id import PoolId
-from pikv_hf.serialization.layer_writer import STATE
-from pikv_hf.serialization.pool_records import companions
+from pikv_hf.serialization.format import LAYER_STATE
 
 
 def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
@@ -33,7 +32,6 @@ def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     assert_equal(cache, loaded)
     there = loaded.layers[1].table.pools.packed[PoolId.parse("fp8")]
     assert there.usage.now == 5
-    assert set(companions(there)) == {"bounds", "usage"}
     assert sum(there.bounds.known) == len(ids[::2])
     assert float(there.usage.shares[:, : len(ids)].sum()) == pytest.approx(float(pool.usage.shares[:, ids].sum()))
 
@@ -117,7 +115,7 @@ def test_every_plain_attribute_of_a_layer_is_saved_or_known_to_pass(tmp_path: Pa
     # What the model, the options or the tensors tell, and what is over with the call.
     assert plain == {"layer_idx", "leads", "has_expert_router", "num_experts", "heads", "awaits_press", "_snapshot_due"}
     fields = {field.name for field in dataclasses.fields(layer.state)}
-    assert fields - {name.removeprefix("_") for name in STATE} == {"padding", "expert_loads"}
+    assert fields == set(LAYER_STATE)
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:

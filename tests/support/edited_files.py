@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from pikv_hf.serialization.save_load import FORMAT
-from pikv_hf.serialization.tensor_file import Group, TensorFile, write_tensors
+from pikv_hf.serialization.format import FORMAT
+from pikv_hf.serialization.tensor_file import TensorFile
+from pikv_hf.serialization.tensor_writer import Group, write_tensors
 
 
 def rewritten(saved: Path, path: Path, change: Callable[[list[Any], dict[str, torch.Tensor]], None]) -> Path:
     """Write a file with right checksums of changed descriptions of layers and tensors."""
-    with TensorFile(saved, {"format": FORMAT}) as file:
+    with TensorFile(saved, {"format": [FORMAT]}) as file:
         tensors = {name: file[name].clone() for name in file.specs}
         metadata = {k: v for k, v in file.metadata.items() if k not in ("checksums", "header_checksum")}
     layers = json.loads(metadata["layers"])

@@ -86,9 +86,9 @@ def tokens_of(name: str, rows: int = 1, tokens: int = TOKENS) -> torch.Tensor:
 
 
 @torch.no_grad()
-def read(model: Any, cache: PiKVCache, kind: str, rows: int = 1, tokens: int = TOKENS) -> PiKVCache:
+def read(model: Any, cache: PiKVCache, kind: str, tokens: int = TOKENS) -> PiKVCache:
     """Read tokens, the last three one by one."""
-    ids = tokens_of(kind, rows, tokens)
+    ids = tokens_of(kind, tokens=tokens)
     model(ids[:, :-3], past_key_values=cache)
     for step in range(tokens - 3, tokens):
         model(ids[:, step : step + 1], past_key_values=cache)
@@ -130,8 +130,8 @@ def digests(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
 # The kinds
 
 
-def _simple(rows: int = 1, **options: Any) -> Callable[[Any, str], PiKVCache]:
-    return lambda model, kind: read(model, PiKVCache.for_model(model, **{**LAYOUT, **options}), kind, rows)
+def _simple(tokens: int = TOKENS, **options: Any) -> Callable[[Any, str], PiKVCache]:
+    return lambda model, kind: read(model, PiKVCache.for_model(model, **{**LAYOUT, **options}), kind, tokens)
 
 
 def _padded(model: Any, kind: str) -> PiKVCache:
@@ -186,10 +186,14 @@ KINDS: dict[str, Callable[[Any, str], PiKVCache]] = {
     "plain": _simple(),
     "padded": _padded,
     "int4": _simple(key_codec="int4", value_codec="int4"),
-    "lowrank": _simple(key_codec="lowrank", value_codec="lowrank+int4", rank=4),
+    "lowrank": _simple(tokens=80, key_codec="lowrank", value_codec="lowrank+int4", rank=4),
     "budget": _simple(budget=36, scheduler="quest"),
     "tiers": _simple(tiers={"cpu": "2KiB", "disk": None}, scheduler="pikv"),
     "routing": _shared,
+    "code_bounds": _simple(
+        **{"routing": "page_bound", "max_pages": 2, "key_codec": "int4", "value_codec": "int4"},
+        **{"tiers": {"cpu": "4KiB", "disk": None}, "tokens": 80},
+    ),
     "sliding": _simple(key_codec="int8", value_codec="fp8", placement="hash"),
     "assigned": _assigned,
     "lanes": _lanes,
@@ -202,7 +206,7 @@ PLACES: dict[str, dict[str, Any]] = {
     "processes": {"process_group": "world", "timeout": 60},
 }
 #: Kinds whose keys and values a codec has changed: decoding them may differ in a last bit between processors.
-CODED = ("int4", "lowrank", "sliding", "lanes", "processes")
+CODED = ("int4", "lowrank", "code_bounds", "sliding", "lanes", "processes")
 
 
 def model_of(kind: str) -> Any:

@@ -1,5 +1,6 @@
-"""Checking what a file says of a layer, and building the layer from it."""
+"""Checking what a file says of a layer, and filling the layer from it."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,183 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_state import LayerState
-from .layer_writer import STATE, part_prefix, shards_prefix
-from .part_loader import SavedPart, SavedShards, Spread
-from .table_loader import SavedTable, are_distinct, require
-from .tensor_file import Spec, TensorFile
+from .format import (
+    LAYER_STATE,
+    PAGED_LAYER,
+    SLIDING_LAYER,
+    layer_prefix,
+    part_prefix,
+    read_keys,
+    shard_map_prefix,
+)
+from .part_loader import PartLoader, ShardMapLoader
+from .table_loader import TableLoader, are_distinct
+from .tensor_file import Section, Spec, TensorFile, require
 
 
-class SavedSliding:
-    """A bounded sliding layer in a file.
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedParts:
+    """The parts of a layer when it was saved.
+
+    Attributes
+    ----------
+    total : int
+        How many there were.
+    numbers : list of int
+        Those in the file: all, or that of one process.
+    devices : list of str
+        Their devices as they were named, empty for that of the layer's attention.
+    """
+
+    total: int
+    numbers: list[int]
+    devices: list[str]
+
+    @classmethod
+    def of(cls, description: dict[str, Any]) -> "SavedParts":
+        """Return what the description of a layer says."""
+        parts = description["parts"]
+        saved = cls(description["num_parts"], [part["number"] for part in parts], [part["device"] for part in parts])
+        total, numbers = saved.total, saved.numbers
+        known = numbers == list(range(total)) or (len(numbers) == 1 and 0 <= numbers[0] < total)
+        require(total > 0 and known, f"{saved}, which makes no sense")
+        return saved
+
+    def __str__(self) -> str:
+        if len(self.numbers) < self.total:
+            return f"part {self.numbers[0]} of {self.total}"
+        return f"{self.total} parts" if self.total > 1 else "one part"
+
+
+class PagedLayerLoader:
+    """Checks a paged layer in a file, and restores it.
+
+    Parameters
+    ----------
+    index : int
+        The model layer.
+    description : dict
+        What :func:`~pikv_hf.serialization.layer_writer.describe_layer` made.
+    file : TensorFile
+        Its tensors.
+    overrides : dict
+        Options of :class:`PiKVConfig` in place of what was saved.
+
+    Attributes
+    ----------
+    parts : SavedParts
+        Where its parts were.
+    """
+
+    def __init__(self, index: int, description: dict[str, Any], file: TensorFile, overrides: dict[str, Any]) -> None:
+        layer = read_keys(PAGED_LAYER, description, "it")
+        self.config = PiKVConfig.from_dict({**layer["config"], **overrides})
+        self.parts = SavedParts.of(layer)
+        self._state = read_keys(LAYER_STATE, layer["state"], "its state")
+        self._has_expert_router: bool = layer["has_expert_router"]
+        loads = self._state["expert_loads"]
+        self._expert_loads = None if loads is None else np.array(loads, dtype=np.int64)
+        self._loaders = [
+            PartLoader(
+                Section(file, part_prefix(index, part["number"])),
+                part,
+                overrides,
+                self._state["seen"],
+                self.parts.total,
+            )
+            for part in layer["parts"]
+        ]
+        self._shard_map: ShardMapLoader | None = None
+        if layer["has_shard_map"]:
+            section = Section(file, shard_map_prefix(index))
+            self._shard_map = ShardMapLoader(section, self.config.num_shards, self.parts.total)
+
+    @property
+    def _tables(self) -> list[TableLoader]:
+        return [part.table for part in self._loaders if part.table is not None]
+
+    # Checking
+
+    def specs(self) -> dict[str, Spec]:
+        """Return the tensors that the file must have for the layer, with their dtypes and shapes."""
+        specs = {} if self._shard_map is None else self._shard_map.specs()
+        for part in self._loaders:
+            specs |= part.specs()
+        return specs
+
+    def check(self) -> None:
+        """Raise unless rows, pages and counts fit one another, in each part and together. The specs have been checked.
+
+        A token is in one part only, but for those of the window, which are in all.
+        """
+        state, tables, total = self._state, self._tables, self.parts.total
+        require(all(state[name] >= 0 for name in ("seen", "dropped", "assigned")), f"negative lengths in {state}")
+        require(len(tables) in (0, len(self._loaders)), f"{len(tables)} of {len(self._loaders)} parts have a table")
+        is_divided = bool(tables) and total > 1
+        require(is_divided == (self._shard_map is not None), f"shards of {total} parts, with {len(tables)} tables")
+        loads = self._expert_loads
+        require(loads is None or (loads.ndim == 1 and bool((loads >= 0).all())), f"loads of experts are {loads}")
+        if self._shard_map is not None:
+            self._shard_map.check()
+        for part in self._loaders:
+            part.check(self._loaders[0])
+        if tables:
+            self._check_tables(tables)
+
+    def _check_tables(self, tables: list[TableLoader]) -> None:
+        batch, padding = tables[0].batch, self._state["padding"]
+        require(padding is None or len(padding) == batch, f"{batch} rows, paddings {padding}")
+        sizes = {self.config.page_size, *(table.config.page_size for table in tables)}
+        require(len(sizes) == 1, f"pages of {sorted(sizes)} tokens")
+        for held in zip(tables[0].positions(True), *(table.positions(False) for table in tables), strict=True):
+            require(are_distinct(held), "a row has a position in two parts")
+
+    def check_fits(self, layer: PiKVLayer) -> None:
+        """Raise unless the model's layer is of this kind, and in as many parts."""
+        require(isinstance(layer, PiKVLayer), "it was saved as a paged layer, and is a sliding one here")
+        there, here = self._has_expert_router, layer.has_expert_router
+        require(there == here, f"a router was known: {there} there, {here} here")
+        if self._expert_loads is not None:
+            router = None if layer.attachment is None else layer.attachment.expert_routers.get(layer.layer_idx)
+            experts, loads = 0 if router is None else router.num_experts, len(self._expert_loads)
+            require(experts == loads, f"it has loads of {loads} experts, the router chooses among {experts}")
+        parts, numbers = layer.layout.parts, [part.location.number for part in layer.parts]
+        fits = (parts, numbers) == (self.parts.total, self.parts.numbers)
+        require(fits, f"it was saved in {self.parts} and has the parts {numbers} of {parts} here")
+
+    # Restoring
+
+    def restore(self, layer: PiKVLayer, device: torch.device) -> None:
+        """Fill an empty layer whose attention is on `device`."""
+        layer.store.config = self.config
+        layer.store.state = self._restored_state(device)
+        if self._shard_map is not None:
+            layer.store.shard_map = self._shard_map.build(self.config, layer.layout.weights)
+        if self._tables:
+            store, table = layer.store, self._tables[0]
+            store.heads, store.dtype, store.device = table.heads, table.dtype, device
+        for loader, part in zip(self._loaders, layer.parts, strict=True):
+            loader.restore(layer, part, device if part.location.device is None else part.location.device)
+
+    def _restored_state(self, device: torch.device) -> LayerState:
+        saved = self._state
+        return LayerState(
+            seen=saved["seen"],
+            dropped=saved["dropped"],
+            assigned=saved["assigned"],
+            evicted=saved["evicted"],
+            vetted=saved["vetted"],
+            is_initialized=saved["is_initialized"],
+            padding=None if saved["padding"] is None else torch.tensor(saved["padding"], device=device),
+            expert_loads=None if self._expert_loads is None else self._expert_loads.copy(),
+            reference_out=saved["reference_out"],
+            history_out=saved["history_out"],
+            reference_lost=saved["reference_lost"],
+        )
+
+
+class SlidingLayerLoader:
+    """Checks a bounded sliding layer in a file, and restores it.
 
     Parameters
     ----------
@@ -29,13 +199,14 @@ class SavedSliding:
     """
 
     def __init__(self, index: int, description: dict[str, Any], file: TensorFile) -> None:
-        self.window, self.seen, self.held = (description[name] for name in ("window", "seen", "held"))
-        self.names = [f"layers.{index}.{part}" for part in ("keys", "values")] if self.held else []
-        self._file = file
+        layer = read_keys(SLIDING_LAYER, description, "it")
+        self.window, self.seen, self.stored = layer["window"], layer["seen"], layer["stored"]
+        self._section = Section(file, layer_prefix(index))
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the layer."""
-        return {name: self._file.specs[name] for name in self.names}
+        names = ("keys", "values") if self.stored else ()
+        return {self._section.name(name): self._section.spec(name) for name in names}
 
     def check(self) -> None:
         """Raise unless the tensors fit one another and the counters."""
@@ -52,116 +223,21 @@ class SavedSliding:
 
     def restore(self, layer: DynamicSlidingWindowLayer, device: torch.device) -> None:
         """Fill an empty layer."""
-        if self.held:
+        if self.stored:
             # Copies, since what the file has is mapped into memory.
-            keys, values = (self._file[name].to(device, copy=True) for name in self.names)
+            keys, values = (self._section[name].to(device, copy=True) for name in ("keys", "values"))
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
         layer.cumulative_length = self.seen
 
 
-class SavedPaged:
-    """A paged layer in a file.
+LayerLoader = PagedLayerLoader | SlidingLayerLoader
 
-    Parameters
-    ----------
-    index : int
-        The model layer.
-    description : dict
-        What :func:`~pikv_hf.serialization.layer_writer.describe_layer` made.
-    file : TensorFile
-        Its tensors.
-    overrides : dict
-        Options of :class:`PiKVConfig` in place of what was saved.
 
-    Attributes
-    ----------
-    spread : Spread
-        Where its parts were.
-    """
-
-    def __init__(self, index: int, description: dict[str, Any], file: TensorFile, overrides: dict[str, Any]) -> None:
-        self.config = PiKVConfig.from_dict({**description["config"], **overrides})
-        self.state = {name: description["state"][name] for name in STATE}
-        self.padding: list[int] | None = description["padding"]
-        self.routed: bool = description["routed"]
-        loads = description.get("expert_loads")
-        self._expert_loads = None if loads is None else np.array(loads, dtype=np.int64)
-        self.spread = Spread.of(description.get("spread"))
-        described, parts = [description, *self.spread.others], self.spread.parts
-        self._parts = [
-            SavedPart(number, part_prefix(index, number), each, file, overrides, self.state["seen"], parts)
-            for number, each in zip(self.spread.numbers, described, strict=True)
-        ]
-        self._shards: SavedShards | None = None
-        if self.spread.shards:
-            self._shards = SavedShards(shards_prefix(index), file, self.config.num_shards, parts)
-
-    @property
-    def _tables(self) -> list[SavedTable]:
-        return [part.table for part in self._parts if part.table is not None]
-
-    # Checking
-
-    def specs(self) -> dict[str, Spec]:
-        """Return the tensors that the file must have for the layer, with their dtypes and shapes."""
-        specs = {} if self._shards is None else self._shards.specs()
-        for part in self._parts:
-            specs |= part.specs()
-        return specs
-
-    def check(self) -> None:
-        """Raise unless rows, pages and counts fit one another, in each part and together. The specs have been checked.
-
-        A token is in one part only, but for those of the window, which are in all.
-        """
-        state, tables = self.state, self._tables
-        require(all(state[name] >= 0 for name in ("seen", "dropped", "_assigned")), f"negative lengths in {state}")
-        require(len(tables) in (0, len(self._parts)), f"{len(tables)} of {len(self._parts)} parts have a table")
-        is_divided, parts = bool(tables) and self.spread.parts > 1, self.spread.parts
-        require(is_divided == (self._shards is not None), f"shards of {parts} parts, with {len(tables)} tables")
-        loads = self._expert_loads
-        require(loads is None or (loads.ndim == 1 and bool((loads >= 0).all())), f"loads of experts are {loads}")
-        if self._shards is not None:
-            self._shards.check()
-        for part in self._parts:
-            part.check(self._parts[0])
-        if tables:
-            batch, sizes = tables[0].batch, {self.config.page_size, *(table.config.page_size for table in tables)}
-            require(self.padding is None or len(self.padding) == batch, f"{batch} rows, paddings {self.padding}")
-            require(len(sizes) == 1, f"pages of {sorted(sizes)} tokens")
-            for held in zip(tables[0].positions(True), *(table.positions(False) for table in tables), strict=True):
-                require(are_distinct(held), "a row has a position in two parts")
-
-    def check_fits(self, layer: PiKVLayer) -> None:
-        """Raise unless the model's layer is of this kind, and in as many parts."""
-        require(isinstance(layer, PiKVLayer), "it was saved as a paged layer, and is a sliding one here")
-        require(
-            layer.has_expert_router == self.routed,
-            f"a router was known: {self.routed} there, {layer.has_expert_router} here",
-        )
-        if self._expert_loads is not None:
-            router = None if layer.attachment is None else layer.attachment.expert_routers.get(layer.layer_idx)
-            experts, loads = 0 if router is None else router.num_experts, len(self._expert_loads)
-            require(experts == loads, f"it has loads of {loads} experts, the router chooses among {experts}")
-        parts, numbers = layer.layout.parts, [part.location.number for part in layer.parts]
-        fits = (parts, numbers) == (self.spread.parts, self.spread.numbers)
-        require(fits, f"it was saved in {self.spread} and has the parts {numbers} of {parts} here")
-
-    # Building
-
-    def restore(self, layer: PiKVLayer, device: torch.device) -> None:
-        """Fill an empty layer whose attention is on `device`."""
-        layer.store.config = self.config
-        layer.store.state = LayerState(
-            **{name.removeprefix("_"): value for name, value in self.state.items()},
-            padding=None if self.padding is None else torch.tensor(self.padding, device=device),
-            expert_loads=None if self._expert_loads is None else self._expert_loads.copy(),
-        )
-        if self._shards is not None:
-            layer.store.shard_map = self._shards.build(self.config, layer.layout.weights)
-        if self._tables:
-            store, table = layer.store, self._tables[0]
-            store.heads, store.dtype, store.device = table.heads, table.dtype, device
-        for saved, part in zip(self._parts, layer.parts, strict=True):
-            saved.restore(layer, part, device if part.location.device is None else part.location.device)
+def layer_loader(index: int, description: Any, file: TensorFile, overrides: dict[str, Any]) -> LayerLoader:
+    """Return what checks and restores layer `index`; see :class:`PagedLayerLoader`."""
+    kind = description["kind"]
+    require(kind in ("paged", "sliding"), f"it is of the kind {kind!r}")
+    if kind == "sliding":
+        return SlidingLayerLoader(index, description, file)
+    return PagedLayerLoader(index, description, file, overrides)

@@ -1,33 +1,38 @@
 """A layer of the cache as a file holds it: a description in plain values, and the tensors of its parts.
 
-A layer in one place is written as its only part. One on several devices has all of its parts in the file, one that
-several processes share only that of the process. See :mod:`pikv_hf.serialization.table_writer` for a part.
+A layer on several devices has all of its parts in the file, one that several processes share only that of the process.
+See :mod:`pikv_hf.serialization.table_writer` for what a part stores.
 """
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from ..layer.layer import PiKVLayer
-from .table_writer import describe_part
-from .tensor_file import Group
-
-#: What files call plain fields of :class:`~pikv_hf.layer.layer_state.LayerState`, those that are but a name with an
-#: underscore before it.
-STATE = (
-    "seen",
-    "dropped",
-    "_assigned",
-    "evicted",
-    "vetted",
-    "is_initialized",
-    "_reference_out",
-    "_history_out",
-    "_reference_lost",
+from ..layer.layer_part import LayerPart
+from ..layer.layer_state import LayerState
+from ..scheduling.page_scheduler import PageScheduler
+from .format import (
+    LAYER_STATE,
+    PAGED_LAYER,
+    PART,
+    SCHEDULER,
+    SHARD_MAP_TENSORS,
+    SLIDING_LAYER,
+    described,
+    layer_prefix,
+    part_prefix,
+    scheduler_queries_name,
+    shard_map_prefix,
 )
+from .table_writer import describe_table
+from .tensor_writer import Group
+
+Written = tuple[dict[str, Any], list[Group]]
 
 
-def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]:
+def describe_layer(index: int, layer: Any) -> Written:
     """Return what is written of layer `index`, a :class:`PiKVLayer` or a bounded sliding layer.
 
     Raises
@@ -39,48 +44,23 @@ def describe_layer(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]
         return _describe_sliding(index, layer)
     layer.settle_unless_awaited()
     _require_settled(layer)
-    parts, groups = [], []
+    groups = _shard_map_tensors(index, layer)
+    parts = []
     for part in layer.parts:
-        described, written = describe_part(part_prefix(index, part.location.number), layer, part)
-        parts.append(described)
+        described_part, written = _describe_part(part_prefix(index, part.location.number), layer, part)
+        parts.append(described_part)
         groups += written
-    description: dict[str, Any] = {
-        "kind": "paged",
-        "state": {name: getattr(layer.state, name.removeprefix("_")) for name in STATE},
-        "padding": None if layer.state.padding is None else layer.state.padding.tolist(),
-        "config": layer.config.to_dict(),
-        "routed": layer.has_expert_router,
-        **parts[0],
-    }
-    if layer.state.expert_loads is not None:
-        description["expert_loads"] = layer.state.expert_loads.tolist()
-    if layer.layout.parts > 1:
-        description["spread"] = {
-            "parts": layer.layout.parts,
-            "numbers": [part.location.number for part in layer.parts],
-            "devices": [part.location.name for part in layer.parts],
-            "shards": layer.store.shard_map is not None,
-            "others": parts[1:],
-        }
-        groups += _describe_shards(index, layer)
+    description = described(
+        PAGED_LAYER,
+        kind="paged",
+        config=layer.config.to_dict(),
+        has_expert_router=layer.has_expert_router,
+        state=_describe_state(layer.state),
+        num_parts=layer.layout.parts,
+        has_shard_map=layer.store.shard_map is not None,
+        parts=parts,
+    )
     return description, groups
-
-
-def part_prefix(index: int, number: int) -> str:
-    """Return what the names of the tensors of a layer's part begin with."""
-    return f"layers.{index}.parts.{number}" if number else f"layers.{index}"
-
-
-def shards_prefix(index: int) -> str:
-    """Return what the names of the tensors begin with that say which part has which shard."""
-    return f"layers.{index}.shards"
-
-
-def _describe_shards(index: int, layer: PiKVLayer) -> list[Group]:
-    if layer.store.shard_map is None:
-        return []
-    tensors = {name: torch.from_numpy(array) for name, array in layer.store.shard_map.state().items()}
-    return [Group.of({f"{shards_prefix(index)}.{name}": tensor for name, tensor in tensors.items()})]
 
 
 def _require_settled(layer: PiKVLayer) -> None:
@@ -95,13 +75,65 @@ def _require_settled(layer: PiKVLayer) -> None:
         )
 
 
-def _describe_sliding(index: int, layer: Any) -> tuple[dict[str, Any], list[Group]]:
-    held = bool(layer.is_initialized) and layer.keys.ndim == 4
-    description = {
-        "kind": "sliding",
-        "window": layer.sliding_window,
-        "seen": layer.get_seq_length(),
-        "held": held,
-    }
-    parts = {f"layers.{index}.keys": layer.keys, f"layers.{index}.values": layer.values} if held else {}
-    return description, [Group.of({name: tensor}) for name, tensor in parts.items()]
+def _describe_state(state: LayerState) -> dict[str, Any]:
+    return described(
+        LAYER_STATE,
+        seen=state.seen,
+        dropped=state.dropped,
+        assigned=state.assigned,
+        evicted=state.evicted,
+        vetted=state.vetted,
+        is_initialized=state.is_initialized,
+        padding=None if state.padding is None else state.padding.tolist(),
+        expert_loads=None if state.expert_loads is None else state.expert_loads.tolist(),
+        reference_out=state.reference_out,
+        history_out=state.history_out,
+        reference_lost=state.reference_lost,
+    )
+
+
+def _shard_map_tensors(index: int, layer: PiKVLayer) -> list[Group]:
+    if layer.store.shard_map is None:
+        return []
+    tensors = {name: torch.from_numpy(array) for name, array in layer.store.shard_map.state().items()}
+    assert tuple(tensors) == SHARD_MAP_TENSORS
+    return [Group.of({f"{shard_map_prefix(index)}.{name}": tensor for name, tensor in tensors.items()})]
+
+
+def _describe_part(prefix: str, layer: PiKVLayer, part: LayerPart) -> Written:
+    scheduler, table = part.scheduler, None
+    groups: list[Group] = []
+    if part.table is not None:
+        table, groups = describe_table(prefix, layer, part.table)
+    if scheduler is not None and scheduler.queries is not None:
+        groups.append(Group.of({scheduler_queries_name(prefix): scheduler.queries}))
+    description = described(
+        PART,
+        number=part.location.number,
+        device=part.location.name,
+        scheduler=None if scheduler is None else _describe_scheduler(scheduler),
+        table=table,
+    )
+    return description, groups
+
+
+def _describe_scheduler(scheduler: PageScheduler) -> dict[str, Any]:
+    policy: Any = scheduler.policy
+    return described(
+        SCHEDULER,
+        policy=policy.name,
+        options=dataclasses.asdict(policy),
+        step=scheduler.now,
+        pages_evicted=scheduler.pages_evicted,
+        tokens_evicted=scheduler.tokens_evicted,
+        has_queries=scheduler.queries is not None,
+    )
+
+
+def _describe_sliding(index: int, layer: Any) -> Written:
+    stored = bool(layer.is_initialized) and layer.keys.ndim == 4
+    description = described(
+        SLIDING_LAYER, kind="sliding", window=layer.sliding_window, seen=layer.get_seq_length(), stored=stored
+    )
+    tensors = {"keys": layer.keys, "values": layer.values} if stored else {}
+    return description, [Group.of({f"{layer_prefix(index)}.{name}": tensor}) for name, tensor in tensors.items()]

@@ -1,4 +1,4 @@
-"""The parts of a layer in a file, and which of them has which shard. See :mod:`pikv_hf.serialization.layer_writer`."""
+"""Checking and restoring the parts of a layer in a file, and which of them has which shard."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,66 +11,23 @@ import torch
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
+from ..scheduling.page_scheduler import PageScheduler
+from ..scheduling.policies.registry import POLICIES
 from ..sharding.shard_map import ShardMap
-from .table_loader import SavedTable, require
-from .table_writer import SCHEDULE
-from .tensor_file import CacheFileError, Spec, TensorFile
+from .format import PART, SCHEDULER, SHARD_MAP_TENSORS, read_keys, scheduler_queries_name
+from .table_loader import TableLoader
+from .tensor_file import CacheFileError, Section, Spec, require
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Spread:
-    """Where the parts of a layer were when it was saved.
-
-    Attributes
-    ----------
-    parts : int
-        How many there are in all.
-    numbers : list of int
-        Those in the file.
-    devices : list of str
-        Their devices as they were named, empty for that of the layer's attention.
-    shards : bool
-        Whether the file says which part has which shard.
-    others : list of dict
-        Descriptions of the parts in the file but the first.
-    """
-
-    parts: int = 1
-    numbers: list[int] = dataclasses.field(default_factory=lambda: [0])
-    devices: list[str] = dataclasses.field(default_factory=lambda: [""])
-    shards: bool = False
-    others: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-
-    @classmethod
-    def of(cls, description: dict[str, Any] | None) -> "Spread":
-        """Return what a description says; a layer in one place has none."""
-        if description is None:
-            return cls()
-        spread = cls(**description)
-        parts, numbers = spread.parts, spread.numbers
-        known = numbers == list(range(parts)) or (len(numbers) == 1 and 0 <= numbers[0] < parts)
-        require(parts > 1 and known and len(spread.devices) == len(numbers), f"{spread}, which makes no sense")
-        return spread
-
-    def __str__(self) -> str:
-        if len(self.numbers) < self.parts:
-            return f"part {self.numbers[0]} of {self.parts}"
-        return f"{self.parts} parts" if self.parts > 1 else "one part"
-
-
-class SavedPart:
-    """One part of a paged layer in a file: its table, and what its schedule knows.
+class PartLoader:
+    """Checks one part of a paged layer in a file, its table and what its scheduler knows, and restores it.
 
     Parameters
     ----------
-    number : int
-        Of the part.
-    prefix : str
-        What the names of its tensors begin with.
-    description : dict
-        What :func:`~pikv_hf.serialization.table_writer.describe_part` made.
-    file : TensorFile
+    section : Section
         Its tensors.
+    description : dict
+        What :func:`~pikv_hf.serialization.layer_writer.describe_part` made.
     overrides : dict
         Options of :class:`PiKVConfig` in place of what was saved.
     seen : int
@@ -79,39 +36,35 @@ class SavedPart:
         How many parts the layer has.
     """
 
-    def __init__(
-        self,
-        number: int,
-        prefix: str,
-        description: dict[str, Any],
-        file: TensorFile,
-        overrides: dict[str, Any],
-        seen: int,
-        parts: int,
-    ) -> None:
-        self._number, self._prefix, self._file, self._parts = number, prefix, file, parts
-        self._schedule: dict[str, Any] | None = description["schedule"]
-        table = description["table"]
-        self.table = None if table is None else SavedTable(prefix, table, file, overrides, seen, parts == 1)
+    def __init__(self, section: Section, description: Any, overrides: dict[str, Any], seen: int, parts: int) -> None:
+        part = read_keys(PART, description, "a part")
+        self._section, self._number, self._parts = section, part["number"], parts
+        scheduler, table = part["scheduler"], part["table"]
+        self._scheduler = None if scheduler is None else read_keys(SCHEDULER, scheduler, "its scheduler")
+        self._keeps_scheduler = "scheduler" not in overrides
+        self.table = None if table is None else TableLoader(section, table, overrides, seen, parts == 1)
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the part, with their dtypes and shapes."""
         specs: dict[str, Spec] = {}
-        if self._schedule is not None and self._schedule["queries"]:
-            name = f"{self._prefix}.schedule.queries"
-            specs[name] = self._file.specs[name]
+        if self._scheduler is not None and self._scheduler["has_queries"]:
+            name = scheduler_queries_name(self._section.prefix)
+            specs[name] = self._section.file.specs[name]
             require(specs[name].dtype.is_floating_point and len(specs[name].shape) == 4, f"{name} is {specs[name]}")
         return specs if self.table is None else specs | self.table.specs()
 
-    def check(self, first: "SavedPart") -> None:
+    def check(self, first: "PartLoader") -> None:
         """Raise unless what it stores makes sense, by itself and beside the first part. The specs have been checked."""
-        if self.table is None:
-            return
         with self._named():
-            self.table.check()
-            if self is not first:
-                assert first.table is not None
-                self.table.check_beside(first.table)
+            if self._scheduler is not None and self._keeps_scheduler:
+                policy = self._scheduler["policy"]
+                known = f"this release knows {', '.join(POLICIES)}; another can be chosen: load(..., scheduler=...)"
+                require(policy in POLICIES, f"its pages were scheduled by the policy {policy!r}, and {known}")
+            if self.table is not None:
+                self.table.check()
+                if self is not first:
+                    assert first.table is not None
+                    self.table.check_beside(first.table)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -123,55 +76,53 @@ class SavedPart:
 
     def restore(self, layer: PiKVLayer, part: LayerPart, device: torch.device) -> None:
         """Fill an empty part, on `device`, of a layer that knows its options and its shards."""
-        self._restore_schedule(part, device)
+        if part.scheduler is not None and self._scheduler is not None:
+            self._restore_scheduler(part.scheduler, self._scheduler, device)
         if self.table is not None:
             part.table = self.table.build(layer, part, device)
 
-    def _restore_schedule(self, part: LayerPart, device: torch.device) -> None:
-        """Let the part's schedule, if its options ask for one now, know what the saved one knew."""
-        if part.scheduler is None or self._schedule is None:
-            return
-        for name in SCHEDULE:
-            setattr(part.scheduler, name, self._schedule["state"][name])
-        kind, options = self._schedule["policy"]
-        if type(part.scheduler.policy).__name__ == kind:
-            part.scheduler.policy = dataclasses.replace(part.scheduler.policy, **options)  # type: ignore[type-var]
-        if self._schedule["queries"] and part.scheduler.policy.reads_bounds:
-            part.scheduler.queries = self._file[f"{self._prefix}.schedule.queries"].to(device, copy=True)
+    def _restore_scheduler(self, scheduler: PageScheduler, saved: dict[str, Any], device: torch.device) -> None:
+        """Let a scheduler, of whatever policy the options ask for now, know what the saved one knew."""
+        scheduler.now = saved["step"]
+        scheduler.pages_evicted, scheduler.tokens_evicted = saved["pages_evicted"], saved["tokens_evicted"]
+        if scheduler.policy.name == saved["policy"]:
+            scheduler.policy = dataclasses.replace(scheduler.policy, **saved["options"])  # type: ignore[type-var]
+        if saved["has_queries"] and scheduler.policy.reads_bounds:
+            queries = self._section.file[scheduler_queries_name(self._section.prefix)]
+            scheduler.queries = queries.to(device, copy=True)
 
 
-class SavedShards:
-    """Which part of a layer has which shard, in a file.
+class ShardMapLoader:
+    """Checks which part of a layer has which shard, in a file, and builds the map.
 
     Parameters
     ----------
-    prefix : str
-        What the names of its tensors begin with.
-    file : TensorFile
+    section : Section
         Its tensors.
     num_shards, parts : int
         S and G.
     """
 
-    def __init__(self, prefix: str, file: TensorFile, num_shards: int, parts: int) -> None:
-        self._prefix, self._file = prefix, file
-        self._shapes = {
-            "fractions": Spec(torch.float64, (num_shards, parts)),
-            "loads": Spec(torch.int64, (num_shards,)),
-            "placed": Spec(torch.float64, (parts,)),
-            "recent": Spec(torch.float64, (num_shards,)),
-        }
+    def __init__(self, section: Section, num_shards: int, parts: int) -> None:
+        self._section = section
+        specs = (
+            Spec(torch.float64, (num_shards, parts)),
+            Spec(torch.int64, (num_shards,)),
+            Spec(torch.float64, (parts,)),
+            Spec(torch.float64, (num_shards,)),
+        )
+        self._specs = dict(zip(SHARD_MAP_TENSORS, specs, strict=True))
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for it."""
-        return {f"{self._prefix}.{name}": spec for name, spec in self._shapes.items()}
+        return {self._section.name(name): spec for name, spec in self._specs.items()}
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {name: self._file[f"{self._prefix}.{name}"].numpy() for name in self._shapes}
+    def _arrays(self) -> list[np.ndarray]:
+        return [self._section[name].numpy() for name in self._specs]
 
     def check(self) -> None:
         """Raise unless every shard is divided wholly, and counts are numbers of tokens."""
-        fractions, loads, placed, recent = self._arrays().values()
+        fractions, loads, placed, recent = self._arrays()
         divided = bool((fractions >= 0).all()) and np.allclose(fractions.sum(axis=1), 1, atol=1e-6)
         require(divided, f"the shares of the parts in the shards add up to {fractions.sum(axis=1)}")
         counted = (loads >= 0).all() and np.isfinite(placed).all() and (np.isfinite(recent) & (recent >= 0)).all()
@@ -181,5 +132,5 @@ class SavedShards:
         """Return the map, for parts that are to have these shares of the tokens from now on."""
         whole = config.budget_scope == "shard"
         shard_map = ShardMap(config.num_shards, list(weights), config.page_size, whole)
-        shard_map.resume(**self._arrays())
+        shard_map.resume(*self._arrays())
         return shard_map

@@ -12,19 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels.page_codes import PageCodes
 from ..pages.key_bounds import KeyBounds
 from ..pages.packed_pool import PackedPool
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
-from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
-from ..pages.usage_counters import UsageCounters
-from .tensor_file import Group, Spec, TensorFile
+from .tensor_file import Section, Spec
+from .tensor_writer import Group
 
-#: Arrays with an entry per page that follow from others: who holds it, and whether it ever held tokens.
-_DERIVED = ("refcount", "used")
-#: What files call an array whose name has changed since.
-_FILE_NAMES = {"incompressible": "kept"}
 # So many pages are written, or read, at a time.
 CHUNK_PAGES = 128
 # So many free pages, and a sixteenth of those in use, come back with a pool; of more it is freed.
@@ -46,6 +42,11 @@ class PagedTensor:
     data: torch.Tensor
     dim: int
 
+    @classmethod
+    def of_array(cls, array: np.ndarray) -> "PagedTensor":
+        """Return an array `(N, ...)` of the host."""
+        return cls(torch.from_numpy(array), 0)
+
     def spec(self, pages: int) -> Spec:
         """Return what a file has of so many pages."""
         shape = list(self.data.shape)
@@ -63,67 +64,66 @@ class PagedTensor:
         self.data.index_copy_(self.dim, index.to(device), entries.to(device).movedim(0, self.dim))
 
 
-def companions(pool: PagePool) -> dict[str, KeyBounds | UsageCounters]:
-    """Return what routing and scheduling know of a pool's pages, by attribute of the pool."""
-    known = {"bounds": pool.bounds, "usage": pool.usage}
-    return {name: companion for name, companion in known.items() if companion is not None}
+Records = dict[str, PagedTensor]
+
+# The tensors of a pool, by their names in a file
 
 
-def token_tensors(pool: PagePool) -> dict[str, PagedTensor]:
-    """Return the keys and values of a pool, by number."""
-    return {f"tokens.{number}": PagedTensor(tensor, 1) for number, tensor in enumerate(pool.token_tensors())}
+def token_records(pool: PagePool) -> Records:
+    """Return the keys and values of a pool."""
+    if isinstance(pool, PackedPool):
+        return {**_code_records("keys", pool.keys), **_code_records("values", pool.values)}
+    assert isinstance(pool, PlainPool)
+    return {"keys": PagedTensor(pool.keys, 1), "values": PagedTensor(pool.values, 1)}
 
 
-def _tokens(pool: PagePool, index: torch.Tensor) -> list[torch.Tensor]:
-    """Return the keys and values of the pages at `index` `(n,)`, in whatever tier, with these along dimension 0."""
-    if not isinstance(pool, PackedPool):
-        return [part.pick(index) for part in token_tensors(pool).values()]
-    keys, values = pool.codes_at(index)
-    return [part.movedim(1, 0) for part in (*keys.tensors(), *values.tensors())]
+def _code_records(what: str, codes: PageCodes) -> Records:
+    parts = {
+        "codes": codes.codes,
+        "spread": codes.spread,
+        "floor": codes.floor,
+        "outliers": codes.outliers,
+        "fine": codes.fine,
+        "latent": codes.latent,
+    }
+    return {f"{what}.{name}": PagedTensor(part, 1) for name, part in parts.items() if part is not None}
 
 
-def page_notes(pool: PagePool) -> dict[str, PagedTensor]:
-    """Return everything else that is known of a pool's pages and that does not follow from the rest."""
-    notes = _own_notes(pool)
-    for name, companion in companions(pool).items():
-        notes |= _companion_notes(name, companion)
+def note_records(pool: PagePool) -> Records:
+    """Return what is known of each page but its keys and values, and what follows from the rest."""
+    notes = {
+        "positions": PagedTensor(pool.positions, 0),
+        "count": PagedTensor.of_array(pool.count),
+        "shard": PagedTensor.of_array(pool.shard),
+    }
+    if isinstance(pool, PlainPool):
+        notes["experts"] = PagedTensor(pool.experts, 0)
+        notes["incompressible"] = PagedTensor.of_array(pool.incompressible)
+    elif isinstance(pool, PackedPool):
+        notes["errors"] = PagedTensor.of_array(pool.errors)
     return notes
 
 
-def _own_notes(pool: PagePool) -> dict[str, PagedTensor]:
-    kind = PlainPool if isinstance(pool, PlainPool) else PackedPool
-    notes = {"positions": PagedTensor(pool.positions, 0), "experts": PagedTensor(pool.experts, 0)}
-    # Asked of these classes themselves: where a subclass has its pages lie is nothing to be written down.
-    for name in kind.new_page:
-        if name not in _DERIVED:
-            notes[_FILE_NAMES.get(name, name)] = PagedTensor(torch.from_numpy(getattr(pool, name)), 0)
-    return notes
+def bounds_records(pool: PagePool) -> Records:
+    """Return the bounds of the keys of each page, where they are kept and do not follow from their codes."""
+    if type(pool.bounds) is not KeyBounds:
+        return {}
+    return {"bounds.ends": PagedTensor(pool.bounds.ends, 1), "bounds.known": PagedTensor.of_array(pool.bounds.known)}
 
 
-def _companion_notes(name: str, companion: KeyBounds | UsageCounters) -> dict[str, PagedTensor]:
-    """Return a companion's tensors, which have the pages along dimension 1, and arrays, along dimension 0."""
-    notes = {}
-    for part, value in vars(companion).items():
-        if isinstance(value, torch.Tensor):
-            notes[f"{name}.{part}"] = PagedTensor(value, 1)
-        elif isinstance(value, np.ndarray):
-            notes[f"{name}.{part}"] = PagedTensor(torch.from_numpy(value), 0)
-    return notes
+def usage_records(pool: PagePool) -> Records:
+    """Return the attention that each page took, where that is counted."""
+    if pool.usage is None:
+        return {}
+    return {"usage.shares": PagedTensor(pool.usage.shares, 1), "usage.steps": PagedTensor(pool.usage.steps, 1)}
 
 
-def pool_prefix(prefix: str, pool: PoolId) -> str:
-    """Return what the names of a pool's tensors in the file begin with."""
-    return f"{prefix}.pages.{pool.name}"
+def page_notes(pool: PagePool) -> Records:
+    """Return everything that is known of a pool's pages but their keys and values."""
+    return {**note_records(pool), **bounds_records(pool), **usage_records(pool)}
 
 
-def name_in_file(pool: PoolId) -> str:
-    """Return what descriptions in a file call a pool."""
-    return "" if pool == PLAIN else pool.name
-
-
-def pool_of(description: dict[str, Any]) -> PoolId:
-    """Return the pool that a file describes."""
-    return PoolId.parse(description["name"]) if description["name"] else PLAIN
+# Writing
 
 
 def most_pages(pages: int) -> int:
@@ -140,8 +140,8 @@ def _numbers(pool: PagePool, used: PageIds) -> tuple[PageIds, int]:
 
 
 def describe_pool(prefix: str, pool: PagePool, ids: PageIds) -> tuple[dict[str, Any], Group]:
-    """Describe the pages `ids` `(n,)` of a pool."""
-    parts = {**token_tensors(pool), **page_notes(pool)}
+    """Return the description of the pages `ids` `(n,)` of a pool, but for its name and codecs, and their tensors."""
+    parts = {**token_records(pool), **page_notes(pool)}
     specs = {f"{prefix}.{name}": part.spec(len(ids)) for name, part in parts.items()}
     specs[f"{prefix}.numbers"] = Spec(torch.int64, (len(ids),))
     new, capacity = _numbers(pool, ids)
@@ -153,59 +153,76 @@ def describe_pool(prefix: str, pool: PagePool, ids: PageIds) -> tuple[dict[str, 
             notes = [part.pick(index) for part in page_notes(pool).values()]
             yield [*_tokens(pool, index), *notes, numbers[start : start + CHUNK_PAGES]]
 
-    beside = {
-        name: {part: value for part, value in vars(companion).items() if isinstance(value, int | float)}
-        for name, companion in companions(pool).items()
+    description = {
+        "pages": len(ids),
+        "capacity": capacity,
+        "has_bounds": bool(bounds_records(pool)),
+        "usage_step": None if pool.usage is None else pool.usage.now,
     }
-    return {"pages": len(ids), "capacity": capacity, "companions": beside}, Group(specs, pieces)
+    return description, Group(specs, pieces)
+
+
+def _tokens(pool: PagePool, index: torch.Tensor) -> list[torch.Tensor]:
+    """Return the keys and values of the pages at `index` `(n,)`, in whatever tier, with these along dimension 0."""
+    if not isinstance(pool, PackedPool):
+        return [part.pick(index) for part in token_records(pool).values()]
+    keys, values = pool.codes_at(index)
+    records = {**_code_records("keys", keys), **_code_records("values", values)}
+    return [part.data.movedim(part.dim, 0) for part in records.values()]
+
+
+# Reading
 
 
 def pool_specs(pool: PagePool, prefix: str, saved: dict[str, Any]) -> dict[str, Spec]:
     """Return the tensors that a file must have for the pages of a pool, of which `pool` has none yet."""
-    _companions_as(pool, saved)
-    parts = {**token_tensors(pool), **page_notes(pool)}
+    _keep_what_was_kept(pool, saved)
+    parts = {**token_records(pool), **note_records(pool), **usage_records(pool)}
+    parts |= bounds_records(pool) if saved["has_bounds"] else {}
     specs = {f"{prefix}.{name}": part.spec(saved["pages"]) for name, part in parts.items()}
     return {**specs, f"{prefix}.numbers": Spec(torch.int64, (saved["pages"],))}
 
 
-def fill_pool(pool: PagePool, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
-    """Copy the pages of a pool from a file into a new one; nobody holds them yet."""
-    numbers = file[f"{prefix}.numbers"]
+def fill_pool(pool: PagePool, saved: dict[str, Any], section: Section) -> None:
+    """Copy the pages of a pool from a section of a file into a new one; nobody holds them yet."""
+    numbers = section["numbers"]
     pool.reserve(saved["capacity"])
     if isinstance(pool, PlainPool):
         pool.allocate(saved["capacity"])
     for start in range(0, saved["pages"], CHUNK_PAGES):
         part = slice(start, start + CHUNK_PAGES)
-        tokens = [file[f"{prefix}.{name}"][part] for name in token_tensors(pool)]
+        tokens = {name: section[name][part] for name in token_records(pool)}
         if isinstance(pool, PackedPool):
             ids = pool.allocate(len(numbers[part]))
             assert (ids == numbers[part].numpy()).all(), "a new pool gives its pages in order"
             # Before the pages are written: tiers have a file for each shard.
-            pool.shard[ids] = file[f"{prefix}.shard"][part].numpy()
-            codes = [tensor.movedim(0, 1).to(pool.device) for tensor in tokens]
+            pool.shard[ids] = section["shard"][part].numpy()
+            codes = [tensor.movedim(0, 1).to(pool.device) for tensor in tokens.values()]
             split = len(pool.keys.tensors())
-            pool.put(ids, codes[:split], codes[split:], file[f"{prefix}.errors"][part].numpy())
+            pool.put(ids, codes[:split], codes[split:], section["errors"][part].numpy())
         else:
-            for held, tensor in zip(token_tensors(pool).values(), tokens, strict=True):
-                held.put(numbers[part], tensor)
-    for name, note in _own_notes(pool).items():
-        note.put(numbers, file[f"{prefix}.{name}"])
+            for name, record in token_records(pool).items():
+                record.put(numbers[part], tokens[name])
+    for name, note in note_records(pool).items():
+        note.put(numbers, section[name])
     pool.allocator.refcount[:] = 0
 
 
-def restore_companions(pool: PagePool, prefix: str, saved: dict[str, Any], file: TensorFile) -> None:
+def restore_companions(pool: PagePool, saved: dict[str, Any], section: Section) -> None:
     """Let routing and scheduling know of a filled pool what they knew when it was saved."""
-    _companions_as(pool, saved)
-    for name in saved["companions"]:
-        for part, note in _companion_notes(name, companions(pool)[name]).items():
-            note.put(file[f"{prefix}.numbers"], file[f"{prefix}.{part}"])
-        for number, value in saved["companions"][name].items():
-            setattr(companions(pool)[name], number, value)
+    _keep_what_was_kept(pool, saved)
+    records = usage_records(pool) if saved["usage_step"] is not None else {}
+    records |= bounds_records(pool) if saved["has_bounds"] else {}
+    for name, record in records.items():
+        record.put(section["numbers"], section[name])
+    if saved["usage_step"] is not None:
+        assert pool.usage is not None
+        pool.usage.now = saved["usage_step"]
 
 
-def _companions_as(pool: PagePool, saved: dict[str, Any]) -> None:
-    """Give a pool the companions that the saved one had."""
-    if "usage" in saved["companions"]:
-        pool.keep_usage(saved["companions"]["usage"]["now"])
-    if "bounds" in saved["companions"]:
+def _keep_what_was_kept(pool: PagePool, saved: dict[str, Any]) -> None:
+    """Have a place for bounds and for counters of use if there was one."""
+    if saved["usage_step"] is not None:
+        pool.keep_usage(saved["usage_step"])
+    if saved["has_bounds"]:
         pool.keep_bounds()

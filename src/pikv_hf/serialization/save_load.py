@@ -6,32 +6,26 @@ a description of each layer, as JSON; the tensors are those of the pages in use.
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout, attention_device
 from ..distributed.process_exchange import Exchange
+from ..integration.attachment import Attachment
 from ..version import __version__
-from .layer_loader import SavedPaged, SavedSliding
+from .format import FORMAT, READ_VERSIONS, VERSION
+from .layer_loader import LayerLoader, PagedLayerLoader, layer_loader
 from .layer_writer import describe_layer
 from .model_fingerprint import Fingerprint
+from .older_versions import OLDER, upgraded
 from .rank_files import check_is_own, check_same_save, exchange_of, file_to_load, in_step, save_in_step
-from .tensor_file import CacheFileError, Group, TensorFile, write_tensors
-
-if TYPE_CHECKING:
-    from ..cache import PiKVCache
-
-#: What the file is; the layout changes whenever an older release could misread a file.
-FORMAT, LAYOUT = "pikv-cache", "1"
-
-#: The layout of files with layers in several parts, of which releases that know none would read only the first.
-PARTS_LAYOUT = "2"
+from .tensor_file import CacheFileError, TensorFile
+from .tensor_writer import Group, write_tensors
 
 #: Options that may be others when a cache is loaded: none of them says how stored tokens are laid out.
 CHANGEABLE = (
@@ -48,8 +42,19 @@ CHANGEABLE = (
 )
 
 
+class SavableCache(Protocol):
+    """What is asked of a cache."""
+
+    layers: list[Any]
+    attachment: Attachment | None
+    pikv_config: PiKVConfig
+
+
+_Cache = TypeVar("_Cache", bound=SavableCache)
+
+
 @torch.no_grad()
-def save_cache(cache: "PiKVCache", path: str | os.PathLike[str]) -> None:
+def save_cache(cache: SavableCache, path: str | os.PathLike[str]) -> None:
     """Write a cache to a file, or to one for each of several processes. See :meth:`PiKVCache.save`."""
     model = None if cache.attachment is None else cache.attachment.model
     if model is None:
@@ -63,7 +68,7 @@ def save_cache(cache: "PiKVCache", path: str | os.PathLike[str]) -> None:
         save_in_step(exchange, device, Path(path), lambda own, more: _write(cache, model, own, more))
 
 
-def _write(cache: "PiKVCache", model: Any, path: Path, more: dict[str, str]) -> None:
+def _write(cache: SavableCache, model: Any, path: Path, more: dict[str, str]) -> None:
     """Write what this process has of a cache, with `more` metadata."""
     layers: list[dict[str, Any]] = []
     groups: list[Group] = []
@@ -73,7 +78,7 @@ def _write(cache: "PiKVCache", model: Any, path: Path, more: dict[str, str]) -> 
         groups += written
     metadata = {
         "format": FORMAT,
-        "layout": PARTS_LAYOUT if any("spread" in description for description in layers) else LAYOUT,
+        "layout": VERSION,
         "pikv_hf": __version__,
         "config": cache.pikv_config.to_json(),
         "model": json.dumps(Fingerprint.of(model).to_dict()),
@@ -85,13 +90,27 @@ def _write(cache: "PiKVCache", model: Any, path: Path, more: dict[str, str]) -> 
 
 @torch.no_grad()
 def load_cache(
-    kind: "type[PiKVCache]",
+    make: Callable[[PiKVConfig], _Cache],
     path: str | os.PathLike[str],
     model: Any,
     spread: Devices | PartLayout | None,
     options: dict[str, Any],
-) -> "PiKVCache":
-    """Return the cache that a file holds. See :meth:`PiKVCache.load`."""
+) -> _Cache:
+    """Return the cache that a file holds. See :meth:`PiKVCache.load`.
+
+    Parameters
+    ----------
+    make : callable
+        Attaches the model and returns an empty cache of these options, in the places that `spread` names.
+    path : path-like
+        The file.
+    model : PreTrainedModel
+        The model that it should be of.
+    spread : Devices, PartLayout or None
+        Where its parts are to be.
+    options : dict
+        Those that are to be others than they were.
+    """
     exchange = spread.exchange if isinstance(spread, PartLayout) else None
     if exchange is not None and exchange.ranks == 1:
         exchange = None
@@ -102,7 +121,7 @@ def load_cache(
         in_step(exchange, device, "load the cache", lambda: saved.read(stack, model, spread, exchange))
         if exchange is not None:
             check_same_save(saved.path, saved.save, exchange, device)
-        return in_step(exchange, device, "load the cache", lambda: saved.build(kind, model, spread))
+        return in_step(exchange, device, "load the cache", lambda: saved.build(make, model))
 
 
 class _SavedCache:
@@ -125,7 +144,7 @@ class _SavedCache:
     ) -> None:
         """Open the file, for as long as `stack` lasts, and check everything in it; nothing is built yet."""
         self.path = path = file_to_load(self.path, exchange)
-        file = stack.enter_context(TensorFile(path, {"format": FORMAT, "layout": _layout_of(path)}))
+        file = stack.enter_context(TensorFile(path, {"format": [FORMAT], "layout": READ_VERSIONS}))
         with _described(path):
             saved_config = PiKVConfig.from_json(file.metadata["config"])
             saved_model = Fingerprint(**json.loads(file.metadata["model"]))
@@ -136,13 +155,17 @@ class _SavedCache:
             raise CacheFileError(f"{path} was saved with another model: {differences}")
         file.verify()
         with _described(path):
-            self._layers = _read_layers(file, json.loads(file.metadata["layers"]), self._options)
+            layers = json.loads(file.metadata["layers"])
+            if file.metadata["layout"] in OLDER:
+                layers, names = upgraded(layers, file.specs)
+                file.rename(names)
+            self._layers = _read_layers(file, layers, self._options)
             _require_as_many_parts(self._layers, spread)
         _require_whole_shards(self._layers, saved_config, self.config)
 
-    def build(self, kind: "type[PiKVCache]", model: Any, spread: Devices | PartLayout | None) -> "PiKVCache":
+    def build(self, make: Callable[[PiKVConfig], _Cache], model: Any) -> _Cache:
         """Return the cache."""
-        cache = kind._over(spread, model, self.config)
+        cache = make(self.config)
         with _described(self.path):
             _require_fitting(cache, self._layers)
         assert cache.attachment is not None
@@ -150,14 +173,6 @@ class _SavedCache:
         for index, (saved, layer) in enumerate(zip(self._layers, cache.layers, strict=True)):
             saved.restore(layer, attention_device(modules.get(index), model))
         return cache
-
-
-def _layout_of(path: Path) -> str:
-    """Return the layout that a file is to have: what it says itself, if this release knows that."""
-    with suppress(OSError, SafetensorError), safe_open(str(path), framework="pt") as file:
-        if (file.metadata() or {}).get("layout") == PARTS_LAYOUT:
-            return PARTS_LAYOUT
-    return LAYOUT
 
 
 @contextmanager
@@ -189,19 +204,13 @@ def _require_changeable(config: PiKVConfig, options: dict[str, Any]) -> None:
             )
 
 
-def _read_layers(
-    file: TensorFile, descriptions: list[dict[str, Any]], options: dict[str, Any]
-) -> list[SavedPaged | SavedSliding]:
+def _read_layers(file: TensorFile, descriptions: list[dict[str, Any]], options: dict[str, Any]) -> list[LayerLoader]:
     """Return the layers, checked."""
-    layers: list[SavedPaged | SavedSliding] = []
+    layers: list[LayerLoader] = []
     known: set[str] = set()
     for index, description in enumerate(descriptions):
         with _of_layer(index):
-            layer: SavedPaged | SavedSliding
-            if description["kind"] == "sliding":
-                layer = SavedSliding(index, description, file)
-            else:
-                layer = SavedPaged(index, description, file, options)
+            layer = layer_loader(index, description, file, options)
             for name, spec in layer.specs().items():
                 if (found := file.specs.get(name)) != spec:
                     raise CacheFileError(f"tensor {name!r} is {found}, expected {spec}")
@@ -213,7 +222,7 @@ def _read_layers(
     return layers
 
 
-def _require_fitting(cache: "PiKVCache", layers: list[SavedPaged | SavedSliding]) -> None:
+def _require_fitting(cache: SavableCache, layers: list[LayerLoader]) -> None:
     if len(layers) != len(cache.layers):
         raise CacheFileError(f"it has {len(layers)} layers, the model {len(cache.layers)}")
     for index, (saved, layer) in enumerate(zip(layers, cache.layers, strict=True)):
@@ -221,19 +230,19 @@ def _require_fitting(cache: "PiKVCache", layers: list[SavedPaged | SavedSliding]
             saved.check_fits(layer)
 
 
-def _require_as_many_parts(layers: list[SavedPaged | SavedSliding], spread: Devices | PartLayout | None) -> None:
+def _require_as_many_parts(layers: list[LayerLoader], spread: Devices | PartLayout | None) -> None:
     """Raise unless a cache laid out like this has as many parts as a file; devices may be others."""
-    spreads = [layer.spread for layer in layers if isinstance(layer, SavedPaged)]
-    names = list(dict.fromkeys(name for each in spreads for name in each.devices if name))
-    saved = sorted({each.parts for each in spreads})
+    saved_parts = [layer.parts for layer in layers if isinstance(layer, PagedLayerLoader)]
+    names = list(dict.fromkeys(name for each in saved_parts for name in each.devices if name))
+    saved = sorted({each.total for each in saved_parts})
     there = f"it was saved in {' and '.join(map(str, saved))} {'part' if saved == [1] else 'parts'}"
     if isinstance(spread, PartLayout):
         numbers = [location.number for location in spread.locations]
-        if any((each.parts, each.numbers) != (spread.parts, numbers) for each in spreads):
+        if any((each.total, each.numbers) != (spread.parts, numbers) for each in saved_parts):
             raise CacheFileError(f"{there} of each layer, by one process; {spread.parts} processes are to load it")
         return
     if spread is None:
-        if any(each.parts > 1 for each in spreads):
+        if any(each.total > 1 for each in saved_parts):
             raise CacheFileError(
                 f"{there} of each layer, on the devices {', '.join(names)}; say where to load it: "
                 f"PiKVCache.load(path, model, devices=[...]) with {len(names)} devices"
@@ -241,13 +250,13 @@ def _require_as_many_parts(layers: list[SavedPaged | SavedSliding], spread: Devi
         return
     # A layer whose attention is on none of the devices has its window there, in a part more.
     given = len(spread.names)
-    if any(each.parts not in (given, given + 1) for each in spreads):
+    if any(each.total not in (given, given + 1) for each in saved_parts):
         on = f" on the devices {', '.join(names)}" if names else ""
         raise CacheFileError(f"{there} of each layer{on}; {given} devices were given: {', '.join(spread.names)}")
 
 
-def _require_whole_shards(layers: list[SavedPaged | SavedSliding], saved: PiKVConfig, config: PiKVConfig) -> None:
-    is_spread = any(isinstance(layer, SavedPaged) and layer.spread.parts > 1 for layer in layers)
+def _require_whole_shards(layers: list[LayerLoader], saved: PiKVConfig, config: PiKVConfig) -> None:
+    is_spread = any(isinstance(layer, PagedLayerLoader) and layer.parts.total > 1 for layer in layers)
     if is_spread and config.budget_scope == "shard" != saved.budget_scope:
         raise ValueError(
             f"budget_scope='shard' was asked for, but the cache was saved with {saved.budget_scope!r}, and its shards "

@@ -3,79 +3,59 @@
 Page numbers in a file count the pages in use of a pool, in order of their numbers in memory.
 """
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..codecs.codec import Codec
 from ..common.kv import KV
 from ..layer.layer import PiKVLayer
-from ..layer.layer_part import LayerPart
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
+from ..pages.packed_pool import PackedPool
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
-from ..scheduling.page_scheduler import PageScheduler
-from .pool_records import describe_pool, name_in_file, pool_prefix
-from .tensor_file import Group
-
-#: Plain attributes of a part's schedule that make up its state.
-SCHEDULE = ("now", "pages_evicted", "tokens_evicted")
+from .format import CODEC, ENCODERS, POOL, TABLE, TABLE_TENSORS, basis_name, described, pool_prefix
+from .pool_records import describe_pool
+from .tensor_writer import Group
 
 
-def describe_part(prefix: str, layer: PiKVLayer, part: LayerPart) -> tuple[dict[str, Any], list[Group]]:
-    """Return what is written of a part, with names of tensors that begin with `prefix`."""
-    description: dict[str, Any] = {
-        "schedule": None if part.scheduler is None else _describe_schedule(part.scheduler),
-        "table": None,
-    }
-    groups: list[Group] = []
-    if part.table is not None:
-        description["table"], groups = _describe_table(prefix, layer, part.table)
-    if part.scheduler is not None and part.scheduler.queries is not None:
-        groups.append(Group.of({f"{prefix}.schedule.queries": part.scheduler.queries}))
-    return description, groups
-
-
-def _describe_schedule(schedule: PageScheduler) -> dict[str, Any]:
-    policy: Any = schedule.policy
-    return {
-        "state": {name: getattr(schedule, name) for name in SCHEDULE},
-        "policy": [type(policy).__name__, dataclasses.asdict(policy)],
-        "queries": schedule.queries is not None,
-    }
-
-
-def _describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dict[str, Any], list[Group]]:
+def describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dict[str, Any], list[Group]]:
+    """Return what is written of a part's table, with names of tensors that begin with `prefix`."""
     store, writer = table.pools, table.writer
-    used = {name: table.distinct_pages(name) for name in store.by_id()}
-    used = {name: ids for name, ids in used.items() if len(ids) or name == PLAIN}
-    codecs, groups = _describe_codecs(prefix, store, list(used))
-    pools = []
-    for name, ids in used.items():
-        pool, group = describe_pool(pool_prefix(prefix, name), store.by_id()[name], ids)
-        pools.append({"name": name_in_file(name), **pool, **codecs["pools"].get(name, {})})
+    used = {which: table.distinct_pages(which) for which in store.by_id()}
+    used = {which: ids for which, ids in used.items() if len(ids) or which == PLAIN}
+    codecs = _Codecs(store, [store.packed[which] for which in used if which != PLAIN])
+    pools, groups = [], codecs.bases(prefix)
+    for which, ids in used.items():
+        pool = store.by_id()[which]
+        description, group = describe_pool(pool_prefix(prefix, which.name), pool, ids)
+        keys, values = codecs.of_pool(pool) if isinstance(pool, PackedPool) else (None, None)
+        pools.append(described(POOL, name=which.name, key_codec=keys, value_codec=values, **description))
         groups.append(group)
-    groups.append(Group.of({f"{prefix}.{name}": part for name, part in _sequences(table, used).items()}))
+    tensors = _sequences(table, used)
     if store.encoders.queries is not None:
-        groups.append(Group.of({f"{prefix}.queries": store.encoders.queries}))
-    plain = store.plain
-    description = {
-        "heads": layer.heads,
-        "page_heads": plain.keys.shape[0],
-        "dims": [plain.keys.shape[-1], plain.values.shape[-1]],
-        "dtype": str(layer.store.dtype).removeprefix("torch."),
-        "config": store.config.to_dict(),
-        "num_shards": writer.num_shards,
-        "recent_window": writer.recent_window,
-        "sink_pages": writer.sink_pages,
-        "pools": pools,
-        "codecs": codecs["codecs"],
-        "sealers": codecs["sealers"],
-        "queries": store.encoders.queries is not None,
-        "query_scale": float(store.encoders.query_scale),
-    }
+        tensors["queries"] = store.encoders.queries
+    assert set(tensors) <= set(TABLE_TENSORS)
+    groups += [Group.of({f"{prefix}.{name}": tensor}) for name, tensor in tensors.items()]
+    description = described(
+        TABLE,
+        heads=layer.heads,
+        page_heads=store.plain.keys.shape[0],
+        key_dim=store.plain.keys.shape[-1],
+        value_dim=store.plain.values.shape[-1],
+        dtype=str(layer.store.dtype).removeprefix("torch."),
+        config=store.config.to_dict(),
+        num_shards=writer.num_shards,
+        recent_window=writer.recent_window,
+        sink_pages=writer.sink_pages,
+        codecs=codecs.descriptions,
+        encoders=codecs.encoders,
+        pools=pools,
+        has_queries=store.encoders.queries is not None,
+        query_scale=float(store.encoders.query_scale),
+    )
     return description, groups
 
 
@@ -85,27 +65,28 @@ def _sequences(table: PageTable, used: dict[PoolId, PageIds]) -> dict[str, torch
     Returns
     -------
     dict of str to torch.Tensor
-        All int64. `rows` `(R,)`: the sequence of each row. `open` `(S, num_shards)`: open pages, -1 for none. `lengths`
-        `(S, 1 + 1 + pools)`: how many pages are in the window, sealed, and in each pool of packed pages. `ids`: these
-        pages, one sequence after the other, in that order.
+        All int64. `rows` `(R,)`: the sequence of each row. `open_pages` `(S, num_shards)`: the partly filled page of
+        each shard, -1 for none. `page_counts` `(S, 1 + 1 + pools)`: how many pages are in the window, how many full
+        ones in the plain pool, and how many in each pool of packed pages. `page_numbers`: these pages, one sequence
+        after the other, in that order.
     """
     sequences = table.sequences()
     numbers = {id(sequence): number for number, sequence in enumerate(sequences)}
-    renumbered = {name: _renumbering(ids) for name, ids in used.items()}
+    renumbered = {which: _renumbering(ids) for which, ids in used.items()}
     ids, lengths = [np.zeros(0, dtype=np.int64)], []
     for sequence in sequences:
         window = np.asarray(sequence.window, dtype=np.int64)
         parts = [renumbered[PLAIN][window], renumbered[PLAIN][sequence.full]]
-        parts += [renumbered[name][sequence.pages(name)] for name in used if name != PLAIN]
+        parts += [renumbered[which][sequence.pages(which)] for which in used if which != PLAIN]
         ids += parts
         lengths.append([len(part) for part in parts])
     open_pages = np.array([sequence.open for sequence in sequences], dtype=np.int64).reshape(-1, table.num_shards)
     arrays = {
         "rows": np.array([numbers[id(row)] for row in table.rows], dtype=np.int64),
         # The last entry of a renumbering stands for -1.
-        "open": renumbered[PLAIN][open_pages],
-        "lengths": np.array(lengths, dtype=np.int64).reshape(-1, 1 + len(used)),
-        "ids": np.concatenate(ids),
+        "open_pages": renumbered[PLAIN][open_pages],
+        "page_counts": np.array(lengths, dtype=np.int64).reshape(-1, 1 + len(used)),
+        "page_numbers": np.concatenate(ids),
     }
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
@@ -117,28 +98,33 @@ def _renumbering(used: PageIds) -> PageIds:
     return mapping
 
 
-def _describe_codecs(prefix: str, store: LayerPools, names: list[PoolId]) -> tuple[dict[str, Any], list[Group]]:
-    """Describe the codecs, by number: pools and those that will pack the next pages share them."""
-    encoders = [dict(encoder.codecs) for encoder in store.encoders.in_use]
-    pools = {name: store.packed[name] for name in names if name != PLAIN}
-    every = [codec for codecs in encoders for codec in codecs.values()]
-    every += [codec for pool in pools.values() for codec in (pool.key_codec, pool.value_codec)]
-    distinct = list({id(codec): codec for codec in every}.values())
-    number = {id(codec): index for index, codec in enumerate(distinct)}
-    bases = {index: codec.basis for index, codec in enumerate(distinct) if codec.basis is not None}
-    description = {
-        "codecs": [
-            {"name": codec.name, "keys": codec.which is KV.KEYS, "rank": codec.rank, "basis": codec.basis is not None}
-            for codec in distinct
-        ],
-        "sealers": [{name: number[id(codec)] for name, codec in codecs.items()} for codecs in encoders],
-        "pools": {
-            name: {"codecs": [number[id(pool.key_codec)], number[id(pool.value_codec)]]} for name, pool in pools.items()
-        },
-    }
-    return description, [Group.of({basis_name(prefix, index): basis}) for index, basis in bases.items()]
+class _Codecs:
+    """The codecs of a part, by number: pools and the encoders of the next pages share them."""
 
+    def __init__(self, store: LayerPools, pools: list[PackedPool]) -> None:
+        encoders = [dict(encoder.codecs) for encoder in store.encoders.in_use]
+        every = [codec for codecs in encoders for codec in codecs.values()]
+        every += [codec for pool in pools for codec in (pool.key_codec, pool.value_codec)]
+        self._codecs = list({id(codec): codec for codec in every}.values())
+        numbered = [{name: self._number(codec) for name, codec in codecs.items()} for codecs in encoders]
+        self.encoders = described(ENCODERS, **dict(zip(ENCODERS, numbered, strict=True))) if numbered else None
 
-def basis_name(prefix: str, codec: int) -> str:
-    """Return the name of a codec's basis in the file."""
-    return f"{prefix}.codecs.{codec}.basis"
+    @property
+    def descriptions(self) -> list[dict[str, Any]]:
+        """What is written of each."""
+        return [
+            described(CODEC, name=codec.name, keys=codec.which is KV.KEYS, rank=codec.rank, has_basis=codec.basis is not None)
+            for codec in self._codecs
+        ]
+
+    def bases(self, prefix: str) -> list[Group]:
+        """Return the tensors of low-rank codecs."""
+        fitted = [(number, codec.basis) for number, codec in enumerate(self._codecs) if codec.basis is not None]
+        return [Group.of({basis_name(prefix, number): basis}) for number, basis in fitted]
+
+    def of_pool(self, pool: PackedPool) -> tuple[int, int]:
+        """Return the numbers of a pool's codecs."""
+        return self._number(pool.key_codec), self._number(pool.value_codec)
+
+    def _number(self, codec: Codec) -> int:
+        return next(number for number, each in enumerate(self._codecs) if each is codec)

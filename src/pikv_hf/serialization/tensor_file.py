@@ -8,10 +8,7 @@ import dataclasses
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from io import FileIO
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,14 +28,22 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+#: What the format calls them.
+NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # The same limit as safetensors': no header of ours comes near it.
 _MOST_HEADER = 100_000_000
-_NO_CHECKSUM = "0" * 16
+#: What stands for a checksum while that of the header is computed.
+NO_CHECKSUM = "0" * 16
 
 
 class CacheFileError(ValueError):
     """A file that is no saved cache, is damaged, or does not fit the model or this release."""
+
+
+def require(holds: bool, otherwise: str) -> None:
+    """Raise :class:`CacheFileError` unless something holds."""
+    if not holds:
+        raise CacheFileError(otherwise)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,159 +67,11 @@ class Spec:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors that are made and written together, some of their first dimension at a time.
-
-    Attributes
-    ----------
-    specs : dict of str to Spec
-        By name.
-    pieces : callable
-        Yields lists of tensors, one for each name, which follow one another along dimension 0.
-    """
-
-    specs: dict[str, Spec]
-    pieces: Callable[[], Iterator[Sequence[torch.Tensor]]]
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, torch.Tensor]) -> "Group":
-        """Return a group of tensors that are there."""
-        whole = dict(tensors)
-        specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in whole.items()}
-        return cls(specs, lambda: iter([list(whole.values())]))
-
-
-# Writing
-
-
-def write_tensors(path: Path, metadata: Mapping[str, str], groups: Sequence[Group]) -> None:
-    """Write a file, in place of one that may be there.
-
-    Parameters
-    ----------
-    path : Path
-        Its folder must exist. The file appears, or is replaced, when all is on disk.
-    metadata : dict of str to str
-        Goes into `__metadata__`.
-    groups : sequence of Group
-        What to write; no more than one piece is held in memory.
-
-    Raises
-    ------
-    OSError
-        If anything could not be written. What was there is as it was, and nothing else is left.
-    """
-    specs = {name: spec for group in groups for name, spec in group.specs.items()}
-    # Wide numbers first, as safetensors has them: every tensor is then aligned to its own.
-    order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
-    ends = dict(zip(order, _cumulative([specs[name].nbytes for name in order]), strict=True))
-    table = {
-        name: {
-            "dtype": _NAMES[specs[name].dtype],
-            "shape": list(specs[name].shape),
-            "data_offsets": [ends[name] - specs[name].nbytes, ends[name]],
-        }
-        for name in order
-    }
-    # Checksums are known at the end, and take as many digits as these.
-    start = len(_header(table, metadata, dict.fromkeys(order, _NO_CHECKSUM)))
-    with _named(path), _replacing(path) as file:
-        checksums: dict[str, str] = {}
-        for group in groups:
-            checksums |= _write_group(file, group, {n: start + ends[n] - specs[n].nbytes for n in group.specs})
-        header = _header(table, metadata, {name: checksums[name] for name in order})
-        assert len(header) == start
-        file.seek(0)
-        _write(file, header)
-
-
-def _cumulative(sizes: Sequence[int]) -> list[int]:
-    ends, total = [], 0
-    for size in sizes:
-        total += size
-        ends.append(total)
-    return ends
-
-
-def _header(table: Mapping[str, Any], metadata: Mapping[str, str], checksums: Mapping[str, str]) -> bytes:
-    """Return everything before the tensors, its own checksum included."""
-
-    def rendered(checksum: str) -> bytes:
-        notes = {**metadata, "checksums": json.dumps(checksums), "header_checksum": checksum}
-        text = json.dumps({"__metadata__": notes, **table}, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
-    return rendered(xxhash.xxh3_64_hexdigest(rendered(_NO_CHECKSUM)))
-
-
-def _write_group(file: FileIO, group: Group, offsets: dict[str, int]) -> dict[str, str]:
-    """Write the tensors of a group from these offsets on; return their checksums."""
-    digests = {name: xxhash.xxh3_64() for name in offsets}
-    places = dict(offsets)
-    for pieces in group.pieces():
-        for name, piece in zip(offsets, pieces, strict=True):
-            assert piece.dtype == group.specs[name].dtype, name
-            data = _bytes_of(piece)
-            digests[name].update(data)
-            file.seek(places[name])
-            _write(file, data)
-            places[name] += len(data)
-    for name, place in places.items():
-        assert place == offsets[name] + group.specs[name].nbytes, f"{name}: pieces do not add up to the tensor"
-    return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor; no copy is made of a contiguous one on the CPU."""
     flat = tensor.detach().cpu().contiguous().view(-1)
     # The stride of a single number may be anything.
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data
-
-
-def _write(file: FileIO, data: bytes | memoryview) -> None:
-    left = memoryview(data)
-    while len(left):
-        # Unbuffered, and so in parts where the system takes no more at once.
-        left = left[file.write(left) or 0 :]
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[FileIO]:
-    """Open a new file beside `path` that takes its place once it is written; on any error it is gone."""
-    temporary = path.with_name(f".pikv-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb", buffering=0) as file:
-            yield file
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-    # The new name outlives a power failure once the folder is on disk too; not every file system can do that.
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Say in an error of the operating system what could not be done."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        message = f"could not save the cache ({reason}); what was there before is unchanged"
-        # The error number chooses the class, such as PermissionError.
-        raise OSError(error.errno, message, str(path)) from error
-
-
-# Reading
 
 
 class TensorFile:
@@ -227,15 +84,15 @@ class TensorFile:
     ----------
     path : Path
         The file.
-    expected : dict of str to str
-        Entries of the metadata that come first of all: a file with others is of another kind or release.
+    expected : dict of str to sequence of str
+        The values that entries of the metadata may have: a file with others is of another kind or release.
 
     Attributes
     ----------
     metadata : dict of str to str
         See :func:`write_tensors`.
     specs : dict of str to Spec
-        By name.
+        By name; see :meth:`rename`.
 
     Raises
     ------
@@ -245,19 +102,21 @@ class TensorFile:
         If it cannot be read.
     """
 
-    def __init__(self, path: Path, expected: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, expected: Mapping[str, Sequence[str]]) -> None:
         self.path = path
         with open(path, "rb") as file:
             header = self._read_header(file)
             size = os.fstat(file.fileno()).st_size
         content = self._parse(header)
         self.metadata: dict[str, str] = content.pop("__metadata__")
-        for name, value in expected.items():
-            if (found := self.metadata.get(name)) != value:
-                raise CacheFileError(f"{path}: its {name} is {found!r}, this release reads {value!r}")
+        for name, values in expected.items():
+            if (found := self.metadata.get(name)) not in values:
+                known = ", ".join(map(repr, values))
+                raise CacheFileError(f"{path}: its {name} is {found!r}, this release reads {known}")
         self._check_header(header)
         self.specs = {name: Spec(_DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in content.items()}
         self.checksums: dict[str, str] = json.loads(self.metadata["checksums"])
+        self._stored_names = {name: name for name in self.specs}
         end = len(header) + sum(spec.nbytes for spec in self.specs.values())
         if size != end:
             raise CacheFileError(f"{path} has {size} bytes where {end} were written: it was cut off or added to")
@@ -288,7 +147,7 @@ class TensorFile:
         noted = self.metadata.get("header_checksum")
         if not isinstance(noted, str) or not re.fullmatch("[0-9a-f]{16}", noted):
             raise CacheFileError(f"{self.path}: its header is damaged, the checksum reads {noted!r}")
-        found = xxhash.xxh3_64_hexdigest(header.replace(noted.encode(), _NO_CHECKSUM.encode(), 1))
+        found = xxhash.xxh3_64_hexdigest(header.replace(noted.encode(), NO_CHECKSUM.encode(), 1))
         if found != noted:
             raise CacheFileError(f"{self.path}: its header is damaged: checksum {found}, written was {noted}")
 
@@ -305,13 +164,45 @@ class TensorFile:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Return a tensor, on the CPU and not to be written to; `KeyError` if there is none of that name."""
-        if name not in self.specs:
-            raise KeyError(name)
-        return self._open.get_tensor(name)
+        return self._open.get_tensor(self._stored_names[name])
+
+    def rename(self, names: Mapping[str, str | None]) -> None:
+        """Know tensors by other names from now on, by the names that they are stored under; None for: not at all."""
+        stored = {names.get(name, name): name for name in self._stored_names.values()}
+        self._stored_names = {name: before for name, before in stored.items() if name is not None}
+        self.specs = {name: self.specs[before] for name, before in self._stored_names.items()}
 
     def verify(self) -> None:
         """Raise :class:`CacheFileError` unless every tensor has the checksum it was written with."""
         for name in self.specs:
-            found, noted = xxhash.xxh3_64_hexdigest(_bytes_of(self[name])), self.checksums.get(name)
+            found, noted = xxhash.xxh3_64_hexdigest(bytes_of(self[name])), self.checksums.get(self._stored_names[name])
             if found != noted:
                 raise CacheFileError(f"{self.path}: tensor {name!r} is damaged: checksum {found}, written was {noted}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Section:
+    """The tensors of a file whose names begin alike, by the rest of their names.
+
+    Attributes
+    ----------
+    file : TensorFile
+        Where they are.
+    prefix : str
+        What their names begin with, up to a dot.
+    """
+
+    file: TensorFile
+    prefix: str
+
+    def name(self, tensor: str) -> str:
+        """Return the whole name of a tensor."""
+        return f"{self.prefix}.{tensor}"
+
+    def spec(self, tensor: str) -> Spec:
+        """Return what the file says of a tensor."""
+        return self.file.specs[self.name(tensor)]
+
+    def __getitem__(self, tensor: str) -> torch.Tensor:
+        """Return a tensor; see :class:`TensorFile`."""
+        return self.file[self.name(tensor)]
