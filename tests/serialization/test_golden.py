@@ -8,10 +8,11 @@ import pytest
 from child_processes import SUPPORT, environment
 from golden_caches import GOLDEN, KINDS, Outcome, load, model_of, outcome, version_of
 
-#: What is committed, by version: layers in one part were version 1, in several parts version 2.
+#: What is committed, by version. A cache in one part was of version 1, in several of version 2.
 FILES = {
     "1": [kind for kind in KINDS if kind not in ("parts", "processes")],
     "2": ["parts", "processes"],
+    "3": list(KINDS),
 }
 
 

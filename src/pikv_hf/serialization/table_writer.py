@@ -113,8 +113,10 @@ class _Codecs:
     def descriptions(self) -> list[dict[str, Any]]:
         """What is written of each."""
         return [
-            described(CODEC, name=codec.name, keys=codec.which is KV.KEYS, rank=codec.rank, has_basis=codec.basis is not None)
-            for codec in self._codecs
+            described(
+                CODEC, name=each.name, keys=each.which is KV.KEYS, rank=each.rank, has_basis=each.basis is not None
+            )
+            for each in self._codecs
         ]
 
     def bases(self, prefix: str) -> list[Group]:
