@@ -151,6 +151,7 @@ def test_a_routed_step_credits_what_it_reads(options: dict[str, Any]) -> None:
             assert full[row, page][0] < found[page]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize("case", ["padding", "shared rows", "lanes", "routed"])
 def test_the_kernels_agree_with_torch(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,6 +171,7 @@ def test_the_kernels_agree_with_torch(case: str, monkeypatch: pytest.MonkeyPatch
     assert torch.equal(found[backend][1], found["torch"][1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_agree_on_packed_pages_and_sinks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model with attention sinks; the kernels take packed heads of 16 channels and more."""

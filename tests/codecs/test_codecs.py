@@ -131,6 +131,7 @@ def _sealed(layer: Any) -> list[PackedPool]:
     return list(layer.table.pools.packed.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["int8", "auto", "lowrank+int4"])
 def test_padding_beams_and_sampling_run(codec: str) -> None:
     model = FAMILIES["mixtral"].build()

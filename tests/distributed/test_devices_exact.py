@@ -15,6 +15,8 @@ from transformers import DynamicCache
 from pikv_hf import PiKVCache, detach
 from pikv_hf.config import CODECS, ROUTINGS
 
+pytestmark = pytest.mark.slow
+
 # Exact
 
 
@@ -27,7 +29,6 @@ def test_every_family_greedy_with_left_padding(family: str) -> None:
     assert_spread(cache)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_one_more_way(family: str) -> None:
     """Each family another decoding strategy; beams, sampling, chunks and drafts come several times over."""

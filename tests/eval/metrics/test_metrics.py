@@ -110,6 +110,7 @@ class TestEvery:
         with pytest.raises(ValueError, match=r"predictions \(2\) and references \(1\)"):
             make_metric("qa_f1").compute(predictions=["a", "b"], references=[["a"]])
 
+    @pytest.mark.slow
     def test_nothing_is_written_to_disk(self, tmp_path: Path) -> None:
         code = (
             "from pikv_hf.eval.metrics import make_metric\n"

@@ -15,6 +15,8 @@ from pikv_hf.eval.report.figure_tasks import tasks_figure
 from pikv_hf.eval.report.groups import group_runs
 from pikv_hf.eval.report.style import method_styles, wrap
 
+pytestmark = pytest.mark.slow
+
 
 def png_size(path: Path) -> tuple[int, int]:
     width, height = struct.unpack(">II", path.read_bytes()[16:24])

@@ -37,6 +37,8 @@ from pikv_hf.eval.studies.codecs.sample_kv import (
 )
 from pikv_hf.pages.pool_id import PoolId
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results"
 

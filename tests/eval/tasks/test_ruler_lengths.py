@@ -32,6 +32,7 @@ def pipeline_tokens(tokenizer: Any, sample: EvalSample) -> int:
 
 
 class TestLengths:
+    @pytest.mark.slow
     @pytest.mark.parametrize("length", [1024, 1500, 4096])
     @pytest.mark.parametrize("task", ruler.TASKS)
     @pytest.mark.parametrize("name", TOKENIZERS)
@@ -41,6 +42,7 @@ class TestLengths:
             tokens = pipeline_tokens(tokenizer, sample) + sample.max_new_tokens
             assert 0.98 * length <= tokens <= length
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["reference", "bpe"])
     def test_one_sample_of_each_task_at_32768(self, name: str) -> None:
         tokenizer = tokenizer_named(name)
