@@ -10,17 +10,24 @@ from pikv_hf.common.suggest import did_you_mean
 
 Placement = Literal["expert", "balanced", "hash"]
 SlidingLayers = Literal["bounded", "paged"]
-CodecName = Literal["none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto"]
-CODECS: tuple[str, ...] = get_args(CodecName)
-RoutingName = Literal["all", "page_bound", "expert_topk", "cache_aware", "adaptive", "hierarchical"]
-ROUTINGS: tuple[str, ...] = get_args(RoutingName)
-SchedulerName = Literal[
-    "h2o", "lru", "lru_plus", "streaming_llm", "quest", "ada_kv", "duo", "two_queue", "reuse_distance", "pikv"
-]
-SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 BudgetScope = Literal["cache", "layer", "shard"]
-TierName = Literal["device", "cpu", "disk"]
-TIERS: tuple[str, ...] = get_args(TierName)
+
+#: What each option may be; policies register themselves under these names.
+CODECS = ("none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto")
+ROUTINGS = ("all", "page_bound", "expert_topk", "cache_aware", "adaptive", "hierarchical")
+SCHEDULERS = (
+    "h2o",
+    "lru",
+    "lru_plus",
+    "streaming_llm",
+    "quest",
+    "ada_kv",
+    "duo",
+    "two_queue",
+    "reuse_distance",
+    "pikv",
+)
+TIERS = ("device", "cpu", "disk")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

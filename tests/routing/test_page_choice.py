@@ -16,7 +16,7 @@ from pikv_hf import PiKVConfig
 from pikv_hf.integration.attention_function import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.routing import routing_view
-from pikv_hf.routing.policies import make_routing
+from pikv_hf.routing.page_router import make_routing
 
 
 @pytest.mark.parametrize("max_pages", [1, 7, 0.3])

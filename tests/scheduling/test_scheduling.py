@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import scheduling_reference as slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_hf.config import SchedulerName
+from pikv_hf.config import SCHEDULERS
 from pikv_hf.pages.usage_counters import ATTENTION_HALF_LIFE
 from pikv_hf.scheduling.policies.registry import (
     POLICIES,
@@ -284,7 +284,7 @@ def test_surplus_is_what_is_below_the_threshold_and_goes_first(threshold: float)
 
 
 def test_names_are_those_of_the_configuration() -> None:
-    assert set(POLICIES) == set(get_args(SchedulerName))
+    assert set(POLICIES) == set(SCHEDULERS)
     assert all(make_policy(name).name == name for name in POLICIES)
     assert {name for name in POLICIES if POLICIES[name].per_head} == {"ada_kv", "duo"}
     assert {name for name in POLICIES if POLICIES[name].wants_bounds} == {"quest"}

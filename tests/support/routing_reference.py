@@ -13,7 +13,7 @@ from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.kernels.page_codes import BITS, SPREAD_ONE, SPREAD_STEPS
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.pages.pool_id import PLAIN, PoolId
-from pikv_hf.routing.policies import Choice
+from pikv_hf.routing.policy import Choice
 
 SMALL = {"page_size": 4, "recent_window": 6, "sink_tokens": 4, "num_shards": 3}
 

@@ -15,7 +15,9 @@ from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer.layer import PiKVLayer
-from pikv_hf.routing.policies import AdaptiveRouting, Choice, PageRouter, RoutingPolicy, make_routing
+from pikv_hf.routing.page_router import PageRouter, make_routing
+from pikv_hf.routing.policies import AdaptiveRouting
+from pikv_hf.routing.policy import Choice, RoutingPolicy
 from pikv_hf.routing.routing_view import RoutingView
 
 #: Newest tokens that stay in the window, sink tokens, and shards where there are several. Small, so that what is read

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from ..pages.page_pool import PagePool
-from ..routing.policies import PageRouter
+from ..routing.page_router import PageRouter
 from .attention_mass import AttentionMass
 
 # (out, lse) of attention over a part of the keys, float32: `(..., M, Dv)` and `(..., M)`.

@@ -7,7 +7,7 @@ from ..kernels.dispatch import choose
 from ..page_table.full_page_index import FullPageIndex
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PoolId
-from ..routing.policies import Choice
+from ..routing.policy import Choice
 from .attention_call import AttentionCall, Partial, PieceArgs
 from .page_lookup import attend_located, reader_of
 from .pool_readers import LocatedPages, PoolReader, lane_pages

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..layer.layer import PiKVLayer
 from ..page_table.page_table import PageTable
-from ..routing.policies import PageRouter
+from ..routing.page_router import PageRouter
 from ..tiers.tiered_pool import TieredPool
 
 

@@ -16,7 +16,7 @@ from ..page_table.sequence_writer import SequenceWriter, ShardOf
 from ..pages.page_pool import NoRoomError
 from ..pages.plain_pool import PlainPool
 from ..pages.tokens import TokenBatch
-from ..routing.policies import PageRouter, make_routing
+from ..routing.page_router import PageRouter, make_page_router
 from ..scheduling.page_scheduler import PageScheduler
 from ..sharding.shard_map import ShardMap
 from ..tiers.tier_limits import LayerTiers, Tiers
@@ -220,9 +220,3 @@ def make_parts(
         )
         for index, location in enumerate(layout.locations)
     ]
-
-
-def make_page_router(config: PiKVConfig) -> PageRouter | None:
-    """Return what chooses the pages that decoding steps read of a part, None if they read all."""
-    policy = make_routing(config)
-    return None if policy is None else PageRouter(policy, config.sink_tokens, config.recent_window)

@@ -35,7 +35,7 @@ class FullPageIndex:
         `(B, n)` int64, tokens in the page, least and largest position, and its shard.
     full : bool
         Whether every valid page is full.
-    held, fewest, first, last : int
+    page_count, fewest, first, last : int
         Valid columns of all rows, the fewest of any, and the least and largest position of any page.
     """
 
@@ -49,7 +49,7 @@ class FullPageIndex:
     newest: torch.Tensor
     shards: torch.Tensor
     full: bool
-    held: int
+    page_count: int
     fewest: int
     first: int
     last: int
@@ -70,13 +70,13 @@ class FullPageIndex:
         lengths = {
             name: torch.tensor([len(own) for own in of_pool[name]], dtype=torch.int32, device=device) for name in used
         }
-        held = valid.bool()
+        is_valid = valid.bool()
         some = pages.numel() > 0
         return cls(
             pools=used,
             columns=columns,
             pages=pages,
-            valid=held,
+            valid=is_valid,
             lengths=lengths,
             counts=counts,
             oldest=oldest,
@@ -85,10 +85,10 @@ class FullPageIndex:
             full=all(
                 bool((pool.count[np.concatenate(of_pool[n])] == pool.page_size).all()) for n, pool in used.items()
             ),
-            held=sum(map(len, itertools.chain.from_iterable(of_pool.values()))),
+            page_count=sum(map(len, itertools.chain.from_iterable(of_pool.values()))),
             fewest=int(valid.sum(dim=1).min()) if some else 0,
-            first=int(oldest[held].min()) if some else 0,
-            last=int(newest[held].max()) if some else -1,
+            first=int(oldest[is_valid].min()) if some else 0,
+            last=int(newest[is_valid].max()) if some else -1,
         )
 
     @property
@@ -177,9 +177,9 @@ class FullPageIndex:
             most.scatter_reduce_(2, index, high.masked_fill(unused, -torch.inf), "amax")
             middle = ((low + high) / 2).masked_fill(unused, 0)
             total = torch.zeros(shape, device=low.device).scatter_add_(2, index, middle)
-            held = torch.zeros((len(self.pages), count), device=low.device)
-            held.scatter_add_(1, self.shards.clamp_min(0), self.valid.float())
-            self._shard_ends = torch.cat([least, most, total / held.clamp_min(1)[None, :, :, None]], dim=3)
+            tokens = torch.zeros((len(self.pages), count), device=low.device)
+            tokens.scatter_add_(1, self.shards.clamp_min(0), self.valid.float())
+            self._shard_ends = torch.cat([least, most, total / tokens.clamp_min(1)[None, :, :, None]], dim=3)
         return self._shard_ends
 
     def _pool_ends(self, name: PoolId) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,7 +43,7 @@ class CacheStats:
         schedules = [part.scheduler for part in parts if part.scheduler is not None]
         return cls(
             routed_steps=sum(count.steps for count in counts),
-            pages_held=sum(count.held for count in counts),
+            pages_held=sum(count.reachable for count in counts),
             pages_read=sum(int(count.read) for count in counts),
             pages_evicted=sum(scheduler.pages_evicted for scheduler in schedules),
             tokens_evicted=sum(scheduler.tokens_evicted for scheduler in schedules),

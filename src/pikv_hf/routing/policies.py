@@ -1,4 +1,4 @@
-"""Routing: which full pages a decoding step reads.
+"""Routing policies: which full pages a decoding step reads.
 
 Each KV head of each row has a choice of its own among the full pages of the shards. Sinks, recent window and pages that
 are not full are read in any case. A policy ranks pages by what is known of them without reading them, see
@@ -7,194 +7,22 @@ are not full are read in any case. A policy ranks pages by what is known of them
 What became of the routers of the original (arXiv 2508.06526) is in `docs/routing.md`.
 """
 
-import dataclasses
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from math import ceil
-from typing import ClassVar, TypeVar
-
 import torch
 
-from ..config import PiKVConfig
-from ..page_table.full_page_index import FullPageIndex
+from .policy import POLICIES, RoutingPolicy
 from .routing_view import RoutingView
 
-
-@dataclasses.dataclass(slots=True)
-class Choice:
-    """The pages that a step reads.
-
-    Attributes
-    ----------
-    columns : torch.Tensor
-        `(H, B, k)` int64 columns of the index.
-    taken : torch.Tensor or None
-        `(H, B, k)` bool, which of them count; None if all do.
-    """
-
-    columns: torch.Tensor
-    taken: torch.Tensor | None
+__all__ = [
+    "POLICIES",
+    "AdaptiveRouting",
+    "CacheAwareRouting",
+    "ExpertTopkRouting",
+    "HierarchicalRouting",
+    "PageBoundRouting",
+]
 
 
-class RoutingPolicy(ABC):
-    """Chooses pages by rank.
-
-    Parameters
-    ----------
-    config : PiKVConfig
-        Its options.
-
-    Attributes
-    ----------
-    name : str
-        Its name in :class:`~pikv_hf.PiKVConfig`.
-    stops_early : bool
-        Whether :meth:`enough` may say that fewer pages do.
-    leaves_out : bool
-        Whether some pages rank `-inf`.
-    """
-
-    name: ClassVar[str]
-    stops_early: ClassVar[bool] = False
-    leaves_out: ClassVar[bool] = False
-
-    def __init__(self, config: PiKVConfig) -> None:
-        self.max_pages = config.max_pages
-        self.coverage = config.coverage
-        self.tier_cost = config.tier_cost
-
-    @abstractmethod
-    def rank(self, view: RoutingView) -> torch.Tensor:
-        """Return `(H, B, n)` float32: the pages with the highest are read, those with `-inf` never."""
-
-    def enough(self, view: RoutingView, ranks: torch.Tensor) -> torch.Tensor | None:
-        """Return how many pages are enough, `(H, B)` int64, or None: as many as allowed.
-
-        `ranks` `(H, B, k)` are those of the pages that may be read, highest first.
-        """
-        return None
-
-    def most(self, held: torch.Tensor) -> torch.Tensor:
-        """Return how many of `held` `(B,)` pages each row may read, int64."""
-        if isinstance(self.max_pages, int):
-            return held.clamp_max(self.max_pages)
-        return (held.double() * self.max_pages).ceil().long()
-
-    def choose(self, view: RoutingView) -> Choice | None:
-        """Choose pages for a step; None if all are to be read."""
-        index = view.index
-        if not index.width:
-            return None
-        width = min(
-            index.width, self.max_pages if isinstance(self.max_pages, int) else ceil(index.width * self.max_pages)
-        )
-        if width >= index.width and not self.stops_early:
-            return None
-        ranks = self.rank(view)
-        if view.protected is None and index.fewest == index.width and not (self.stops_early or self.leaves_out):
-            # Rows alike: each reads its best.
-            return Choice(ranks.topk(width, dim=2).indices, None)
-        held = index.valid.sum(dim=1)
-        most = self.most(held)
-        if view.protected is not None:
-            # These come first, beyond what a step may read of the others.
-            ranks.masked_fill_(view.protected, torch.inf)
-            extra = view.protected.sum(dim=1)
-            most, width = self.most(held - extra) + extra, min(index.width, width + int(extra.max()))
-        best, columns = ranks.topk(width, dim=2)
-        limit = most.expand(len(best), -1)
-        if (enough := self.enough(view, best)) is not None:
-            limit = torch.minimum(limit, enough)
-        taken = best > -torch.inf
-        taken &= torch.arange(width, device=best.device) < limit[:, :, None]
-        if taken.device.type == "cpu":
-            # On a GPU the kernel stops where nothing more counts, and asking here would wait for it.
-            width = int(taken.sum(dim=2).max())
-        return Choice(columns[..., :width], taken[..., :width])
-
-
-_POLICIES: dict[str, type[RoutingPolicy]] = {}
-_Policy = TypeVar("_Policy", bound=type[RoutingPolicy])
-
-
-def register_routing(name: str) -> Callable[[_Policy], _Policy]:
-    """Let `PiKVConfig(routing=name)` mean the decorated policy."""
-
-    def named(policy: _Policy) -> _Policy:
-        policy.name = name
-        _POLICIES[name] = policy
-        return policy
-
-    return named
-
-
-def make_routing(config: PiKVConfig) -> RoutingPolicy | None:
-    """Return the policy that a configuration names, None for `"all"`."""
-    return None if config.routing == "all" else _POLICIES[config.routing](config)
-
-
-@dataclasses.dataclass(slots=True)
-class ReadCounts:
-    """What routed steps have read.
-
-    Attributes
-    ----------
-    steps : int
-        Steps.
-    held : int
-        Pages in reach, over steps, rows and KV heads.
-    read : int or torch.Tensor
-        Those that were read, with those that always are; on the device until somebody asks.
-    """
-
-    steps: int = 0
-    held: int = 0
-    read: int | torch.Tensor = 0
-
-    def add(self, index: FullPageIndex, choice: Choice | None, always: int, heads: int) -> None:
-        """Count a step in which rows have `always` pages that are read in any case."""
-        self.steps += 1
-        self.held += (index.held + always) * heads
-        if choice is None:
-            self.read = self.read + (index.held + always) * heads
-        else:
-            chosen = choice.columns.numel() if choice.taken is None else choice.taken.sum()
-            self.read = self.read + chosen + always * heads
-
-
-@dataclasses.dataclass(slots=True)
-class PageRouter:
-    """Routes the decoding steps of one layer.
-
-    Attributes
-    ----------
-    policy : RoutingPolicy
-        What chooses.
-    sink_tokens, recent_window : int
-        As in :class:`~pikv_hf.PiKVConfig`.
-    counts : ReadCounts
-        What the steps have read.
-    """
-
-    policy: RoutingPolicy
-    sink_tokens: int
-    recent_window: int
-    counts: ReadCounts = dataclasses.field(default_factory=ReadCounts)
-
-    def choose(self, index: FullPageIndex, query: torch.Tensor, scale: float, seen: int) -> Choice | None:
-        """Choose pages for the queries `(B, Hq, D)` of a step; None if all full pages are to be read.
-
-        `seen` are the positions up to and including that of the queries.
-        """
-        recent = max(0, seen - self.recent_window)
-        protected = None
-        if index.first < self.sink_tokens or index.last >= recent:
-            # Such pages are in the window, unless a press has rebuilt the table or the newest tokens were cropped.
-            protected = index.valid & ((index.oldest < self.sink_tokens) | (index.newest >= recent))
-        return self.policy.choose(RoutingView(query, scale, index, protected))
-
-
-@register_routing("page_bound")
+@POLICIES.register("page_bound")
 class PageBoundRouting(RoutingPolicy):
     """The pages whose keys could have the largest logits: Quest (Tang et al., arXiv 2406.10774)."""
 
@@ -203,7 +31,7 @@ class PageBoundRouting(RoutingPolicy):
         return view.page_bounds()
 
 
-@register_routing("expert_topk")
+@POLICIES.register("expert_topk")
 class ExpertTopkRouting(RoutingPolicy):
     """The shards whose centroids are nearest to the query, whole, the newest pages of the last one.
 
@@ -219,7 +47,7 @@ class ExpertTopkRouting(RoutingPolicy):
         return view.of_shards(order) + newest / (newest.amax() + 1)
 
 
-@register_routing("cache_aware")
+@POLICIES.register("cache_aware")
 class CacheAwareRouting(RoutingPolicy):
     """`page_bound`, less what it costs to reach a page: `tier_cost` logits for one in the slowest tier."""
 
@@ -229,7 +57,7 @@ class CacheAwareRouting(RoutingPolicy):
         return bounds if costs is None else bounds - self.tier_cost * costs
 
 
-@register_routing("adaptive")
+@POLICIES.register("adaptive")
 class AdaptiveRouting(RoutingPolicy):
     """The pages with the largest estimated masses, as many as cover a share of the attention.
 
@@ -263,7 +91,7 @@ class AdaptiveRouting(RoutingPolicy):
         return (shares.cumsum(dim=2) < self.coverage).sum(dim=2) + 1
 
 
-@register_routing("hierarchical")
+@POLICIES.register("hierarchical")
 class HierarchicalRouting(RoutingPolicy):
     """First the better half of the shards by their bounds, then the pages with the highest bounds in these."""
 

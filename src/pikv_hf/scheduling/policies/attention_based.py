@@ -3,11 +3,11 @@
 import dataclasses
 from typing import ClassVar
 
-from .base import SchedulingPolicy, register
+from .base import POLICIES, SchedulingPolicy
 from .page_stats import Floats, PageStats, mean_shares, recent_shares
 
 
-@register("h2o")
+@POLICIES.register("h2o")
 @dataclasses.dataclass
 class H2O(SchedulingPolicy):
     """Least accumulated attention first (arXiv 2306.14048), by page where the paper has tokens.
@@ -26,7 +26,7 @@ class H2O(SchedulingPolicy):
         return mean_shares(view)[0] if self.per_step else view.mass
 
 
-@register("lru_plus")
+@POLICIES.register("lru_plus")
 @dataclasses.dataclass
 class LRUPlus(SchedulingPolicy):
     """LRU in which pages used often and heavily age more slowly.
@@ -41,7 +41,7 @@ class LRUPlus(SchedulingPolicy):
         return -(view.step - view.last_use + 1) / ((1 + view.uses) * weight)
 
 
-@register("quest")
+@POLICIES.register("quest")
 @dataclasses.dataclass
 class Quest(SchedulingPolicy):
     """Lowest upper bound of recent queries' logits first; without bounds, least recent attention first.

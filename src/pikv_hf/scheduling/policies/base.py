@@ -1,9 +1,10 @@
 """What a scheduling policy is, and the names that policies are known by."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
+from ...common.registry import Registry
+from ...config import SCHEDULERS
 from .page_stats import Floats, PageStats
 
 
@@ -37,19 +38,8 @@ class SchedulingPolicy(ABC):
         """Learn how many of the pages asked for were in fast memory, and how many were not."""
 
 
-POLICIES: dict[str, type[SchedulingPolicy]] = {}
-_Policy = TypeVar("_Policy", bound=type[SchedulingPolicy])
-
-
-def register(name: str) -> Callable[[_Policy], _Policy]:
-    """Make a policy, a dataclass of its options, known to :func:`~pikv_hf.scheduling.policies.registry.make_policy`."""
-
-    def add(policy: _Policy) -> _Policy:
-        policy.name = name
-        POLICIES[name] = policy
-        return policy
-
-    return add
+#: The policies by name, each a dataclass of its options, registered where it is defined.
+POLICIES: Registry[SchedulingPolicy] = Registry("scheduler", SCHEDULERS)
 
 
 def check_range(policy: SchedulingPolicy, option: str, low: float, high: float) -> None:

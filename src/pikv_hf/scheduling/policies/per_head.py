@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from .base import SchedulingPolicy, check_range, register
+from .base import POLICIES, SchedulingPolicy, check_range
 from .page_stats import Floats, Integers, PageStats, mean_shares
 
 
-@register("ada_kv")
+@POLICIES.register("ada_kv")
 @dataclasses.dataclass
 class AdaKV(SchedulingPolicy):
     """KV heads compete for one budget by attention; each is sure of a part of its equal share (arXiv 2407.11550).
@@ -41,7 +41,7 @@ class AdaKV(SchedulingPolicy):
         return np.where(safe, 2.0 + part, part)
 
 
-@register("duo")
+@POLICIES.register("duo")
 @dataclasses.dataclass
 class Duo(SchedulingPolicy):
     """Pages of streaming heads first, oldest first; then those of retrieval heads, least recently used first.

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from .base import SchedulingPolicy, check_range, register
+from .base import POLICIES, SchedulingPolicy, check_range
 from .page_stats import Floats, Integers, PageStats, expected_distance, recent_shares
 
 
-@register("pikv")
+@POLICIES.register("pikv")
 @dataclasses.dataclass
 class PiKV(SchedulingPolicy):
     """PiKV's utility (arXiv 2508.06526): attention mass, recency and reuse distance, with a threshold that adapts.

@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from .base import SchedulingPolicy, check_range, register
+from .base import POLICIES, SchedulingPolicy, check_range
 from .page_stats import Floats, PageStats, expected_distance
 
 
-@register("streaming_llm")
+@POLICIES.register("streaming_llm")
 @dataclasses.dataclass
 class StreamingLLM(SchedulingPolicy):
     """Oldest positions first: what remains are sinks and the newest tokens (arXiv 2309.17453)."""
@@ -17,7 +17,7 @@ class StreamingLLM(SchedulingPolicy):
         return view.newest.astype(np.float64)
 
 
-@register("lru")
+@POLICIES.register("lru")
 @dataclasses.dataclass
 class LRU(SchedulingPolicy):
     """Least recently used first; being filled counts as a use.
@@ -29,7 +29,7 @@ class LRU(SchedulingPolicy):
         return view.last_use.astype(np.float64)
 
 
-@register("two_queue")
+@POLICIES.register("two_queue")
 @dataclasses.dataclass
 class TwoQueue(SchedulingPolicy):
     """2Q (Johnson and Shasha, VLDB 1994): pages used at most once wait in a FIFO, others in an LRU queue.
@@ -59,7 +59,7 @@ class TwoQueue(SchedulingPolicy):
         return place
 
 
-@register("reuse_distance")
+@POLICIES.register("reuse_distance")
 @dataclasses.dataclass
 class ReuseDistance(SchedulingPolicy):
     """Longest expected distance to the next use first (:func:`expected_distance`): Belady's rule on a prediction."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...common.suggest import did_you_mean
 from .attention_based import H2O, LRUPlus, Quest
-from .base import POLICIES, SchedulingPolicy, register
+from .base import POLICIES, SchedulingPolicy
 from .page_stats import Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
 from .per_head import AdaKV, Duo
 from .pikv import PiKV
@@ -41,7 +41,6 @@ __all__ = [
     "make_policy",
     "mean_shares",
     "recent_shares",
-    "register",
 ]
 
 
