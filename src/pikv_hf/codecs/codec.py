@@ -1,4 +1,4 @@
-"""Codecs: the forms in which full pages of keys or values are kept."""
+"""Encoding and decoding full pages of keys or values: quantised, as low-rank coefficients, or as they came."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ FIT_TOKENS_PER_DIM = 4
 
 @dataclasses.dataclass(slots=True)
 class Codec:
-    """How one pool keeps the keys, or the values, of its pages.
+    """Encodes and decodes the keys, or the values, of the pages of one pool.
 
     Stored pages live in a *code space* of `D` coded and `L` latent channels; attention takes queries into it and
     brings outputs back, so that pages are never decoded. For all but the low-rank codecs it is the model's own space.
@@ -23,7 +23,7 @@ class Codec:
     Parameters
     ----------
     name : str
-        Any of `CODECS` but `"auto"`, which is a choice among others.
+        Any of :data:`pikv_hf.config.CODECS` but `"auto"`, which is a choice among others.
     which : KV
         Keys or values.
     rank : int

@@ -1,4 +1,4 @@
-"""Which codec a full page is kept in."""
+"""Encoding full pages, each in the narrowest codec that holds it well enough."""
 
 import dataclasses
 
@@ -22,7 +22,7 @@ GUARD = {"int8": 0.014, "int4": 0.2, "int2": 1.2}
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PageErrors:
-    """What encoding did to pages.
+    """How far encoded pages are from what they were.
 
     Attributes
     ----------
@@ -40,12 +40,12 @@ class PageErrors:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Encoded:
-    """Pages that one codec took.
+    """Pages in the codes of one codec, out of those that were to be encoded.
 
     Attributes
     ----------
     codec : Codec
-        What took them.
+        What encodes them.
     which : numpy.ndarray
         `(n,)` int64, the pages, as numbers within what was to be encoded.
     codes : PageCodes
@@ -61,7 +61,7 @@ class Encoded:
 
 
 class PageEncoder:
-    """Chooses codecs for the keys, or the values, of one layer.
+    """Encodes full pages of the keys, or the values, of one layer and chooses a codec for each page.
 
     Parameters
     ----------
