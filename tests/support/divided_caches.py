@@ -58,7 +58,7 @@ def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     for one, other in zip(mine.parts, theirs.parts, strict=True):
         assert contents(one.table) == contents(other.table)
         if one.table is not None:
-            assert one.reads_window == other.table.writer.reads_window
+            assert one.table.writer.reads_window == other.table.writer.reads_window
             assert one.table.writer._counts == other.table.writer._counts
             for which in KV:
                 bases = one.table.pools.encoders.bases(which), other.table.pools.encoders.bases(which)

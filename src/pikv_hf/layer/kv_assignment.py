@@ -130,7 +130,7 @@ def assign_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, m
 
 def _assigned_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
     """Return a table of each part for tokens from outside; the old ones stay as they are."""
-    stored = tokens.held
+    stored = tokens.stored
     leaders = equal_rows([tokens.keys[:, :, -1:]], [tokens.keys, tokens.values])
     # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
     split = not torch.equal(stored, stored[:, :1].expand_as(stored))

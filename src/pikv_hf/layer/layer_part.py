@@ -58,11 +58,6 @@ class LayerPart:
     slots: torch.Tensor | None = None
 
     @property
-    def reads_window(self) -> bool:
-        """Whether attention takes the window from this part."""
-        return self.location.number == 0
-
-    @property
     def device(self) -> torch.device:
         """Where the pages are, once there are any."""
         assert self.table is not None
@@ -163,7 +158,7 @@ class LayerPart:
 
     def assigned(self, tokens: ExactTokens, rebuild: TableRebuild) -> PageTable:
         """Return a table of K/V from outside; see :meth:`TableRebuild.assigned`."""
-        here = ExactTokens(*(tensor.to(self.device) for tensor in (tokens.keys, tokens.values, tokens.held)))
+        here = ExactTokens(*(tensor.to(self.device) for tensor in (tokens.keys, tokens.values, tokens.stored)))
         table = rebuild.assigned(here, self.tiers)
         self.assign_shards(table.writer, rebuild.shard_map)
         return table

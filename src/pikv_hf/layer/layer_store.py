@@ -177,7 +177,7 @@ class LayerStore:
             counted = experts.clamp_min(0).cpu().numpy()
             self.state.expert_loads = np.bincount(counted, minlength=self.num_experts)
             for table in self.tables():
-                table.writer.follow(self.shard_of())
+                table.writer.set_shard_of(self.shard_of())
         if divides and self.shard_map is not None and self.table is not None:
             shards = self.shard_of()(every, experts.to(torch.int16)).cpu().numpy()
             # Rows that have been the same so far may go on to be.

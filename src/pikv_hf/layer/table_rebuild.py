@@ -107,7 +107,7 @@ class TableRebuild:
 
     def assigned(self, tokens: ExactTokens, tiers: LayerTiers | None) -> PageTable:
         """Return a table of K/V from outside at positions 0..T-1, where these hold a token."""
-        widths = with_exact_ends(tokens.held.to(torch.uint8) * AS_CONFIGURED, self.config)
+        widths = with_exact_ends(tokens.stored.to(torch.uint8) * AS_CONFIGURED, self.config)
         kept = Compaction(widths, self.leaders, tokens, self.config, self.split, tiers)
         with kept.retired_on_error():
             kept.add_exact()

@@ -1,4 +1,4 @@
-"""Keeping some of a layer's tokens, each lane its own, in the width chosen for it, and freeing the rest.
+"""Compaction: what is kept of a layer's tokens is copied into new pools, each token in the width chosen for it.
 
 A table whose rows hold all KV heads becomes one whose rows are *lanes*, one (sequence, KV head) each, as soon as heads
 keep different tokens; the pages of a lane have one head. Pages that a codec has packed are never packed again: what is
@@ -40,13 +40,13 @@ class ExactTokens:
     ----------
     keys, values : torch.Tensor
         `(B, H, T, D)` and `(B, H, T, Dv)`.
-    held : torch.Tensor
+    stored : torch.Tensor
         `(B, H, T)` bool, which of them are there.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
-    held: torch.Tensor
+    stored: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
 
 
 class Compaction:
-    """A store of its own for what a layer keeps.
+    """Pools and sequences of their own for what is kept of a layer's tokens; the old ones stay as they are.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ class Compaction:
 
     @contextmanager
     def retired_on_error(self) -> Iterator[None]:
-        """Leave nothing of the new store in any tier if the block raises."""
+        """Leave nothing of the new pools in any tier if the block raises."""
         try:
             yield
         except BaseException:
@@ -139,7 +139,7 @@ class Compaction:
 
     def add_exact(self) -> None:
         """Store the exact tokens that are kept, a page at a time, lane by lane and width by width."""
-        wanted = self._widths.where(self._exact.held, 0)
+        wanted = self._widths.where(self._exact.stored, 0)
         wanted = self._of_leaders(wanted)
         for width in torch.unique(wanted).tolist():
             if width:

@@ -82,9 +82,7 @@ class FullPageIndex:
             oldest=oldest,
             newest=newest,
             shards=shards,
-            full=all(
-                bool((pool.count[np.concatenate(of_pool[n])] == pool.page_size).all()) for n, pool in used.items()
-            ),
+            full=all(_are_full(pool, of_pool[name]) for name, pool in used.items()),
             page_count=sum(map(len, itertools.chain.from_iterable(of_pool.values()))),
             fewest=int(valid.sum(dim=1).min()) if some else 0,
             first=int(oldest[is_valid].min()) if some else 0,
@@ -196,6 +194,10 @@ class FullPageIndex:
         self._found.add(name)
         part = self.columns[name]
         return np.unique(self.pages[:, part][self.valid[:, part]].cpu().numpy())
+
+
+def _are_full(pool: PagePool, rows: Sequence[PageIds]) -> bool:
+    return bool((pool.count[np.concatenate(rows)] == pool.page_size).all())
 
 
 def _facts(pool: PagePool, rows: Sequence[PageIds]) -> torch.Tensor:

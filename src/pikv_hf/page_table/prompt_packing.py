@@ -26,7 +26,7 @@ def pack_prompt(pools: LayerPools, sequence: SequencePages, shards: np.ndarray, 
         pack_full(pools, [sequence])
         if len(whole):
             picked = some.pick(pools.plain.index(whole).view(-1))
-            _pack_whole(pools, sequence, PageContents.of(picked, of_shards[whole[:, 0]]))
+            _pack_whole(pools, sequence, PageContents.from_tokens(picked, of_shards[whole[:, 0]]))
         _store_plain(pools.plain, sequence, of_shards, some, after)
     return tokens[len(shards) :]
 

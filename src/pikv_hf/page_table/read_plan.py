@@ -39,7 +39,7 @@ class Run:
     slots: PageIds
 
     @classmethod
-    def of(cls, start: int, stop: int, rows: list[int], counts: np.ndarray, size: int) -> "Run":
+    def of_pages(cls, start: int, stop: int, rows: list[int], counts: np.ndarray, size: int) -> "Run":
         """Make a run; `counts` `(N,)` are the tokens in each page of the pool, `size` those of a full page."""
         partial = start + np.flatnonzero(counts[start:stop] < size)
         return cls(start, stop, rows, partial, (partial - start)[:, None] * size + np.arange(size))
@@ -50,7 +50,7 @@ class Run:
             yield self
             return
         for start in range(self.start, self.stop, pages):
-            yield Run.of(start, min(start + pages, self.stop), self.rows, counts, size)
+            yield Run.of_pages(start, min(start + pages, self.stop), self.rows, counts, size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,7 +105,7 @@ def make_plan(
     bridged = [np.zeros(0, dtype=np.int64)]
     for start, stop, rows in _bridge(_stretches(pages, members, len(counts)), free, min_run):
         if stop - start >= min_run:
-            runs.append(Run.of(start, stop, rows, counts, size))
+            runs.append(Run.of_pages(start, stop, rows, counts, size))
             bridged.append(start + np.flatnonzero(free[start:stop]))
         else:
             for row in rows:
@@ -140,13 +140,13 @@ def _bridge(
     stretches: Iterable[tuple[int, int, list[int]]], free: np.ndarray, most: int
 ) -> Iterator[tuple[int, int, list[int]]]:
     """Join stretches of the same rows with nothing but free pages between them, at most `most`."""
-    held: tuple[int, int, list[int]] | None = None
+    joined: tuple[int, int, list[int]] | None = None
     for start, stop, rows in stretches:
-        if held is not None and held[2] == rows and start - held[1] <= most and free[held[1] : start].all():
-            held = held[0], stop, rows
+        if joined is not None and joined[2] == rows and start - joined[1] <= most and free[joined[1] : start].all():
+            joined = joined[0], stop, rows
             continue
-        if held is not None:
-            yield held
-        held = start, stop, rows
-    if held is not None:
-        yield held
+        if joined is not None:
+            yield joined
+        joined = start, stop, rows
+    if joined is not None:
+        yield joined

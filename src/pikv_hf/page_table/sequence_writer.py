@@ -55,7 +55,7 @@ class SequenceWriter:
         """Leave to other parts what `shard_map` gives them; `counts`: tell it what leaves the window."""
         self._shard_map, self._part, self._counts = shard_map, part, counts
 
-    def follow(self, shard_of: ShardOf) -> None:
+    def set_shard_of(self, shard_of: ShardOf) -> None:
         """Give later tokens to other shards than before."""
         self._shard_of = shard_of
 

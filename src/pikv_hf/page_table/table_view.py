@@ -41,21 +41,25 @@ class TableView:
 
     def plan(self, of: PoolId | Region = PLAIN) -> ReadPlan:
         """Return how attention reads the rows' pages of a pool, or some of the plain one's."""
-        pool = self.pool_of(of)
         plan, made_at = self._plans.get(of, (None, -1))
-        if plan is None or (len(plan.bridged) and made_at != pool.allocator.allocations):
-            members: dict[int, list[int]] = defaultdict(list)
-            for index, row in enumerate(self._rows):
-                members[id(row)].append(index)
-            pages = [self._pages(sequence, of) for sequence in distinct_sequences(self._rows)]
-            # Pages that may move are never read as neighbours.
-            movable = isinstance(pool, TieredPool)
-            min_run = pool.capacity + 1 if movable else max(2, MIN_RUN_BYTES // pool.page_bytes)
-            free = pool.allocator.refcount == 0
-            plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
-            # The free pages that a run reads past must stay free and clean; another fork may allocate them.
-            pool.clear_free(plan.bridged)
-            self._plans[of] = plan, pool.allocator.allocations
+        if plan is None or (len(plan.bridged) and made_at != self.pool_of(of).allocator.allocations):
+            plan = self._new_plan(of)
+        return plan
+
+    def _new_plan(self, of: PoolId | Region) -> ReadPlan:
+        pool = self.pool_of(of)
+        members: dict[int, list[int]] = defaultdict(list)
+        for index, row in enumerate(self._rows):
+            members[id(row)].append(index)
+        pages = [self._pages(sequence, of) for sequence in distinct_sequences(self._rows)]
+        # Pages that may move are never read as neighbours.
+        movable = isinstance(pool, TieredPool)
+        min_run = pool.capacity + 1 if movable else max(2, MIN_RUN_BYTES // pool.page_bytes)
+        free = pool.allocator.refcount == 0
+        plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
+        # The free pages that a run reads past must stay free and clean; another fork may allocate them.
+        pool.clear_free(plan.bridged)
+        self._plans[of] = plan, pool.allocator.allocations
         return plan
 
     def entries(self, of: PoolId | Region) -> tuple[torch.Tensor, torch.Tensor]:

@@ -29,7 +29,7 @@ class PageContents:
     shards: np.ndarray
 
     @classmethod
-    def of(cls, tokens: TokenBatch, shards: np.ndarray) -> "PageContents":
+    def from_tokens(cls, tokens: TokenBatch, shards: np.ndarray) -> "PageContents":
         """Return n pages of `(n * P)` tokens, one page after another."""
         shape = len(shards), len(tokens) // len(shards)
         keys, values = tokens.keys.unflatten(1, shape), tokens.values.unflatten(1, shape)
