@@ -8,12 +8,15 @@ import pytest
 from child_processes import SUPPORT, environment
 from golden_caches import GOLDEN, KINDS, Outcome, load, model_of, outcome, version_of
 
+from pikv_hf.serialization.format import VERSION
+
+IN_ONE_PART = [
+    *("plain", "padded", "int4", "lowrank", "budget", "tiers", "routing", "code_bounds", "sliding", "assigned"),
+    "lanes",
+]
+IN_PARTS = ["parts", "processes"]
 #: What is committed, by version. A cache in one part was of version 1, in several of version 2.
-FILES = {
-    "1": [kind for kind in KINDS if kind not in ("parts", "processes")],
-    "2": ["parts", "processes"],
-    "3": list(KINDS),
-}
+FILES = {"1": IN_ONE_PART, "2": IN_PARTS, "3": [*IN_ONE_PART, *IN_PARTS]}
 
 
 def test_all_files_are_there() -> None:
@@ -21,6 +24,7 @@ def test_all_files_are_there() -> None:
         caches = {path for path in (GOLDEN / version).glob("*.safetensors*") if ".dense." not in path.name}
         assert {path.name.split(".")[0] for path in caches} == set(kinds)
         assert {version_of(path) for path in caches} == {version}
+    assert set(FILES[VERSION]) == set(KINDS)
 
 
 @pytest.mark.parametrize(

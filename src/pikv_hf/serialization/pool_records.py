@@ -163,7 +163,7 @@ def describe_pool(prefix: str, pool: PagePool, ids: PageIds) -> tuple[dict[str, 
 
 
 def _tokens(pool: PagePool, index: torch.Tensor) -> list[torch.Tensor]:
-    """Return the keys and values of the pages at `index` `(n,)`, in whatever tier, with these along dimension 0."""
+    """Return the keys and values of the pages at `index` `(n,)`, in whatever tier, the pages along dimension 0."""
     if not isinstance(pool, PackedPool):
         return [part.pick(index) for part in token_records(pool).values()]
     keys, values = pool.codes_at(index)
@@ -176,7 +176,7 @@ def _tokens(pool: PagePool, index: torch.Tensor) -> list[torch.Tensor]:
 
 def pool_specs(pool: PagePool, prefix: str, saved: dict[str, Any]) -> dict[str, Spec]:
     """Return the tensors that a file must have for the pages of a pool, of which `pool` has none yet."""
-    _keep_what_was_kept(pool, saved)
+    _keep_bounds_and_usage(pool, saved)
     parts = {**token_records(pool), **note_records(pool), **usage_records(pool)}
     parts |= bounds_records(pool) if saved["has_bounds"] else {}
     specs = {f"{prefix}.{name}": part.spec(saved["pages"]) for name, part in parts.items()}
@@ -208,9 +208,9 @@ def fill_pool(pool: PagePool, saved: dict[str, Any], section: Section) -> None:
     pool.allocator.refcount[:] = 0
 
 
-def restore_companions(pool: PagePool, saved: dict[str, Any], section: Section) -> None:
-    """Let routing and scheduling know of a filled pool what they knew when it was saved."""
-    _keep_what_was_kept(pool, saved)
+def restore_bounds_and_usage(pool: PagePool, saved: dict[str, Any], section: Section) -> None:
+    """Restore the bounds and the counters of use of the pages of a filled pool."""
+    _keep_bounds_and_usage(pool, saved)
     records = usage_records(pool) if saved["usage_step"] is not None else {}
     records |= bounds_records(pool) if saved["has_bounds"] else {}
     for name, record in records.items():
@@ -220,8 +220,8 @@ def restore_companions(pool: PagePool, saved: dict[str, Any], section: Section) 
         pool.usage.now = saved["usage_step"]
 
 
-def _keep_what_was_kept(pool: PagePool, saved: dict[str, Any]) -> None:
-    """Have a place for bounds and for counters of use if there was one."""
+def _keep_bounds_and_usage(pool: PagePool, saved: dict[str, Any]) -> None:
+    """Have a place for bounds and for counters of use where the saved pool had one."""
     if saved["usage_step"] is not None:
         pool.keep_usage(saved["usage_step"])
     if saved["has_bounds"]:

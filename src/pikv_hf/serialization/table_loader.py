@@ -19,7 +19,7 @@ from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PLAIN, PoolId
 from ..tiers.tier_limits import LayerTiers
 from .format import CODEC, ENCODERS, POOL, TABLE, basis_name, pool_prefix, read_keys
-from .pool_records import fill_pool, most_pages, pool_specs, restore_companions
+from .pool_records import fill_pool, most_pages, pool_specs, restore_bounds_and_usage
 from .tensor_file import Section, Spec, require
 
 #: Keys of a table that are the same in all parts of a layer.
@@ -64,7 +64,7 @@ class TableLoader:
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the part, with their dtypes and shapes."""
-        store = self._empty_store(torch.device("cpu"))
+        pools = self._empty_pools(torch.device("cpu"))
         rows, numbers = (self._section.spec(name).shape for name in ("rows", "page_numbers"))
         sequences = self._section.spec("open_pages").shape[0]
         shapes = {
@@ -76,7 +76,7 @@ class TableLoader:
         specs = {self._section.name(name): Spec(torch.int64, shape) for name, shape in shapes.items()}
         for saved in self._pools:
             which = PoolId.parse(saved["name"])
-            specs |= pool_specs(store.by_id()[which], self._of_pool(which).prefix, saved)
+            specs |= pool_specs(pools.by_id()[which], self._of_pool(which).prefix, saved)
         for number, codec in enumerate(self._codecs):
             if codec["has_basis"]:
                 specs |= self._free_spec(basis_name(self._section.prefix, number), codec["keys"], 1)
@@ -186,44 +186,43 @@ class TableLoader:
 
     def build(self, layer: PiKVLayer, part: LayerPart, device: torch.device) -> PageTable:
         """Return the table, for a part of a layer that knows its options, expert loads and shards already."""
-        store = self._empty_store(device, part.tiers)
-        which = self._pool_ids()
-        pools = [
-            (store.by_id()[each], pool, self._of_pool(each)) for each, pool in zip(which, self._pools, strict=True)
+        pools, which = self._empty_pools(device, part.tiers), self._pool_ids()
+        restored = [
+            (pools.by_id()[each], saved, self._of_pool(each)) for each, saved in zip(which, self._pools, strict=True)
         ]
-        for each in pools:
+        for each in restored:
             fill_pool(*each)
         if self._table["has_queries"]:
-            store.encoders.remember_queries(self._section["queries"].to(device, copy=True), self._table["query_scale"])
+            pools.encoders.remember_queries(self._section["queries"].to(device, copy=True), self._table["query_scale"])
         sequences = self._sequences({each: self._of_pool(each)["numbers"].numpy() for each in which})
         for sequence in sequences:
-            store.incref(sequence)
-        sinks = self._table["sink_pages"] * store.plain.page_size
+            pools.incref(sequence)
+        sinks = self._table["sink_pages"] * pools.plain.page_size
         shards, window = self._table["num_shards"], self._table["recent_window"]
-        writer = SequenceWriter(store, shards, window, sinks, layer.store.shard_of())
+        writer = SequenceWriter(pools, shards, window, sinks, layer.store.shard_of())
         part.assign_shards(writer, layer.store.shard_map)
         table = PageTable.from_rows(writer, [sequences[number] for number in self.rows.tolist()])
         if part.page_router is not None:
-            store.keep_bounds()
+            pools.keep_bounds()
         if part.scheduler is not None:
             part.scheduler.prepare(table)
-        for each in pools:
-            restore_companions(*each)
+        for each in restored:
+            restore_bounds_and_usage(*each)
         return table
 
-    def _empty_store(self, device: torch.device, tiers: LayerTiers | None = None) -> LayerPools:
-        """Return a store with pools of no pages and the saved codecs."""
+    def _empty_pools(self, device: torch.device, tiers: LayerTiers | None = None) -> LayerPools:
+        """Return pools of no pages, with the saved codecs."""
         table, size = self._table, self.config.page_size
         plain = PlainPool(table["page_heads"], table["key_dim"], table["value_dim"], size, self.dtype, device)
-        store = LayerPools(plain, self.config, tiers)
+        pools = LayerPools(plain, self.config, tiers)
         codecs = [self._codec(number, codec, device) for number, codec in enumerate(self._codecs)]
-        for encoder, known in zip(store.encoders.in_use, self._encoders, strict=False):
+        for encoder, known in zip(pools.encoders.in_use, self._encoders, strict=False):
             encoder.codecs.update({name: codecs[number] for name, number in known.items()})
         for pool in self._pools:
             if PoolId.parse(pool["name"]) != PLAIN:
-                made = store.packed_pool(codecs[pool["key_codec"]], codecs[pool["value_codec"]])
+                made = pools.packed_pool(codecs[pool["key_codec"]], codecs[pool["value_codec"]])
                 require(made.id.name == pool["name"], f"pool {pool['name']!r} has the codecs of {made.id.name!r}")
-        return store
+        return pools
 
     def _codec(self, number: int, saved: dict[str, Any], device: torch.device) -> Codec:
         basis = None

@@ -23,38 +23,38 @@ from .tensor_writer import Group
 
 def describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dict[str, Any], list[Group]]:
     """Return what is written of a part's table, with names of tensors that begin with `prefix`."""
-    store, writer = table.pools, table.writer
-    used = {which: table.distinct_pages(which) for which in store.by_id()}
+    pools, writer = table.pools, table.writer
+    used = {which: table.distinct_pages(which) for which in pools.by_id()}
     used = {which: ids for which, ids in used.items() if len(ids) or which == PLAIN}
-    codecs = _Codecs(store, [store.packed[which] for which in used if which != PLAIN])
-    pools, groups = [], codecs.bases(prefix)
+    codecs = _Codecs(pools, [pools.packed[which] for which in used if which != PLAIN])
+    descriptions, groups = [], codecs.bases(prefix)
     for which, ids in used.items():
-        pool = store.by_id()[which]
+        pool = pools.by_id()[which]
         description, group = describe_pool(pool_prefix(prefix, which.name), pool, ids)
         keys, values = codecs.of_pool(pool) if isinstance(pool, PackedPool) else (None, None)
-        pools.append(described(POOL, name=which.name, key_codec=keys, value_codec=values, **description))
+        descriptions.append(described(POOL, name=which.name, key_codec=keys, value_codec=values, **description))
         groups.append(group)
     tensors = _sequences(table, used)
-    if store.encoders.queries is not None:
-        tensors["queries"] = store.encoders.queries
+    if pools.encoders.queries is not None:
+        tensors["queries"] = pools.encoders.queries
     assert set(tensors) <= set(TABLE_TENSORS)
     groups += [Group.of({f"{prefix}.{name}": tensor}) for name, tensor in tensors.items()]
     description = described(
         TABLE,
         heads=layer.heads,
-        page_heads=store.plain.keys.shape[0],
-        key_dim=store.plain.keys.shape[-1],
-        value_dim=store.plain.values.shape[-1],
+        page_heads=pools.plain.keys.shape[0],
+        key_dim=pools.plain.keys.shape[-1],
+        value_dim=pools.plain.values.shape[-1],
         dtype=str(layer.store.dtype).removeprefix("torch."),
-        config=store.config.to_dict(),
+        config=pools.config.to_dict(),
         num_shards=writer.num_shards,
         recent_window=writer.recent_window,
         sink_pages=writer.sink_pages,
         codecs=codecs.descriptions,
         encoders=codecs.encoders,
-        pools=pools,
-        has_queries=store.encoders.queries is not None,
-        query_scale=float(store.encoders.query_scale),
+        pools=descriptions,
+        has_queries=pools.encoders.queries is not None,
+        query_scale=float(pools.encoders.query_scale),
     )
     return description, groups
 
@@ -101,10 +101,10 @@ def _renumbering(used: PageIds) -> PageIds:
 class _Codecs:
     """The codecs of a part, by number: pools and the encoders of the next pages share them."""
 
-    def __init__(self, store: LayerPools, pools: list[PackedPool]) -> None:
-        encoders = [dict(encoder.codecs) for encoder in store.encoders.in_use]
+    def __init__(self, pools: LayerPools, used: list[PackedPool]) -> None:
+        encoders = [dict(encoder.codecs) for encoder in pools.encoders.in_use]
         every = [codec for codecs in encoders for codec in codecs.values()]
-        every += [codec for pool in pools for codec in (pool.key_codec, pool.value_codec)]
+        every += [codec for pool in used for codec in (pool.key_codec, pool.value_codec)]
         self._codecs = list({id(codec): codec for codec in every}.values())
         numbered = [{name: self._number(codec) for name, codec in codecs.items()} for codecs in encoders]
         self.encoders = described(ENCODERS, **dict(zip(ENCODERS, numbered, strict=True))) if numbered else None
