@@ -148,7 +148,7 @@ def test_links_resolve(page: Path) -> None:
         assert not anchor or anchor in anchors(found), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "AGENTS.md"], ids=name)
 def test_paths_exist(page: Path) -> None:
     for code in _CODE.findall(prose(page)):
         if _PATH.fullmatch(code) and code not in MADE_BY_COMMANDS:

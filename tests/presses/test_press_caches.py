@@ -106,11 +106,37 @@ def test_presses_whose_rows_share_something_pass_over_padding(name: str) -> None
     alone, together = attached(model), attached(model)
     read(model, alone, row, PRESSES[name](compression_ratio=0.5))
     read(model, together, ids, PRESSES[name](compression_ratio=0.5), mask)
-    for mine, single in zip(held_by(together), held_by(alone), strict=True):
+    kept = held_by(alone)
+    for mine, single in zip(held_by(together), kept, strict=True):
         assert torch.equal(mine[..., 30:], single)
+    pairs = zip(together.layers, alone.layers, strict=True)
+    # A low-rank basis has no codes.
+    flipped = 0 if name == "lora" else sum(count_of_other_codes(mine, single) for mine, single in pairs)
+    # The two runs' K/V differ in the last bits, so that a number half-way between two codes may be rounded either way.
+    assert flipped <= 3
     with torch.no_grad():
         expected = model(ids_of(4), past_key_values=alone).logits
-    torch.testing.assert_close(ask_rows(model, together, ids_of(4), mask), expected, atol=1e-4, rtol=0)
+        exact = model(ids_of(4), past_key_values=unrounded(model, row, kept)).logits
+    # One number by a whole step, a twentieth of what rounding all of some 17,000 numbers does: 2 max / (rms sqrt(n)).
+    atol = 1e-4 + 0.05 * flipped * float((expected - exact).abs().max())
+    torch.testing.assert_close(ask_rows(model, together, ids_of(4), mask), expected, atol=atol, rtol=0)
+
+
+def count_of_other_codes(padded_layer: Any, layer: Any) -> int:
+    """Return how many numbers of a layer's K/V differ by more than rounding errors of float32, padding left out."""
+    pairs = ((padded_layer.keys, layer.keys), (padded_layer.values, layer.values))
+    return sum(int(((mine[:, :, 30:] - single).abs() > 1e-5).sum()) for mine, single in pairs)
+
+
+def unrounded(model: Any, row: torch.Tensor, kept: list[torch.Tensor]) -> PiKVCache:
+    """Return a cache that keeps these tokens of a row as the model made them."""
+    cache = attached(model)
+    with torch.no_grad():
+        model(row, past_key_values=cache)
+    for layer, mask in zip(cache.layers, kept, strict=True):
+        layer.settle()
+        layer.keep(mask)
+    return cache
 
 
 def test_tokens_that_cannot_be_hidden_are_not_evicted() -> None:
