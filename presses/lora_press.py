@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, fit_basis
+from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, fit_basis, is_lowrank
 from pikv_hf.config import PiKVConfig
 from pikv_hf.presses.base_press import LayerView, ObservingPress
 
@@ -71,7 +71,7 @@ class LoRAPress(ObservingPress):
         """Set the layer's codec, or project its tokens."""
         if view.is_paged:
             config = view.layer.config
-            if not config.key_codec.startswith("lowrank"):
+            if not is_lowrank(config.key_codec):
                 far = self.far_tokens(view, config.recent_window, config.sink_tokens)
                 rank = self.rank_for(view, far, exact_tokens(config, self.tokens_seen(view)), config.page_size)
                 bases = [

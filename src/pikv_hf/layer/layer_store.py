@@ -181,7 +181,7 @@ class LayerStore:
         if divides and self.shard_map is not None and self.table is not None:
             shards = self.shard_of()(every, experts.to(torch.int16)).cpu().numpy()
             # Rows that have been the same so far may go on to be.
-            rows = len({id(row) for row in self.table.rows}) / len(self.table.rows)
+            rows = len(self.table.sequences()) / len(self.table.rows)
             self.shard_map.plan(np.bincount(shards, minlength=self.shard_map.num_shards) * rows)
 
     def _balance(self) -> None:

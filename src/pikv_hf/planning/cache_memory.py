@@ -10,7 +10,7 @@ import math
 import numpy as np
 import torch
 
-from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec
+from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec, is_lowrank
 from pikv_hf.common.budget import Budget
 from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
@@ -209,7 +209,7 @@ def packed_page_bytes(layer: LayerShape, options: PiKVConfig, dtype: str) -> int
         (options.key_codec, layer.key_dim, KV.KEYS),
         (options.value_codec, layer.value_dim, KV.VALUES),
     ):
-        rank = min(dim, options.rank or max(1, dim // 4)) if "lowrank" in name else 0
+        rank = min(dim, options.rank or max(1, dim // 4)) if is_lowrank(name) else 0
         # What "auto" will choose is not known before: it is counted as the int4 that it mostly chose.
         codec = Codec("int4" if name == "auto" else name, which, rank)
         codes = codec.empty(layer.kv_heads, options.page_size, dim, getattr(torch, dtype), torch.device("meta"))
@@ -232,7 +232,7 @@ def _packs(options: PiKVConfig, layer: LayerShape, counts: PageCounts) -> bool:
         return False
     lowrank = [
         dim for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim))
-        if "lowrank" in name
+        if is_lowrank(name)
     ]  # fmt: skip
     return all(counts.full * options.page_size >= FIT_TOKENS_PER_DIM * dim for dim in lowrank)
 
@@ -253,7 +253,7 @@ def _metadata(
         queries = contents.batch * (layer.query_heads // layer.kv_heads) * seen
         total += layer.kv_heads * min(MAX_OBSERVED, queries) * layer.key_dim * element
         for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim)):
-            if "lowrank" in name:
+            if is_lowrank(name):
                 total += layer.kv_heads * dim * min(dim, options.rank or max(1, dim // 4)) * element
     return total
 
