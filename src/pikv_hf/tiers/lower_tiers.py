@@ -1,18 +1,18 @@
 """What a pool keeps below fast memory: rows of the host's memory, and files."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
 
 from ..pages.types import PageIds
-from .file_records import HEADER_BYTES, RECORD_HEADER_BYTES, PageFileError, Records, read_all
+from .file_records import HEADER_BYTES, RECORD_HEADER_BYTES, Records, read_all
 from .host_memory import HostMemory
 from .page_file import PageFile
-from .read_ahead import Reading
+from .read_ahead import Prefetched, Read
 from .record_layout import RecordLayout
 from .tier_limits import LayerTiers, TierFull
-from .transfers import Arriving, Transfers
+from .transfers import Transfers
 
 #: At most so much is read ahead of need for one pool.
 PREFETCH_BYTES = 16 << 20
@@ -33,6 +33,11 @@ class LowerTiers:
         Of the pool.
     device : torch.device
         Where attention runs.
+
+    Attributes
+    ----------
+    prefetched : Prefetched
+        The pages that were asked for ahead of need.
     """
 
     def __init__(self, layout: RecordLayout, tiers: LayerTiers, name: str, device: torch.device) -> None:
@@ -44,8 +49,7 @@ class LowerTiers:
         self._rows = HostMemory(layout.nbytes, tiers, self._transfers) if "cpu" in below else None
         self._files: dict[int, PageFile] = {}
         self._file_of: dict[int, PageFile] = {}
-        # Pages that were asked for ahead of need: where they arrive, and as which record there.
-        self._coming: dict[int, tuple[Reading | Arriving, int]] = {}
+        self.prefetched = Prefetched(tiers.counters)
 
     # What is where
 
@@ -68,9 +72,8 @@ class LowerTiers:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory of the host, with what is being read ahead."""
-        readings = {id(part): part for part, _ in self._coming.values() if isinstance(part, Reading)}
         rows = [] if self._rows is None else self._rows.tensors()
-        return [*rows, *(tensor for reading in readings.values() for tensor in reading.tensors())]
+        return [*rows, *self.prefetched.tensors()]
 
     # Downwards
 
@@ -162,45 +165,34 @@ class LowerTiers:
             If a file does not have what was written to it.
         """
         with self._tiers.counters.stall():
-            left = ids.tolist()
-            pieces, order = self._arrived(left)
-            if self._rows is not None and (rows := [page for page in left if page in self._rows]):
-                pieces.append(self._transfers.to_device([self._rows.row(page) for page in rows]).get())
-                order += rows
-                for page in rows:
-                    self._rows.touch(page)
-                left = [page for page in left if page not in self._rows]
-                self._moved("cpu", self._tiers.fast, len(rows))
-            if left:
-                parts = self._located(left)
-                buffer = self._transfers.host(len(left), parts[0].record_bytes)
-                read_all(parts, buffer.numpy())
-                pieces.append(self._transfers.to_device([buffer]).get()[:, RECORD_HEADER_BYTES:])
-                order += [int(page) for part in parts for page in part.pages]
-                self._moved("disk", self._tiers.fast, len(left))
+            left: list[int] = ids.tolist()
+            order: list[int] = []
+            pieces: list[torch.Tensor] = []
+            for read in (self.prefetched.take, self._read_rows, self._read_files):
+                for tier, pages, records in read(left):
+                    pieces.append(records)
+                    order += pages
+                    self._moved(tier, self._tiers.fast, len(pages))
+                found = set(order)
+                left = [page for page in left if page not in found]
             return np.array(order, dtype=np.int64), torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
-    def _arrived(self, left: list[int]) -> tuple[list[torch.Tensor], list[int]]:
-        """Take pages that were asked for ahead of need off `left`, and return their records and numbers."""
-        pieces, order = [], []
-        found = {page: self._coming.pop(page) for page in left if page in self._coming}
-        for part in {id(part): part for part, _ in found.values()}.values():
-            mine = [page for page, (own, _) in found.items() if own is part]
-            places = [found[page][1] for page in mine]
-            try:
-                records = part.get()
-            except (PageFileError, RuntimeError, OSError):
-                # Whether it is a lasting one shows when the pages are read again, now.
-                self._tiers.counters.wasted += len(mine)
-                continue
-            if places != list(range(len(records))):
-                records = records.index_select(0, torch.tensor(places, device=records.device))
-            pieces.append(records)
-            order += mine
-            self._tiers.counters.used += len(mine)
-            self._moved("disk" if isinstance(part, Reading) else "cpu", self._tiers.fast, len(mine))
-        left[:] = [page for page in left if page not in set(order)]
-        return pieces, order
+    def _read_rows(self, wanted: list[int]) -> Iterator[Read]:
+        """Yield those pages that the host's memory has."""
+        if self._rows is not None and (pages := [page for page in wanted if page in self._rows]):
+            records = self._transfers.to_device([self._rows.row(page) for page in pages]).get()
+            for page in pages:
+                self._rows.touch(page)
+            yield "cpu", pages, records
+
+    def _read_files(self, wanted: list[int]) -> Iterator[Read]:
+        """Yield pages that are in files."""
+        if wanted:
+            parts = self._located(wanted)
+            buffer = self._transfers.host(len(wanted), parts[0].record_bytes)
+            read_all(parts, buffer.numpy())
+            pages = [int(page) for part in parts for page in part.pages]
+            yield "disk", pages, self._transfers.to_device([buffer]).get()[:, RECORD_HEADER_BYTES:]
 
     def _located(self, pages: list[int]) -> list[Records]:
         by_file: dict[int, list[int]] = {}
@@ -212,25 +204,16 @@ class LowerTiers:
 
     def prefetch(self, ids: PageIds) -> None:
         """Begin to read pages that will be wanted soon; what is too much is left out."""
-        most = PREFETCH_BYTES // self.layout.nbytes - len(self._coming)
-        pages = [page for page in ids.tolist() if page not in self._coming][: max(0, most)]
+        most = PREFETCH_BYTES // self.layout.nbytes - len(self.prefetched)
+        pages = [page for page in ids.tolist() if page not in self.prefetched][: max(0, most)]
         rows = [page for page in pages if self._rows is not None and page in self._rows]
         if rows and self._rows is not None and self._transfers.is_asynchronous:
-            self._expect(rows, self._transfers.to_device([self._rows.row(page) for page in rows]))
+            self.prefetched.expect("cpu", rows, self._transfers.to_device([self._rows.row(page) for page in rows]))
         files = [page for page in pages if page not in set(rows) and page in self._file_of]
         if files:
             parts = self._located(files)
             reading = self._tiers.tiers.read_ahead.begin(parts, self._transfers)
-            self._expect([int(page) for part in parts for page in part.pages], reading)
-
-    def _expect(self, pages: list[int], part: Reading | Arriving) -> None:
-        self._coming.update({page: (part, place) for place, page in enumerate(pages)})
-        self._tiers.counters.issued += len(pages)
-
-    def forget_prefetched(self) -> None:
-        """Give up what was asked for ahead of need and never wanted."""
-        self._tiers.counters.wasted += len(self._coming)
-        self._coming = {}
+            self.prefetched.expect("disk", [int(page) for part in parts for page in part.pages], reading)
 
     # Pages that are gone
 
@@ -239,9 +222,7 @@ class LowerTiers:
         gone = list(pages)
         if self._rows is not None:
             self._rows.drop(gone)
-        for page in gone:
-            if self._coming.pop(page, None) is not None:
-                self._tiers.counters.wasted += 1
+        self.prefetched.forget(gone)
         self.forget_records(gone)
 
     def forget_records(self, pages: Iterable[int]) -> None:

@@ -1,12 +1,17 @@
-"""Reading pages from files ahead of need, on a thread of its own."""
+"""Pages read ahead of need: the thread that reads files, and what is on its way to the device."""
 
 import weakref
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
 from .file_records import RECORD_HEADER_BYTES, Records, read_all
+from .tier_counters import TierCounters
 from .transfers import Arriving, Transfers
+
+#: Pages that were read: the tier they come from, their numbers, and their records `(n, R)` on the device.
+Read = tuple[str, list[int], torch.Tensor]
 
 
 class Reading:
@@ -57,3 +62,60 @@ class ReadAhead:
         """Let all that has been read go on to the device, beside the computation."""
         for reading in list(self._readings):
             reading.forward()
+
+
+class Prefetched:
+    """Pages of a pool that were asked for ahead of need, on their way to the device.
+
+    Parameters
+    ----------
+    counters : TierCounters
+        Count what was asked for, used and wasted.
+    """
+
+    def __init__(self, counters: TierCounters) -> None:
+        self._counters = counters
+        # From which tier each page comes, where it arrives, and as which record there.
+        self._coming: dict[int, tuple[str, Reading | Arriving, int]] = {}
+
+    def __contains__(self, page: int) -> bool:
+        return page in self._coming
+
+    def __len__(self) -> int:
+        return len(self._coming)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the tensors that hold memory of the host."""
+        readings = {id(part): part for _, part, _ in self._coming.values() if isinstance(part, Reading)}
+        return [tensor for reading in readings.values() for tensor in reading.tensors()]
+
+    def expect(self, tier: str, pages: list[int], part: Reading | Arriving) -> None:
+        """Have pages come from a tier, as records of a part in this order."""
+        self._coming.update({page: (tier, part, place) for place, page in enumerate(pages)})
+        self._counters.issued += len(pages)
+
+    def take(self, wanted: Iterable[int]) -> Iterator[Read]:
+        """Yield those wanted pages that come; they count as used.
+
+        Pages that could not be read are left out: whether the error lasts shows when they are read again.
+        """
+        found = {page: self._coming.pop(page) for page in wanted if page in self._coming}
+        for tier, part in {id(part): (tier, part) for tier, part, _ in found.values()}.values():
+            mine = [page for page, (_, own, _) in found.items() if own is part]
+            places = [found[page][2] for page in mine]
+            try:
+                records = part.get()
+            except (RuntimeError, OSError):
+                self._counters.wasted += len(mine)
+                continue
+            if places != list(range(len(records))):
+                records = records.index_select(0, torch.tensor(places, device=records.device))
+            self._counters.used += len(mine)
+            yield tier, mine, records
+
+    def forget(self, pages: Iterable[int] | None = None) -> None:
+        """Give up pages, by default all; they count as wasted."""
+        gone = list(self._coming) if pages is None else [page for page in pages if page in self._coming]
+        for page in gone:
+            del self._coming[page]
+        self._counters.wasted += len(gone)

@@ -200,7 +200,7 @@ class TieredPool(PackedPool):
             order, records = self.lower.load(missing)
             self._install(order, self.lower.layout.unpack(records), keep=ids)
             self.tiers.counters.promoted += len(missing)
-        self.lower.forget_prefetched()
+        self.lower.prefetched.forget()
 
     def frame_counts(self) -> torch.Tensor:
         """Return the tokens in each frame, `(F,)` int32."""
