@@ -39,14 +39,15 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     def checked(self: PiKVLayer, *args: Any, **kwargs: Any) -> Any:
         result = update(self, *args, **kwargs)
-        if self.tiers is not None:
-            pools = self.tiers.pools
+        tiers = self.parts[0].tiers
+        if tiers is not None:
+            pools = tiers.pools
             fast = live_bytes(tensor for pool in pools for tensor in pool.token_tensors())
-            limit = self.tiers.limit(self.tiers.fast)
+            limit = tiers.limit(tiers.fast)
             assert limit is None or fast <= limit
-            if "cpu" in self.tiers.names[1:]:
+            if "cpu" in tiers.names[1:]:
                 lower = live_bytes(tensor for pool in pools for tensor in pool.lower.tensors())
-                assert lower <= self.tiers.limit("cpu")
+                assert lower <= tiers.limit("cpu")
             seen.extend([] if limit is None else [fast])
         return result
 
