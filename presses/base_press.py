@@ -166,7 +166,7 @@ class ObservingPress(ScorerPress):
         """Return how many real tokens each row has had, evicted ones included."""
         layer = view.layer
         if isinstance(layer, PiKVLayer):
-            return [view.held.shape[-1] - padding for padding in layer.padding()]
+            return [view.held.shape[-1] - padding for padding in layer.store.padding()]
         return view.held.any(dim=1).sum(dim=-1).tolist()
 
     def guarded(self, scores: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
@@ -232,7 +232,7 @@ class ObservingPress(ScorerPress):
         layer = cache.layers[module.layer_idx]
         if not self.removes or getattr(layer, "is_sliding", False) or getattr(module, "sliding_window", None):
             if isinstance(layer, PiKVLayer):
-                layer.end_press()
+                layer.edits.end_press()
             return output
         if isinstance(cache, QuantizedCache | StaticCache):
             raise ValueError(
@@ -247,7 +247,7 @@ class ObservingPress(ScorerPress):
     def done(self, view: LayerView) -> None:
         """Let a layer that has waited for the press go on."""
         if view.is_paged:
-            view.layer.end_press()
+            view.layer.edits.end_press()
 
     @contextmanager
     def __call__(self, model: Any) -> Generator[None, None, None]:
@@ -286,14 +286,14 @@ def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if isinstance(cache, PiKVCache) and hidden.shape[1] > 1:
         layer = cache.layers[module.layer_idx]
         if isinstance(layer, PiKVLayer):
-            layer.begin_press()
+            layer.edits.begin_press()
 
 
 def view_of(module: nn.Module, layer: Any, kwargs: dict[str, Any], new: int) -> LayerView:
     """Return a layer as presses see it, after a call of `new` tokens per row."""
     keys, values = layer.keys, layer.values
     if isinstance(layer, PiKVLayer):
-        return LayerView(module, layer, keys, values, layer.stored_mask(), any(layer.padding()))
+        return LayerView(module, layer, keys, values, layer.stored_mask(), any(layer.store.padding()))
     held = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
     valid = new_tokens_valid(kwargs.get("attention_mask"), new)
     if valid is not None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.press_eviction import packed_pages
 from pikv_hf.presses.base_press import LayerView
 
 
@@ -74,7 +75,7 @@ class Earlier:
 
 def _pages_of(view: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if isinstance(view.layer, PiKVLayer) and view.is_paged:
-        return view.layer.packed_pages()
+        return packed_pages(view.layer.store)
     empty = torch.zeros(0, dtype=torch.int64, device=view.held.device)
     return empty, empty.new_zeros((0, 1, 1)), empty
 

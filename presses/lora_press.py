@@ -78,7 +78,7 @@ class LoRAPress(ObservingPress):
                     basis_of(part, far, rank) if enough_for_basis(far, part.shape[-1]) else None
                     for part in (view.keys, view.values)
                 ]
-                view.layer.recode(*bases, key_codec="lowrank", value_codec="lowrank", rank=rank)
+                view.layer.store.recode(*bases, key_codec="lowrank", value_codec="lowrank", rank=rank)
             return
         logger.warning_once(  # type: ignore[attr-defined]
             f"LoRAPress: {type(view.layer).__name__} stores every channel, so that the projection saves no byte; "

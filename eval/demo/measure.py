@@ -14,6 +14,7 @@ from pikv_hf.common.tensors import live_bytes
 from pikv_hf.eval.demo.caches import CacheKind
 from pikv_hf.eval.demo.task import DemoTask, Prompt
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.layer_reads import storages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,9 +140,9 @@ def total_bytes(caches: Sequence[Any]) -> int:
     layers = [layer for cache in caches for layer in cache.layers]
     paged = [layer for layer in layers if isinstance(layer, PiKVLayer)]
     others = [layer for layer in layers if not isinstance(layer, PiKVLayer) and layer.is_initialized]
-    tensors = [tensor for layer in paged for tensor in layer.storages()]
+    tensors = [tensor for layer in paged for tensor in storages(layer.store)]
     tensors += [tensor for layer in others for tensor in (layer.keys, layer.values)]
-    tables = [table for layer in paged for table in layer.tables()]
+    tables = [table for layer in paged for table in layer.store.tables()]
     stores = {id(table.pools): table.pools for table in tables}
     host = sum(pages.host_bytes for pages in stores.values()) + sum(table.host_bytes for table in tables)
     return live_bytes(tensors) + host

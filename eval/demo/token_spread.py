@@ -49,7 +49,7 @@ def _expert_tokens(layer: PiKVLayer) -> tuple[int, ...]:
     if not layer.has_expert_router or layer.attachment is None or layer.table is None:
         return ()
     counts = np.zeros(layer.attachment.expert_routers[layer.layer_idx].num_experts, dtype=np.int64)
-    for table in layer.tables():
+    for table in layer.store.tables():
         pool, held = table.plain, table.distinct_pages()
         if not table.writer.reads_window:
             held = held[pool.shard[held] >= 0]

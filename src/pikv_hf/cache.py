@@ -13,7 +13,7 @@ from .distributed.device_layout import Devices, PartLayout, attention_device, fi
 from .integration.attachment import Attachment, check_supported, ensure_attached
 from .layer.input_checks import check_fits
 from .layer.layer import PiKVLayer
-from .layer.layer_cropping import cropped_length
+from .layer.layer_cropping import column_of, cropped_length
 from .layer.layer_part import make_parts
 from .layer.sliding_layer import copy_sliding, kv_format, trim_to_window
 from .reports.cache_stats import CacheStats
@@ -163,7 +163,7 @@ class PiKVCache(Cache):
         """
         if layer_idx is not None:
             if layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], PiKVLayer):
-                layer.request_snapshot()
+                layer.edits.request_snapshot()
             return super().get_seq_length(layer_idx)
         return next((x.state.positions_seen for x in self.layers if isinstance(x, PiKVLayer)), super().get_seq_length())
 
@@ -187,7 +187,7 @@ class PiKVCache(Cache):
             return
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.column_of(length)
+                column_of(layer.store, length)
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window:
                 raise ValueError(
@@ -196,7 +196,7 @@ class PiKVCache(Cache):
                 )
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.truncate(layer.column_of(length))
+                layer.truncate(column_of(layer.store, length))
             else:
                 layer.crop(length - layer.get_seq_length())
 
@@ -234,7 +234,7 @@ class PiKVCache(Cache):
             raise IndexError(f"row {bad[0]} is out of range for a cache of {rows} rows")
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.select(indices)
+                layer.edits.select(indices)
             elif layer.is_initialized:
                 layer.batch_select_indices(tensor.to(layer.keys.device))
 
@@ -339,7 +339,7 @@ class PiKVCache(Cache):
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
-                layer.settle_unless_awaited()
+                layer.edits.settle_unless_awaited()
         layers = tuple(part for index, layer in enumerate(self.layers) for part in layer_memory(index, layer))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 

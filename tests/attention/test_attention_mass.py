@@ -60,8 +60,8 @@ def test_a_decoding_step_credits_pages_with_their_softmax(case: str) -> None:
     attend(layer, query, scale=SCALE)
     expected = shares_of(layer, by_kv_head(weights(layer, query)))
     assert_close(gained(before, recorded(layer)), expected)
-    rows = len(layer.table.rows) / layer.lanes
-    assert sum(expected.values()) == pytest.approx(rows * layer.lanes)
+    rows = len(layer.table.rows) / layer.store.lanes
+    assert sum(expected.values()) == pytest.approx(rows * layer.store.lanes)
 
 
 @pytest.mark.parametrize("case", ["runs", "padding", "packed", "shared rows", "lanes", "a policy of lanes"])
@@ -86,7 +86,7 @@ def test_a_chunk_credits_pages_with_the_mean_over_its_queries(case: str, new: in
     if case != "shared rows":
         # A page that rows no longer share is copied with all that it ever took.
         everything = sum(recorded(layer).values()) - sum(before.values())
-        expected = float((mean[:, :, :-new].sum() + newest.sum()) / HEADS * layer.lanes)
+        expected = float((mean[:, :, :-new].sum() + newest.sum()) / HEADS * layer.store.lanes)
         assert everything == pytest.approx(expected, abs=1e-4)
 
 

@@ -16,6 +16,7 @@ from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench.decode import filled_pikv, geometry_model
 from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.layer_reads import storages
 from pikv_hf.pages.packed_pool import PackedPool
 from pikv_hf.pages.pool_id import PoolId
 
@@ -45,7 +46,7 @@ def test_bytes_with_everything_counted(codec: str, most: float) -> None:
     assert packed > 0.9 * 8192
     share = (cache.nbytes - plain) / (packed * 2 * 4 * 128 * 2)
     assert 0.9 * most < share <= most
-    assert cache.nbytes == sum(live_bytes([t]) for t in layer.storages()) + (
+    assert cache.nbytes == sum(live_bytes([t]) for t in storages(layer.store)) + (
         layer.table.pools.host_bytes + layer.table.host_bytes
     )
 
@@ -332,7 +333,7 @@ def test_pages_packed_after_an_eviction_have_the_basis_of_those_before(codec: st
         for each in (cache, exact):
             model(**prompts(1, 300), past_key_values=each)
         layer.settle()
-        kept = torch.ones((1, layer.heads, 300), dtype=torch.bool)
+        kept = torch.ones((1, layer.store.heads, 300), dtype=torch.bool)
         kept[:, :, 50:100] = False
         layer.keep(kept)
         held = layer.keys.clone()

@@ -163,7 +163,7 @@ def coded(devices: int, codecs: tuple[str, str], **options: Any) -> tuple[torch.
     cache = spread(model, devices, key_codec=codecs[0], value_codec=codecs[1], rank=8, **options)
     logits = next_logits(model, read(model, cache, ids_of(300)), 300, steps=12)
     assert_spread(cache)
-    tables = [table for layer in cache.layers for table in layer.tables()]
+    tables = [table for layer in cache.layers for table in layer.store.tables()]
     assert any(pool.allocator.refcount.any() for table in tables for pool in table.pools.packed.values())
     return logits, cache
 

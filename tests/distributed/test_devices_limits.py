@@ -65,7 +65,7 @@ def check(cache: PiKVCache) -> None:
 def shard_tokens(layer: PiKVLayer) -> np.ndarray:
     """Return the tokens that each sequence holds in each shard, wherever that is, means over KV heads, `(B, S)`."""
     held = np.zeros((len(layer.table.rows), layer.table.num_shards))
-    for table in layer.tables():
+    for table in layer.store.tables():
         for name, pool in table.pools.by_id().items():
             for row, sequence in enumerate(table.rows):
                 pages = sequence.pages(name)

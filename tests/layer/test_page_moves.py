@@ -206,7 +206,7 @@ def test_what_moves_stays_what_it_was(codec: str, batch: int) -> None:
     # Bit by bit: sums over pages in another order alone change the last digits.
     assert all(torch.equal(new, old) for new, old in zip(layer.dense(), dense, strict=True))
     torch.testing.assert_close(reader.output(), before, atol=1e-5, rtol=1e-5)
-    for table in layer.tables():
+    for table in layer.store.tables():
         for name, pool in table.pools.by_id().items():
             pages = [sequence.pages(name) for sequence in {id(row): row for row in table.rows}.values()]
             expected = np.bincount(np.concatenate(pages), minlength=pool.capacity)

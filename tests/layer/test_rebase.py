@@ -60,7 +60,7 @@ def bytes_in_use(cache: PiKVCache) -> int:
 
 def random_keep(cache: PiKVCache, share: float = 0.5, seed: int = 2) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (cache.layers[0].batch, cache.layers[0].heads, cache.layers[0].seen)
+    shape = (cache.layers[0].batch, cache.layers[0].store.heads, cache.layers[0].seen)
     return [torch.rand(shape, generator=generator) < share for _ in cache.layers]
 
 
@@ -127,7 +127,7 @@ def test_widths_are_what_was_asked_for(model: Any) -> None:
     cache = filled(model)
     layer = cache.layers[0]
     keys, values = (part.clone() for part in layer.dense())
-    widths = torch.tensor([0, 2, 4, 8, 16], dtype=torch.uint8).repeat(13)[:61].expand(1, layer.heads, 61).clone()
+    widths = torch.tensor([0, 2, 4, 8, 16], dtype=torch.uint8).repeat(13)[:61].expand(1, layer.store.heads, 61).clone()
     widths[:, 1] = widths[:, 1].flip(-1)
     layer.keep(widths)
     by_codec = {entry.codec: entry.tokens for entry in cache.memory_report().layers[0].codecs if entry.tokens}

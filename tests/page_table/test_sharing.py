@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.common.tensors import live_bytes
+from pikv_hf.layer.layer_reads import storages
 from pikv_hf.reports.memory_report import format_bytes
 
 PREFIX = 4096
@@ -70,7 +71,7 @@ def test_forks_share_until_they_write(model: Any) -> None:
         model(**prefix(), past_key_values=cache)
     before = cache.nbytes
     forks = [cache.fork() for _ in range(10)]
-    assert live_bytes(t for fork in forks for layer in fork.layers for t in layer.storages()) <= before
+    assert live_bytes(t for fork in forks for layer in fork.layers for t in storages(layer.store)) <= before
     with torch.no_grad():
         for fork in forks:
             model(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=fork)
@@ -120,7 +121,7 @@ def test_memory_report_adds_up(model: Any) -> None:
     assert cache.nbytes == 0
     model.generate(**prefix(), past_key_values=cache, max_new_tokens=50, do_sample=False)
     report = cache.memory_report()
-    tensors = [t for layer in cache.layers for t in layer.storages()]
+    tensors = [t for layer in cache.layers for t in storages(layer.store)]
     host = sum(layer.table.plain.host_bytes + layer.table.host_bytes for layer in cache.layers)
     assert report.total == cache.nbytes == live_bytes(tensors) + host
     assert report.total == report.keys + report.values + report.metadata

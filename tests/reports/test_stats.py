@@ -26,8 +26,8 @@ def test_pages_read_and_held(batch: int) -> None:
             for layer in cache.layers:
                 for row in layer.table.rows:
                     full, always = len(row.full), len(row.unfilled())
-                    held += (full + always) * layer.heads
-                    read += (min(full, 3) + always) * layer.heads
+                    held += (full + always) * layer.store.heads
+                    read += (min(full, 3) + always) * layer.store.heads
                 steps += 1
     stats = cache.stats()
     assert (stats.routed_steps, stats.pages_held, stats.pages_read) == (steps, held, read)

@@ -81,7 +81,7 @@ def test_a_budget_holds_in_padded_batches(budget: Any) -> None:
         with torch.no_grad():
             model(ids[:, step : step + 1], past_key_values=cache, attention_mask=mask)
         check(cache)
-    assert cache.layers[0].padding() == [0, 49]
+    assert cache.layers[0].store.padding() == [0, 49]
 
 
 @pytest.mark.parametrize("budget", [56, 0.3, "270KB"])

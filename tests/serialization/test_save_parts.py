@@ -38,7 +38,9 @@ def test_several_devices(devices: int, options: dict[str, Any], tmp_path: Path) 
     if "budget" in options:
         assert any(part.scheduler.pages_evicted for layer in cache.layers for part in layer.parts)
     if "tiers" in options:
-        pools = [pool for layer in cache.layers for table in layer.tables() for pool in table.pools.packed.values()]
+        pools = [
+            pool for layer in cache.layers for table in layer.store.tables() for pool in table.pools.packed.values()
+        ]
         assert any(pool.pages_by_tier()["disk"] for pool in pools)
     round_trip(model, cache, tmp_path)
 
@@ -89,9 +91,9 @@ def test_partly_evicted(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in cache.layers:
         layer.settle()
-        shape = 2, layer.heads, layer.seen
+        shape = 2, layer.store.heads, layer.seen
         layer.keep(torch.tensor([0, 2, 4, 8, 16])[torch.randint(0, 5, shape, generator=generator)])
-    assert cache.layers[0].lanes == 2
+    assert cache.layers[0].store.lanes == 2
     round_trip(model, cache, tmp_path)
 
 
@@ -112,7 +114,7 @@ def test_pages_that_a_crop_has_cut(tmp_path: Path) -> None:
             for step in range(30):
                 model(torch.tensor([[5 + step], [6]]), past_key_values=cache)
         cache.crop(length)
-        tables = [table for layer in cache.layers for table in layer.tables()]
+        tables = [table for layer in cache.layers for table in layer.store.tables()]
         found += sum(int((table.plain.count[row.full] < 8).sum()) for table in tables for row in table.rows)
         round_trip(model, cache, tmp_path, steps=8)
     assert found
@@ -126,7 +128,9 @@ def test_balanced_placement_in_one_place(tmp_path: Path) -> None:
     loaded = PiKVCache.load(tmp_path / "cache", model)
     assert_equal_layers(cache.layers[0], loaded.layers[0])
     assert torch.equal(go_on(model, cache), go_on(model, loaded))
-    shards = [[sorted(set(t.plain.shard.tolist())) for t in layer.tables()] for layer in (cache.layers + loaded.layers)]
+    shards = [
+        [sorted(set(t.plain.shard.tolist())) for t in layer.store.tables()] for layer in (cache.layers + loaded.layers)
+    ]
     assert shards[:2] == shards[2:]
     reports = [[layer.shard_tokens for layer in each.memory_report().layers] for each in (cache, loaded)]
     assert reports[0] == reports[1]

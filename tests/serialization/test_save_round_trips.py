@@ -70,7 +70,7 @@ def test_a_padded_batch(codec: str, tmp_path: Path) -> None:
     cache = new_cache(model, **both(codec))
     with torch.no_grad():
         model(**inputs, position_ids=(mask.cumsum(-1) - 1).clamp_min(0), past_key_values=cache)
-    assert cache.layers[0].padding() != [0, 0, 0]
+    assert cache.layers[0].store.padding() != [0, 0, 0]
     round_trip(model, cache, tmp_path, mask)
 
 
@@ -130,14 +130,14 @@ def test_partly_evicted(kind: str, codec: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for layer in cache.layers:
         layer.settle()
-        shape = 2, layer.heads, layer.seen
+        shape = 2, layer.store.heads, layer.seen
         kept = torch.rand(shape, generator=generator) < 0.5
         if kind == "uniform":
             kept = kept[:, :1].expand(shape)
         if kind == "widths":
             kept = torch.tensor([0, 2, 4, 8, 16])[torch.randint(0, 5, shape, generator=generator)]
         layer.keep(kept)
-    assert cache.layers[0].lanes == (1 if kind == "uniform" else 2)
+    assert cache.layers[0].store.lanes == (1 if kind == "uniform" else 2)
     round_trip(model, cache, tmp_path)
 
 
@@ -165,7 +165,7 @@ def test_compressed_by_kvpress(press_name: str, tmp_path: Path) -> None:
 def test_layers_with_codecs_of_their_own(tmp_path: Path) -> None:
     model = shared_model()
     cache = new_cache(model)
-    cache.layers[1].recode(key_codec="lowrank", value_codec="int2", rank=3)
+    cache.layers[1].store.recode(key_codec="lowrank", value_codec="int2", rank=3)
     read(model, cache)
     loaded = round_trip(model, cache, tmp_path)
     codecs = [(layer.config.key_codec, layer.config.value_codec) for layer in loaded.layers]

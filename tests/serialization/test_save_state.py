@@ -110,7 +110,7 @@ def test_tokens_that_wait_are_settled_first(tmp_path: Path) -> None:
 def test_every_plain_attribute_of_a_layer_is_saved_or_known_to_pass(tmp_path: Path) -> None:
     model = shared_model()
     layer = read(model, new_cache(model)).layers[0]
-    known = [*vars(layer).items(), *vars(layer.store).items()]
+    known = [*vars(layer).items(), *vars(layer.store).items(), *vars(layer.edits).items()]
     plain = {name for name, value in known if type(value) in (bool, int, float, str)}
     # What the model, the options or the tensors tell, and what is over with the call.
     assert plain == {"layer_idx", "leads", "has_expert_router", "num_experts", "heads", "awaits_press", "_snapshot_due"}
@@ -173,13 +173,13 @@ def test_tokens_held_by_a_press(tmp_path: Path) -> None:
     cache = new_cache(model)
     with torch.no_grad():
         for layer in cache.layers:
-            layer.begin_press()
+            layer.edits.begin_press()
         model(torch.randint(3, 190, (1, 40)), past_key_values=cache)
     with pytest.raises(ValueError, match="layer 0: 40 of 40 tokens wait for a press"):
         cache.save(tmp_path / "cache")
     assert not list(tmp_path.iterdir())
     for layer in cache.layers:
-        layer.end_press()
+        layer.edits.end_press()
     round_trip(model, cache, tmp_path)
 
 

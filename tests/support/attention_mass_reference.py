@@ -95,8 +95,8 @@ def share_by_head(layer: PiKVLayer, of_tokens: torch.Tensor) -> dict[tuple[int, 
     for row, (name, page) in pages_of(layer):
         pool = layer.table.pools.by_id()[name]
         columns = [int(at) for at in pool.positions[page].tolist() if at >= 0]
-        mine = of_tokens[row // layer.lanes]
-        heads = mine if layer.lanes == 1 else mine[row % layer.lanes][None]
+        mine = of_tokens[row // layer.store.lanes]
+        heads = mine if layer.store.lanes == 1 else mine[row % layer.store.lanes][None]
         found[row, (name, page)] = [float(head[columns].sum()) for head in heads]
     return found
 

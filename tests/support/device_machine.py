@@ -17,6 +17,7 @@ from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import PartLayout, PartLocation
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.layer_reads import storages
 from pikv_hf.pages.pool_id import PLAIN
 from pikv_hf.reports.memory_measure import layer_memory
 
@@ -140,7 +141,7 @@ class DeviceMachine(EvictionMachine):
             return
         self.settle(twin)
         length, old = twin.seen, {name: getattr(twin, name).clone() for name in NAMES}
-        twin.layer.request_snapshot()
+        twin.layer.edits.request_snapshot()
         self.read(twin, new, torch.ones(len(twin.held), new, dtype=torch.bool))
         self.contents_agree()
         twin.layer.truncate(length)
@@ -153,14 +154,14 @@ class DeviceMachine(EvictionMachine):
 
     @rule(which=st.integers(0, 9))
     def assign(self, which: int) -> None:
-        if not any(self.pick(which).layer.padding()):
+        if not any(self.pick(which).layer.store.padding()):
             super().assign(which)
 
     @rule(which=st.integers(0, 9), share=st.floats(0.1, 1))
     def pick_tokens(self, which: int, share: float) -> None:
         """Assign some of the tokens: they are columns 0, 1, ... from then on."""
         twin = self.pick(which)
-        if twin.layer.table is None or not twin.seen or any(twin.layer.padding()) or not bool(twin.held.all()):
+        if twin.layer.table is None or not twin.seen or any(twin.layer.store.padding()) or not bool(twin.held.all()):
             return
         columns = torch.arange(twin.seen)[torch.rand(twin.seen, generator=self.generator) < share]
         if len(columns):
@@ -183,9 +184,9 @@ class DeviceMachine(EvictionMachine):
             if layer.table is None:
                 continue
             stored = layer.seen - (0 if layer.pending is None else layer.pending.tokens)
-            shape = (len(twin.held), layer.lanes, stored)
+            shape = (len(twin.held), layer.store.lanes, stored)
             owners = torch.zeros(shape, dtype=torch.int64)
-            for table in layer.tables():
+            for table in layer.store.tables():
                 assert len(table.rows) == len(layer.table.rows)
                 owners += table.view.stored_mask(stored).view(shape)
             assert torch.equal(owners.expand(-1, HEADS, -1), twin.held[:, :, :stored].long())
@@ -198,7 +199,7 @@ class DeviceMachine(EvictionMachine):
     def rows_are_alike(self, layer: PiKVLayer) -> None:
         """All parts share sequences among their rows alike, and have the same tokens in their windows."""
         alike = []
-        for table in layer.tables():
+        for table in layer.store.tables():
             ids = [id(row) for row in table.rows]
             windows = [table.plain.positions[table.plain.index(np.array(row.window, dtype=int))] for row in table.rows]
             alike.append(([ids.index(each) for each in ids], [sorted(w[w >= 0].tolist()) for w in windows]))
@@ -209,13 +210,13 @@ class DeviceMachine(EvictionMachine):
         held: dict[int, list[np.ndarray]] = {}
         pools: dict[int, Any] = {}
         for twin in getattr(self, "twins", []):
-            for table in twin.layer.tables():
+            for table in twin.layer.store.tables():
                 for name, pool in table.pools.by_id().items():
                     pools[id(pool)] = pool
                     for sequence in {id(s): s for s in table.rows}.values():
                         held.setdefault(id(pool), []).append(sequence.pages(name))
-            if twin.layer.snapshot is not None:
-                for table in twin.layer.snapshot.tables:
+            if twin.layer.edits.snapshot is not None:
+                for table in twin.layer.edits.snapshot.tables:
                     for name, pool in table.pools.by_id().items():
                         for sequence in {id(s): s for s in table.rows}.values():
                             held.setdefault(id(pool), []).append(sequence.pages(name))
@@ -233,13 +234,13 @@ class DeviceMachine(EvictionMachine):
                 continue
             reports = layer_memory(0, layer)
             assert [report.device for report in reports] == [part.location.name for part in layer.parts]
-            for number, (report, table) in enumerate(zip(reports, layer.tables(), strict=True)):
-                live = live_bytes(layer.storages(number))
+            for number, (report, table) in enumerate(zip(reports, layer.store.tables(), strict=True)):
+                live = live_bytes(storages(layer.store, number))
                 assert report.total == live + table.pools.host_bytes + table.host_bytes
             tokens = sum(report.tokens_stored for report in reports)
             distinct = sum(
                 int(pool.count[pool.allocator.refcount > 0].sum())
-                for table in layer.tables()
+                for table in layer.store.tables()
                 for pool in table.pools.by_id().values()
             )
             assert tokens <= distinct

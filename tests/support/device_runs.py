@@ -43,9 +43,9 @@ def assert_spread(cache: PiKVCache) -> None:
     """All devices have a part of the shards, and every token is in one of them."""
     for layer in paged_layers(cache):
         layer.settle()
-        held = sum(table.view.stored_mask(layer.seen).long() for table in layer.tables())
+        held = sum(table.view.stored_mask(layer.seen).long() for table in layer.store.tables())
         assert torch.equal(
-            held.view(layer.batch, layer.lanes, -1).expand(-1, layer.heads, -1), layer.stored_mask().long()
+            held.view(layer.batch, layer.store.lanes, -1).expand(-1, layer.store.heads, -1), layer.stored_mask().long()
         )
         # Heads that keep different tokens have more pages than devices have.
-        assert len({id(table.plain) for table in layer.tables()}) == layer.layout.parts
+        assert len({id(table.plain) for table in layer.store.tables()}) == layer.layout.parts

@@ -36,20 +36,20 @@ def contents(table: PageTable | None) -> list[dict[str, Any]]:
 
 
 def capacities(cache: PiKVCache) -> list[int]:
-    tables = [table for layer in paged(cache) for table in layer.tables()]
+    tables = [table for layer in paged(cache) for table in layer.store.tables()]
     return [pool.capacity for table in tables for pool in table.pools.by_id().values()]
 
 
 def positions(cache: PiKVCache) -> list[list[list[int]]]:
     """Return which positions each row has in each part."""
-    tables = [(layer.seen, table) for layer in paged(cache) for table in layer.tables()]
+    tables = [(layer.seen, table) for layer in paged(cache) for table in layer.store.tables()]
     return [[held.nonzero().flatten().tolist() for held in table.view.stored_mask(seen)] for seen, table in tables]
 
 
 def assert_equal_layers(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     """Compare everything that a layer consists of but the numbers of its pages."""
     assert plain_state(mine) == plain_state(theirs)
-    assert (mine.config, mine.padding()) == (theirs.config, theirs.padding())
+    assert (mine.config, mine.store.padding()) == (theirs.config, theirs.store.padding())
     assert [part.location.number for part in mine.parts] == [part.location.number for part in theirs.parts]
     loads = mine.state.expert_loads, theirs.state.expert_loads
     assert (loads[0] is None) == (loads[1] is None)
@@ -81,7 +81,7 @@ def assert_equal_shards(mine: PiKVLayer, theirs: PiKVLayer) -> None:
 
 def assert_counted(cache: PiKVCache) -> None:
     """Check that pages are held by as many sequences as their references say."""
-    for table in [table for layer in paged(cache) for table in layer.tables()]:
+    for table in [table for layer in paged(cache) for table in layer.store.tables()]:
         for name, pool in table.pools.by_id().items():
             held = np.concatenate([sequence.pages(name) for sequence in {id(s): s for s in table.rows}.values()])
             assert (pool.allocator.refcount == np.bincount(held, minlength=pool.capacity)).all()

@@ -84,7 +84,7 @@ class EvictionMachine(RuleBasedStateMachine):
         twin.layer.settle()
         self.contents_agree()
         if held:
-            twin.layer.begin_press()
+            twin.layer.edits.begin_press()
         got = twin.layer.update(keys, values)
         out, _ = pikv_attention_forward(ATTENTION, query, *got, None, scaling=SCALE)
         experts = torch.randint(0, EXPERTS, (1 if identical else batch, new), generator=self.generator)

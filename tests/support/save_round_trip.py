@@ -52,7 +52,7 @@ def assert_equal(one: PiKVCache, other: PiKVCache) -> None:
 def assert_same_tables(mine: PiKVLayer, theirs: PiKVLayer) -> None:
     for name in ("heads", "dtype", "device", "lanes"):
         assert getattr(mine.store, name) == getattr(theirs.store, name)
-    assert mine.padding() == theirs.padding()
+    assert mine.store.padding() == theirs.store.padding()
     assert torch.equal(mine.stored_mask(), theirs.stored_mask())
     for one, other in zip(mine.dense(), theirs.dense(), strict=True):
         assert torch.equal(one, other)

@@ -110,7 +110,7 @@ def filled(model: Any, shape: ModelShape, tokens: int, batch: int, generated: in
             cache.update(keys, values, index)
             if geometry.sliding is None:
                 layer.attend_begins(None)
-                layer.remember_queries(
+                layer.store.remember_queries(
                     torch.randn(batch, geometry.query_heads, min(new, 16), geometry.key_dim, dtype=dtype), 1
                 )
                 if layer.has_expert_router:

@@ -178,9 +178,9 @@ class Generator:
 
 def tokens_held(layer: PiKVLayer) -> list[float]:
     """Return the tokens that each sequence holds in a layer after a call, means over KV heads."""
-    layer.settle_unless_awaited()
+    layer.edits.settle_unless_awaited()
     assert layer.table is not None
-    return [float(tokens) for tokens in np.reshape(layer.table.tokens(), (-1, layer.lanes)).mean(axis=1)]
+    return [float(tokens) for tokens in np.reshape(layer.table.tokens(), (-1, layer.store.lanes)).mean(axis=1)]
 
 
 def ruler_samples(length: int, samples: int, seed: int) -> list[EvalSample]:

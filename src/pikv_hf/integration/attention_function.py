@@ -87,7 +87,7 @@ def pikv_attention_forward(
     if attention_mask is not None and layer.state.dropped:
         attention_mask = trailing_columns(attention_mask, layer.seen)
     layer.attend_begins(new_tokens_valid(attention_mask, query.shape[2]))
-    layer.remember_queries(query, scale)
+    layer.store.remember_queries(query, scale)
     if layer.pending is not None and layer.pending.keys.shape[2] == layer.seen and sinks is None and softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output = sdpa_attention_forward(module, query, key, value, attention_mask, 0.0, scale)
@@ -138,7 +138,7 @@ def attend(
     if layer.parts[0].scheduler is not None:
         _begin_step(layer)
         total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
-        for table, known in zip(layer.tables(), masses, strict=True):
+        for table, known in zip(layer.store.tables(), masses, strict=True):
             if known is not None:
                 known.note(_by_kv_head(total.to(table.plain.device), table))
         _watch_new(layer, query, mask, scale, softcap, total)

@@ -105,7 +105,7 @@ def assign_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, m
     """
     if store.table is None:
         store.begin(KVFormat.of(keys, values))
-    if store.padding() is not None:
+    if store.is_padded:
         raise ValueError(
             f"layer {store.layer_idx}: K/V of {keys.shape[2]} tokens per row were assigned, but rows of this batch "
             "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"

@@ -322,15 +322,24 @@ class LayerStore:
         """Forget what was pending, once it is stored; its padding is counted."""
         if self.pending is not None:
             self.state.vetted &= self.pending.vetted
-            self.state.padding = self.padding()
+            self.state.padding = self._padding()
             self.pending = None
 
-    def padding(self) -> torch.Tensor | None:
-        """Return how many columns of each row are padding, pending ones included, `(B,)`; None if none are."""
+    def _padding(self) -> torch.Tensor | None:
         if self.pending is None or self.pending.valid is None:
             return self.state.padding
         new = (~self.pending.valid).sum(dim=1)
         return new if self.state.padding is None else self.state.padding + new
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether rows have padding, stored or pending."""
+        return self._padding() is not None
+
+    def padding(self) -> list[int]:
+        """Return how many columns of each row are padding, pending ones included."""
+        padding = self._padding()
+        return [0] * self.batch if padding is None else padding.tolist()
 
     # Rows, codecs and queries
 
@@ -345,8 +354,23 @@ class LayerStore:
             self.state.padding = self.state.padding[list(indices)]
         self._enforce()
 
-    def recode(self, key_basis: torch.Tensor | None, value_basis: torch.Tensor | None, options: dict[str, Any]) -> None:
-        """Choose the codecs anew, before a token is stored; see :meth:`PiKVLayer.recode`."""
+    def recode(
+        self, key_basis: torch.Tensor | None = None, value_basis: torch.Tensor | None = None, **options: Any
+    ) -> None:
+        """Choose the codecs anew, before a token is stored.
+
+        Parameters
+        ----------
+        key_basis, value_basis : torch.Tensor, optional
+            `(H, D, rank)`, what low-rank codecs would otherwise fit to the first pages.
+        **options
+            `key_codec`, `value_codec`, `error_budget`, `rank`: see :class:`PiKVConfig`.
+
+        Raises
+        ------
+        ValueError
+            If tokens are stored; what is pending does not count.
+        """
         stored = [max(table.tokens(), default=0) for table in self.tables()]
         if any(stored):
             raise ValueError(

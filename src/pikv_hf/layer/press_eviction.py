@@ -78,7 +78,7 @@ def kept_by_marks(store: LayerStore, marks: Any) -> torch.Tensor:
         If rows are padded, or a column is marked that there is none of.
     """
     where, seen = f"layer {store.layer_idx}", store.state.seen
-    if store.padding() is not None:
+    if store.is_padded:
         raise ValueError(
             f"{where}: a press has marked tokens of rows that are padded, and has taken padding for tokens. Wrap it: "
             "pikv_hf.presses.RowwisePress(press)"
@@ -92,7 +92,14 @@ def kept_by_marks(store: LayerStore, marks: Any) -> torch.Tensor:
 
 
 def packed_pages(store: LayerStore) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the pages of what is kept or packed; see :meth:`PiKVLayer.packed_pages`."""
+    """Return the pages of what is kept or packed: they stay as they are, or go as a whole.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        `(n,)` int64 sequences, `(n, H, P)` int64 columns of the page's tokens in each KV head, -1 where it has none,
+        and `(n,)` int64 bytes. Pages that several sequences share come once for each.
+    """
     found = [_packed_pages(store, table) for table in store.tables()]
     if not found:
         empty = torch.zeros(0, dtype=torch.int64, device=getattr(store, "device", None))

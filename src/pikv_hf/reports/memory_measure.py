@@ -7,6 +7,7 @@ import numpy as np
 from ..common.kv import KV
 from ..common.tensors import live_bytes
 from ..layer.layer import PiKVLayer
+from ..layer.layer_reads import storages
 from ..page_table.page_table import PageTable
 from ..pages.packed_pool import PackedPool
 from ..pages.pool_id import PLAIN
@@ -19,7 +20,7 @@ def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
         return [_sliding_memory(index, layer)]
     if layer.table is None:
         return [LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)]
-    return [_part_memory(index, layer, number, table) for number, table in enumerate(layer.tables())]
+    return [_part_memory(index, layer, number, table) for number, table in enumerate(layer.store.tables())]
 
 
 def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) -> LayerMemory:
@@ -30,9 +31,9 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     packed_values = [tensor for pool in pages.packed.values() for tensor in pool.values.tensors()]
     keys = live_bytes([plain.keys, *packed_keys, *pages.encoders.bases(KV.KEYS)])
     values = live_bytes([plain.values, *packed_values, *pages.encoders.bases(KV.VALUES)])
-    storages = layer.storages(number)
-    total = live_bytes(storages) + pages.host_bytes + table.host_bytes
-    pending = live_bytes(storages) - live_bytes(pages.tensors())
+    tensors = storages(layer.store, number)
+    total = live_bytes(tensors) + pages.host_bytes + table.host_bytes
+    pending = live_bytes(tensors) - live_bytes(pages.tensors())
     shard_bytes, shard_tokens = np.zeros((2, table.num_shards), dtype=np.int64)
     for name, pool in pools.items():
         in_shard = held[name][pool.shard[held[name]] >= 0]

@@ -42,7 +42,7 @@ def describe_layer(index: int, layer: Any) -> Written:
     """
     if not isinstance(layer, PiKVLayer):
         return _describe_sliding(index, layer)
-    layer.settle_unless_awaited()
+    layer.edits.settle_unless_awaited()
     _require_settled(layer)
     groups = _shard_map_tensors(index, layer)
     parts = []
@@ -65,10 +65,10 @@ def describe_layer(index: int, layer: Any) -> Written:
 
 def _require_settled(layer: PiKVLayer) -> None:
     where = f"layer {layer.layer_idx}"
-    if layer.assignment.staged is not None:
+    if layer.edits.assignment.staged is not None:
         raise ValueError(f"{where}: keys were assigned without values; assign both before saving")
     if layer.pending is not None:
-        awaited = "a press" if layer.awaits_press else "the layer's router"
+        awaited = "a press" if layer.edits.awaits_press else "the layer's router"
         raise ValueError(
             f"{where}: {layer.pending.tokens} of {layer.seen} tokens wait for {awaited}; save the cache after the "
             "forward pass, and outside of the press's block"

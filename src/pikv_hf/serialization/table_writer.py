@@ -41,7 +41,7 @@ def describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dic
     groups += [Group.of({f"{prefix}.{name}": tensor}) for name, tensor in tensors.items()]
     description = described(
         TABLE,
-        heads=layer.heads,
+        heads=layer.store.heads,
         page_heads=pools.plain.keys.shape[0],
         key_dim=pools.plain.keys.shape[-1],
         value_dim=pools.plain.values.shape[-1],

@@ -1,0 +1,190 @@
+"""What happens to a layer's tokens once the model has handed them over: settled, kept or evicted, assigned, cropped."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..distributed.process_exchange import leave_group_on_error
+from . import press_eviction
+from .kv_assignment import KVAssignment, assign_tokens, check_assigned
+from .layer_cropping import Snapshot, crop_tables, shorten_state
+from .layer_reads import dense_keys, dense_values
+from .layer_store import LayerStore
+from .model_link import ModelLink
+
+
+class LayerEdits:
+    """Changes the tokens of a layer for all but the model: its expert router, presses, kvpress's pipeline, crops.
+
+    It is what the hooks of the model report to. Whoever changes tokens settles first what is pending, so that changes
+    come one after the other; what was true only of the tokens as they were is forgotten with each.
+
+    Parameters
+    ----------
+    store : LayerStore
+        The tokens, stored and pending.
+    link : ModelLink, optional
+        The attached model.
+
+    Attributes
+    ----------
+    assignment : KVAssignment
+        Of keys and values from outside.
+    snapshot : Snapshot or None
+        Of the tables as they were at an earlier length, while nothing but new tokens has come after it.
+    awaits_press : bool
+        Whether a press will decide at the end of the call what is kept; until then nothing is packed.
+    """
+
+    def __init__(self, store: LayerStore, link: ModelLink | None) -> None:
+        self.store, self.link = store, link
+        self.layer_idx, self.exchange = store.layer_idx, store.layout.exchange
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget assignments, snapshots and presses."""
+        self.assignment = KVAssignment()
+        self.snapshot: Snapshot | None = None
+        self.awaits_press = self._snapshot_due = False
+
+    def _tokens_changed(self) -> None:
+        for part in self.store.parts:
+            part.slots = None
+        self.snapshot = None
+        self.assignment.forget()
+        if self.link is not None:
+            self.link.forget(self)
+
+    # Settling what is pending
+
+    @leave_group_on_error
+    def settle(self) -> None:
+        """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
+        self.assignment.require_complete(self.layer_idx)
+        self.settle_marks()
+        self.awaits_press = False
+        self.store.settle()
+
+    def settle_unless_awaited(self) -> None:
+        """Store what is pending, unless a router, a press or an assignment has yet to say what."""
+        pending = self.store.pending
+        awaits_router = pending is not None and pending.experts is None and self.store.num_experts > 0
+        if self.assignment.staged is None and not self.awaits_press and not awaits_router:
+            self.settle()
+
+    def settle_soon(self) -> None:
+        """Store what is pending before the next layer's: until then a press may take the tokens as they came."""
+        if self.store.pending is None or self.link is None:
+            self.settle()
+        else:
+            self.link.linger(self)
+
+    @leave_group_on_error
+    def record_experts(self, experts: torch.Tensor) -> None:
+        """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
+        store, batch = self.store, self.store.batch
+        expected = batch * (1 if store.pending is None else store.pending.tokens)
+        if experts.numel() != expected:
+            raise RuntimeError(
+                f"layer {self.layer_idx}: the router chose experts for {experts.numel()} tokens, "
+                f"the cache got {expected}"
+            )
+        if store.pending is None:
+            store.record_experts(experts)
+            return
+        store.pending.experts = experts.view(batch, -1)
+        self.settle_marks()
+        self._place_unless_pressed()
+
+    def _place_unless_pressed(self) -> None:
+        pending = self.store.pending
+        if pending is not None and pending.experts is not None and not self.awaits_press:
+            self.store.place(pending.experts)
+
+    # Presses
+
+    def begin_press(self) -> None:
+        """Wait with the next call's tokens for :meth:`keep`, at the latest until the call after it."""
+        self.settle()
+        self.awaits_press = True
+
+    def end_press(self) -> None:
+        """End :meth:`begin_press`: the tokens are stored as they would have been."""
+        self.awaits_press = False
+        self._place_unless_pressed()
+
+    @leave_group_on_error
+    def keep(self, kept: torch.Tensor) -> None:
+        """Evict tokens and keep the others in the widths given; see :meth:`PiKVLayer.keep`."""
+        press_eviction.check_evicts(self.store, self.link is not None)
+        press_eviction.keep_tokens(self.store, kept)
+        self._tokens_changed()
+        self.awaits_press = False
+
+    def settle_marks(self) -> None:
+        """Evict the tokens that kvpress's head-wise presses have marked on the attention module."""
+        marks = None if self.link is None else self.link.take_marks(self)
+        if marks is not None and self.store.table is not None:
+            self.keep(press_eviction.kept_by_marks(self.store, marks))
+
+    # K/V assigned from outside
+
+    def hand_out(self, name: str) -> torch.Tensor | None:
+        """Return the dense `"keys"` or `"values"` by column, None before the first tokens."""
+        if self.store.table is None:
+            return None
+        self.settle_marks()
+        dense = dense_keys(self.store) if name == "keys" else dense_values(self.store)
+        return self.assignment.hand_out(name, dense)
+
+    def assign_values(self, values: object) -> None:
+        """Complete an assignment of keys and values; the first tokens of what was handed out are a crop."""
+        staged = self.assignment.take_staged()
+        keys, values = check_assigned(self.store, self.hand_out("keys") if staged is None else staged, values)
+        if self.assignment.is_crop(keys, values):
+            self.truncate(values.shape[2])
+        else:
+            assign_tokens(self.store, keys, values, may_be_picked=self.link is not None)
+            self._tokens_changed()
+
+    # Length and rows
+
+    def request_snapshot(self) -> None:
+        """Have the next update snapshot the tables, so that a crop to the present length is exact whatever it packs.
+
+        kvpress's pipeline asks each layer's length before a question and cuts the answer off afterwards.
+        """
+        self._snapshot_due = True
+
+    def take_requested_snapshot(self) -> None:
+        """Snapshot the tables if that was asked for."""
+        if self._snapshot_due:
+            self.snapshot, self._snapshot_due = Snapshot.take(self.store), False
+
+    @leave_group_on_error
+    def truncate(self, length: int) -> None:
+        """Keep the first `length` columns."""
+        store, state = self.store, self.store.state
+        if length >= state.seen or store.table is None:
+            return
+        if length <= store.stored:
+            store.pending = None
+        snapshot, self.snapshot = self.snapshot, None
+        if snapshot is not None and snapshot.length == length:
+            snapshot.restore(store)
+        else:
+            self.settle()
+            crop_tables(store, length)
+        shorten_state(store, length)
+        self._tokens_changed()
+        state.reference_lost |= state.reference_out and not state.history_out
+        state.reference_out = False
+
+    @leave_group_on_error
+    def select(self, indices: Sequence[int]) -> None:
+        """Replace the rows of the batch by those at `indices`. No token is copied."""
+        if self.store.table is not None:
+            self.settle_marks()
+            self.snapshot = None
+            self.assignment.forget()
+            self.store.select(indices)
