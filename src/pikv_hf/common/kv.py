@@ -1,4 +1,4 @@
-"""Which half of a token's K/V is meant."""
+"""Whether the keys or the values of tokens are meant."""
 
 import enum
 

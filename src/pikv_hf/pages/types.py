@@ -1,4 +1,4 @@
-"""Names of types that pools and those who use them share."""
+"""The type of page numbers, by which tables, pools and tiers name pages."""
 
 import numpy as np
 import numpy.typing as npt

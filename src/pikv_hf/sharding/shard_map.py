@@ -18,7 +18,7 @@ MAX_SKEW = 0.03
 AHEAD = 0.1
 
 #: Pages of tokens after which a count weighs half: what is to come is like what came last, whatever came before.
-HALF_LIFE = 32
+LOAD_HALF_LIFE = 32
 
 #: Pages per part below which nothing is divided anew: single ones would tip the scales.
 MIN_PAGES = 8
@@ -138,7 +138,7 @@ class ShardMap:
         self.loads += counts
         if len(coded):
             # As if they had come one by one, in any order: a prompt weighs no more than its last pages.
-            lives = np.log(2) * len(coded) / (HALF_LIFE * self.page_size)
+            lives = np.log(2) * len(coded) / (LOAD_HALF_LIFE * self.page_size)
             self.recent = self.recent * np.exp(-lives) + counts * (1 - np.exp(-lives)) / lives
 
     @property
