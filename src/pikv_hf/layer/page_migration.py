@@ -124,7 +124,7 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
             there.add_pages(new, target, held)
     for old, _ in _pairs(here, there):
         here.drop_pages(old, name, np.intersect1d(old.full_pages(name), pages))
-    here.compact(name)
+    here.defragment(name)
 
 
 def _pairs(here: PageTable, there: PageTable) -> list[tuple[SequencePages, SequencePages]]:

@@ -60,15 +60,16 @@ class FullPageIndex:
     def from_rows(cls, rows: Sequence[SequencePages], pools: Mapping[PoolId, PagePool]) -> "FullPageIndex":
         """Index the full pages of rows."""
         device = next(iter(pools.values())).device
-        of_pool = {name: [row.full_pages(name) for row in rows] for name in pools}
-        used = {name: pools[name] for name, pages in of_pool.items() if any(map(len, pages))}
+        of_pool = {pool_id: [row.full_pages(pool_id) for row in rows] for pool_id in pools}
+        used = {pool_id: pools[pool_id] for pool_id, pages in of_pool.items() if any(map(len, pages))}
         facts = [torch.zeros((6, len(rows), 0), dtype=torch.int64, device=device)]
-        facts += [_facts(pool, of_pool[name]) for name, pool in used.items()]
+        facts += [_facts(pool, of_pool[pool_id]) for pool_id, pool in used.items()]
         pages, valid, counts, shards, oldest, newest = torch.cat(facts, dim=2)
         ends = list(itertools.accumulate(part.shape[2] for part in facts))
-        columns = {name: slice(*span) for name, span in zip(used, itertools.pairwise(ends), strict=True)}
+        columns = {pool_id: slice(*span) for pool_id, span in zip(used, itertools.pairwise(ends), strict=True)}
         lengths = {
-            name: torch.tensor([len(own) for own in of_pool[name]], dtype=torch.int32, device=device) for name in used
+            pool_id: torch.tensor([len(own) for own in of_pool[pool_id]], dtype=torch.int32, device=device)
+            for pool_id in used
         }
         is_valid = valid.bool()
         some = pages.numel() > 0
@@ -82,7 +83,7 @@ class FullPageIndex:
             oldest=oldest,
             newest=newest,
             shards=shards,
-            full=all(_are_full(pool, of_pool[name]) for name, pool in used.items()),
+            full=all(_are_full(pool, of_pool[pool_id]) for pool_id, pool in used.items()),
             page_count=sum(map(len, itertools.chain.from_iterable(of_pool.values()))),
             fewest=int(valid.sum(dim=1).min()) if some else 0,
             first=int(oldest[is_valid].min()) if some else 0,
@@ -144,9 +145,9 @@ class FullPageIndex:
     def _scores(self, query: torch.Tensor, copies: int) -> torch.Tensor:
         """Return the bounds for several sets of queries at once, `(copies * B, Hq, D)`: `(H, copies * B, n)`."""
         scores = []
-        for name, pool in self.pools.items():
-            low, high = pool.key_bounds(self._own(name))
-            table, lengths = self.pages[:, self.columns[name]].int(), self.lengths[name]
+        for pool_id, pool in self.pools.items():
+            low, high = pool.key_bounds(self._own(pool_id))
+            table, lengths = self.pages[:, self.columns[pool_id]].int(), self.lengths[pool_id]
             if copies > 1:
                 table, lengths = table.repeat(copies, 1), lengths.repeat(copies)
             scores.append(page_scores(query, low, high, table, lengths).transpose(0, 1))
@@ -162,7 +163,7 @@ class FullPageIndex:
             A shard without a page has an empty range, the largest value below the least.
         """
         if self._shard_ends is None:
-            parts = [self._pool_ends(name) for name in self.pools]
+            parts = [self._pool_ends(pool_id) for pool_id in self.pools]
             low, high = (torch.cat([part[i] for part in parts], dim=2) for i in (0, 1))
             heads, _, _, dim = low.shape
             count = int(self.shards.max()) + 1 if self.width else 0
@@ -180,19 +181,19 @@ class FullPageIndex:
             self._shard_ends = torch.cat([least, most, total / tokens.clamp_min(1)[None, :, :, None]], dim=3)
         return self._shard_ends
 
-    def _pool_ends(self, name: PoolId) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = self.pools[name].key_bounds(self._own(name))
-        index = self.pages[:, self.columns[name]].reshape(-1)
+    def _pool_ends(self, pool_id: PoolId) -> tuple[torch.Tensor, torch.Tensor]:
+        low, high = self.pools[pool_id].key_bounds(self._own(pool_id))
+        index = self.pages[:, self.columns[pool_id]].reshape(-1)
         shape = len(self.pages), -1
         least, most = (part.index_select(1, index).unflatten(1, shape) for part in (low, high))
         return least.float(), spread_values(most) + least.float() if most.dtype == torch.uint8 else most.float()
 
-    def _own(self, name: PoolId) -> np.ndarray:
+    def _own(self, pool_id: PoolId) -> np.ndarray:
         """Return the pages whose bounds may be unknown: full pages stay as they are."""
-        if name in self._found:
+        if pool_id in self._found:
             return np.zeros(0, dtype=np.int64)
-        self._found.add(name)
-        part = self.columns[name]
+        self._found.add(pool_id)
+        part = self.columns[pool_id]
         return np.unique(self.pages[:, part][self.valid[:, part]].cpu().numpy())
 
 

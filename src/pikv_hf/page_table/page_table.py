@@ -80,7 +80,7 @@ class PageTable:
     @property
     def host_bytes(self) -> int:
         """Bytes of the page numbers."""
-        return sum(s.pages(name).nbytes for s in self.sequences() for name in self.pools.by_id())
+        return sum(s.pages(pool_id).nbytes for s in self.sequences() for pool_id in self.pools.by_id())
 
     def sequences(self) -> list[SequencePages]:
         """Return the distinct sequences, in order of their first row."""
@@ -125,11 +125,11 @@ class PageTable:
     def tokens(self) -> list[int]:
         """Return the number of tokens that each row holds."""
         pools = self.pools.by_id().items()
-        return [sum(int(pool.count[row.pages(name)].sum()) for name, pool in pools) for row in self.rows]
+        return [sum(int(pool.count[row.pages(pool_id)].sum()) for pool_id, pool in pools) for row in self.rows]
 
-    def distinct_pages(self, pool: PoolId = PLAIN) -> PageIds:
+    def distinct_pages(self, pool_id: PoolId = PLAIN) -> PageIds:
         """Return the page numbers of a pool that any row holds, sorted."""
-        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool) for s in self.sequences())]))
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool_id) for s in self.sequences())]))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -230,47 +230,52 @@ class PageTable:
         past = torch.tensor([[id(row)] for row in self.rows])
         return equal_rows([past, tokens.keys[:, :, -1]], [valid, tokens.keys, tokens.values])
 
-    def compact(self, of: PoolId) -> None:
+    def defragment(self, pool_id: PoolId) -> None:
         """Give back the free pages of a pool, as far as pages that nobody else holds can take their place."""
-        pool = self.pools.by_id()[of]
+        pool = self.pools.by_id()[pool_id]
         if isinstance(pool, TieredPool):
             return
-        own = np.zeros(pool.capacity, dtype=np.int64)
-        sequences = self.sequences()
-        for sequence in sequences:
-            own[sequence.pages(of)] += 1
-        used = int(np.count_nonzero(pool.allocator.refcount))
-        beyond = np.arange(used, pool.capacity)
-        moving = beyond[(own[beyond] > 0) & (own[beyond] == pool.allocator.refcount[beyond])]
-        targets = np.flatnonzero(pool.allocator.refcount[:used] == 0)[: len(moving)]
-        moving = moving[: len(targets)]
-        if len(moving):
-            pool.move_pages(moving, targets)
+        sources, targets = self._moves_to_front(pool_id)
+        if len(sources):
+            pool.move_pages(sources, targets)
             number = np.arange(pool.capacity)
-            number[moving] = targets
-            for sequence in sequences:
-                sequence.renumber(of, number)
+            number[sources] = targets
+            for sequence in self.sequences():
+                sequence.renumber(pool_id, number)
             self._changed()
         pool.trim()
 
-    def drop_pages(self, sequence: SequencePages, pool: PoolId, pages: PageIds) -> None:
+    def _moves_to_front(self, pool_id: PoolId) -> tuple[PageIds, PageIds]:
+        """Return pages `(n,)` beyond as many as are in use, which this table alone holds, and free pages before."""
+        pool = self.pools.by_id()[pool_id]
+        refcount, own = pool.allocator.refcount, np.zeros(pool.capacity, dtype=np.int64)
+        for sequence in self.sequences():
+            own[sequence.pages(pool_id)] += 1
+        used = int(np.count_nonzero(refcount))
+        beyond = np.arange(used, pool.capacity)
+        sources = beyond[(own[beyond] > 0) & (own[beyond] == refcount[beyond])]
+        targets = np.flatnonzero(refcount[:used] == 0)
+        count = min(len(sources), len(targets))
+        return sources[:count], targets[:count]
+
+    def drop_pages(self, sequence: SequencePages, pool_id: PoolId, pages: PageIds) -> None:
         """Take pages of a shard from a sequence, which may be several rows'; nobody else loses them."""
-        if pool != PLAIN:
-            own = sequence.pages(pool)
-            sequence.packed = {**sequence.packed, pool: own[~np.isin(own, pages)]}
-        else:
+        if pool_id == PLAIN:
             sequence.full = sequence.full[~np.isin(sequence.full, pages)]
             sequence.open = np.where(np.isin(sequence.open, pages), -1, sequence.open)
-        self.pools.by_id()[pool].decref(pages)
+        else:
+            own = sequence.pages(pool_id)
+            sequence.packed = {**sequence.packed, pool_id: own[~np.isin(own, pages)]}
+        self.pools.by_id()[pool_id].decref(pages)
         self._changed()
 
-    def add_pages(self, sequence: SequencePages, pool: PoolId, pages: PageIds) -> None:
+    def add_pages(self, sequence: SequencePages, pool_id: PoolId, pages: PageIds) -> None:
         """Give full pages of a shard to a sequence, which may be several rows'."""
-        if pool != PLAIN:
-            self.pools.add_packed(sequence, pool, pages)
-        else:
+        if pool_id == PLAIN:
             sequence.full = np.append(sequence.full, pages)
             self.plain.incref(pages)
+        else:
+            self.pools.add_packed(sequence, pool_id, pages)
         self._changed()
 
     @property
@@ -283,28 +288,30 @@ class PageTable:
 
         Returns whether any had, or had still to be packed.
         """
-        writer = self.writer
-        ripe = [sequence for sequence in self.sequences() if writer.is_ripe(sequence)]
-        moved = bool(ripe) or self._packing_due
-        while ripe:
-            groups: dict[tuple[int, bytes], list[SequencePages]] = defaultdict(list)
-            for sequence in ripe:
-                groups[sequence.window[writer.sink_pages], sequence.open.tobytes()].append(sequence)
-            shards = {key: writer.page_shards(key[0]) for key in groups}
-            needed = [shard_pages_needed(self.plain, g[0], len(g), shards[key]) for key, g in groups.items()]
-            self.plain.reserve(sum(needed))
-            # Once, however the rows that share a page go on: in all parts of a layer it is counted alike.
-            for page_shards in {key[0]: shards[key] for key in groups}.values():
-                writer.count_leaving(page_shards)
-            for key, group in groups.items():
-                writer.flush_page(group, shards[key])
-            self._changed()
-            ripe = [sequence for sequence in ripe if writer.is_ripe(sequence)]
+        moved = self.is_ripe
+        while ripe := [sequence for sequence in self.sequences() if self.writer.is_ripe(sequence)]:
+            self._flush_oldest(ripe)
         if moved:
             self._packing_due = True
             pack_full(self.pools, self.sequences())
             self._packing_due = False
         return moved
+
+    def _flush_oldest(self, ripe: Sequence[SequencePages]) -> None:
+        """Move the oldest page of the recent window of each of these sequences."""
+        writer = self.writer
+        groups: dict[tuple[int, bytes], list[SequencePages]] = defaultdict(list)
+        for sequence in ripe:
+            groups[sequence.window[writer.sink_pages], sequence.open.tobytes()].append(sequence)
+        shards = {key: writer.page_shards(key[0]) for key in groups}
+        needed = [shard_pages_needed(self.plain, group[0], len(group), shards[key]) for key, group in groups.items()]
+        self.plain.reserve(sum(needed))
+        # Once, however the rows that share a page go on: in all parts of a layer it is counted alike.
+        for page_shards in {key[0]: shards[key] for key in groups}.values():
+            writer.count_leaving(page_shards)
+        for key, group in groups.items():
+            writer.flush_page(group, shards[key])
+        self._changed()
 
 
 def _release_rows(pages: LayerPools, rows: list[SequencePages]) -> None:

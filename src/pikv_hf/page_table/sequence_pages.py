@@ -43,25 +43,25 @@ class SequencePages:
         """Return a sequence without pages."""
         return cls([], np.full(num_shards, -1, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
-    def pages(self, pool: PoolId = PLAIN) -> PageIds:
+    def pages(self, pool_id: PoolId = PLAIN) -> PageIds:
         """Return the numbers of all pages in a pool, by default those kept as they came."""
-        if pool != PLAIN:
-            return self.packed.get(pool, np.zeros(0, dtype=np.int64))
+        if pool_id != PLAIN:
+            return self.packed.get(pool_id, np.zeros(0, dtype=np.int64))
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0], self.full])
 
     def unfilled(self) -> PageIds:
         """Return the pages that are always read: the window's, and those of the shards that are not full."""
         return np.concatenate([np.asarray(self.window, dtype=np.int64), self.open[self.open >= 0]])
 
-    def full_pages(self, pool: PoolId = PLAIN) -> PageIds:
+    def full_pages(self, pool_id: PoolId = PLAIN) -> PageIds:
         """Return the pages of the shards in a pool that take no more tokens."""
-        return self.full if pool == PLAIN else self.pages(pool)
+        return self.full if pool_id == PLAIN else self.pages(pool_id)
 
-    def renumber(self, pool: PoolId, number: PageIds) -> None:
+    def renumber(self, pool_id: PoolId, number: PageIds) -> None:
         """Follow the pages of a pool to other numbers, `number` `(N,)` by old one."""
-        if pool != PLAIN:
-            if pool in self.packed:
-                self.packed = {**self.packed, pool: number[self.packed[pool]]}
+        if pool_id != PLAIN:
+            if pool_id in self.packed:
+                self.packed = {**self.packed, pool_id: number[self.packed[pool_id]]}
             return
         self.window = number[np.asarray(self.window, dtype=np.int64)].tolist()
         self.open = np.where(self.open >= 0, number[self.open], -1)

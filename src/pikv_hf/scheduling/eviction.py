@@ -93,7 +93,7 @@ def evict_bytes(rules: EvictionRules, table: PageTable, pools: Sequence[PoolId],
             break
     before = table.pools.nbytes
     for name in pools:
-        table.compact(name)
+        table.defragment(name)
     return table.pools.nbytes < before
 
 
