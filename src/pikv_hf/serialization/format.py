@@ -1,4 +1,4 @@
-"""The keys of a saved cache, written down: no name of the code is the name of anything in a file.
+"""All keys and names of tensors in a saved cache, so that no name in the code is the name of anything in a file.
 
 docs/file_format.md says what each key means. Files of versions 1 and 2 are brought to these keys by
 :mod:`pikv_hf.serialization.older_versions` when they are read.

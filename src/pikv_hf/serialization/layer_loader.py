@@ -1,4 +1,4 @@
-"""Checking what a file says of a layer, and filling the layer from it."""
+"""Loading a layer from a file: everything is checked, then an empty layer of the model is filled."""
 
 import dataclasses
 from typing import Any
@@ -20,7 +20,8 @@ from .format import (
     shard_map_prefix,
 )
 from .part_loader import PartLoader, ShardMapLoader
-from .table_loader import TableLoader, are_distinct
+from .table_checks import are_distinct
+from .table_reader import TableReader
 from .tensor_file import Section, Spec, TensorFile, require
 
 
@@ -102,7 +103,7 @@ class PagedLayerLoader:
             self._shard_map = ShardMapLoader(section, self.config.num_shards, self.parts.total)
 
     @property
-    def _tables(self) -> list[TableLoader]:
+    def _tables(self) -> list[TableReader]:
         return [part.table for part in self._loaders if part.table is not None]
 
     # Checking
@@ -133,7 +134,7 @@ class PagedLayerLoader:
         if tables:
             self._check_tables(tables)
 
-    def _check_tables(self, tables: list[TableLoader]) -> None:
+    def _check_tables(self, tables: list[TableReader]) -> None:
         batch, padding = tables[0].batch, self._state["padding"]
         require(padding is None or len(padding) == batch, f"{batch} rows, paddings {padding}")
         sizes = {self.config.page_size, *(table.config.page_size for table in tables)}
@@ -235,7 +236,7 @@ LayerLoader = PagedLayerLoader | SlidingLayerLoader
 
 
 def layer_loader(index: int, description: Any, file: TensorFile, overrides: dict[str, Any]) -> LayerLoader:
-    """Return what checks and restores layer `index`; see :class:`PagedLayerLoader`."""
+    """Return the loader of layer `index`, by the kind that its description says; see :class:`PagedLayerLoader`."""
     kind = description["kind"]
     require(kind in ("paged", "sliding"), f"it is of the kind {kind!r}")
     if kind == "sliding":

@@ -1,4 +1,4 @@
-"""What tells one model from another, as far as keys and values depend on it."""
+"""A fingerprint of a model, which differs where its keys and values would: config, dtypes, a sample of its weights."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ _NAMED = 3
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A model, as far as its keys and values depend on it.
+    """The config, the dtypes and digests of the weights of a model.
 
     Attributes
     ----------

@@ -15,7 +15,9 @@ from ..scheduling.page_scheduler import PageScheduler
 from ..scheduling.policies.registry import POLICIES
 from ..sharding.shard_map import ShardMap
 from .format import PART, SCHEDULER, SHARD_MAP_TENSORS, read_keys, scheduler_queries_name
-from .table_loader import TableLoader
+from .table_checks import check_beside, check_table
+from .table_loader import build_table
+from .table_reader import TableReader
 from .tensor_file import CacheFileError, Section, Spec, require
 
 
@@ -42,7 +44,7 @@ class PartLoader:
         scheduler, table = part["scheduler"], part["table"]
         self._scheduler = None if scheduler is None else read_keys(SCHEDULER, scheduler, "its scheduler")
         self._keeps_scheduler = "scheduler" not in overrides
-        self.table = None if table is None else TableLoader(section, table, overrides, seen, parts == 1)
+        self.table = None if table is None else TableReader(section, table, overrides, seen, parts == 1)
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the part, with their dtypes and shapes."""
@@ -55,19 +57,19 @@ class PartLoader:
 
     def check(self, first: "PartLoader") -> None:
         """Raise unless what it stores makes sense, by itself and beside the first part. The specs have been checked."""
-        with self._named():
+        with self._part_in_errors():
             if self._scheduler is not None and self._keeps_scheduler:
                 policy = self._scheduler["policy"]
                 known = f"this release knows {', '.join(POLICIES)}; another can be chosen: load(..., scheduler=...)"
                 require(policy in POLICIES, f"its pages were scheduled by the policy {policy!r}, and {known}")
             if self.table is not None:
-                self.table.check()
+                check_table(self.table)
                 if self is not first:
                     assert first.table is not None
-                    self.table.check_beside(first.table)
+                    check_beside(self.table, first.table)
 
     @contextmanager
-    def _named(self) -> Iterator[None]:
+    def _part_in_errors(self) -> Iterator[None]:
         """Name the part in errors, where there are several."""
         try:
             yield
@@ -79,7 +81,7 @@ class PartLoader:
         if part.scheduler is not None and self._scheduler is not None:
             self._restore_scheduler(part.scheduler, self._scheduler, device)
         if self.table is not None:
-            part.table = self.table.build(layer, part, device)
+            part.table = build_table(self.table, layer, part, device)
 
     def _restore_scheduler(self, scheduler: PageScheduler, saved: dict[str, Any], device: torch.device) -> None:
         """Let a scheduler, of whatever policy the options ask for now, know what the saved one knew."""

@@ -1,4 +1,4 @@
-"""The pages of a pool as a file holds them.
+"""The pages of a pool in a file: which tensors there are, writing them and reading them.
 
 Tensors with pages have them along dimension 0, so that a page lies in one piece. Pages in use with few free ones among
 them get their old numbers when they are loaded, so that attention adds up the same numbers in the same order; others
@@ -90,7 +90,7 @@ def _code_records(what: str, codes: PageCodes) -> Records:
 
 
 def note_records(pool: PagePool) -> Records:
-    """Return what is known of each page but its keys and values, and what follows from the rest."""
+    """Return the positions, counts and the like of each page; not what follows from the rest, as references do."""
     notes = {
         "positions": PagedTensor(pool.positions, 0),
         "count": PagedTensor.of_array(pool.count),

@@ -1,4 +1,4 @@
-"""One cache, saved by several processes: a file of each, all of the same save."""
+"""The files of a cache that several processes save together: one of each process, all of the same save."""
 
 import contextlib
 import json

@@ -43,7 +43,7 @@ CHANGEABLE = (
 
 
 class SavableCache(Protocol):
-    """What is asked of a cache."""
+    """What saving reads of a cache, and loading of the new one."""
 
     layers: list[Any]
     attachment: Attachment | None
@@ -116,7 +116,7 @@ def load_cache(
         exchange = None
     device = attention_device(None, model)
     with ExitStack() as stack:
-        saved = _SavedCache(Path(path), options)
+        saved = _CacheLoader(Path(path), options)
         # Whatever goes wrong in one of several processes, none of them goes on alone.
         in_step(exchange, device, "load the cache", lambda: saved.read(stack, model, spread, exchange))
         if exchange is not None:
@@ -124,8 +124,8 @@ def load_cache(
         return in_step(exchange, device, "load the cache", lambda: saved.build(make, model))
 
 
-class _SavedCache:
-    """A cache in a file.
+class _CacheLoader:
+    """Checks a whole file, and makes the cache that it holds.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ class _SavedCache:
         """Open the file, for as long as `stack` lasts, and check everything in it; nothing is built yet."""
         self.path = path = file_to_load(self.path, exchange)
         file = stack.enter_context(TensorFile(path, {"format": [FORMAT], "layout": READ_VERSIONS}))
-        with _described(path):
+        with _file_in_errors(path):
             saved_config = PiKVConfig.from_json(file.metadata["config"])
             saved_model = Fingerprint(**json.loads(file.metadata["model"]))
             self.save = check_is_own(file.metadata, exchange)
@@ -154,7 +154,7 @@ class _SavedCache:
         if differences := saved_model.differences(Fingerprint.of(model)):
             raise CacheFileError(f"{path} was saved with another model: {differences}")
         file.verify()
-        with _described(path):
+        with _file_in_errors(path):
             layers = json.loads(file.metadata["layers"])
             if file.metadata["layout"] in OLDER:
                 layers, names = upgraded(layers, file.specs)
@@ -164,9 +164,9 @@ class _SavedCache:
         _require_whole_shards(self._layers, saved_config, self.config)
 
     def build(self, make: Callable[[PiKVConfig], _Cache], model: Any) -> _Cache:
-        """Return the cache."""
+        """Make the cache and fill its layers."""
         cache = make(self.config)
-        with _described(self.path):
+        with _file_in_errors(self.path):
             _require_fitting(cache, self._layers)
         assert cache.attachment is not None
         modules = cache.attachment.attention_modules()
@@ -176,7 +176,7 @@ class _SavedCache:
 
 
 @contextmanager
-def _described(path: Path) -> Iterator[None]:
+def _file_in_errors(path: Path) -> Iterator[None]:
     """Name the file in errors about what it holds, whatever they are that a description without sense has led to."""
     try:
         yield
@@ -187,7 +187,7 @@ def _described(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _of_layer(index: int) -> Iterator[None]:
+def _layer_in_errors(index: int) -> Iterator[None]:
     try:
         yield
     except CacheFileError as error:
@@ -205,11 +205,11 @@ def _require_changeable(config: PiKVConfig, options: dict[str, Any]) -> None:
 
 
 def _read_layers(file: TensorFile, descriptions: list[dict[str, Any]], options: dict[str, Any]) -> list[LayerLoader]:
-    """Return the layers, checked."""
+    """Return the loaders of all layers, which have checked what the file says."""
     layers: list[LayerLoader] = []
     known: set[str] = set()
     for index, description in enumerate(descriptions):
-        with _of_layer(index):
+        with _layer_in_errors(index):
             layer = layer_loader(index, description, file, options)
             for name, spec in layer.specs().items():
                 if (found := file.specs.get(name)) != spec:
@@ -226,7 +226,7 @@ def _require_fitting(cache: SavableCache, layers: list[LayerLoader]) -> None:
     if len(layers) != len(cache.layers):
         raise CacheFileError(f"it has {len(layers)} layers, the model {len(cache.layers)}")
     for index, (saved, layer) in enumerate(zip(layers, cache.layers, strict=True)):
-        with _of_layer(index):
+        with _layer_in_errors(index):
             saved.check_fits(layer)
 
 

@@ -48,7 +48,7 @@ def require(holds: bool, otherwise: str) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Spec:
-    """What a file says of a tensor.
+    """The dtype and shape of a tensor in a file.
 
     Attributes
     ----------
@@ -167,7 +167,7 @@ class TensorFile:
         return self._open.get_tensor(self._stored_names[name])
 
     def rename(self, names: Mapping[str, str | None]) -> None:
-        """Know tensors by other names from now on, by the names that they are stored under; None for: not at all."""
+        """Give tensors other names, by those they are stored under; None leaves a tensor out."""
         stored = {names.get(name, name): name for name in self._stored_names.values()}
         self._stored_names = {name: before for name, before in stored.items() if name is not None}
         self.specs = {name: self.specs[before] for name, before in self._stored_names.items()}
@@ -182,7 +182,7 @@ class TensorFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Section:
-    """The tensors of a file whose names begin alike, by the rest of their names.
+    """Those tensors of a file whose names begin with a prefix, by the rest of their names.
 
     Attributes
     ----------

@@ -18,7 +18,7 @@ from .tensor_file import NAMES, NO_CHECKSUM, Spec, bytes_of
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors that are made and written together, some of their first dimension at a time.
+    """Tensors that are made and written together, piece by piece along their first dimension.
 
     Attributes
     ----------
