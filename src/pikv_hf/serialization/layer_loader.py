@@ -60,7 +60,7 @@ class SavedParts:
 
 
 class PagedLayerLoader:
-    """Checks a paged layer in a file, and restores it.
+    """Loads a paged layer: checks what the file says, then restores it.
 
     Parameters
     ----------
@@ -187,7 +187,7 @@ class PagedLayerLoader:
 
 
 class SlidingLayerLoader:
-    """Checks a bounded sliding layer in a file, and restores it.
+    """Loads a bounded sliding layer: checks what the file says, then restores it.
 
     Parameters
     ----------

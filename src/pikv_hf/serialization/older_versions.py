@@ -1,7 +1,7 @@
-"""Bringing what a file of version 1 or 2 says to the keys of today's version; see :mod:`pikv_hf.serialization.format`.
+"""Translating descriptions and names of tensors of versions 1 and 2 into those of today's version.
 
-Both had the names that attributes of the code had at the time. The first part of a layer was described together with
-the layer, and version 2 is version 1 with layers in several parts.
+See :mod:`pikv_hf.serialization.format`. Both had the names that attributes of the code had at the time. The first part
+of a layer was described together with the layer, and version 2 is version 1 with layers in several parts.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from .format import (
 )
 from .tensor_file import CacheFileError
 
-#: Versions that are brought to today's.
+#: Versions that are translated.
 OLDER = ("1", "2")
 
 #: What a layer's state was called.
@@ -90,7 +90,7 @@ _KEYS_ALONE = ("outliers", "fine")
 def upgraded(
     layers: list[dict[str, Any]], tensors: Iterable[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
-    """Return the descriptions of layers, and the names of tensors, as today's version has them.
+    """Translate the descriptions of layers and the names of tensors into those of today's version.
 
     Parameters
     ----------
@@ -117,7 +117,7 @@ def upgraded(
 
 
 class _Layer:
-    """A paged layer of an older version.
+    """Translates the description and the tensors' names of one paged layer.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Checking and restoring the parts of a layer in a file, and which of them has which shard."""
+"""Loading the parts of a layer from a file, and which of them has which shard."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -22,14 +22,14 @@ from .tensor_file import CacheFileError, Section, Spec, require
 
 
 class PartLoader:
-    """Checks one part of a paged layer in a file, its table and what its scheduler knows, and restores it.
+    """Loads one part of a paged layer: checks, then restores, its table and its scheduler's state.
 
     Parameters
     ----------
     section : Section
         Its tensors.
     description : dict
-        What :func:`~pikv_hf.serialization.layer_writer.describe_part` made.
+        See :data:`~pikv_hf.serialization.format.PART`.
     overrides : dict
         Options of :class:`PiKVConfig` in place of what was saved.
     seen : int
@@ -84,7 +84,7 @@ class PartLoader:
             part.table = build_table(self.table, layer, part, device)
 
     def _restore_scheduler(self, scheduler: PageScheduler, saved: dict[str, Any], device: torch.device) -> None:
-        """Let a scheduler, of whatever policy the options ask for now, know what the saved one knew."""
+        """Restore a scheduler's counters, and the state of its policy if the options ask for the same one now."""
         scheduler.now = saved["step"]
         scheduler.pages_evicted, scheduler.tokens_evicted = saved["pages_evicted"], saved["tokens_evicted"]
         if scheduler.policy.name == saved["policy"]:
@@ -95,7 +95,7 @@ class PartLoader:
 
 
 class ShardMapLoader:
-    """Checks which part of a layer has which shard, in a file, and builds the map.
+    """Loads which part of a layer has which shard: checks, then builds, the map.
 
     Parameters
     ----------

@@ -91,7 +91,7 @@ def in_step(exchange: Exchange | None, device: torch.device, doing: str, work: C
     except Exception as error:
         failure = error
     try:
-        said = told(exchange, "" if failure is None else f"{type(failure).__name__}: {failure}", device)
+        said = exchange_messages(exchange, "" if failure is None else f"{type(failure).__name__}: {failure}", device)
     except ProcessError as error:
         if failure is None:
             raise
@@ -104,7 +104,7 @@ def in_step(exchange: Exchange | None, device: torch.device, doing: str, work: C
     return result
 
 
-def told(exchange: Exchange, text: str, device: torch.device) -> list[str]:
+def exchange_messages(exchange: Exchange, text: str, device: torch.device) -> list[str]:
     """Return what every process says, by rank, and tell the others `text`, cut off after 256 bytes."""
     table = torch.zeros((exchange.ranks, MESSAGE), dtype=torch.int32, device=device)
     said = text.encode()[:MESSAGE]
@@ -198,7 +198,7 @@ def check_is_own(metadata: dict[str, str], exchange: Exchange | None) -> str:
 
 def check_same_save(path: Path, save: str, exchange: Exchange, device: torch.device) -> None:
     """Raise :class:`CacheFileError`, in all processes, unless their files are of the same save."""
-    saves = told(exchange, save, device)
+    saves = exchange_messages(exchange, save, device)
     if other := next((rank for rank, each in enumerate(saves) if each != saves[0]), None):
         raise CacheFileError(
             f"{path}: the files of ranks 0 and {other} are of different saves ({saves[0] or 'by one process'} and "
