@@ -35,6 +35,7 @@ def test_a_saved_cache_is_what_it_was(version: str, kind: str) -> None:
     outcome(model, load(model, GOLDEN / version, kind), expected.chunk).assert_like(expected, kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", [version for version, kinds in FILES.items() if "processes" in kinds])
 def test_a_cache_that_processes_saved_is_what_it_was(version: str, tmp_path: Path) -> None:
     script = SUPPORT / "golden_processes.py"

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 
 from ..kernels.page_codes import PageCodes
-from ..pages.key_bounds import KeyBounds
 from ..pages.packed_pool import PackedPool
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.types import PageIds
+from ..tiers.code_bounds import CodeBounds
 from .tensor_file import Section, Spec
 from .tensor_writer import Group
 
@@ -106,7 +106,7 @@ def note_records(pool: PagePool) -> Records:
 
 def bounds_records(pool: PagePool) -> Records:
     """Return the bounds of the keys of each page, where they are kept and do not follow from their codes."""
-    if type(pool.bounds) is not KeyBounds:
+    if pool.bounds is None or isinstance(pool.bounds, CodeBounds):
         return {}
     return {"bounds.ends": PagedTensor(pool.bounds.ends, 1), "bounds.known": PagedTensor.of_array(pool.bounds.known)}
 
