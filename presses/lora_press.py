@@ -8,6 +8,7 @@ import torch
 
 from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, fit_basis, is_lowrank
 from pikv_hf.config import PiKVConfig
+from pikv_hf.layer.layer_codecs import recode
 from pikv_hf.presses.base_press import LayerView, ObservingPress
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class LoRAPress(ObservingPress):
                     basis_of(part, far, rank) if enough_for_basis(far, part.shape[-1]) else None
                     for part in (view.keys, view.values)
                 ]
-                view.layer.store.recode(*bases, key_codec="lowrank", value_codec="lowrank", rank=rank)
+                recode(view.layer.store, *bases, key_codec="lowrank", value_codec="lowrank", rank=rank)
             return
         logger.warning_once(  # type: ignore[attr-defined]
             f"LoRAPress: {type(view.layer).__name__} stores every channel, so that the projection saves no byte; "

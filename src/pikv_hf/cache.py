@@ -6,22 +6,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .config import PiKVConfig
-from .distributed.device_layout import Devices, PartLayout, attention_device, find_spread
-from .integration.attachment import Attachment, check_supported, ensure_attached
+from .distributed.device_layout import Devices, PartLayout, find_spread
+from .integration.attachment import Attachment, ensure_attached
+from .integration.model_modules import check_supported
 from .layer.input_checks import check_fits
 from .layer.layer import PiKVLayer
 from .layer.layer_cropping import column_of, cropped_length
-from .layer.layer_part import make_parts
+from .layer.layer_making import make_layers
 from .layer.sliding_layer import copy_sliding, kv_format, trim_to_window
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
-from .scheduling.page_scheduler import make_scheduler
 from .serialization.save_load import load_cache, save_cache
-from .tiers.tier_limits import Tiers
 
 
 class PiKVCache(Cache):
@@ -78,7 +77,7 @@ class PiKVCache(Cache):
         check_supported(config)
         self.pikv_config = options
         self.attachment = attachment
-        layers, self.tiers = _make_layers(config, options, attachment, spread)
+        layers, self.tiers = make_layers(config, options, attachment, spread)
         super().__init__(layers=layers)
 
     @classmethod
@@ -353,48 +352,3 @@ class PiKVCache(Cache):
             f"PiKVCache({len(self.layers)} layers, {paged} of them paged, {self.get_seq_length()} tokens seen, "
             f"{self.pikv_config})"
         )
-
-
-def _make_layers(
-    config: Any, options: PiKVConfig, attachment: Attachment | None, spread: Devices | PartLayout | None
-) -> tuple[list[Any], Tiers | None]:
-    """Return a layer for each that `DynamicCache` would make: its sliding layers as they are, the others paged.
-
-    With them come the tiers that the paged layers share.
-    """
-    layers: list[Any] = list(DynamicCache(config=config.get_text_config(decoder=True)).layers)
-    layouts = {
-        index: _layout_of(index, attachment, spread)
-        for index, layer in enumerate(layers)
-        if _is_paged(index, layer, config, options)
-    }
-    parts = max((layout.parts for layout in layouts.values()), default=1)
-    tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
-    bounded = sum(layer.sliding_window for index, layer in enumerate(layers) if index not in layouts)
-    for index, layout in layouts.items():
-        groups = 1 if attachment is None else attachment.query_groups(index)
-        schedulers = [
-            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
-            for location in layout.locations
-        ]
-        made = make_parts(index, options, layout, schedulers, tiers)
-        layers[index] = PiKVLayer(index, options, attachment, layout, made, leads=index == min(layouts))
-    return layers, tiers
-
-
-def _is_paged(index: int, layer: Any, config: Any, options: PiKVConfig) -> bool:
-    """Return whether a layer of `DynamicCache` is replaced by a paged one; refuse those of other kinds."""
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise ValueError(
-            f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "
-            "PiKVCache knows full and sliding attention"
-        )
-    return type(layer) is DynamicLayer or options.sliding_layers == "paged"
-
-
-def _layout_of(index: int, attachment: Attachment | None, spread: Devices | PartLayout | None) -> PartLayout:
-    """Return where the parts of a layer are."""
-    if isinstance(spread, Devices):
-        assert attachment is not None
-        return spread.around(attention_device(attachment.attention_of(index), attachment.model))
-    return PartLayout() if spread is None else spread

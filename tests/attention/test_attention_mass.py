@@ -31,7 +31,8 @@ from families import FAMILIES
 
 from pikv_hf import PiKVCache
 from pikv_hf.attention.attention_mass import OBSERVED
-from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.layer.attend import attend
 from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.pages.usage_counters import ATTENTION_HALF_LIFE
 

@@ -15,7 +15,7 @@ from pikv_hf.common.kv import KV
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import CODECS, PiKVConfig
 from pikv_hf.eval.bench.decode import filled_pikv, geometry_model
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer_reads import storages
 from pikv_hf.pages.packed_pool import PackedPool
 from pikv_hf.pages.pool_id import PoolId

@@ -18,7 +18,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.codecs.page_encoder import PageEncoder
 from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import PartLayout
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MAX_MIGRATED, migrate_pages
 from pikv_hf.pages.page_pool import MIN_GROWTH

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pikv_hf import PiKVConfig
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.page_table.read_plan import make_plan
 from pikv_hf.pages.plain_pool import PlainPool

@@ -13,8 +13,8 @@ from routing_runs import SMALL, generate, queries
 from pikv_hf import PiKVCache
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import CODECS
-from pikv_hf.integration.attention_function import attend
 from pikv_hf.kernels.page_codes import BITS, spread_values
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.pages.pool_id import PLAIN, PoolId
 

@@ -13,7 +13,7 @@ from routing_runs import POLICIES, in_state, queries
 import pikv_hf.attention.paged_attention
 import pikv_hf.integration.attention_function
 from pikv_hf import PiKVConfig
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.routing import routing_view
 from pikv_hf.routing.page_router import make_routing

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.config import CODECS
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.pages.pool_id import PLAIN, PoolId
 
 # Everything chosen is exact

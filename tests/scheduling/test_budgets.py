@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from pikv_hf.config import SCHEDULERS
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 
 BUDGETS: list[tuple[Any, str | None]] = [

@@ -11,6 +11,7 @@ from saved_runs import both, go_on, new_cache, read, shared_model
 from pikv_hf import PiKVCache
 from pikv_hf.config import CODECS
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.layer_codecs import recode
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -165,7 +166,7 @@ def test_compressed_by_kvpress(press_name: str, tmp_path: Path) -> None:
 def test_layers_with_codecs_of_their_own(tmp_path: Path) -> None:
     model = shared_model()
     cache = new_cache(model)
-    cache.layers[1].store.recode(key_codec="lowrank", value_codec="int2", rank=3)
+    recode(cache.layers[1].store, key_codec="lowrank", value_codec="int2", rank=3)
     read(model, cache)
     loaded = round_trip(model, cache, tmp_path)
     codecs = [(layer.config.key_codec, layer.config.value_codec) for layer in loaded.layers]

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pikv_hf.config import SCHEDULERS, PiKVConfig
-from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.layer.attend import attend
 from pikv_hf.reports.memory_measure import layer_memory
 from pikv_hf.scheduling.growth_limit import BudgetError
 

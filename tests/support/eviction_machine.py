@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from layer_machine import CHANGE
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 
 WIDTH_CODECS = {0: "none", 2: "int2", 4: "int4", 8: "int8", 16: "none"}

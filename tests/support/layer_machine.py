@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import PiKVConfig
-from pikv_hf.integration.attention_function import attend, pikv_attention_forward
+from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 
 # The most that packing may change a number by, for standard normal tokens; a basis of half the rank may lose anything.

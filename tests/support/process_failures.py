@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES, prompts
 from press_runs import ids_of
 
-import pikv_hf.integration.attention_function
+import pikv_hf.layer.attend
 from pikv_hf import PiKVCache
 from pikv_hf.layer.layer_part import LayerPart
 from pikv_hf.scheduling.growth_limit import BudgetError
@@ -214,7 +214,7 @@ FAILURES: dict[str, Failure] = {
     "attends": Failure(
         3,
         lambda rank: patched(
-            rank, pikv_hf.integration.attention_function, "attend_pages", ValueError("its own attention"), 7, again=True
+            rank, pikv_hf.layer.attend, "attend_pages", ValueError("its own attention"), 7, again=True
         ),
     ),
     "again": Failure(

@@ -19,7 +19,7 @@ from pikv_hf.common.tensors import live_bytes
 from pikv_hf.eval.bench.decode import HEAD_DIM, filled_pikv, geometry_model
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
-from pikv_hf.integration.attention_function import attend
+from pikv_hf.layer.attend import attend
 from pikv_hf.reports.memory_report import CodecMemory
 
 from ...report.result_rows import percent, show_table, write_rows

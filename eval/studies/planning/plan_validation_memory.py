@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from pikv_hf import PiKVCache, PiKVConfig
+from pikv_hf.layer.layer_codecs import remember_queries
 from pikv_hf.planning.cache_contents import CacheContents
 from pikv_hf.planning.cache_memory import cache_bytes, part_bytes
 from pikv_hf.planning.model_shape import ModelShape, shape_of
@@ -110,8 +111,10 @@ def filled(model: Any, shape: ModelShape, tokens: int, batch: int, generated: in
             cache.update(keys, values, index)
             if geometry.sliding is None:
                 layer.attend_begins(None)
-                layer.store.remember_queries(
-                    torch.randn(batch, geometry.query_heads, min(new, 16), geometry.key_dim, dtype=dtype), 1
+                remember_queries(
+                    layer.store,
+                    torch.randn(batch, geometry.query_heads, min(new, 16), geometry.key_dim, dtype=dtype),
+                    1,
                 )
                 if layer.has_expert_router:
                     layer.record_experts(torch.randint(0, geometry.experts, (batch * new,)))

@@ -11,12 +11,19 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
+from ..distributed.device_layout import attention_device
 from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
 from .attention_function import pikv_attention_forward
-from .expert_router import ExpertRouter, find_router
 from .kvpress_marks import note_reader, take_marks
 from .mask_function import pikv_mask
+from .model_modules import (
+    check_supported,
+    feed_forward_classes,
+    find_attention_configs,
+    find_attention_modules,
+    find_routers,
+)
 from .prefetch import read_ahead
 
 ATTENTION_NAME = "pikv"
@@ -27,15 +34,17 @@ class Attachment:
 
     Attributes
     ----------
-    routers : dict of int to ExpertRouter
+    expert_routers : dict of int to ExpertRouter
         The routers found, by layer index; layers without one place tokens by position.
+    caches_made : int
+        Caches that were made for the model.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
-        self._configs = _attention_configs(model)
-        self.expert_routers = _find_routers(model)
-        modules = _attention_modules(model)
+        self._configs = find_attention_configs(model)
+        self.expert_routers = find_routers(model)
+        modules = find_attention_modules(model)
         self._modules = {id(module) for _, module in modules.values()}
         self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
         self._waiting: dict[int, weakref.ref[LinkedLayer]] = {}
@@ -115,6 +124,10 @@ class Attachment:
         """Return the query heads per KV head of a layer, 1 if its attention does not say."""
         return int(getattr(self.attention_of(layer_idx), "num_key_value_groups", 1))
 
+    def attention_device(self, layer_idx: int) -> torch.device:
+        """Return where the attention of a layer computes."""
+        return attention_device(self.attention_of(layer_idx), self.model)
+
     def activate(self) -> None:
         """Set the attention implementation and place the hooks, unless they are in place."""
         _register()
@@ -143,7 +156,7 @@ class Attachment:
         if not self.expert_routers:
             raise ValueError(
                 f"no router found in {type(model).__name__}, whose layers hold "
-                f"{', '.join(_feed_forward_classes(model))}; "
+                f"{', '.join(feed_forward_classes(model))}; "
                 f'placement="{placement}" follows a Mixture-of-Experts router, use placement="hash" for other models'
             )
 
@@ -253,87 +266,7 @@ def detach(model: Any) -> None:
         attachment.undo()
 
 
-def check_supported(config: Any) -> None:
-    """Raise `ValueError` for architectures whose state is not a K/V cache of decoder self-attention."""
-    name = type(config).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; PiKVCache holds the K/V of decoder-only models")
-    text = config.get_text_config(decoder=True)
-    known = {"full_attention", "sliding_attention", "chunked_attention"}
-    kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
-    if unknown := sorted(kinds - known - {"attention"}):
-        raise ValueError(f"{name} has layers of type {', '.join(unknown)}; PiKVCache knows {', '.join(sorted(known))}")
-    stateful = [key for key in ("mamba_d_state", "ssm_state_size", "state_size") if hasattr(text, key)]
-    if stateful:
-        raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
-
-
 def _register() -> None:
     # Each time: kvpress wraps every registered function at its import, and the wrapper would lose the layer reference.
     AttentionInterface.register(ATTENTION_NAME, pikv_attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, pikv_mask)
-
-
-def _attention_modules(model: Any) -> dict[int, tuple[str, nn.Module]]:
-    """Return name and module of the decoder's self-attention by layer index."""
-    text = model.config.get_text_config(decoder=True)
-    found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "Attention" in type(module).__name__ and _config_of(module, text) is text:
-            found[index] = name, module
-    return found
-
-
-def _config_of(module: nn.Module, default: Any) -> Any:
-    return getattr(module, "config", default)
-
-
-def _attention_configs(model: Any) -> dict[int, Any]:
-    modules = _attention_modules(model)
-    if not modules:
-        seen = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
-        raise ValueError(f"{type(model).__name__} has no decoder self-attention that can be attached; seen: {seen}")
-    can_set = getattr(model, "_can_set_attn_implementation", None)
-    if can_set is not None and not can_set():
-        raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
-            "replaced; PiKVCache(config=model.config) works with it as it is"
-        )
-    text = model.config.get_text_config(decoder=True)
-    return {index: _config_of(module, text) for index, (_, module) in modules.items()}
-
-
-def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
-    """Return, by layer index, the modules around the layer's attention alone, innermost first, and the attention."""
-    modules = _attention_modules(model)
-    every = {id(attention) for _, attention in modules.values()}
-    layers = {}
-    for index, (name, attention) in modules.items():
-        around = []
-        while name := name.rpartition(".")[0]:
-            ancestor = model.get_submodule(name)
-            if any(id(module) in every and module is not attention for module in ancestor.modules()):
-                break
-            around.append(ancestor)
-        layers[index] = around, attention
-    return layers
-
-
-def _find_routers(model: Any) -> dict[int, ExpertRouter]:
-    text = model.config.get_text_config(decoder=True)
-    routers = {}
-    for index, (around, attention) in _decoder_layers(model).items():
-        found = (find_router(layer, attention, text) for layer in around)
-        if (router := next(filter(None, found), None)) is not None:
-            routers[index] = router
-    return routers
-
-
-def _feed_forward_classes(model: Any) -> list[str]:
-    """Return the class names in the decoder layers outside of attention, for messages about missing routers."""
-    names: set[str] = set()
-    for around, attention in _decoder_layers(model).values():
-        inside = set(attention.modules())
-        names |= {type(m).__name__ for layer in around for m in layer.modules() if m not in inside}
-    return sorted(names)

@@ -1,6 +1,5 @@
 """The tokens of one attention layer: stored in one part or in several, or pending until it is known where they go."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout
 from ..page_table.cropping import crop
-from ..page_table.layer_encoders import MAX_OBSERVED
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.page_pool import NoRoomError
@@ -24,9 +22,6 @@ from .layer_state import LayerState
 from .page_migration import migrate_pages
 from .pending_tokens import PendingTokens
 from .table_rebuild import part_of_tokens
-
-# Queries kept of each KV head to judge the errors of packed keys by: of these newest positions, at most MAX_OBSERVED.
-OBSERVED_POSITIONS = 8
 
 
 class LayerStore:
@@ -341,7 +336,7 @@ class LayerStore:
         padding = self._padding()
         return [0] * self.batch if padding is None else padding.tolist()
 
-    # Rows, codecs and queries
+    # Rows
 
     def select(self, indices: Sequence[int]) -> None:
         """Replace the rows of the batch by those at `indices`. No token is copied."""
@@ -353,51 +348,3 @@ class LayerStore:
         if self.state.padding is not None:
             self.state.padding = self.state.padding[list(indices)]
         self._enforce()
-
-    def recode(
-        self, key_basis: torch.Tensor | None = None, value_basis: torch.Tensor | None = None, **options: Any
-    ) -> None:
-        """Choose the codecs anew, before a token is stored.
-
-        Parameters
-        ----------
-        key_basis, value_basis : torch.Tensor, optional
-            `(H, D, rank)`, what low-rank codecs would otherwise fit to the first pages.
-        **options
-            `key_codec`, `value_codec`, `error_budget`, `rank`: see :class:`PiKVConfig`.
-
-        Raises
-        ------
-        ValueError
-            If tokens are stored; what is pending does not count.
-        """
-        stored = [max(table.tokens(), default=0) for table in self.tables()]
-        if any(stored):
-            raise ValueError(
-                f"layer {self.layer_idx} has stored {max(stored)} tokens; its codecs can be chosen only "
-                "before, and a stored token is never packed again"
-            )
-        self.config = dataclasses.replace(self.config, **options)
-        if self.pending is not None:
-            self.begin(KVFormat.of(self.pending.keys, self.pending.values))
-        for table in self.tables():
-            device = table.plain.device
-            table.pools.encoders.set_bases(
-                *(None if basis is None else basis.to(device) for basis in (key_basis, value_basis))
-            )
-
-    def remember_queries(self, query: torch.Tensor, scale: float) -> None:
-        """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
-        if self.lanes > 1:
-            # A page of a lane is of any head: no queries are those of all pages.
-            return
-        batch, _, new, dim = query.shape
-        for table in self.tables():
-            encoders = table.pools.encoders
-            in_page = new == 1 and encoders.queries is not None and self.state.seen % self.config.page_size
-            if not encoders.packs or in_page:
-                # Pages fill now and then: looking at every decoded token would only cost time.
-                continue
-            recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, self.heads, -1, dim).transpose(0, 1)
-            few = recent.reshape(self.heads, -1, dim)[:, :MAX_OBSERVED].clone()
-            encoders.remember_queries(few.to(table.plain.device), scale)

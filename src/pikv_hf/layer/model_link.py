@@ -43,6 +43,12 @@ class ModelLink(Protocol):
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the model."""
 
+    def query_groups(self, layer_idx: int) -> int:
+        """Return the query heads per KV head of a layer."""
+
+    def attention_device(self, layer_idx: int) -> torch.device:
+        """Return where the attention of a layer computes."""
+
     def expect(self, layer: LinkedLayer) -> None:
         """Deliver the next experts that the layer's router chooses to this layer of a cache."""
 

@@ -193,7 +193,7 @@ def shape_of(config: Any, name: str, dtype: str | None = None, weights: str | No
     ValueError
         For an unknown dtype, and models whose state is not a K/V cache.
     """
-    from pikv_hf.integration.attachment import check_supported
+    from pikv_hf.integration.model_modules import check_supported
 
     check_supported(config)
     text = config.get_text_config(decoder=True)

@@ -1,0 +1,167 @@
+"""Attention over everything that a layer holds: each part where it is, and what is pending, merged by log-sum-exp."""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..attention.attention_call import AttentionCall
+from ..attention.attention_mass import AttentionMass, own_masses
+from ..attention.mask_bias import MaskBias
+from ..attention.paged_attention import attend_pages
+from ..common.foreign_attributes import PLAIN_ATTRIBUTE
+from ..common.tensors import carried
+from ..kernels import causal_attention, merge_pair
+from ..page_table.page_table import PageTable
+from .layer import PiKVLayer
+
+
+def attend(
+    layer: PiKVLayer,
+    query: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over everything that a layer holds, pending tokens included.
+
+    Parameters
+    ----------
+    layer : PiKVLayer
+        Its newest Q tokens are the queries' own.
+    query : torch.Tensor
+        `(B, Hq, Q, D)`.
+    mask, scale, softcap
+        `(B, 1 or Hq, Q, T)` boolean or additive, or None for causal; the factor on the logits, by default `D ** -0.5`;
+        and what caps them.
+    sinks : torch.Tensor, optional
+        `(Hq,)` attention sinks. The result leaves them out; they lessen the fraction of the attention that pages take.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        `(B, Hq, Q, Dv)` and its LSE `(B, Hq, Q)`, float32.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    assert layer.table is not None
+    history_mask = None if layer.state.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
+    masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
+    out, lse = _attend_stored(layer, query, history_mask, scale, softcap, masses)
+    if layer.pending is not None:
+        new = attend_dense(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
+        out, lse = merge_pair(out, lse, *new)
+    if layer.parts[0].scheduler is not None:
+        begin_step(layer)
+        total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
+        for table, known in zip(layer.store.tables(), masses, strict=True):
+            if known is not None:
+                known.note(_by_kv_head(total.to(table.plain.device), table))
+        note_queries(layer, query, mask, scale, softcap, total)
+    return out, lse
+
+
+def _attend_stored(
+    layer: PiKVLayer,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    masses: Sequence[AttentionMass | None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over what is stored, in all processes: `(B, Hq, Q, Dv)` and its LSE `(B, Hq, Q)`, float32."""
+    if (exchange := layer.exchange) is None:
+        return _attend_parts(layer, query, mask, scale, softcap, masses)
+    assert layer.table is not None
+    value_dim = layer.table.plain.values.shape[-1]
+    exchange.agree(layer.layer_idx, layer.seen, query, value_dim, layer.prompt_mark, layer.leads)
+    layer.prompt_mark = None
+    with exchange.joined(layer.layer_idx, query):
+        out, lse = _attend_parts(layer, query, mask, scale, softcap, masses)
+    return exchange.merge(layer.layer_idx, layer.seen, query, out, lse, layer.leads)
+
+
+def _attend_parts(
+    layer: PiKVLayer,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    masses: Sequence[AttentionMass | None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend over the parts of this process, each where it is.
+
+    Queries go to the parts, outputs and LSEs come back. Everything is launched before anything is waited for: devices
+    work at the same time, each in its own stream.
+    """
+    parts = layer.parts
+    routes = query.shape[2] == 1 and mask is None and layer.pending is None
+    # First of all, since a CPU waits for what its copies come after.
+    there = [carried(query, part.device) for part in parts]
+    hidden = [None if mask is None else carried(mask, part.device) for part in parts]
+    results: list[tuple[torch.Tensor, torch.Tensor]] = []
+    # Accelerators begin while a CPU computes.
+    for index in sorted(range(len(parts)), key=lambda number: parts[number].device.type == "cpu"):
+        part, table = parts[index], parts[index].table
+        assert table is not None
+        # A call with several new tokens has many queries, which together look everywhere.
+        router = part.page_router if routes else None
+        call = AttentionCall(scale, softcap, layer.seen, router, masses[index])
+        results.append(attend_pages(table, there[index], hidden[index], call))
+    home = [(carried(out, query.device), carried(lse, query.device)) for out, lse in results]
+    merged = home[0]
+    for other in home[1:]:
+        merged = merge_pair(*merged, *other)
+    return merged
+
+
+def begin_step(layer: PiKVLayer) -> None:
+    """Let the schedulers of a layer count a step of attention."""
+    for part in layer.parts:
+        if part.scheduler is not None and part.table is not None:
+            part.scheduler.begin_step(part.table)
+
+
+def _by_kv_head(lse: torch.Tensor, table: PageTable) -> torch.Tensor:
+    """Return `(B, Hq, Q)` as `(H, rows, G * Q)`, rows being lanes where heads keep different tokens."""
+    return lse.reshape(len(table.rows), table.plain.keys.shape[0], -1).transpose(0, 1)
+
+
+def note_queries(
+    layer: PiKVLayer,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    lse: torch.Tensor | None,
+) -> None:
+    """Tell the schedulers of a layer the queries of a call, and note how its own tokens are attended to.
+
+    `lse` is `(B, Hq, Q)`, over everything that the queries saw; None where that is the call's own tokens alone.
+    """
+    for part in layer.parts:
+        if part.scheduler is not None:
+            part.scheduler.remember_queries(query.to(part.device), scale)
+    if (new := layer.pending) is not None:
+        batch, heads = new.keys.shape[:2]
+        bias = None
+        if mask is not None:
+            bias = MaskBias(mask, batch, heads, query.shape[1] // heads).new_tokens(new.tokens)
+        new.masses = own_masses(query, new.keys, bias, scale, softcap, lse)
+
+
+def attend_dense(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to dense tokens, causally unless a mask says otherwise: `(B, Hq, Q, Dv)` and its LSE."""
+    batch, query_heads, queries, dim = query.shape
+    heads, tokens = keys.shape[1:3]
+    groups = query_heads // heads
+    bias = None if mask is None else MaskBias(mask, batch, heads, groups).new_tokens(tokens)
+    grouped = query.reshape(batch, heads, groups, queries, dim)
+    out, lse = causal_attention(grouped, keys, values, scale, bias, softcap)
+    return out.flatten(1, 2), lse.flatten(1, 2)

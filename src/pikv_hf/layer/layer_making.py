@@ -1,0 +1,72 @@
+"""Making the layers of a cache, complete with their parts, schedulers and the tiers that they share."""
+
+from typing import Any
+
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..config import PiKVConfig
+from ..distributed.device_layout import Devices, PartLayout
+from ..scheduling.page_scheduler import make_scheduler
+from ..tiers.tier_limits import Tiers
+from .layer import PiKVLayer
+from .layer_part import make_parts
+from .model_link import ModelLink
+
+
+def make_layers(
+    config: Any, options: PiKVConfig, link: ModelLink | None, spread: Devices | PartLayout | None
+) -> tuple[list[Any], Tiers | None]:
+    """Return the layers of a cache, and the tiers that the paged ones among them share.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        The model's: there is a layer for each that `DynamicCache` would make, its sliding ones as they are.
+    options : PiKVConfig
+        Of the cache.
+    link : ModelLink, optional
+        The attached model.
+    spread : Devices or PartLayout, optional
+        Where shards are, if not all where the layer's attention is.
+
+    Raises
+    ------
+    ValueError
+        For layers of other kinds than full and sliding attention, and budgets that are too small.
+    """
+    layers: list[Any] = list(DynamicCache(config=config.get_text_config(decoder=True)).layers)
+    layouts = {
+        index: _layout_of(index, link, spread)
+        for index, layer in enumerate(layers)
+        if _is_paged(index, layer, config, options)
+    }
+    parts = max((layout.parts for layout in layouts.values()), default=1)
+    tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
+    bounded = sum(layer.sliding_window for index, layer in enumerate(layers) if index not in layouts)
+    for index, layout in layouts.items():
+        groups = 1 if link is None else link.query_groups(index)
+        schedulers = [
+            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
+            for location in layout.locations
+        ]
+        made = make_parts(index, options, layout, schedulers, tiers)
+        layers[index] = PiKVLayer(index, options, link, layout, made, leads=index == min(layouts))
+    return layers, tiers
+
+
+def _is_paged(index: int, layer: Any, config: Any, options: PiKVConfig) -> bool:
+    """Return whether a layer of `DynamicCache` is replaced by a paged one; refuse those of other kinds."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(
+            f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "
+            "PiKVCache knows full and sliding attention"
+        )
+    return type(layer) is DynamicLayer or options.sliding_layers == "paged"
+
+
+def _layout_of(index: int, link: ModelLink | None, spread: Devices | PartLayout | None) -> PartLayout:
+    """Return where the parts of a layer are."""
+    if isinstance(spread, Devices):
+        assert link is not None
+        return spread.around(link.attention_device(index))
+    return PartLayout() if spread is None else spread
