@@ -16,7 +16,7 @@ DEVELOPED := $(VENV)/dev.stamp
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(RUNNABLE) ## Ask a small model about one text with DynamicCache and three kinds of PiKVCache
+demo: $(RUNNABLE) ## Ask a small model about one text, with four caches side by side
 	$(BIN)/pikv demo
 
 # One torch thread per worker: two workers with two threads each on two cores wait for one another.
@@ -24,7 +24,7 @@ demo: $(RUNNABLE) ## Ask a small model about one text with DynamicCache and thre
 test: $(DEVELOPED) ## Run the tests and list the slowest
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --durations=15
 
-test-fast: $(DEVELOPED) ## Run the tests that are not marked as slow, and list those
+test-fast: $(DEVELOPED) ## Run the tests not marked as slow, list the others
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --fast
 
 check: $(DEVELOPED) ## Check style, formatting and types
@@ -36,14 +36,14 @@ format: $(DEVELOPED) ## Format the code and mend what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(RUNNABLE) ## Measure decoding, beam reordering, prefill and what presses add to it
+bench: $(RUNNABLE) ## Measure decoding, beam reordering, prefill, presses
 	$(BIN)/pikv bench decode
 	$(BIN)/pikv bench reorder
 	$(BIN)/pikv bench prefill
 	$(BIN)/pikv bench press
 
 # torch and Triton are enough for this one, and a machine with a GPU has its own: no environment is made for it.
-gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --quick
+gpu-check: ## Check and time the kernels on a GPU; FLAGS=--sweep or --quick
 	PYTHONPATH=src $(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -P -m pikv_hf.eval.gpu \
 	  --output eval/results/gpu/ $(FLAGS)
 
@@ -52,21 +52,21 @@ gpu-check: ## Check and measure the kernels on an NVIDIA GPU; FLAGS=--sweep, --q
 EVAL := OMP_NUM_THREADS=1 $(BIN)/accelerate launch --multi_gpu --num_processes 2 --num_machines 1 \
   --mixed_precision no --dynamo_backend no --main_process_port 0 -m pikv_hf.eval
 BASELINE := eval/results/baseline
-baseline: $(RUNNABLE) ## Measure the accuracy table of docs/evaluation.md, and draw its figure
+baseline: $(RUNNABLE) ## Measure the table and figure of docs/evaluation.md
 	$(EVAL) run eval/baseline.yaml --output $(BASELINE) $(FLAGS)
 	$(BIN)/pikv report $(BASELINE) --output $(BASELINE) --title "Presses of kvpress on the bundled model"
 	$(BIN)/python -P -m pikv_hf.eval.runner.archive $(BASELINE)
 
 # A press that fails at a budget is named, and its cell stays empty: the others are reported all the same.
 PRESSES := eval/results/presses
-presses: $(RUNNABLE) ## Measure presses at equal bytes, print the table of docs/presses.md, and draw its figure
+presses: $(RUNNABLE) ## Measure the table and figure of docs/presses.md, an hour or two
 	-$(EVAL) run eval/presses.yaml --output $(PRESSES) $(FLAGS)
 	$(BIN)/pikv report $(PRESSES) --output $(PRESSES) --title "Presses at equal bytes on the bundled model"
 	$(BIN)/pikv report budgets $(PRESSES) --output $(PRESSES)
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
 STUDY := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies
-codecs: $(RUNNABLE) ## Measure the codec table of docs/codecs.md, and print it
+codecs: $(RUNNABLE) ## Measure the table of docs/codecs.md, and print it
 	$(STUDY).codecs.quantisation_schemes_study --output eval/results
 	$(STUDY).codecs.low_rank_bases --output eval/results
 	$(STUDY).codecs.codec_costs --output eval/results
@@ -75,30 +75,30 @@ codecs: $(RUNNABLE) ## Measure the codec table of docs/codecs.md, and print it
 	  --output eval/results/bench-codecs-cpu.json
 	@$(STUDY).codecs.codec_table eval/results
 
-routing: $(RUNNABLE) ## Measure what routing covers and costs, and its tables in docs/routing.md
+routing: $(RUNNABLE) ## Measure what docs/routing.md shows: coverage, cost, speed
 	$(STUDY).routing.routing_study --output eval/results/routing.json
 	$(BIN)/pikv bench decode --routing page_bound --batch 1 --tokens 16384 --tokens 131072 --codec none --codec int4 \
 	  --output eval/results/bench-routing-cpu.json
 
-plan: $(RUNNABLE) ## Validate the plan against caches and benchmarks here, simulate many devices, study placements
+plan: $(RUNNABLE) ## Check pikv plan against real caches, simulate many devices
 	$(BIN)/python -P -m pikv_hf.eval.studies.planning.plan_validation --output eval/results/plan-validation.json
 	$(BIN)/pikv plan --model Qwen/Qwen3-30B-A3B --context 131072 --batch 8 --devices H200 --simulate \
 	  --output eval/results/simulation-qwen3-30b-a3b.json --plot eval/results/simulation-qwen3-30b-a3b.png
 	$(STUDY).placement.placement_study --output eval/results/placement.json
 	$(BIN)/pikv bench processes --output eval/results/bench-processes-cpu.json
 
-budgets: $(RUNNABLE) ## Measure budgets: access traces, accuracy under each scheduler, constant memory and time
+budgets: $(RUNNABLE) ## Measure what docs/budgets.md shows: schedulers, bytes, time
 	$(STUDY).scheduling.page_traces --output eval/results/page-traces.json
 	$(STUDY).scheduling.budget_study --output eval/results/budgets.json
 	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
 	$(BIN)/pikv bench chunks --output eval/results/bench-chunks-cpu.json
 	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json
 
-test-browser: $(DEVELOPED) ## Install Debian's Chromium, if there is none, and look at a report page with it
+test-browser: $(DEVELOPED) ## Test a report page in Chromium, which it installs by apt-get
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
 	$(BIN)/pytest tests/eval/report/test_report_browser.py
 
-clean: ## Remove caches and build products; the environment stays
+clean: ## Remove caches and build products, keep the environment
 	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find src kernels presses eval tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

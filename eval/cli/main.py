@@ -26,16 +26,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 app.add_typer(report, name="report")
-app.command()(plan)
 _DEFAULT = DemoOptions()
-
-
-@app.command()
-def version() -> None:
-    """Print the version."""
-    from pikv_hf.version import __version__
-
-    typer.echo(__version__)
 
 
 @app.command()
@@ -69,9 +60,11 @@ def demo(
 ) -> None:
     """Ask several questions about one text with DynamicCache and with PiKVCache: exact, int4 and with PiKVPress.
 
-    Without options it needs no network: a small bundled model looks up numbers in 2,048 tokens of synthetic text.
-    The exit status is 1 if the answers of the exact PiKVCache differ from DynamicCache's in any token, 2 if an option
-    cannot be used.
+    Without options it needs no network: a small bundled model looks up
+    numbers in 2,048 tokens of synthetic text.
+
+    The exit status is 1 if any token differs between the exact PiKVCache
+    and DynamicCache, 2 if an option cannot be used.
     """
     given = {
         "model": model,
@@ -100,6 +93,17 @@ def demo(
         result = _run_demo(given, storage, as_json)
     if not result.agree:
         raise failure(result.describe_disagreement(), status=1)
+
+
+app.command()(plan)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from pikv_hf.version import __version__
+
+    typer.echo(__version__)
 
 
 def _run_demo(given: dict[str, Any], storage: dict[str, Any], as_json: bool) -> "DemoResult":

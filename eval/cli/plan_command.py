@@ -41,7 +41,7 @@ def plan(
     ] = None,
     weights: Annotated[str | None, typer.Option(help="How weights are stored: bfloat16, fp8, int4, mxfp4...")] = None,
     trace: Annotated[Path | None, typer.Option(help="Routing trace, for measured loads of shards.")] = None,
-    z: Annotated[float, typer.Option("--z", help="Margin of the capacity of shards, in deviations.")] = 3.0,
+    z: Annotated[float, typer.Option("--z", help="Margin of the capacity of shards, in standard deviations.")] = 3.0,
     calibrate: Annotated[bool, typer.Option(help="Measure this machine's CPU, for --devices cpu.")] = False,
     simulate: Annotated[
         bool, typer.Option("--simulate", help="Instead, replay --trace on 16 to 512 simulated devices.")
@@ -55,8 +55,9 @@ def plan(
 ) -> None:
     """What fits on how many devices, how long a step takes, and what to do: from the model's config alone.
 
-    No weights are loaded, and with a bundled or local config nothing is downloaded. Exact options are recommended
-    first; codec, routing and budget are taken as given.
+    No weights are loaded, and with a bundled or local config nothing is
+    downloaded. Exact options are recommended first; codec, routing and
+    budget are taken as given.
     """
     storage = {
         "key_codec": key_codec or codec or "none",

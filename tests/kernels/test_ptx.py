@@ -142,7 +142,7 @@ def interpret_ptx(asm: str, handles: list[Any], result_types: list[Any]) -> Any:
     return types.SimpleNamespace(get_result=outputs.__getitem__)
 
 
-@pytest.mark.skipif(GPU, reason="a GPU runs the PTX itself, in test_kernels_triton.py")
+@pytest.mark.skipif(GPU, reason="a GPU runs the PTX itself, in test_triton_decode.py")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("kinds", "size"),

@@ -16,8 +16,6 @@ from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 
-WIDTH_CODECS = {0: "none", 2: "int2", 4: "int4", 8: "int8", 16: "none"}
-
 
 @dataclasses.dataclass
 class Twin:

@@ -22,7 +22,7 @@ from process_failures import FAILURES
 from process_scenarios import AS_IN_ONE, ASSISTED, EXACT, NOT_EIGHT, ON_FOUR, STORED, Scenario, Spread
 from process_traffic import MEMORY, TRAFFIC
 
-import pikv_hf.page_table.page_table
+import pikv_hf.page_table.table_view
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: A group of processes that is not through after this many seconds is killed.
@@ -99,7 +99,7 @@ def scenarios_of(world: int) -> dict[str, Scenario]:
 def main(folder: Path, only: list[str]) -> None:
     """Run everything, or what is named."""
     torch.set_num_threads(1)
-    pikv_hf.page_table.page_table.MIN_RUN_BYTES = 1
+    pikv_hf.page_table.table_view.MIN_RUN_BYTES = 1
     # The children share what is imported, which their collectors need not look through.
     gc.freeze()
     everything = {**EXACT, **ASSISTED, **STORED, **MEMORY, **TRAFFIC}

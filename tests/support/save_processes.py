@@ -1,4 +1,4 @@
-"""What each of two processes does with a cache that they save together; see test_save_parts.py.
+"""What each of two processes does with a cache that they save together; see tests/serialization/test_save_processes.py.
 
 `python -P save_processes.py FOLDER` imports everything once, forks them, and leaves a file of results for each.
 """

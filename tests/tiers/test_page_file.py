@@ -4,8 +4,6 @@ import errno
 import gc
 import os
 import shutil
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +29,6 @@ def filled(path: Path, pages: list[int]) -> PageFile:
     file = PageFile(path, PAGE_BYTES, LAYOUT)
     file.append(pages, contents(pages))
     return file
-
-
-@pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """Mount a file system of one MiB."""
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"cannot mount a small file system: {done.stderr.strip()}")
-    yield folder
-    gc.collect()
-    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_pages_come_back_in_any_order(tmp_path: Path) -> None:

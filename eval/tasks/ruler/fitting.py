@@ -16,8 +16,6 @@ from pikv_hf.eval.tasks.ruler.counting import Prompt, TokenCounter
 FILLED = 0.98
 # Rounds spent on a sample that fits but could be longer; a sample that is too long is shortened until it fits.
 _ROUNDS = 8
-# Each round corrects the estimate by its error; never needed so far, but nothing may go on for ever.
-_MOST_ROUNDS = 100
 
 
 class Draft(Protocol):
