@@ -122,7 +122,7 @@ def test_a_row_of_nan_stays_alone() -> None:
         out, _ = attend(cache, query)
         assert torch.isfinite(out[1]).all()
         assert not torch.isfinite(out[0]).any()
-    cache.select([1, 1])
+    cache.batch_select_indices(torch.tensor([1, 1]))
     for _ in range(100):
         cache.update(torch.randn(2, 2, 1, 16), torch.randn(2, 2, 1, 16))
         assert torch.isfinite(attend(cache, query)[0]).all()

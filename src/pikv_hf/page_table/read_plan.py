@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -110,6 +110,14 @@ def make_plan(
         else:
             for row in rows:
                 scattered[row] += [page for page in range(start, stop) if not free[page]]
+    table, lengths = _scattered_table(pages, members, scattered)
+    return ReadPlan(runs, table, lengths, np.concatenate(bridged))
+
+
+def _scattered_table(
+    pages: Sequence[PageIds], members: Sequence[Sequence[int]], scattered: Mapping[int, list[int]]
+) -> tuple[PageIds, PageIds]:
+    """Return the scattered pages by row, `(B, n)`, and how many each row has, `(B,)`."""
     batch = sum(map(len, members))
     lengths = np.array([len(scattered[row]) for row in range(batch)], dtype=np.int64)
     table = np.zeros((batch, int(lengths.max(initial=0))), dtype=np.int64)
@@ -118,7 +126,7 @@ def make_plan(
         table[list(shared)] = ids[0] if len(ids) else 0
     for row in range(batch):
         table[row, : lengths[row]] = scattered[row]
-    return ReadPlan(runs, table, lengths, np.concatenate(bridged))
+    return table, lengths
 
 
 def _stretches(
