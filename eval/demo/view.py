@@ -64,7 +64,7 @@ def _parts(result: DemoResult, plain: bool) -> Iterator[RenderableType]:
 
 def _heading(result: DemoResult) -> Text:
     pikv = result.options.pikv
-    example = f"1. {result.questions[0]}\n" if result.judged else ""
+    example = f"Question 1: {result.questions[0]}\n" if result.judged else ""
     return Text.assemble(
         (f"One text, {len(result.questions)} questions, {len(result.caches)} caches\n", "bold"),
         f"{result.model} ({result.model_type}), {result.dtype} on {result.device}. With each cache it reads "
@@ -146,7 +146,7 @@ def _one_line(text: str) -> Text:
 
 
 def _verdict(result: DemoResult) -> Text:
-    same = "PiKVCache gave the same tokens for every question"
+    same = "PiKVCache: the same tokens for every question"
     verdict = Text(same if result.agree else f"NOT THE SAME: {result.describe_disagreement()}", style="bold")
     return verdict.append(f"; logits within {result.logit_difference:.1e}.", style="not bold")
 
@@ -226,7 +226,7 @@ def _by_layer(spread: Sequence[LayerSpread]) -> str:
     largest = [max(layer.shard_tokens) / sum(layer.shard_tokens) for layer in spread if sum(layer.shard_tokens)]
     if not largest:
         return ""
-    return f" By layer, the largest shard has {min(largest):.1%} to {max(largest):.1%} of what is in shards."
+    return f" Within a layer the largest shard has {min(largest):.1%} to {max(largest):.1%} of the tokens in shards."
 
 
 def _bar(share: float, plain: bool) -> str:

@@ -163,5 +163,5 @@ def test_the_default_scheduler_is_among_the_best(results: dict[str, Any]) -> Non
 
 
 def test_the_committed_results_say_where_they_come_from(results: dict[str, Any]) -> None:
-    assert results["command"].startswith("python -m pikv_hf.eval.experiments.budget_study")
+    assert re.match(r"python -m pikv_hf\.eval\.(experiments|studies\.scheduling)\.budget_study ", results["command"])
     assert not re.search(r'[ "=]/\w|~/', RESULTS.read_text()), "the file names a folder of the machine"

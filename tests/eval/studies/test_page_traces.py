@@ -214,7 +214,7 @@ def test_the_weights_of_pikv_are_the_best_of_those_compared(results: dict[str, A
 
 
 def test_the_committed_results_say_where_they_come_from(results: dict[str, Any]) -> None:
-    assert results["command"].startswith("python -m pikv_hf.eval.experiments.page_traces")
+    assert re.match(r"python -m pikv_hf\.eval\.(experiments|studies\.scheduling)\.page_traces ", results["command"])
     assert results["samples"] == len(reference.TASKS) * results["samples_per_task"]
     assert results["seed"] != results["training"]["seed"]
     assert not re.search(r'[ "=]/\w|~/', RESULTS.read_text()), "the file names a folder of the machine"

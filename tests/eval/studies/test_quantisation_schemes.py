@@ -1,4 +1,4 @@
-"""The experiments behind the packed format: their measure, their schemes, the page guard, and the committed results."""
+"""The studies behind the packed format: their measure, their schemes, the page guard, and the committed results."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 
 from pikv_hf.codecs.page_encoder import GUARD
 from pikv_hf.eval.studies.codecs import low_rank_bases as low_rank
-from pikv_hf.eval.studies.codecs import quantisation_schemes_study as codec_schemes
+from pikv_hf.eval.studies.codecs import quantisation_schemes_study as schemes_study
 from pikv_hf.eval.studies.codecs.attention_error import PAGE, WINDOW, Subject
 from pikv_hf.eval.studies.codecs.low_rank_bases import (
     FITS,
@@ -125,7 +125,7 @@ def test_difficult_keys_are_what_they_are_called(layers: list[AttentionInput]) -
 def test_more_bits_are_better(subjects: list[Subject], part: str, name: str) -> None:
     scheme = (KEY_SCHEMES if part == "keys" else VALUE_SCHEMES)[name]
     given = (scheme, None) if part == "keys" else (None, scheme)
-    eight, four, two = (codec_schemes.measure_scheme(subjects[:4], *given, bits) for bits in (8, 4, 2))
+    eight, four, two = (schemes_study.measure_scheme(subjects[:4], *given, bits) for bits in (8, 4, 2))
     assert EXACT < 4 * eight < four < two / 2 < 0.25
     assert scheme.page_bytes(8, 32, 64) > scheme.page_bytes(4, 32, 64) > scheme.page_bytes(2, 32, 64)
 
@@ -193,7 +193,7 @@ def test_bytes_of_pages() -> None:
     assert Ranges("page", log_scale=True, normalise=True).page_bytes(4, 32, 128) == 32 * 64 + 128 * 3 + 32
     assert Ranges("token", finer=4).page_bytes(2, 32, 128) == 32 * 32 + 32 * 4 + 4 * 2 + 4 * 16
     assert Ranges("group").page_bytes(8, 32, 128) == 32 * 128 + 32 * 4 * 4
-    shares = {(row["part"], row["scheme"], row["bits"]): row["share"] for row in codec_schemes.page_sizes()}
+    shares = {(row["part"], row["scheme"], row["bits"]): row["share"] for row in schemes_study.page_sizes()}
     assert shares["both", "shipped", 8] <= 0.55
     assert shares["both", "shipped", 4] <= 0.30
     assert shares["both", "shipped", 2] <= 0.18
@@ -201,15 +201,15 @@ def test_bytes_of_pages() -> None:
 
 @pytest.mark.parametrize("case", DIFFICULT)
 def test_int4_with_the_guard_survives_difficult_keys(layers: list[AttentionInput], case: str) -> None:
-    ordinary = codec_schemes.measure_guard([Subject.of(layer) for layer in layers], "keys", 4)
+    ordinary = schemes_study.measure_guard([Subject.of(layer) for layer in layers], "keys", 4)
     assert ordinary["moved"] == 0
     changed = [Subject.of(difficult(layer, case)) for layer in layers]
-    found = codec_schemes.measure_guard(changed, "keys", 4)
+    found = schemes_study.measure_guard(changed, "keys", 4)
     assert found["error"] <= 2 * ordinary["error"]
     pages = sum(len(subject.coded) // PAGE for subject in changed)
     assert found["moved"] == pytest.approx(len(changed) / pages if "token" in case else 0)
     if "token" in case:
-        assert codec_schemes.measure_scheme(changed, KEY_SCHEMES["shipped"], None, 4) > 2 * ordinary["error"]
+        assert schemes_study.measure_scheme(changed, KEY_SCHEMES["shipped"], None, 4) > 2 * ordinary["error"]
 
 
 @pytest.mark.parametrize("kind", list(GUARD))
@@ -306,12 +306,12 @@ def test_commands_write_rows(
     def few(*_: int) -> list[AttentionInput]:
         return layers[4:6]
 
-    whole: Callable[..., Any] = codec_schemes.measure
-    for module in (codec_schemes, low_rank):
+    whole: Callable[..., Any] = schemes_study.measure
+    for module in (schemes_study, low_rank):
         monkeypatch.setattr(module, "reference_inputs", few)
-    monkeypatch.setattr(codec_schemes, "measure", lambda samples: whole(samples, models=()))
+    monkeypatch.setattr(schemes_study, "measure", lambda samples: whole(samples, models=()))
     monkeypatch.setattr(low_rank, "PROMPTS", {1024: 1})
-    for module, name in ((codec_schemes, "codec-schemes"), (low_rank, "low-rank-bases")):
+    for module, name in ((schemes_study, "codec-schemes"), (low_rank, "low-rank-bases")):
         module.main(["--output", str(tmp_path), "--threads", "1"])
         written = json.loads((tmp_path / f"{name}.json").read_text())
         assert written["metric"].startswith("error: ")
@@ -336,10 +336,10 @@ def test_committed_results_are_of_these_schemes() -> None:
     assert all(row["relative"] <= 2 for row in hard)
     judged = {(row["scheme"], row["part"]) for row in rows if "moved" in row and row["case"] == "ordinary"}
     parts = ("keys", "values", "both")
-    assert judged == {(name, part) for name in codec_schemes.GUARDS for part in parts} - {
-        (codec_schemes.BY_DEVIATION, "keys")
+    assert judged == {(name, part) for name in schemes_study.GUARDS for part in parts} - {
+        (schemes_study.BY_DEVIATION, "keys")
     }
-    for now, then in zip(codec_schemes.page_sizes(), written["sizes"], strict=True):
+    for now, then in zip(schemes_study.page_sizes(), written["sizes"], strict=True):
         assert now == {**then, **{name: pytest.approx(then[name], rel=1e-3) for name in ("bytes", "share")}}
     bases = json.loads((RESULTS / "low-rank-bases.json").read_text())["results"]
     assert {row["fit"] for row in bases} == set(FITS)
