@@ -5,8 +5,8 @@ import json
 import math
 from typing import Any, Literal, get_args
 
-from pikv_hf.common.budget import Budget, parse_bytes
-from pikv_hf.common.suggest import did_you_mean
+from .common.budget import Budget, parse_bytes
+from .common.suggest import did_you_mean
 
 Placement = Literal["expert", "balanced", "hash"]
 SlidingLayers = Literal["bounded", "paged"]

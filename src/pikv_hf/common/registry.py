@@ -1,11 +1,11 @@
-"""Classes that an option of the configuration names."""
+"""Registries: classes by the names that an option of the configuration may have."""
 
 from collections.abc import Callable, Iterable
 from typing import ClassVar, Protocol, TypeVar
 
 
 class Named(Protocol):
-    """A class that knows what the option calls it."""
+    """A class with the name that it is registered under."""
 
     name: ClassVar[str]
 
@@ -29,7 +29,7 @@ class Registry(dict[str, type[_Class]]):
         self._option, self._names = option, tuple(names)
 
     def register(self, name: str) -> Callable[[type[_Class]], type[_Class]]:
-        """Let the option mean the decorated class by `name`, which the class is given as its attribute.
+        """Register the decorated class under a name, and set its attribute `name`.
 
         Raises
         ------

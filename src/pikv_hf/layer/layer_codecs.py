@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
-from ..page_table.layer_encoders import MAX_OBSERVED
+from ..page_table.layer_encoders import MAX_ERROR_QUERIES
 from .input_checks import KVFormat
 from .layer_store import LayerStore
 
-# Queries kept of each KV head to judge the errors of packed keys by: of these newest positions, at most MAX_OBSERVED.
+# By the queries at so many of the newest positions the errors of packed keys are judged; at most MAX_ERROR_QUERIES are.
 OBSERVED_POSITIONS = 8
 
 
@@ -64,5 +64,5 @@ def remember_queries(store: LayerStore, query: torch.Tensor, scale: float) -> No
             # Pages fill now and then: looking at every decoded token would only cost time.
             continue
         recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, store.heads, -1, dim).transpose(0, 1)
-        few = recent.reshape(store.heads, -1, dim)[:, :MAX_OBSERVED].clone()
+        few = recent.reshape(store.heads, -1, dim)[:, :MAX_ERROR_QUERIES].clone()
         encoders.remember_queries(few.to(table.plain.device), scale)

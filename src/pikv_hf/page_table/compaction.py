@@ -51,7 +51,7 @@ class ExactTokens:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CodedPages:
-    """Pages of one pool that hold some of the tokens.
+    """Packed pages of one pool, by row of the table that they are taken from.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class CodedPages:
 
 
 def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
-    """Return the options for pages of single heads.
+    """Return the configuration for pages of single KV heads: the same, without low-rank codecs.
 
     A low-rank basis belongs to a head, and pages of lanes are of any head: what comes is kept as it is.
     """
@@ -75,7 +75,7 @@ def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
 
 
 class Compaction:
-    """Pools and sequences of their own for what is kept of a layer's tokens; the old ones stay as they are.
+    """New pools and sequences for what is kept of a layer's tokens; the old ones stay as they are.
 
     Parameters
     ----------
@@ -128,7 +128,7 @@ class Compaction:
 
     @contextmanager
     def retired_on_error(self) -> Iterator[None]:
-        """Leave nothing of the new pools in any tier if the block raises."""
+        """Delete the pages of the new pools from slower tiers if the block raises."""
         try:
             yield
         except BaseException:

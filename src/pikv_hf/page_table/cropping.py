@@ -21,7 +21,7 @@ def crop(table: PageTable, length: int) -> None:
 
 
 class Crop:
-    """Forgets every token of a table at position `length` or later, by its methods in their order.
+    """One crop of a table: forgets every token at position `length` or later, by its methods in their order.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The full pages of a table's rows: what routing chooses among."""
+"""Index of the full pages of a table's rows, with the facts by which routing chooses among them."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from .sequence_pages import SequencePages
 
 @dataclasses.dataclass(slots=True)
 class FullPageIndex:
-    """Full pages by row, in *columns*: those of the first pool, then those of the next.
+    """Index of full pages: each row has its pages in *columns*, those of the first pool, then those of the next.
 
     Attributes
     ----------
@@ -92,7 +92,7 @@ class FullPageIndex:
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Columns, n."""
         return self.pages.shape[1]
 
     @property

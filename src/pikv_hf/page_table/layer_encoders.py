@@ -1,4 +1,4 @@
-"""What encodes the full pages of a layer, and what it keeps beside them to do so."""
+"""Encoding the full pages of a layer: one encoder for keys, one for values, with the queries and bases they need."""
 
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import UNCODED, PoolId
 
 #: The most queries of each KV head by which errors are judged.
-MAX_OBSERVED = 64
+MAX_ERROR_QUERIES = 64
 
 
 class LayerEncoders:
@@ -94,7 +94,7 @@ class LayerEncoders:
         """The most bytes that :meth:`tensors` may take: of queries, and of bases of low-rank codecs."""
         if not self.packs:
             return 0
-        most = self._heads * MAX_OBSERVED * self._dims[0] * self._element_size
+        most = self._heads * MAX_ERROR_QUERIES * self._dims[0] * self._element_size
         for encoder, dim in zip(self._encoders, self._dims, strict=True):
             most += self._heads * dim * min(dim, encoder.codec(encoder.rungs[0], dim).rank) * self._element_size
         return most

@@ -21,7 +21,7 @@ from .sequence_pages import SequencePages
 
 
 class LayerPools:
-    """The pools of a layer.
+    """All page pools of one layer on one device.
 
     Parameters
     ----------
@@ -128,17 +128,17 @@ class LayerPools:
             self._prepare(pool)
 
     def keep_bounds(self) -> None:
-        """Have a place for the bounds of all pages from now on."""
+        """Keep bounds of the keys of all pages from now on."""
         for pool in self.by_id().values():
             pool.keep_bounds()
 
     def keep_usage(self, now: int) -> None:
-        """Keep statistics of use of all pages, from step `now` on."""
+        """Keep usage counters of all pages, from step `now` on."""
         for pool in self.by_id().values():
             pool.keep_usage(now)
 
     def forget_pools(self, known: set[PoolId]) -> None:
-        """Drop the pools that nobody uses but those `known`, and with them bases fitted to tokens that are gone."""
+        """Delete the unused pools but those `known`, and with them bases fitted to tokens that are gone."""
         for pool_id in set(self.packed) - known:
             if not self.packed[pool_id].allocator.refcount.any():
                 pool = self.packed.pop(pool_id)

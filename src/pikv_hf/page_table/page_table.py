@@ -1,4 +1,4 @@
-"""Page tables: the rows of one layer's cache, shared copy-on-write."""
+"""Page tables: which pages hold the tokens of each row of a layer's cache; pages are shared copy-on-write."""
 
 import dataclasses
 import weakref
@@ -33,7 +33,7 @@ class _NextSlots:
 
 
 class PageTable:
-    """The rows of one layer's cache over its pages.
+    """Page table of one layer: the sequence of pages of each row of the batch.
 
     Rows with the same tokens share one :class:`SequencePages`; sequences with a common past share its pages.
 
@@ -69,7 +69,7 @@ class PageTable:
 
     @property
     def plain(self) -> PlainPool:
-        """The pool of pages that keep tokens as they came, the window among them."""
+        """The pool of pages that are not packed: window, open pages, and full pages that no codec took."""
         return self.writer.plain
 
     @property
@@ -79,7 +79,7 @@ class PageTable:
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of the page numbers."""
+        """Bytes of the page numbers of all sequences."""
         return sum(s.pages(pool_id).nbytes for s in self.sequences() for pool_id in self.pools.by_id())
 
     def sequences(self) -> list[SequencePages]:
@@ -88,7 +88,7 @@ class PageTable:
 
     @property
     def view(self) -> TableView:
-        """What attention reads of the rows; another one after pages changed hands."""
+        """What attention reads of the rows. It lasts until pages change hands; then there is another one."""
         if self._view is None:
             self._view = TableView(self.writer, self.rows)
         return self._view
@@ -179,7 +179,7 @@ class PageTable:
 
     @property
     def is_at_page_end(self) -> bool:
-        """Whether :meth:`next_slots` would need new pages, or look for them."""
+        """Whether :meth:`next_slots` has to look for window pages with room, and may need new ones."""
         return self._next is None or self._next.room == 0
 
     def _separate(self, leaders: list[int]) -> list[SequencePages]:
@@ -246,7 +246,7 @@ class PageTable:
         pool.trim()
 
     def _moves_to_front(self, pool_id: PoolId) -> tuple[PageIds, PageIds]:
-        """Return pages `(n,)` beyond as many as are in use, which this table alone holds, and free pages before."""
+        """Return pages `(n,)` to move and where to: from the end of the pool into gaps; this table alone holds them."""
         pool = self.pools.by_id()[pool_id]
         refcount, own = pool.allocator.refcount, np.zeros(pool.capacity, dtype=np.int64)
         for sequence in self.sequences():
@@ -259,7 +259,7 @@ class PageTable:
         return sources[:count], targets[:count]
 
     def drop_pages(self, sequence: SequencePages, pool_id: PoolId, pages: PageIds) -> None:
-        """Take pages of a shard from a sequence, which may be several rows'; nobody else loses them."""
+        """Evict pages of shards from a sequence, for all rows that share it; other holders keep theirs."""
         if pool_id == PLAIN:
             sequence.full = sequence.full[~np.isin(sequence.full, pages)]
             sequence.open = np.where(np.isin(sequence.open, pages), -1, sequence.open)
@@ -270,7 +270,7 @@ class PageTable:
         self._changed()
 
     def add_pages(self, sequence: SequencePages, pool_id: PoolId, pages: PageIds) -> None:
-        """Give full pages of a shard to a sequence, which may be several rows'."""
+        """Give full pages of shards to a sequence, for all rows that share it."""
         if pool_id == PLAIN:
             sequence.full = np.append(sequence.full, pages)
             self.plain.incref(pages)

@@ -48,11 +48,11 @@ class SequenceWriter:
 
     @property
     def reads_window(self) -> bool:
-        """Whether attention takes the window from here."""
+        """Whether attention reads the window of this part; all parts have one, and only that of part 0 is read."""
         return self._part == 0
 
     def write_part(self, shard_map: ShardMap | None, part: int, counts: bool = True) -> None:
-        """Leave to other parts what `shard_map` gives them; `counts`: tell it what leaves the window."""
+        """Write only the shards that `shard_map` gives this part; `counts`: tell it what leaves the window."""
         self._shard_map, self._part, self._counts = shard_map, part, counts
 
     def set_shard_of(self, shard_of: ShardOf) -> None:
@@ -67,7 +67,7 @@ class SequenceWriter:
         return self._shard_map.own(shards, positions.cpu().numpy(), self._part)
 
     def count_leaving(self, shards: np.ndarray) -> None:
-        """Count tokens that leave the window."""
+        """Tell the shard map the shards `(n,)` of tokens that leave the window."""
         if self._shard_map is not None and self._counts:
             self._shard_map.note(shards, self._part)
 
@@ -88,7 +88,7 @@ class SequenceWriter:
         needed = shard_pages_needed(self.plain, sequence, 1, passing)
         if not self.pools.encoders.packs:
             return window + needed
-        # Most pages are packed without passing through this pool; nothing hangs on this number being right.
+        # An estimate, that the pool may grow once instead of twice: most pages are packed without passing through it.
         return window + min(needed, len(np.unique(passing[passing >= 0])))
 
     def pages_filled(self, sequence: SequencePages, shards: np.ndarray) -> int:

@@ -18,7 +18,7 @@ from .sequence_writer import SequenceWriter
 
 
 class TableView:
-    """Reads the rows of a page table, as they are until pages change hands; what it has found out it keeps.
+    """Snapshot of a page table for reading: plans and indexes are made once and last until pages change hands.
 
     Parameters
     ----------
@@ -36,11 +36,11 @@ class TableView:
         self._index: FullPageIndex | None = None
 
     def pool_of(self, of: PoolId | Region) -> PagePool:
-        """Return the pool that is meant, or that a region is of."""
+        """Return a pool by its id, or the one that a region is part of."""
         return self._writer.plain if isinstance(of, Region) else self._writer.pools.by_id()[of]
 
     def plan(self, of: PoolId | Region = PLAIN) -> ReadPlan:
-        """Return how attention reads the rows' pages of a pool, or some of the plain one's."""
+        """Return how attention reads the rows' pages of a pool, or of a region of the plain one."""
         plan, made_at = self._plans.get(of, (None, -1))
         if plan is None or (len(plan.bridged) and made_at != self.pool_of(of).allocator.allocations):
             plan = self._new_plan(of)
@@ -81,7 +81,7 @@ class TableView:
         return self._entries[of]
 
     def full_pages(self) -> FullPageIndex:
-        """Return the full pages of the rows, for routing."""
+        """Return the index of the rows' full pages, for routing."""
         if self._index is None:
             self._index = FullPageIndex.from_rows(self._rows, self._writer.pools.by_id())
         return self._index

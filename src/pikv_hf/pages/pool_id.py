@@ -1,4 +1,4 @@
-"""Which pool of a layer is meant."""
+"""The identity of a pool within its layer: the codecs of the keys and values in it."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from ..codecs.codec import is_lowrank
 
 
 class PoolId(NamedTuple):
-    """The codecs of a pool's keys and values, of which a layer has one pool each.
+    """Names a pool of a layer by the codecs of its keys and values; a layer has one pool for each such pair.
 
     Attributes
     ----------

@@ -14,7 +14,7 @@ from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec, is_lowrank
 from pikv_hf.common.budget import Budget
 from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
-from pikv_hf.page_table.layer_encoders import MAX_OBSERVED
+from pikv_hf.page_table.layer_encoders import MAX_ERROR_QUERIES
 from pikv_hf.pages.packed_pool import PACKED_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
 
@@ -251,7 +251,7 @@ def _metadata(
         # Those of the prompt's end, later those of the steps that filled a page.
         seen = 1 if contents.generated > size else _OBSERVED_POSITIONS
         queries = contents.batch * (layer.query_heads // layer.kv_heads) * seen
-        total += layer.kv_heads * min(MAX_OBSERVED, queries) * layer.key_dim * element
+        total += layer.kv_heads * min(MAX_ERROR_QUERIES, queries) * layer.key_dim * element
         for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim)):
             if is_lowrank(name):
                 total += layer.kv_heads * dim * min(dim, options.rank or max(1, dim // 4)) * element

@@ -18,7 +18,7 @@ def make_routing(config: PiKVConfig) -> RoutingPolicy | None:
 
 @dataclasses.dataclass(slots=True)
 class ReadCounts:
-    """What routed steps have read.
+    """How many pages routed steps have read, of how many.
 
     Attributes
     ----------
@@ -48,7 +48,7 @@ class ReadCounts:
 
 @dataclasses.dataclass(slots=True)
 class PageRouter:
-    """Routes the decoding steps of one layer.
+    """Chooses the full pages that the decoding steps of one layer read, and counts them.
 
     Attributes
     ----------
@@ -79,6 +79,6 @@ class PageRouter:
 
 
 def make_page_router(config: PiKVConfig) -> PageRouter | None:
-    """Return what chooses the pages that decoding steps read of a part, None if they read all."""
+    """Return the page router that a configuration asks for, None if steps read all pages."""
     policy = make_routing(config)
     return None if policy is None else PageRouter(policy, config.sink_tokens, config.recent_window)

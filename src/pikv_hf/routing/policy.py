@@ -1,4 +1,4 @@
-"""What a routing policy is: it ranks the full pages that a decoding step may read, and the highest are read."""
+"""The base class of routing policies: a policy ranks full pages, and a decoding step reads the highest."""
 
 import dataclasses
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class Choice:
 
 
 class RoutingPolicy(ABC):
-    """Chooses pages by rank.
+    """Ranks pages; a step reads those with the highest ranks.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""What a routing policy knows of the pages it chooses among, without reading them."""
+"""Facts about pages that routing policies rank them by: bounds of logits, estimated attention, costs of tiers."""
 
 import dataclasses
 from math import log
@@ -17,7 +17,7 @@ DEVIATIONS, DEVIATION = 2.0, 0.7236
 
 @dataclasses.dataclass(slots=True)
 class RoutingView:
-    """What a policy knows when it chooses for one step of one layer.
+    """One step of one layer as a routing policy sees it: its queries, and the index of the pages to choose among.
 
     Attributes
     ----------
