@@ -151,6 +151,23 @@ class Compaction:
         return leading.flatten(0, 1) if self.split else leading[:, 0]
 
     def _add_width(self, kept: torch.Tensor, width: int) -> None:
+        """Store the exact tokens `(lanes, T)` that are kept in one width."""
+        pages, counts, owners = self._exact_pages(kept)
+        if width != AS_CONFIGURED:
+            self._give(pack_pages(self.pools, pages, WIDTHS[width]), counts, owners)
+            return
+        left = np.ones(len(counts), dtype=np.bool_)
+        if self.pools.encoders.is_ready(len(counts) * self.pools.plain.page_size):
+            packed = pack_pages(self.pools, pages)
+            self._give(packed, counts, owners)
+            for which, _ in packed.values():
+                left[which] = False
+        if left.any():
+            rest = pages if left.all() else pages.pick(np.flatnonzero(left))
+            self._give(pack_pages(self.pools, rest, "none"), counts[left], owners[left])
+
+    def _exact_pages(self, kept: torch.Tensor) -> tuple[PageContents, np.ndarray, np.ndarray]:
+        """Return the kept exact tokens `(lanes, T)` in n pages, the tokens in each, `(n,)`, and its lane, `(n,)`."""
         size = self.pools.plain.page_size
         columns, counts, lanes = paged_columns(kept, size)
         keys, values = (self._pages(part, columns, lanes) for part in (self._exact.keys, self._exact.values))
@@ -158,19 +175,7 @@ class Compaction:
         positions = columns.where(inside, -1).to(torch.int32)
         shards = np.arange(len(columns)) % self._num_shards
         pages = PageContents(keys, values, positions, positions[:, :0].to(torch.int16), shards)
-        numbers, owners = counts.cpu().numpy(), lanes.cpu().numpy()
-        left = np.ones(len(columns), dtype=np.bool_)
-        if width != AS_CONFIGURED:
-            self._give(pack_pages(self.pools, pages, WIDTHS[width]), numbers, owners)
-            return
-        if self.pools.encoders.is_ready(len(columns) * size):
-            packed = pack_pages(self.pools, pages)
-            self._give(packed, numbers, owners)
-            for which, _ in packed.values():
-                left[which] = False
-        if left.any():
-            rest = pages if left.all() else pages.pick(np.flatnonzero(left))
-            self._give(pack_pages(self.pools, rest, "none"), numbers[left], owners[left])
+        return pages, counts.cpu().numpy(), lanes.cpu().numpy()
 
     def _pages(self, tokens: torch.Tensor, columns: torch.Tensor, lanes: torch.Tensor) -> torch.Tensor:
         """Return pages `(page_heads, n, P, D)` of the tokens `(B, H, T, D)` in these columns `(n, P)`."""
@@ -194,30 +199,34 @@ class Compaction:
 
     def add_coded(self, coded: CodedPages, was_split: bool) -> None:
         """Take over packed pages without what is evicted from them."""
-        pool, kept_by_lane = coded.pool, self._of_leaders(self._widths > 0)
-        lanes_each = self.heads if self.split else 1
-        pages, of_heads, owners = [], [], []
-        for lane, (row, head) in enumerate(self._sequences):
-            ids = coded.rows[row * lanes_each + head] if was_split else coded.rows[row]
-            pages.append(ids)
-            of_heads.append(np.full(len(ids), head))
-            owners.append(np.full(len(ids), lane))
-        numbers, heads, owner = np.concatenate(pages), np.concatenate(of_heads), np.concatenate(owners)
-        positions = pool.positions[pool.index(numbers)]
-        lanes = pool.index(owner)[:, None]
-        kept = kept_by_lane[lanes, positions.clamp_min(0).long()] & (positions >= 0)
+        pool = coded.pool
+        pages, heads, owners = self._pages_of_leaders(coded, was_split)
+        positions = pool.positions[pool.index(pages)]
+        lanes = pool.index(owners)[:, None]
+        kept = self._of_leaders(self._widths > 0)[lanes, positions.clamp_min(0).long()] & (positions >= 0)
         counts = kept.sum(dim=1).cpu().numpy()
         stays = np.flatnonzero(counts)
         step = pool.chunk_pages() if isinstance(pool, TieredPool) else max(1, len(stays))
         for block in np.split(stays, range(step, len(stays), step)) if len(stays) else []:
             index = pool.index(block)
             order = torch.argsort(~kept[index], dim=1, stable=True)
-            keys, values = _copied_codes(pool, numbers[block], heads[block], self.page_heads)
-            if (counts[block] < pool.count[numbers[block]]).any():
+            keys, values = _copied_codes(pool, pages[block], heads[block], self.page_heads)
+            if (counts[block] < pool.count[pages[block]]).any():
                 keys, values = reordered(keys, order), reordered(values, order)
-            target, ids = adopt_pages(self.pools, pool, numbers[block], keys, values)
+            target, ids = adopt_pages(self.pools, pool, pages[block], keys, values)
             target.positions[target.index(ids)] = positions[index].where(kept[index], -1).gather(1, order)
-            self._give({target.id: (np.arange(len(block)), ids)}, counts[block], owner[block])
+            self._give({target.id: (np.arange(len(block)), ids)}, counts[block], owners[block])
+
+    def _pages_of_leaders(self, coded: CodedPages, was_split: bool) -> tuple[PageIds, np.ndarray, np.ndarray]:
+        """Return the packed pages `(n,)` of the rows that lead; for each the KV head, and the new lane, it is for."""
+        lanes_each = self.heads if self.split else 1
+        pages, heads, owners = [], [], []
+        for lane, (row, head) in enumerate(self._sequences):
+            ids = coded.rows[row * lanes_each + head] if was_split else coded.rows[row]
+            pages.append(ids)
+            heads.append(np.full(len(ids), head))
+            owners.append(np.full(len(ids), lane))
+        return np.concatenate(pages), np.concatenate(heads), np.concatenate(owners)
 
 
 def _copied_codes(pool: PackedPool, ids: PageIds, heads: np.ndarray, page_heads: int) -> tuple[PageCodes, PageCodes]:
