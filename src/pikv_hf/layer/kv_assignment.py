@@ -39,12 +39,10 @@ class KVAssignment:
         staged, self.staged = self.staged, None
         return staged
 
-    def require_complete(self, layer_idx: int) -> None:
-        """Raise `RuntimeError` if keys were assigned without values; the keys are forgotten."""
-        if (staged := self.take_staged()) is not None:
-            raise RuntimeError(
-                f"layer {layer_idx}: keys {tuple(staged.shape)} were assigned without values; assign both"
-            )
+    def refuse_incomplete(self, layer_idx: int) -> None:
+        """Forget keys that were assigned without values, and raise `RuntimeError`."""
+        shape = tuple(getattr(self.take_staged(), "shape", ()))
+        raise RuntimeError(f"layer {layer_idx}: keys {shape} were assigned without values; assign both")
 
     def is_crop(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Return whether keys and values are the first tokens of what was handed out, unchanged."""

@@ -60,7 +60,8 @@ class LayerEdits:
     @leave_group_on_error
     def settle(self) -> None:
         """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
-        self.assignment.require_complete(self.layer_idx)
+        if self.assignment.staged is not None:
+            self.assignment.refuse_incomplete(self.layer_idx)
         self.settle_marks()
         self.awaits_press = False
         self.store.settle()

@@ -109,12 +109,14 @@ class LayerStore:
     @property
     def lanes(self) -> int:
         """Rows of the table per sequence: 1, or one per KV head once heads keep different tokens."""
-        return 1 if self.table is None else self.heads // self.table.plain.keys.shape[0]
+        table = self.parts[0].table
+        return 1 if table is None else self.heads // table.plain.keys.shape[0]
 
     @property
     def batch(self) -> int:
         """Sequences, 0 before the first tokens."""
-        return 0 if self.table is None else len(self.table.rows) // self.lanes
+        table = self.parts[0].table
+        return 0 if table is None else len(table.rows) // self.lanes
 
     @property
     def stored(self) -> int:
@@ -123,17 +125,10 @@ class LayerStore:
 
     def kv_format(self) -> KVFormat | None:
         """Return what new K/V must be like, None before the first."""
-        if self.table is None:
+        if (table := self.parts[0].table) is None:
             return None
-        pool = self.table.plain
+        pool = table.plain
         return KVFormat((self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3]), self.dtype, self.device)
-
-    def _by_lane(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return `(B, H, Q, D)` as the table's rows have it, `(B * H, 1, Q, D)` if these are lanes."""
-        return tokens if self.lanes == 1 else tokens.reshape(-1, 1, *tokens.shape[2:])
-
-    def _row_by_lane(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.repeat_interleave(self.lanes, dim=0)
 
     # Where tokens go
 
@@ -205,11 +200,11 @@ class LayerStore:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
-        keys, values = self._by_lane(keys).squeeze(2), self._by_lane(values).squeeze(2)
-        tables, seen = self.tables(), self.state.seen
+        tables, lanes, seen = self.tables(), self.lanes, self.state.seen
+        keys, values = _by_lane(keys, lanes).squeeze(2), _by_lane(values, lanes).squeeze(2)
         for part, table in zip(self.parts, tables, strict=True):
             # Until pages change hands again, as many tokens as fit into a page may come.
-            part.enforce(self.lanes, seen, headroom=table.plain.page_size)
+            part.enforce(lanes, seen, headroom=table.plain.page_size)
         if any(table.is_at_page_end for table in tables):
             self._in_all_parts(lambda part, _: part.append(keys, values, seen))
         else:
@@ -229,21 +224,21 @@ class LayerStore:
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Note the primary experts `(B,)` of the tokens that :meth:`append` has written."""
-        chosen = self._row_by_lane(experts.view(-1)).to(torch.int16)
+        chosen = _rows_by_lane(experts.view(-1), self.lanes).to(torch.int16)
         for part in self.parts:
             part.record_experts(chosen)
 
     def place(self, experts: torch.Tensor) -> None:
         """Store the pending tokens, whose primary experts are `(B, Q)`, in all parts or in none."""
         assert self.pending is not None
-        new, start = self.pending, self.stored
+        new, start, lanes = self.pending, self.stored, self.lanes
         positions = torch.arange(start, self.state.seen, dtype=torch.int32, device=self.device)
-        by_lane = self._row_by_lane(experts).to(torch.int16)
-        tokens = TokenBatch(self._by_lane(new.keys), self._by_lane(new.values), positions, by_lane)
-        valid = None if new.valid is None else self._row_by_lane(new.valid)
+        by_lane = _rows_by_lane(experts, lanes).to(torch.int16)
+        tokens = TokenBatch(_by_lane(new.keys, lanes), _by_lane(new.values, lanes), positions, by_lane)
+        valid = None if new.valid is None else _rows_by_lane(new.valid, lanes)
         masses = None
         if new.masses is not None:
-            masses = new.masses.mean(dim=1) if self.lanes == 1 else new.masses.flatten(0, 1)
+            masses = new.masses.mean(dim=1) if lanes == 1 else new.masses.flatten(0, 1)
         self._learn_from_prompt(positions, experts, new.valid)
         try:
             for first in range(0, new.tokens, piece := self._piece(new)):
@@ -304,14 +299,16 @@ class LayerStore:
 
     def _enforce(self) -> None:
         """Evict in every part what exceeds a budget in tokens."""
+        lanes = self.lanes
         for part in self.parts:
-            part.enforce(self.lanes, self.state.seen)
+            part.enforce(lanes, self.state.seen)
         self.note_evictions()
 
     def note_evictions(self) -> None:
         """Note whether a budget has cost tokens: they can be passed over by PiKV's attention alone."""
-        schedulers = (part.scheduler for part in self.parts)
-        self.state.evicted |= any(each is not None and each.pages_evicted > 0 for each in schedulers)
+        for part in self.parts:
+            if part.scheduler is not None and part.scheduler.pages_evicted:
+                self.state.evicted = True
 
     def drop_pending(self) -> None:
         """Forget what was pending, once it is stored; its padding is counted."""
@@ -348,3 +345,13 @@ class LayerStore:
         if self.state.padding is not None:
             self.state.padding = self.state.padding[list(indices)]
         self._enforce()
+
+
+def _by_lane(tokens: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Return `(B, H, Q, D)` as the table's rows have it, `(B * H, 1, Q, D)` if these are lanes of one KV head."""
+    return tokens if lanes == 1 else tokens.reshape(-1, 1, *tokens.shape[2:])
+
+
+def _rows_by_lane(rows: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Return `(B, ...)` for each row of the table, `(B * lanes, ...)`."""
+    return rows.repeat_interleave(lanes, dim=0)
