@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
@@ -43,10 +42,21 @@ class PageTable:
         Adds and removes tokens; tables made by :meth:`fork` share it and its pages.
     batch : int
         Rows.
+
+    Attributes
+    ----------
+    rows : list of SequencePages
+        The pages of each row.
+    pools : LayerPools
+        All pools of the layer.
+    plain : PlainPool
+        The pool of pages that are not packed: window, open pages, and full pages that no codec took.
     """
 
     def __init__(self, writer: SequenceWriter, batch: int) -> None:
         self.writer = writer
+        # Asked for in every step, many times.
+        self.pools, self.plain = writer.pools, writer.plain
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
         # Whether packing failed, for want of memory: it is tried again.
         self._packing_due = False
@@ -61,16 +71,6 @@ class PageTable:
         table = cls(writer, len(rows))
         table.rows[:] = rows
         return table
-
-    @property
-    def pools(self) -> LayerPools:
-        """All pools of the layer."""
-        return self.writer.pools
-
-    @property
-    def plain(self) -> PlainPool:
-        """The pool of pages that are not packed: window, open pages, and full pages that no codec took."""
-        return self.writer.plain
 
     @property
     def num_shards(self) -> int:
