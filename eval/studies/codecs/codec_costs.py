@@ -20,6 +20,7 @@ from pikv_hf.eval.bench.decode import HEAD_DIM, filled_pikv, geometry_model
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.layer.attend import attend
+from pikv_hf.layer.layer_codecs import remember_queries
 from pikv_hf.reports.memory_report import CodecMemory
 
 from ...report.result_rows import percent, show_table, write_rows
@@ -210,7 +211,7 @@ class Reader:
         past = slice(0, tokens - QUERIES)
         cache.update(layer.keys[None, :, past], layer.values[None, :, past], 0)
         held.attend_begins(None)
-        held.remember_queries(layer.observed[None], dim**-0.5)
+        remember_queries(held.store, layer.observed[None], dim**-0.5)
         held.record_experts(layer.experts[past])
         held.settle()
         packed = CodecMemory(choice.codec, 0, 0, 0, 0)
