@@ -83,7 +83,7 @@ def watch_routers(model: Any) -> dict[int, nn.Module]:
         If the model has no router that can be read.
     """
     attachment = ensure_attached(model, "hash")
-    attachment.require_routers(model)
+    attachment.require_expert_routers(model)
     modules = attachment.attention_modules()
     for index, router in attachment.expert_routers.items():
         if not hasattr(modules[index], _ATTRIBUTE):

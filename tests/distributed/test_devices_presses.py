@@ -63,6 +63,6 @@ def test_assigned_tokens_are_spread() -> None:
     assert all(layer.get_seq_length() == 100 for layer in cache.layers)
     for ours, theirs in zip(cache.layers, plain.layers, strict=True):
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-5, rtol=1e-5)
-        held = [sum(table.tokens()) for table in ours.tables()]
+        held = [sum(table.tokens()) for table in ours.store.tables()]
         assert sum(held) == 100
         assert max(held) <= 100 / 3 + 2 * SMALL["page_size"]

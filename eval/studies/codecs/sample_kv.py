@@ -14,11 +14,11 @@ from transformers.masking_utils import sdpa_mask
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.integration.expert_router import experts_from_output
-from pikv_hf.layer.layer_codecs import OBSERVED_POSITIONS
+from pikv_hf.layer.layer_codecs import ERROR_QUERY_POSITIONS
 
 #: Queries at the end of a prompt whose attention is measured, and those just before them, which a cache has seen when
 #: it packs what came before.
-QUERIES, OBSERVED = 48, OBSERVED_POSITIONS
+QUERIES, OBSERVED = 48, ERROR_QUERY_POSITIONS
 
 #: Experts per layer of all models here.
 EXPERTS = 8

@@ -22,7 +22,7 @@ from .model_modules import (
     feed_forward_classes,
     find_attention_configs,
     find_attention_modules,
-    find_routers,
+    find_expert_routers,
 )
 from .prefetch import read_ahead
 
@@ -43,7 +43,7 @@ class Attachment:
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
         self._configs = find_attention_configs(model)
-        self.expert_routers = find_routers(model)
+        self.expert_routers = find_expert_routers(model)
         modules = find_attention_modules(model)
         self._modules = {id(module) for _, module in modules.values()}
         self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
@@ -151,7 +151,7 @@ class Attachment:
                 # A copy of an attached model starts out with this name and never had another.
                 config._attn_implementation = self._previous.get(id(config), "sdpa")
 
-    def require_routers(self, model: Any, placement: str = "expert") -> None:
+    def require_expert_routers(self, model: Any, placement: str = "expert") -> None:
         """Raise `ValueError` if no layer's routing can be read."""
         if not self.expert_routers:
             raise ValueError(
@@ -247,7 +247,7 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     if not attachment.active:
         attachment._stays = True
     if placement != "hash":
-        attachment.require_routers(model, placement)
+        attachment.require_expert_routers(model, placement)
     attachment.activate()
     setattr(model, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment

@@ -136,7 +136,7 @@ def experts_from_output(output: Any, num_experts: int) -> torch.Tensor:
     return router_scores(output, num_experts).argmax(dim=-1)
 
 
-def find_router(layer: nn.Module, attention: nn.Module, config: Any) -> ExpertRouter | None:
+def find_expert_router(layer: nn.Module, attention: nn.Module, config: Any) -> ExpertRouter | None:
     """Find the feed-forward routing of a decoder layer, or None if it has none.
 
     Parameters

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import nn
 
-from .expert_router import ExpertRouter, find_router
+from .expert_router import ExpertRouter, find_expert_router
 
 
 def check_supported(config: Any) -> None:
@@ -75,12 +75,12 @@ def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
     return layers
 
 
-def find_routers(model: Any) -> dict[int, ExpertRouter]:
+def find_expert_routers(model: Any) -> dict[int, ExpertRouter]:
     """Return the expert routers of the decoder layers that have one, by layer index."""
     text = model.config.get_text_config(decoder=True)
     routers = {}
     for index, (around, attention) in _decoder_layers(model).items():
-        found = (find_router(layer, attention, text) for layer in around)
+        found = (find_expert_router(layer, attention, text) for layer in around)
         if (router := next(filter(None, found), None)) is not None:
             routers[index] = router
     return routers

@@ -55,10 +55,10 @@ def prefetch(layer: PiKVLayer, query: torch.Tensor, scale: float) -> None:
             _prefetch(part.table, part.page_router, query.to(part.device), scale, layer.seen + 1)
 
 
-def _prefetch(table: PageTable, router: PageRouter, query: torch.Tensor, scale: float, seen: int) -> None:
+def _prefetch(table: PageTable, page_router: PageRouter, query: torch.Tensor, scale: float, seen: int) -> None:
     rows = query.reshape(len(table.rows), -1, query.shape[-1])
     index = table.view.full_pages()
-    choice = router.choose(index, rows, scale, seen)
+    choice = page_router.choose(index, rows, scale, seen)
     if choice is None:
         return
     pages = index.pages.expand(len(choice.columns), -1, -1).gather(2, choice.columns)

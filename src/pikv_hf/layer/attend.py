@@ -94,7 +94,7 @@ def _attend_parts(
     work at the same time, each in its own stream.
     """
     parts = layer.parts
-    routes = query.shape[2] == 1 and mask is None and layer.pending is None
+    may_choose = query.shape[2] == 1 and mask is None and layer.pending is None
     # First of all, since a CPU waits for what its copies come after.
     there = [carried(query, part.device) for part in parts]
     hidden = [None if mask is None else carried(mask, part.device) for part in parts]
@@ -104,8 +104,8 @@ def _attend_parts(
         part, table = parts[index], parts[index].table
         assert table is not None
         # A call with several new tokens has many queries, which together look everywhere.
-        router = part.page_router if routes else None
-        call = AttentionCall(scale, softcap, layer.seen, router, masses[index])
+        page_router = part.page_router if may_choose else None
+        call = AttentionCall(scale, softcap, layer.seen, page_router, masses[index])
         results.append(attend_pages(table, there[index], hidden[index], call))
     home = [(carried(out, query.device), carried(lse, query.device)) for out, lse in results]
     merged = home[0]

@@ -179,8 +179,8 @@ def is_selection(keys: torch.Tensor, old_keys: torch.Tensor) -> bool:
         return False
     new, old = (token_hashes(part.masked_fill(empty, 0)).contiguous() for part in (keys, old_keys))
     known = old.sort(dim=-1).values
-    place = torch.searchsorted(known, new).clamp_max_(known.shape[-1] - 1)
-    return bool((known.gather(-1, place) == new).all())
+    nearest = torch.searchsorted(known, new).clamp_max_(known.shape[-1] - 1)
+    return bool((known.gather(-1, nearest) == new).all())
 
 
 def token_hashes(tokens: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from .input_checks import KVFormat
 from .layer_store import LayerStore
 
 # By the queries at so many of the newest positions the errors of packed keys are judged; at most MAX_ERROR_QUERIES are.
-OBSERVED_POSITIONS = 8
+ERROR_QUERY_POSITIONS = 8
 
 
 def recode(
@@ -63,6 +63,6 @@ def remember_queries(store: LayerStore, query: torch.Tensor, scale: float) -> No
         if not encoders.packs or in_page:
             # Pages fill now and then: looking at every decoded token would only cost time.
             continue
-        recent = query[:, :, -OBSERVED_POSITIONS:].reshape(batch, store.heads, -1, dim).transpose(0, 1)
+        recent = query[:, :, -ERROR_QUERY_POSITIONS:].reshape(batch, store.heads, -1, dim).transpose(0, 1)
         few = recent.reshape(store.heads, -1, dim)[:, :MAX_ERROR_QUERIES].clone()
         encoders.remember_queries(few.to(table.plain.device), scale)

@@ -106,7 +106,7 @@ class LayerPart:
         assert self.table is not None
         self.scheduler.make_room(self.table, seen, error)
 
-    def store(self, tokens: TokenBatch, valid: torch.Tensor | None, leaders: list[int]) -> None:
+    def append_batch(self, tokens: TokenBatch, valid: torch.Tensor | None, leaders: list[int]) -> None:
         """Store new tokens: those of the window, and those that go straight to shards of this part.
 
         Parameters

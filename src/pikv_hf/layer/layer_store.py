@@ -265,7 +265,7 @@ class LayerStore:
         real = None if valid is None else valid[:, piece]
         # Rows are alike in all parts or in none.
         leaders = self.table.identical_rows(some, real)
-        self._in_all_parts(lambda part, _: part.store(some, real, leaders))
+        self._in_all_parts(lambda part, _: part.append_batch(some, real, leaders))
         for part in self.parts:
             if masses is not None:
                 part.credit(masses[:, piece], int(some.positions[0]))

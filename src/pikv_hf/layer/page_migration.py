@@ -28,36 +28,49 @@ def migrate_pages(parts: Sequence[LayerPart], shard_map: ShardMap) -> int:
     Tokens stay where they are in their sequences, shards and pages; nothing is encoded again. Parts that evict keep to
     budgets of their own, and are left alone. Pages that other caches hold too would take memory twice: they stay.
     """
-    tables = [part.table for part in parts]
     if shard_map.whole or len(parts) < 2 or any(part.scheduler is not None and part.scheduler.limit for part in parts):
         return 0
+    uneven = _uneven_parts(parts, shard_map)
+    if uneven is None:
+        return 0
+    source, target, tokens = uneven
+    here, there = source.table, target.table
+    assert here is not None
+    assert there is not None
+    size, number = here.plain.page_size, target.location.number
+    moved = _move_some(here, there, min(MAX_MIGRATED, tokens // size), shard_map.fractions[:, number])
+    if moved:
+        # Counts go with the pages, so that balance is judged by where tokens are.
+        shard_map.placed[source.location.number] -= moved * size
+        shard_map.placed[number] += moved * size
+    return moved
+
+
+def _uneven_parts(parts: Sequence[LayerPart], shard_map: ShardMap) -> tuple[LayerPart, LayerPart, int] | None:
+    """Return the fullest part, the emptiest, and the tokens to move; None if they are even or have few tokens."""
     numbers = [part.location.number for part in parts]
     weights = shard_map.weights[numbers] / shard_map.weights[numbers].sum()
-    loads = np.array([0 if table is None else _tokens_outside(table) for table in tables], dtype=np.float64)
+    loads = np.array([0 if part.table is None else _tokens_outside(part.table) for part in parts], dtype=np.float64)
     excess = loads - weights * loads.sum()
     source, target = int(excess.argmax()), int(excess.argmin())
     bound = MAX_SKEW * loads.sum() / len(parts)
     if loads.sum() < MIN_PAGES * shard_map.page_size * len(parts) or max(excess[source], -excess[target]) <= bound:
-        return 0
-    here, there = tables[source], tables[target]
-    assert here is not None
-    assert there is not None
-    size = here.plain.page_size
-    wanted = min(MAX_MIGRATED, int(min(excess[source], -excess[target]) // size))
+        return None
+    return parts[source], parts[target], int(min(excess[source], -excess[target]))
+
+
+def _move_some(here: PageTable, there: PageTable, wanted: int, preferred: np.ndarray) -> int:
+    """Move `wanted` pages, as far as there are so many and there is memory for them; return how many moved."""
     moved = 0
-    for name, pages in _movable(here, shard_map.fractions[:, numbers[target]]):
+    for which, pages in _movable(here, preferred):
         taken = pages[: wanted - moved]
         if len(taken):
             try:
-                _move(here, there, name, taken)
+                _move(here, there, which, taken)
             except (MemoryError, torch.OutOfMemoryError, TierFull):
                 # They are well where they are.
                 break
             moved += len(taken)
-    if moved:
-        # Counts go with the pages, so that balance is judged by where tokens are.
-        shard_map.placed[numbers[source]] -= moved * size
-        shard_map.placed[numbers[target]] += moved * size
     return moved
 
 
@@ -88,9 +101,22 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, Page
     return found
 
 
-def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> None:
+def _move(here: PageTable, there: PageTable, which: PoolId, pages: PageIds) -> None:
     """Move full pages of a pool between tables with the same rows."""
-    pool, device = here.pools.by_id()[name], there.plain.device
+    target, ids = _copy(here, there, which, pages)
+    number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
+    for old, new in _pairs(here, there):
+        mine = np.array([number[page] for page in old.full_pages(which).tolist() if page in number], dtype=np.int64)
+        if len(mine):
+            there.add_pages(new, target, mine)
+    for old, _ in _pairs(here, there):
+        here.drop_pages(old, which, np.intersect1d(old.full_pages(which), pages))
+    here.defragment(which)
+
+
+def _copy(here: PageTable, there: PageTable, which: PoolId, pages: PageIds) -> tuple[PoolId, PageIds]:
+    """Copy pages with all that is known of them into a pool of another table; return it and their numbers there."""
+    pool, device = here.pools.by_id()[which], there.plain.device
     index = pool.index(pages)
     positions = carried(pool.positions[index], device)
     if isinstance(pool, PackedPool):
@@ -101,30 +127,13 @@ def _move(here: PageTable, there: PageTable, name: PoolId, pages: PageIds) -> No
         target = taken.id
     else:
         contents = here.plain.contents(pages)
-        target, ids = (
-            PLAIN,
-            there.plain.insert(
-                PageContents(
-                    carried(contents.keys, device),
-                    carried(contents.values, device),
-                    positions,
-                    carried(contents.experts, device),
-                    contents.shards,
-                )
-            ),
-        )
+        k, v, experts = (carried(part, device) for part in (contents.keys, contents.values, contents.experts))
+        target, ids = PLAIN, there.plain.insert(PageContents(k, v, positions, experts, contents.shards))
         there.plain.incompressible[ids] = here.plain.incompressible[pages]
-    known, known_there = pool.usage, there.pools.by_id()[target].usage
-    if known is not None and known_there is not None:
-        known_there.copy_from(known, index, there.pools.by_id()[target].index(ids))
-    number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
-    for old, new in _pairs(here, there):
-        held = np.array([number[page] for page in old.full_pages(name).tolist() if page in number], dtype=np.int64)
-        if len(held):
-            there.add_pages(new, target, held)
-    for old, _ in _pairs(here, there):
-        here.drop_pages(old, name, np.intersect1d(old.full_pages(name), pages))
-    here.defragment(name)
+    there_pool = there.pools.by_id()[target]
+    if pool.usage is not None and there_pool.usage is not None:
+        there_pool.usage.copy_from(pool.usage, index, there_pool.index(ids))
+    return target, ids
 
 
 def _pairs(here: PageTable, there: PageTable) -> list[tuple[SequencePages, SequencePages]]:

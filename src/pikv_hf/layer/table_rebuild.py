@@ -126,22 +126,22 @@ def _exact_tokens(
 ) -> ExactTokens:
     batch, heads, columns = shape
     stored = columns - (0 if pending is None else pending.tokens)
-    new_held = None
+    is_new = None
     if pending is not None:
-        new_held = torch.ones((batch, heads, pending.tokens), dtype=torch.bool, device=pending.keys.device)
+        is_new = torch.ones((batch, heads, pending.tokens), dtype=torch.bool, device=pending.keys.device)
         if pending.valid is not None:
-            new_held &= pending.valid[:, None]
+            is_new &= pending.valid[:, None]
         if not stored:
-            return ExactTokens(pending.keys, pending.values, new_held)
+            return ExactTokens(pending.keys, pending.values, is_new)
     keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.view.dense(stored, names))
     by_lane = table.view.stored_mask(stored, names).view(batch, len(table.rows) // batch, stored)
-    held = by_lane.expand(batch, heads, stored)
-    if pending is None or new_held is None:
-        return ExactTokens(keys, values, held)
+    is_stored = by_lane.expand(batch, heads, stored)
+    if pending is None or is_new is None:
+        return ExactTokens(keys, values, is_stored)
     return ExactTokens(
         torch.cat([keys, pending.keys], dim=2),
         torch.cat([values, pending.values], dim=2),
-        torch.cat([held, new_held], dim=2),
+        torch.cat([is_stored, is_new], dim=2),
     )
 
 
@@ -176,5 +176,5 @@ def part_of_tokens(kept: torch.Tensor, page_size: int, weights: Sequence[float])
     total = sum(weights)
     ends = torch.tensor([sum(weights[: n + 1]) / total for n in range(len(weights) - 1)], dtype=torch.float64)
     # Of n pages each part gets as many as its weight says, up to one page.
-    place = (page.double() + 0.5) * GOLDEN % 1.0
-    return torch.bucketize(place, ends.to(place.device), right=True)
+    fraction = (page.double() + 0.5) * GOLDEN % 1.0
+    return torch.bucketize(fraction, ends.to(fraction.device), right=True)

@@ -28,7 +28,7 @@ _PLAIN_NOTES, _PACKED_NOTES, _TABLE_ENTRY = 10, 29, 8
 # Statistics of use: two shares and four steps of 4 bytes.
 _USAGE = 24
 # Queries that errors are judged by are those of so many newest positions.
-_OBSERVED_POSITIONS = 8
+_ERROR_QUERY_POSITIONS = 8
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -249,7 +249,7 @@ def _metadata(
         total += (packed or plain) * (2 * layer.key_dim * layer.kv_heads * element + 1)
     if is_packed(options):
         # Those of the prompt's end, later those of the steps that filled a page.
-        seen = 1 if contents.generated > size else _OBSERVED_POSITIONS
+        seen = 1 if contents.generated > size else _ERROR_QUERY_POSITIONS
         queries = contents.batch * (layer.query_heads // layer.kv_heads) * seen
         total += layer.kv_heads * min(MAX_ERROR_QUERIES, queries) * layer.key_dim * element
         for name, dim in ((options.key_codec, layer.key_dim), (options.value_codec, layer.value_dim)):
