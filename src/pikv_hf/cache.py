@@ -16,7 +16,7 @@ from .layer.input_checks import check_fits
 from .layer.layer import PiKVLayer
 from .layer.layer_cropping import column_of, cropped_length
 from .layer.layer_making import make_layers
-from .layer.sliding_layer import copy_sliding, kv_format, trim_to_window
+from .layer.sliding_layer import check_can_crop, copy_sliding, kv_format, trim_to_window
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
@@ -153,6 +153,9 @@ class PiKVCache(Cache):
         trim_to_window(layer)
         return result
 
+    def _paged(self) -> list[PiKVLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
+
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of positions that the model has seen, padding and evicted tokens included.
 
@@ -184,15 +187,11 @@ class PiKVCache(Cache):
         length = cropped_length(seen, max_length)
         if length >= seen:
             return
-        for layer in self.layers:
-            if isinstance(layer, PiKVLayer):
-                column_of(layer.store, length)
+        for layer in self._paged():
+            column_of(layer.store, length)
         for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicSlidingWindowLayer) and layer.get_seq_length() >= layer.sliding_window:
-                raise ValueError(
-                    f"cannot crop to {length} of {layer.get_seq_length()} tokens: layer {index} only kept the last "
-                    f'{layer.sliding_window - 1}; sliding_layers="paged" keeps all, as assisted decoding needs'
-                )
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                check_can_crop(index, layer, length)
         for layer in self.layers:
             if isinstance(layer, PiKVLayer):
                 layer.truncate(column_of(layer.store, length))
@@ -331,24 +330,20 @@ class PiKVCache(Cache):
     @property
     def total_nbytes(self) -> int:
         """:attr:`nbytes` of all processes that keep this cache together; all of them must ask."""
-        exchange = next((layer.layout.exchange for layer in self.layers if isinstance(layer, PiKVLayer)), None)
+        exchange = next((layer.exchange for layer in self._paged()), None)
         return self.nbytes if exchange is None else exchange.sum(self.nbytes)
 
     def memory_report(self) -> MemoryReport:
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
-        for layer in self.layers:
-            if isinstance(layer, PiKVLayer):
-                layer.edits.settle_unless_awaited()
+        for layer in self._paged():
+            layer.edits.settle_unless_awaited()
         layers = tuple(part for index, layer in enumerate(self.layers) for part in layer_memory(index, layer))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 
     def stats(self) -> CacheStats:
         """Return what was read, evicted and moved between tiers so far; `print` shows it as tables."""
-        return CacheStats.of([layer for layer in self.layers if isinstance(layer, PiKVLayer)], self.tiers)
+        return CacheStats.of(self._paged(), self.tiers)
 
     def __repr__(self) -> str:
-        paged = sum(isinstance(layer, PiKVLayer) for layer in self.layers)
-        return (
-            f"PiKVCache({len(self.layers)} layers, {paged} of them paged, {self.get_seq_length()} tokens seen, "
-            f"{self.pikv_config})"
-        )
+        layers = f"{len(self.layers)} layers, {len(self._paged())} of them paged"
+        return f"PiKVCache({layers}, {self.get_seq_length()} tokens seen, {self.pikv_config})"

@@ -48,6 +48,7 @@ class LayerEdits:
         self.awaits_press = self._snapshot_due = False
 
     def _tokens_changed(self) -> None:
+        """Forget what was true only of the tokens as they were: snapshots, dense copies, whose experts come next."""
         for part in self.store.parts:
             part.slots = None
         self.snapshot = None

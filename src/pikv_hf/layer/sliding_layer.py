@@ -22,6 +22,15 @@ def trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
             setattr(layer, name, kept.clone())
 
 
+def check_can_crop(index: int, layer: DynamicSlidingWindowLayer, length: int) -> None:
+    """Raise `ValueError` if sliding layer `index` has already let go of tokens that a crop to `length` would need."""
+    if layer.get_seq_length() >= layer.sliding_window:
+        raise ValueError(
+            f"cannot crop to {length} of {layer.get_seq_length()} tokens: layer {index} only kept the last "
+            f'{layer.sliding_window - 1}; sliding_layers="paged" keeps all, as assisted decoding needs'
+        )
+
+
 def copy_sliding(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
     """Copy a sliding layer; it never writes into its tensors, so that both may use the same."""
     twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
