@@ -71,7 +71,9 @@ def _cropped(pools: LayerPools, sequence: SequencePages, length: int) -> Sequenc
 
     Counts are up to date; :func:`_wipe_beyond` then clears what pages have beyond them, which could not be undone.
     """
-    packed = {pool_id: np.array(list(_cut(pools, sequence, length, pool_id).values())) for pool_id in sequence.packed}
+    # A pool all of whose pages were evicted may be gone, with its name still in the sequence.
+    used = [pool_id for pool_id, ids in sequence.packed.items() if len(ids)]
+    packed = {pool_id: np.array(list(_cut(pools, sequence, length, pool_id).values())) for pool_id in used}
     kept = _cut(pools, sequence, length, PLAIN)
     open_pages, full = _divide_shard_pages(pools, sequence, kept)
     window = [kept[page] for page in sequence.window if page in kept]
