@@ -67,7 +67,9 @@ class TieredReader(PackedReader):
         """Return the frames of pages, or copies of them if fast memory cannot hold them all."""
         pool = self.pool
         if pool.can_hold(pages, stay):
-            return LocatedPages(pool.keys, pool.values, pool.fetch(pages.long()), pool.frame_counts())
+            # Before the tensors are looked at: fetching may replace them by longer ones.
+            places = pool.fetch(pages.long())
+            return LocatedPages(pool.keys, pool.values, places, pool.frame_counts())
         ids = np.unique(pages.cpu().numpy())
         index = pool.index(ids)
         places = pool.index(np.searchsorted(ids, pages.cpu().numpy()))
