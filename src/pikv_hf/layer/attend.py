@@ -9,7 +9,7 @@ from ..attention.attention_mass import AttentionMass, own_masses
 from ..attention.mask_bias import MaskBias
 from ..attention.paged_attention import attend_pages
 from ..common.foreign_attributes import PLAIN_ATTRIBUTE
-from ..common.tensors import carried
+from ..common.tensors import to_device
 from ..kernels import causal_attention, merge_pair
 from ..page_table.page_table import PageTable
 from .layer import PiKVLayer
@@ -96,8 +96,8 @@ def _attend_parts(
     parts = layer.parts
     may_choose = query.shape[2] == 1 and mask is None and layer.pending is None
     # First of all, since a CPU waits for what its copies come after.
-    there = [carried(query, part.device) for part in parts]
-    hidden = [None if mask is None else carried(mask, part.device) for part in parts]
+    there = [to_device(query, part.device) for part in parts]
+    hidden = [None if mask is None else to_device(mask, part.device) for part in parts]
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     # Accelerators begin while a CPU computes.
     for index in sorted(range(len(parts)), key=lambda number: parts[number].device.type == "cpu"):
@@ -107,7 +107,7 @@ def _attend_parts(
         page_router = part.page_router if may_choose else None
         call = AttentionCall(scale, softcap, layer.seen, page_router, masses[index])
         results.append(attend_pages(table, there[index], hidden[index], call))
-    home = [(carried(out, query.device), carried(lse, query.device)) for out, lse in results]
+    home = [(to_device(out, query.device), to_device(lse, query.device)) for out, lse in results]
     merged = home[0]
     for other in home[1:]:
         merged = merge_pair(*merged, *other)

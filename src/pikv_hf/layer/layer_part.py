@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from ..common.tensors import carried
+from ..common.tensors import to_device
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout, PartLocation
 from ..page_table.compaction import ExactTokens, config_of_lanes
@@ -131,14 +131,14 @@ class LayerPart:
         assert self.table is not None
         table, pool = self.table, self.table.plain
         self.slots = pool.index(table.next_slots())
-        keys, values = carried(keys, pool.device), carried(values, pool.device)
+        keys, values = to_device(keys, pool.device), to_device(values, pool.device)
         pool.write_newest(self.slots, keys.transpose(0, 1), values.transpose(0, 1), seen)
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts `(R,)` int16 of the tokens of :meth:`append`."""
         if self.slots is not None and self.table is not None:
             known = self.table.plain.experts.view(-1)
-            known.index_copy_(0, self.slots, carried(experts, known.device))
+            known.index_copy_(0, self.slots, to_device(experts, known.device))
 
     # Replacing the table
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ..common.tensors import carried
+from ..common.tensors import to_device
 from ..page_table.page_packing import adopt_pages
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
@@ -118,16 +118,16 @@ def _copy(here: PageTable, there: PageTable, which: PoolId, pages: PageIds) -> t
     """Copy pages with all that is known of them into a pool of another table; return it and their numbers there."""
     pool, device = here.pools.by_id()[which], there.plain.device
     index = pool.index(pages)
-    positions = carried(pool.positions[index], device)
+    positions = to_device(pool.positions[index], device)
     if isinstance(pool, PackedPool):
-        keys, values = (codes.map(lambda part: carried(part, device)) for codes in pool.codes_at(index))
+        keys, values = (codes.map(lambda part: to_device(part, device)) for codes in pool.codes_at(index))
         taken, ids = adopt_pages(there.pools, pool, pages, keys, values)
         taken.positions[taken.index(ids)] = positions
         taken.count[ids] = pool.count[pages]
         target = taken.id
     else:
         contents = here.plain.contents(pages)
-        k, v, experts = (carried(part, device) for part in (contents.keys, contents.values, contents.experts))
+        k, v, experts = (to_device(part, device) for part in (contents.keys, contents.values, contents.experts))
         target, ids = PLAIN, there.plain.insert(PageContents(k, v, positions, experts, contents.shards))
         there.plain.incompressible[ids] = here.plain.incompressible[pages]
     there_pool = there.pools.by_id()[target]

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 
-from ..common.tensors import carried
+from ..common.tensors import to_device
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,6 +45,6 @@ class TokenBatch:
         return TokenBatch(self.keys[row], self.values[row], self.positions, self.experts[row])
 
     def to(self, device: torch.device) -> "TokenBatch":
-        """Return the tokens on a device, themselves if they are there; see :func:`~pikv_hf.common.tensors.carried`."""
+        """Return the tokens on a device, themselves if they are there."""
         parts = (self.keys, self.values, self.positions, self.experts)
-        return TokenBatch(*(carried(part, device) for part in parts))
+        return TokenBatch(*(to_device(part, device) for part in parts))
