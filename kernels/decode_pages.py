@@ -1,4 +1,4 @@
-"""Decoding sealed pages."""
+"""Decoding packed pages."""
 
 import torch
 

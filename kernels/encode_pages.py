@@ -42,11 +42,11 @@ def encode_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str |
         return PageCodes(kind, tokens.shape[2], tokens)
     how = choose(tokens.device, backend, tokens.shape[-1:])
     if how != "torch":
-        sealed: PageCodes = run("encode_pages", how, tokens.device, tokens, kind, keys=keys)
-        return sealed
+        codes: PageCodes = run("encode_pages", how, tokens.device, tokens, kind, keys=keys)
+        return codes
     exact = tokens.float()
     if kind == "fp8":
-        return _seal_fp8(exact)
+        return _encode_fp8(exact)
     spread, floor, start = _key_range(exact, kind) if keys else _value_range(exact, kind)
     levels = 2 ** BITS[kind] - 1
     step = spread_values(spread) / levels
@@ -94,7 +94,7 @@ def _diffuse(tokens: torch.Tensor, start: torch.Tensor, step: torch.Tensor, leve
     return codes
 
 
-def _seal_fp8(tokens: torch.Tensor) -> PageCodes:
+def _encode_fp8(tokens: torch.Tensor) -> PageCodes:
     spread = _spread_codes(tokens.abs().amax(dim=2), "fp8")
     scaled = tokens * (FP8_MAX / spread_values(spread)).unsqueeze(2)
     codes = scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)

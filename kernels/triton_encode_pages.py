@@ -60,7 +60,7 @@ def _code(tokens, start, step, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def _seal_keys_kernel(
+def _encode_keys_kernel(
     tokens, codes, spread, floor, outliers, fine, pages, head_stride, page_stride, token_stride,
     P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr, FEW: tl.constexpr, FINE_ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -114,7 +114,7 @@ def _seal_keys_kernel(
 
 
 @triton.jit
-def _seal_values_kernel(
+def _encode_values_kernel(
     tokens, codes, spread, floor, pages, head_stride, page_stride, token_stride,
     P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -154,7 +154,7 @@ def _seal_values_kernel(
 
 
 @triton.jit
-def _seal_fp8_kernel(
+def _encode_fp8_kernel(
     tokens, codes, spread, pages, head_stride, page_stride, token_stride,
     P: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -201,12 +201,12 @@ def encode_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool) -> PageCodes:
     if not (heads and pages):
         return PageCodes(kind, size, codes, spread, floor, outliers, fine)
     if kind == "fp8":
-        _seal_fp8_kernel[grid](tokens, codes, spread, *inputs, **common)
+        _encode_fp8_kernel[grid](tokens, codes, spread, *inputs, **common)
     elif keys:
-        _seal_keys_kernel[grid](
+        _encode_keys_kernel[grid](
             tokens, codes, spread, floor, outliers, fine, *inputs, BITS=BITS[kind], ROWS=rows, FEW=min(OUTLIERS, dim),
             FINE_ROWS=(size + 1) // 2, BLOCK_F=triton.next_power_of_2((size + 1) // 2), **common,
         )  # fmt: skip
     else:
-        _seal_values_kernel[grid](tokens, codes, spread, floor, *inputs, BITS=BITS[kind], ROWS=rows, **common)
+        _encode_values_kernel[grid](tokens, codes, spread, floor, *inputs, BITS=BITS[kind], ROWS=rows, **common)
     return PageCodes(kind, size, codes, spread, floor, outliers, fine)

@@ -119,7 +119,7 @@ def test_attention_in_compressed_space_equals_decoding(family: str, codec: str) 
     dense = logits(PiKVCache(model.config, PiKVConfig(**options)))
     packed = PiKVCache.for_model(model, **options)
     difference = (logits(packed) - dense).abs()
-    assert any(pool.count.sum() for layer in packed.layers if hasattr(layer, "table") for pool in _sealed(layer))
+    assert any(pool.count.sum() for layer in packed.layers if hasattr(layer, "table") for pool in _packed_pools(layer))
     detach(model)
     exact = logits(PiKVCache(model.config, PiKVConfig(**{**options, **both("none")})))
     loss = (dense - exact).abs()
@@ -128,7 +128,7 @@ def test_attention_in_compressed_space_equals_decoding(family: str, codec: str) 
     assert difference.median() < 1e-5
 
 
-def _sealed(layer: Any) -> list[PackedPool]:
+def _packed_pools(layer: Any) -> list[PackedPool]:
     return list(layer.table.pools.packed.values())
 
 
@@ -142,7 +142,7 @@ def test_padding_beams_and_sampling_run(codec: str) -> None:
     cache = PiKVCache.for_model(model, **SMALL, **both(codec), rank=4)
     out = model.generate(ids, attention_mask=mask, num_beams=3, max_new_tokens=40, past_key_values=cache)
     assert out.shape == (2, 130)
-    assert any(pool.count.sum() for layer in cache.layers for pool in _sealed(layer))
+    assert any(pool.count.sum() for layer in cache.layers for pool in _packed_pools(layer))
     assert min(cache.layers[0].table.tokens()) < max(cache.layers[0].table.tokens()), "padding was stored"
 
 
@@ -227,7 +227,7 @@ def test_auto_with_a_budget_of_zero_is_exact() -> None:
     keys, values = torch.randn(2, 1, 4, 500, 128)
     cache = filled_pikv(geometry_model(), keys, values, **both("auto"), error_budget=0)
     assert torch.equal(cache.layers[0].dense()[0], keys)
-    assert not any(pool.count.sum() for pool in _sealed(cache.layers[0]))
+    assert not any(pool.count.sum() for pool in _packed_pools(cache.layers[0]))
 
 
 def test_a_basis_is_the_best_of_its_rank_and_waits_for_tokens() -> None:
@@ -239,9 +239,9 @@ def test_a_basis_is_the_best_of_its_rank_and_waits_for_tokens() -> None:
     kept = torch.matmul(torch.matmul(tokens, basis.unsqueeze(1)), basis.unsqueeze(1).transpose(2, 3))
     assert (kept - tokens).norm() < 1e-3 * tokens.norm()
     cache = filled(400, **both("lowrank"))
-    assert not _sealed(cache.layers[0])[0].count.sum(), "512 tokens are wanted for a basis of head dim 128"
+    assert not _packed_pools(cache.layers[0])[0].count.sum(), "512 tokens are wanted for a basis of head dim 128"
     cache = filled(1200, **both("lowrank"))
-    assert _sealed(cache.layers[0])[0].count.sum() > 700
+    assert _packed_pools(cache.layers[0])[0].count.sum() > 700
 
 
 # Reports and errors

@@ -62,14 +62,14 @@ def others() -> None:
     """Launch the other kernels."""
     from pikv_hf.kernels.encode_pages import encode_pages
 
-    gather, scores, append, seal = (
+    gather, scores, append, encode = (
         getattr(importlib.import_module(f"pikv_hf.kernels.triton_{name}"), name)
         for name in ("gather_pages", "page_scores", "append_tokens", "encode_pages")
     )
     tokens = torch.zeros(HEADS, PAGES, 32, 128, dtype=torch.bfloat16)
     table, lengths, counts = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 64), (2,), (PAGES,)))
     for kind, keys in (("int4", True), ("int8", False), ("fp8", True)):
-        seal(tokens, kind, keys=keys)
+        encode(tokens, kind, keys=keys)
         gather(encode_pages(tokens, kind, keys=keys, backend="torch"), table, lengths, counts, torch.bfloat16)
     query, summary = torch.zeros(2, HEADS * GROUPS, 128, dtype=torch.bfloat16), tokens[:, :, 0].half().contiguous()
     scores(query, summary, torch.zeros(summary.shape, dtype=torch.uint8), table, lengths)
@@ -171,7 +171,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_kernel_compiles(lines: list[dict[str, Any]]) -> None:
     names = {"decode_kernel", "_merge_kernel", "_gather_kernel", "_scores_kernel", "_append_kernel"}
-    names |= {"_seal_keys_kernel", "_seal_values_kernel", "_seal_fp8_kernel"}
+    names |= {"_encode_keys_kernel", "_encode_values_kernel", "_encode_fp8_kernel"}
     assert {line["kernel"] for line in lines} == names
     assert {line["case"] for line in lines if line["kernel"] == "decode_kernel"} == set(DECODE)
     assert all(line["cubin"] > 0 for line in lines)

@@ -41,7 +41,7 @@ def parts(pages: PageCodes) -> dict[str, torch.Tensor | None]:
 @pytest.mark.parametrize(("size", "dim"), [(32, 48), (5, 16), (16, 80)])
 @pytest.mark.parametrize("keys", [True, False], ids=["keys", "values"])
 @pytest.mark.parametrize("kind", CODED)
-def test_seal_pages(kind: Kind, keys: bool, size: int, dim: int) -> None:
+def test_encode_pages(kind: Kind, keys: bool, size: int, dim: int) -> None:
     tokens = random_tokens(2, 3, size, dim, seed=size)
     ours = encode_pages(tokens, kind, keys=keys, backend=BACKEND)
     theirs = encode_pages(tokens, kind, keys=keys, backend="torch")
@@ -96,7 +96,7 @@ def test_sealed_outliers_are_the_widest_channels_and_their_fine_parts_help() -> 
     assert len(unpack(encoded.fine, 4, 16).unique()) == 16
 
 
-def test_seal_pages_takes_any_strides() -> None:
+def test_encode_pages_takes_any_strides() -> None:
     tokens = random_tokens(2, 3, 16, 32, seed=3)
     apart = torch.stack([tokens] * 2, dim=2)[:, :, 0]
     turned = tokens.transpose(2, 3).contiguous().transpose(2, 3)

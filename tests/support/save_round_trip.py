@@ -17,7 +17,7 @@ def pages_by_row(layer: PiKVLayer) -> list[dict[str, Any]]:
     """Return all that is known of the pages of each row, in the order of the row's pages, without their numbers."""
     found = []
     for row in layer.table.rows:
-        pages = {"window": len(row.window), "open": (row.open >= 0).tolist(), "sealed": len(row.full)}
+        pages = {"window": len(row.window), "open": (row.open >= 0).tolist(), "full": len(row.full)}
         for name, pool in layer.table.pools.by_id().items():
             ids = row.pages(name)
             if len(ids):
