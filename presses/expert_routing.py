@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pikv_hf.common.foreign_attributes import ROUTING_ATTRIBUTE, ROUTING_BELOW_ATTRIBUTE
 from pikv_hf.integration.attachment import ensure_attached
 from pikv_hf.integration.expert_router import Lazy
 from pikv_hf.presses.observed_queries import Observer
-
-_ATTRIBUTE, _BELOW = "_pikv_routing", "_pikv_routing_below"
 
 
 @dataclass(slots=True)
@@ -86,13 +85,13 @@ def watch_routers(model: Any) -> dict[int, nn.Module]:
     attachment.require_expert_routers(model)
     modules = attachment.attention_modules()
     for index, router in attachment.expert_routers.items():
-        if not hasattr(modules[index], _ATTRIBUTE):
+        if not hasattr(modules[index], ROUTING_ATTRIBUTE):
             routing = Routing(router.num_experts, Observer.of(modules[index]))
             routing.handle = router.watch(routing.note)
-            setattr(modules[index], _ATTRIBUTE, routing)
+            setattr(modules[index], ROUTING_ATTRIBUTE, routing)
     below: Routing | None = None
     for index in sorted(modules):
-        setattr(modules[index], _BELOW, below)
+        setattr(modules[index], ROUTING_BELOW_ATTRIBUTE, below)
         below = routing_of(modules[index])
     return modules
 
@@ -102,19 +101,19 @@ def unwatch_routers(modules: dict[int, nn.Module]) -> None:
     for module in modules.values():
         if (routing := routing_of(module)) is not None:
             routing.handle.remove()
-            delattr(module, _ATTRIBUTE)
-        if hasattr(module, _BELOW):
-            delattr(module, _BELOW)
+            delattr(module, ROUTING_ATTRIBUTE)
+        if hasattr(module, ROUTING_BELOW_ATTRIBUTE):
+            delattr(module, ROUTING_BELOW_ATTRIBUTE)
 
 
 def routing_of(module: nn.Module) -> Routing | None:
     """Return the routing of an attention module's layer, None if the layer has no router."""
-    return getattr(module, _ATTRIBUTE, None)
+    return getattr(module, ROUTING_ATTRIBUTE, None)
 
 
 def routing_below(module: nn.Module) -> Routing | None:
     """Return the routing of the layer below an attention module's, whose router has run when this attention ends."""
-    return getattr(module, _BELOW, None)
+    return getattr(module, ROUTING_BELOW_ATTRIBUTE, None)
 
 
 def is_routed(modules: dict[int, nn.Module]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pikv_hf.common.foreign_attributes import GRAM_ATTRIBUTE
 from pikv_hf.kernels import decode_pages, encode_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.layer.layer import PiKVLayer
@@ -166,11 +167,11 @@ def gram_of(module: nn.Module, query_heads: int, value_dim: int) -> torch.Tensor
     if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != query_heads * value_dim:
         device = next(module.parameters()).device
         return torch.eye(value_dim, device=device).expand(query_heads, -1, -1)
-    known = getattr(module, "_pikv_gram", None)
+    known = getattr(module, GRAM_ATTRIBUTE, None)
     # Computed once per weight; training it further changes the version.
     if known is None or known[0] != (weight.data_ptr(), weight._version):
         known = (weight.data_ptr(), weight._version), output_gram(weight.detach(), query_heads)
-        module._pikv_gram = known  # type: ignore[assignment]
+        setattr(module, GRAM_ATTRIBUTE, known)
     return known[1]
 
 

@@ -17,5 +17,13 @@ VALID_ATTRIBUTE = "_pikv_valid"
 #: `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.
 OBSERVER_ATTRIBUTE = "_pikv_observer"
 
+#: On an attention module: what its layer's expert router chose, and what that of the layer below chose, while a press
+#: watches the routers.
+ROUTING_ATTRIBUTE = "_pikv_routing"
+ROUTING_BELOW_ATTRIBUTE = "_pikv_routing_below"
+
+#: On an attention module: the Gram matrices of its output projection, and of which weights they are.
+GRAM_ATTRIBUTE = "_pikv_gram"
+
 #: On a model: its :class:`~pikv_hf.integration.attachment.Attachment`.
 ATTACHMENT_ATTRIBUTE = "_pikv_attachment"

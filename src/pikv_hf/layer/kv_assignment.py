@@ -3,6 +3,7 @@
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ..common.kv import KV
 from ..page_table.compaction import ExactTokens
 from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
@@ -23,11 +24,11 @@ class KVAssignment:
 
     def __init__(self) -> None:
         self.staged: torch.Tensor | None = None
-        self._handed_out: dict[str, HandedOut] = {}
+        self._handed_out: dict[KV, HandedOut] = {}
 
-    def hand_out(self, name: str, dense: torch.Tensor) -> torch.Tensor:
-        """Remember that the layer has given away its `"keys"` or `"values"`, and return them."""
-        self._handed_out[name] = HandedOut(dense)
+    def hand_out(self, which: KV, dense: torch.Tensor) -> torch.Tensor:
+        """Remember that the layer has given away its keys or values, and return them."""
+        self._handed_out[which] = HandedOut(dense)
         return dense
 
     def forget(self) -> None:
@@ -46,9 +47,9 @@ class KVAssignment:
 
     def is_crop(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Return whether keys and values are the first tokens of what was handed out, unchanged."""
-        given = {"keys": keys, "values": values}
+        given = {KV.KEYS: keys, KV.VALUES: values}
         known = self._handed_out
-        return all(name in known and known[name].is_prefix(tensor) for name, tensor in given.items())
+        return all(which in known and known[which].is_prefix(tensor) for which, tensor in given.items())
 
 
 class HandedOut:

@@ -6,6 +6,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..common.foreign_attributes import LAYER_ATTRIBUTE
+from ..common.kv import KV
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout
 from ..distributed.lockstep import prompt_mark
@@ -256,7 +257,7 @@ class PiKVLayer(CacheLayerMixin):
     def keys(self) -> torch.Tensor | None:
         """The keys by column, dense; None before the first update. To change them assign keys, then values."""
         staged = self.edits.assignment.staged
-        return self.edits.hand_out("keys") if staged is None else staged
+        return self.edits.hand_out(KV.KEYS) if staged is None else staged
 
     @keys.setter
     def keys(self, keys: torch.Tensor) -> None:
@@ -265,7 +266,7 @@ class PiKVLayer(CacheLayerMixin):
     @property
     def values(self) -> torch.Tensor | None:
         """The values by column, dense; None before the first update. Assigning them completes an assignment."""
-        return self.edits.hand_out("values")
+        return self.edits.hand_out(KV.VALUES)
 
     @values.setter
     def values(self, values: torch.Tensor) -> None:

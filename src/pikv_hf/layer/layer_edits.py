@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
 from . import press_eviction
 from .kv_assignment import KVAssignment, assign_tokens, check_assigned
@@ -131,18 +132,18 @@ class LayerEdits:
 
     # K/V assigned from outside
 
-    def hand_out(self, name: str) -> torch.Tensor | None:
-        """Return the dense `"keys"` or `"values"` by column, None before the first tokens."""
+    def hand_out(self, which: KV) -> torch.Tensor | None:
+        """Return the dense keys or values by column, None before the first tokens."""
         if self.store.table is None:
             return None
         self.settle_marks()
-        dense = dense_keys(self.store) if name == "keys" else dense_values(self.store)
-        return self.assignment.hand_out(name, dense)
+        dense = dense_keys(self.store) if which is KV.KEYS else dense_values(self.store)
+        return self.assignment.hand_out(which, dense)
 
     def assign_values(self, values: object) -> None:
         """Complete an assignment of keys and values; the first tokens of what was handed out are a crop."""
         staged = self.assignment.take_staged()
-        keys, values = check_assigned(self.store, self.hand_out("keys") if staged is None else staged, values)
+        keys, values = check_assigned(self.store, self.hand_out(KV.KEYS) if staged is None else staged, values)
         if self.assignment.is_crop(keys, values):
             self.truncate(values.shape[2])
         else:
