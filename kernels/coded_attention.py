@@ -258,7 +258,7 @@ def _buffer(purpose: str, shape: tuple[int, ...], device: torch.device) -> torch
     Memory fresh from the system is cleared page by page when it is first touched, which takes longer than using it.
     """
     count = math.prod(shape)
-    held = _scratch.__dict__.setdefault("buffers", {})
-    if (purpose, device) not in held or held[purpose, device].numel() < count:
-        held[purpose, device] = torch.empty(count, dtype=torch.float32, device=device)
-    return held[purpose, device][:count].view(shape)
+    buffers = _scratch.__dict__.setdefault("buffers", {})
+    if (purpose, device) not in buffers or buffers[purpose, device].numel() < count:
+        buffers[purpose, device] = torch.empty(count, dtype=torch.float32, device=device)
+    return buffers[purpose, device][:count].view(shape)

@@ -103,8 +103,8 @@ class PackedPool(PagePool):
             `(n, 5)`.
         """
         index = self.index(ids)
-        for held, new in zip(self.token_tensors(), [*keys, *values], strict=True):
-            held.index_copy_(1, index, new)
+        for stored, new in zip(self.token_tensors(), [*keys, *values], strict=True):
+            stored.index_copy_(1, index, new)
         self.errors[ids] = errors
 
     def copy_page(self, page: int) -> int:

@@ -96,8 +96,8 @@ class PlainPool(PagePool):
         self.write(slots, every.pick(sources))
         if self.usage is not None:
             pages = slots // self.page_size
-            held = (self.positions[pages] >= 0).sum(dim=1)
-            self.usage.move_tokens(sources // self.page_size, pages, self.page_size, held)
+            filled = (self.positions[pages] >= 0).sum(dim=1)
+            self.usage.move_tokens(sources // self.page_size, pages, self.page_size, filled)
 
     @property
     def flat_keys(self) -> torch.Tensor:

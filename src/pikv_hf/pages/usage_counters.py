@@ -82,7 +82,7 @@ class UsageCounters:
         self.shares[:, index] = other.shares[:, source].to(self.shares.device)
         self.steps[:, index] = other.steps[:, source].to(self.steps.device)
 
-    def move_tokens(self, source: torch.Tensor, index: torch.Tensor, tokens: int, held: torch.Tensor) -> None:
+    def move_tokens(self, source: torch.Tensor, index: torch.Tensor, tokens: int, filled: torch.Tensor) -> None:
         """Follow tokens to other pages, each with its part of its page's attention and of the steps that this took.
 
         Parameters
@@ -91,13 +91,13 @@ class UsageCounters:
             `(n,)`, the page of each token, and the page that it moved to.
         tokens : int
             Tokens in each page of `source`.
-        held : torch.Tensor
+        filled : torch.Tensor
             `(n,)`, tokens in each page of `index`, these included.
         """
         self.shares.index_add_(1, index, self.shares[:, source] / tokens)
         born, last, _, uses = self.steps
         # A page is as old as its tokens are on average: shares are compared by what they were per step.
-        earlier = (born[source] - born[index]).float() / held
+        earlier = (born[source] - born[index]).float() / filled
         born += torch.zeros_like(born, dtype=torch.float32).index_add_(0, index, earlier).round_().int()
         last[index] = last[index].where(uses[index] > 0, self.now)
 

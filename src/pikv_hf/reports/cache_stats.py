@@ -85,12 +85,12 @@ def _table(title: str, show_header: bool = True) -> Table:
 
 def tier_tables(tiers: dict[str, Any]) -> list[Table]:
     """Return tables of what tiers hold and what moved between them."""
-    held = _table("Tiers")
+    tiers_table = _table("Tiers")
     for name in ("tier", "limit", "bytes", "pages"):
-        held.add_column(name, justify="left" if name == "tier" else "right")
+        tiers_table.add_column(name, justify="left" if name == "tier" else "right")
     for name, limit in tiers["limits"].items():
         at_most = "-" if limit is None else format_bytes(limit)
-        held.add_row(name, at_most, format_bytes(tiers["bytes"][name]), f"{tiers['pages'][name]:,}")
+        tiers_table.add_row(name, at_most, format_bytes(tiers["bytes"][name]), f"{tiers['pages'][name]:,}")
     moved = _table("Pages that attention read", show_header=False)
     rate = "-" if tiers["hit_rate"] is None else f"{tiers['hit_rate']:.1%}"
     moved.add_row("in fast memory", f"{tiers['hits']:,} of {tiers['hits'] + tiers['misses']:,} ({rate})")
@@ -100,4 +100,4 @@ def tier_tables(tiers: dict[str, Any]) -> list[Table]:
     moved.add_row("waited for pages", f"{tiers['stall_seconds']:.3f} s")
     ahead = tiers["prefetches"]
     moved.add_row("read ahead", f"{ahead['issued']:,}: {ahead['used']:,} used, {ahead['wasted']:,} not")
-    return [held, moved]
+    return [tiers_table, moved]

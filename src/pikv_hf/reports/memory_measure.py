@@ -26,7 +26,7 @@ def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
 def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) -> LayerMemory:
     pages, plain = table.pools, table.plain
     pools = pages.by_id()
-    held = {name: table.distinct_pages(name) for name in pools}
+    in_use = {name: table.distinct_pages(name) for name in pools}
     packed_keys = [tensor for pool in pages.packed.values() for tensor in pool.keys.tensors()]
     packed_values = [tensor for pool in pages.packed.values() for tensor in pool.values.tensors()]
     keys = live_bytes([plain.keys, *packed_keys, *pages.encoders.bases(KV.KEYS)])
@@ -36,14 +36,14 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     pending = live_bytes(tensors) - live_bytes(pages.tensors())
     shard_bytes, shard_tokens = np.zeros((2, table.num_shards), dtype=np.int64)
     for name, pool in pools.items():
-        in_shard = held[name][pool.shard[held[name]] >= 0]
+        in_shard = in_use[name][pool.shard[in_use[name]] >= 0]
         np.add.at(shard_bytes, pool.shard[in_shard], pool.page_bytes)
         np.add.at(shard_tokens, pool.shard[in_shard], pool.count[in_shard])
-    in_window = plain.shard[held[PLAIN]] < 0
+    in_window = plain.shard[in_use[PLAIN]] < 0
     # Copies of the window are memory, but its tokens count once.
-    stored = sum(int(pool.count[held[name]].sum()) for name, pool in pools.items())
+    stored = sum(int(pool.count[in_use[name]].sum()) for name, pool in pools.items())
     if not table.writer.reads_window:
-        stored -= int(plain.count[held[PLAIN][in_window]].sum())
+        stored -= int(plain.count[in_use[PLAIN][in_window]].sum())
     return LayerMemory(
         layer=index,
         kind="paged",
@@ -59,7 +59,10 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
         shard_tokens=tuple(shard_tokens.tolist()),
         tokens_seen=layer.seen,
         tokens_stored=stored,
-        codecs=(_plain_codec(table, held[PLAIN]), *(_codec(pool, held[name]) for name, pool in pages.packed.items())),
+        codecs=(
+            _plain_codec(table, in_use[PLAIN]),
+            *(_codec(pool, in_use[name]) for name, pool in pages.packed.items()),
+        ),
     )
 
 
@@ -74,24 +77,24 @@ def _sliding_memory(index: int, layer: Any) -> LayerMemory:
     )
 
 
-def _plain_codec(table: PageTable, held: np.ndarray) -> CodecMemory:
+def _plain_codec(table: PageTable, ids: np.ndarray) -> CodecMemory:
     pool = table.plain
     heads, _, size, dim = pool.keys.shape
     key_bytes = heads * size * dim * pool.keys.element_size()
-    tokens = int(pool.count[held].sum())
-    return CodecMemory("none", len(held), tokens, key_bytes * len(held), (pool.page_bytes - key_bytes) * len(held))
+    tokens = int(pool.count[ids].sum())
+    return CodecMemory("none", len(ids), tokens, key_bytes * len(ids), (pool.page_bytes - key_bytes) * len(ids))
 
 
-def _codec(pool: PackedPool, held: np.ndarray) -> CodecMemory:
+def _codec(pool: PackedPool, ids: np.ndarray) -> CodecMemory:
     key_bytes = sum(t.element_size() * t.shape[0] * t[:1, :1].shape[2:].numel() for t in pool.keys.tensors())
-    errors = pool.errors[held].astype(np.float64)
+    errors = pool.errors[ids].astype(np.float64)
     logits = errors[:, 4][np.isfinite(errors[:, 4])]
     return CodecMemory(
         pool.name,
-        len(held),
-        int(pool.count[held].sum()),
-        key_bytes * len(held),
-        (pool.page_bytes - key_bytes) * len(held),
+        len(ids),
+        int(pool.count[ids].sum()),
+        key_bytes * len(ids),
+        (pool.page_bytes - key_bytes) * len(ids),
         tuple(np.nansum(errors[:, :4], axis=0).tolist()),
         float(logits.sum()),
         len(logits),

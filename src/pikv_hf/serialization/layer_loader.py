@@ -139,8 +139,8 @@ class PagedLayerLoader:
         require(padding is None or len(padding) == batch, f"{batch} rows, paddings {padding}")
         sizes = {self.config.page_size, *(table.config.page_size for table in tables)}
         require(len(sizes) == 1, f"pages of {sorted(sizes)} tokens")
-        for held in zip(tables[0].positions(True), *(table.positions(False) for table in tables), strict=True):
-            require(are_distinct(held), "a row has a position in two parts")
+        for positions in zip(tables[0].positions(True), *(table.positions(False) for table in tables), strict=True):
+            require(are_distinct(positions), "a row has a position in two parts")
 
     def check_fits(self, layer: PiKVLayer) -> None:
         """Raise unless the model's layer is of this kind, and in as many parts."""
@@ -214,8 +214,8 @@ class SlidingLayerLoader:
         shapes = [spec.shape for spec in self.specs().values()]
         if shapes:
             require(len(shapes[0]) == 4 and shapes[0][:3] == shapes[1][:3], f"K/V have the shapes {shapes}")
-            held, most = shapes[0][2], min(self.seen, max(0, self.window - 1))
-            require(held <= most, f"{held} tokens are held of {self.seen}, in a window of {self.window}")
+            tokens, most = shapes[0][2], min(self.seen, max(0, self.window - 1))
+            require(tokens <= most, f"{tokens} tokens are stored of {self.seen}, in a window of {self.window}")
 
     def check_fits(self, layer: Any) -> None:
         """Raise unless the model's layer is of this kind."""

@@ -51,9 +51,9 @@ def _check_pool(table: TableReader, pool: dict[str, Any], sequences: list[Sequen
     which, size, shards = PoolId.parse(pool["name"]), table.config.page_size, table.description["num_shards"]
     name, tensors = pool["name"], table.tensors_of(which)
     positions, count, shard = (tensors[part].numpy() for part in ("positions", "count", "shard"))
-    held = positions >= 0
+    filled = positions >= 0
     first = np.arange(size) < count[:, None]
-    require(bool((held == first).all() and (count <= size).all()), f"counts of pool {name!r} are wrong")
+    require(bool((filled == first).all() and (count <= size).all()), f"counts of pool {name!r} are wrong")
     require(bool((positions < table.seen).all()), f"positions in pool {name!r} reach beyond {table.seen}")
     require(bool(((shard >= -1) & (shard < shards)).all()), f"shards in pool {name!r} are not below {shards}")
     new, most = tensors["numbers"].numpy(), pool["capacity"]

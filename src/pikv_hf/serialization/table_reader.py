@@ -112,8 +112,8 @@ class TableReader:
         parts = iter(np.split(pages, np.cumsum(counts.reshape(-1))[:-1]))
         for opened in self.section["open_pages"].numpy():
             window, full, *packed = (next(parts).copy() for _ in range(counts.shape[1]))
-            held = {which: pages for which, pages in zip(packed_pools, packed, strict=True) if len(pages)}
-            sequences.append(SequencePages(window.tolist(), opened.copy(), full, held))
+            packed_pages = {which: pages for which, pages in zip(packed_pools, packed, strict=True) if len(pages)}
+            sequences.append(SequencePages(window.tolist(), opened.copy(), full, packed_pages))
         return sequences if numbers is None else [renumbered(sequence, numbers) for sequence in sequences]
 
     @property
@@ -144,8 +144,8 @@ class TableReader:
             pages = torch.tensor(sequence.window, dtype=torch.int64)
             plain = self.tensors_of(PLAIN)
             positions, experts, keys, values = (plain[n][pages] for n in ("positions", "experts", "keys", "values"))
-            held = positions >= 0
-            yield [positions[held], experts[held], keys.transpose(1, 2)[held], values.transpose(1, 2)[held]]
+            filled = positions >= 0
+            yield [positions[filled], experts[filled], keys.transpose(1, 2)[filled], values.transpose(1, 2)[filled]]
 
     def empty_pools(self, device: torch.device, tiers: LayerTiers | None = None) -> LayerPools:
         """Return pools of no pages, with the saved codecs."""

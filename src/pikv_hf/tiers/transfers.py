@@ -46,10 +46,10 @@ class Transfers:
         """Return records `(n, R)` of the device as ones of the host, complete."""
         if self._stream is None:
             return records
-        held = self.host(*records.shape)
-        self.to_rows(records, list(held))
+        rows = self.host(*records.shape)
+        self.to_rows(records, list(rows))
         self.finish()
-        return held
+        return rows
 
     def to_device(self, rows: list[torch.Tensor]) -> "Arriving":
         """Begin to copy rows of the host, `(k, R)` or `(R,)` each, to the device, one after another."""

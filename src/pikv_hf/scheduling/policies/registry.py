@@ -72,8 +72,8 @@ def leaving(policy: SchedulingPolicy, view: PageStats, tokens: int) -> Integers:
     if priority.shape != view.born.shape:
         raise ValueError(f"policy {policy.name!r} gave priorities of shape {priority.shape} for {len(view)} pages")
     order = np.lexsort((view.newest, priority))
-    held = np.cumsum(view.tokens[order])
-    return order[: int(np.searchsorted(held, tokens)) + 1].astype(np.int64)
+    tokens_gone = np.cumsum(view.tokens[order])
+    return order[: int(np.searchsorted(tokens_gone, tokens)) + 1].astype(np.int64)
 
 
 def make_policy(name: str, **options: Any) -> SchedulingPolicy:
