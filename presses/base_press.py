@@ -33,8 +33,8 @@ class LayerView:
     layer : Any
         A layer of a `PiKVCache` or of another cache of transformers.
     keys, values : torch.Tensor
-        `(B, H, T, D)` and `(B, H, T, Dv)` by column; zeros where nothing is held.
-    held : torch.Tensor
+        `(B, H, T, D)` and `(B, H, T, Dv)` by column; zeros where nothing is stored.
+    stored : torch.Tensor
         `(B, H, T)` bool: neither padding nor evicted.
     padded : bool
         Whether rows have padding.
@@ -44,7 +44,7 @@ class LayerView:
     layer: Any
     keys: torch.Tensor
     values: torch.Tensor
-    held: torch.Tensor
+    stored: torch.Tensor
     padded: bool = False
 
     @property
@@ -122,7 +122,7 @@ class ObservingPress(ScorerPress):
 
     def token_scores(self, view: LayerView, kwargs: dict[str, Any] | None = None) -> torch.Tensor:
         """Return what each token is worth, `(B, H, T)`; `kwargs` are those of the attention's call."""
-        known = {**(kwargs or {}), "pikv_held": view.held}
+        known = {**(kwargs or {}), "pikv_stored": view.stored}
         return self.score(view.module, None, view.keys, view.values, None, known)
 
     # Budgets
@@ -139,7 +139,7 @@ class ObservingPress(ScorerPress):
             return [1 - self.compression_ratio] * len(seen)
         config: Any = view.module.config
         layers = int(config.get_text_config().num_hidden_layers)
-        whole = layers * view.held.shape[1] * sum(seen) * view.token_bytes
+        whole = layers * view.stored.shape[1] * sum(seen) * view.token_bytes
         return [self._budget.share(tokens, whole) for tokens in seen]
 
     def kept_tokens(self, tokens: int, share: float) -> int:
@@ -153,27 +153,27 @@ class ObservingPress(ScorerPress):
         Of a row with padding the share is of its own tokens. What was evicted before counts as seen: in a prompt that
         comes in chunks the share is of all tokens so far.
         """
-        scores = self.guarded(scores, view.held)
+        scores = self.guarded(scores, view.stored)
         order = scores.argsort(dim=-1, descending=True, stable=True)
         rank = torch.empty_like(order).scatter_(
             -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
         )
         kept = map(self.kept_tokens, self.tokens_seen(view), self.kept_shares(view))
         counts = torch.tensor(list(kept), device=scores.device)
-        return (rank < counts.view(-1, 1, 1)) & view.held
+        return (rank < counts.view(-1, 1, 1)) & view.stored
 
     def tokens_seen(self, view: LayerView) -> list[int]:
         """Return how many real tokens each row has had, evicted ones included."""
         layer = view.layer
         if isinstance(layer, PiKVLayer):
-            return [view.held.shape[-1] - padding for padding in layer.store.padding()]
-        return view.held.any(dim=1).sum(dim=-1).tolist()
+            return [view.stored.shape[-1] - padding for padding in layer.store.padding()]
+        return view.stored.any(dim=1).sum(dim=-1).tolist()
 
-    def guarded(self, scores: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """Return scores by which sinks come first and what is not held last."""
-        rank = held.any(dim=1, keepdim=True).cumsum(dim=-1)
+    def guarded(self, scores: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
+        """Return scores by which sinks come first and what is not stored last."""
+        rank = stored.any(dim=1, keepdim=True).cumsum(dim=-1)
         scores = scores.float().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
-        return scores.masked_fill(rank <= self.sink_tokens, torch.inf).masked_fill(~held, -torch.inf)
+        return scores.masked_fill(rank <= self.sink_tokens, torch.inf).masked_fill(~stored, -torch.inf)
 
     # Handing decisions to a cache
 
@@ -184,10 +184,10 @@ class ObservingPress(ScorerPress):
         tokens are marked as kvpress's head-wise presses do, which hides them and frees nothing. Within a wrapper of
         kvpress, whose other presses take every column for a token, a `PiKVCache` is treated alike where that can be.
         """
-        if bool((kept == view.held).all()):
+        if bool((kept == view.stored).all()):
             return
         counts = kept.sum(dim=-1)
-        even = not self.ragged and bool((counts == counts[0, 0]).all()) and bool(view.held.all())
+        even = not self.ragged and bool((counts == counts[0, 0]).all()) and bool(view.stored.all())
         if view.is_paged and (self._entered or not even):
             view.layer.keep(kept)
             return
@@ -294,10 +294,10 @@ def view_of(module: nn.Module, layer: Any, kwargs: dict[str, Any], new: int) -> 
     keys, values = layer.keys, layer.values
     if isinstance(layer, PiKVLayer):
         return LayerView(module, layer, keys, values, layer.stored_mask(), any(layer.store.padding()))
-    held = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
+    stored = torch.ones(keys.shape[:3], dtype=torch.bool, device=keys.device)
     valid = new_tokens_valid(kwargs.get("attention_mask"), new)
     if valid is not None:
-        held[:, :, -new:] &= valid[:, None]
+        stored[:, :, -new:] &= valid[:, None]
     if keys.shape[2] > new and (marks := getattr(module, "masked_key_indices", None)) is not None:
-        held[tuple(marks)] = False
-    return LayerView(module, layer, keys, values, held, valid is not None)
+        stored[tuple(marks)] = False
+    return LayerView(module, layer, keys, values, stored, valid is not None)

@@ -67,7 +67,7 @@ class DuoPress(ObservingPress):
     def streaming(self, view: LayerView) -> torch.Tensor:
         """Return which of the layer's KV heads stream in which row, `(B, H)` bool."""
         seen = zip(self.tokens_seen(view), self.kept_shares(view), strict=True)
-        return torch.stack([self._streaming(view.index, *row) for row in seen]).to(view.held.device)
+        return torch.stack([self._streaming(view.index, *row) for row in seen]).to(view.stored.device)
 
     def _streaming(self, layer: int, tokens: int, share: float) -> torch.Tensor:
         assert self._scores is not None
@@ -85,10 +85,10 @@ class DuoPress(ObservingPress):
 
     def press_layer(self, view: LayerView, kwargs: dict[str, Any]) -> None:
         """Keep sinks and recent tokens of streaming heads, everything of the others."""
-        rank = view.held.any(dim=1).cumsum(dim=-1)
-        column = torch.arange(view.held.shape[-1], device=view.held.device)
-        near = (rank <= self.sink_tokens) | (column >= view.held.shape[-1] - self.recent_tokens)
-        self.evict(view, view.held & (near[:, None] | ~self.streaming(view)[:, :, None]))
+        rank = view.stored.any(dim=1).cumsum(dim=-1)
+        column = torch.arange(view.stored.shape[-1], device=view.stored.device)
+        near = (rank <= self.sink_tokens) | (column >= view.stored.shape[-1] - self.recent_tokens)
+        self.evict(view, view.stored & (near[:, None] | ~self.streaming(view)[:, :, None]))
 
 
 def scores_of(model: Any, path: str | Path | None) -> HeadScores:

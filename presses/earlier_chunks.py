@@ -44,7 +44,7 @@ class Earlier:
         budget : int
             Bytes for everything that was read.
         """
-        inside = torch.zeros((len(views), *views[0].held.shape), dtype=torch.bool, device=views[0].held.device)
+        inside = torch.zeros((len(views), *views[0].stored.shape), dtype=torch.bool, device=views[0].stored.device)
         kept = torch.zeros_like(inside)
         pages: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         worth, sizes, layers = [], [], []
@@ -52,8 +52,8 @@ class Earlier:
             rows, columns, nbytes = _pages_of(view)
             mark(inside[index], rows, columns)
             value = page_loss(loss, rows, columns)
-            first = view.held.any(dim=1, keepdim=True).cumsum(dim=-1) <= sinks
-            value = value.masked_fill(page_loss((first & view.held).float(), rows, columns) > 0, torch.inf)
+            first = view.stored.any(dim=1, keepdim=True).cumsum(dim=-1) <= sinks
+            value = value.masked_fill(page_loss((first & view.stored).float(), rows, columns) > 0, torch.inf)
             pages.append((rows, columns, nbytes))
             worth.append(value / nbytes)
             sizes.append(nbytes)
@@ -76,7 +76,7 @@ class Earlier:
 def _pages_of(view: LayerView) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if isinstance(view.layer, PiKVLayer) and view.is_paged:
         return packed_pages(view.layer.store)
-    empty = torch.zeros(0, dtype=torch.int64, device=view.held.device)
+    empty = torch.zeros(0, dtype=torch.int64, device=view.stored.device)
     return empty, empty.new_zeros((0, 1, 1)), empty
 
 

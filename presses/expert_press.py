@@ -62,21 +62,21 @@ class ExpertPress(QueryAwarePress):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Return the blended worth of each token, `(B, H, T)`; the latest tokens have the highest."""
-        held = kwargs.get("pikv_held")
+        stored = kwargs.get("pikv_stored")
         mass, recent = self.utility(module, keys, values, kwargs)
         routing = routing_below(module)
         rows = None if routing is None else routing.rows(keys.shape[0], keys.shape[2])
         if routing is None or rows is None:
-            return self.ranked(mass, recent, held)
-        held = torch.ones_like(mass, dtype=torch.bool) if held is None else held
+            return self.ranked(mass, recent, stored)
+        stored = torch.ones_like(mass, dtype=torch.bool) if stored is None else stored
         experts, confidence = (part.to(mass.device) for part in rows)
         if self.router == "random":
-            order = dealt(held.any(dim=1), self.seed)
+            order = dealt(stored.any(dim=1), self.seed)
             experts, confidence = experts.gather(1, order), confidence.gather(1, order)
-        importance = expert_importance(mass, experts, routing.num_experts, held & ~recent)
+        importance = expert_importance(mass, experts, routing.num_experts, stored & ~recent)
         worth = importance * confidence[:, None]
         blended = mass.clamp_min(0) ** (1 - self.router_weight) * worth**self.router_weight
-        return self.ranked(blended, recent, held)
+        return self.ranked(blended, recent, stored)
 
 
 def dealt(real: torch.Tensor, seed: int) -> torch.Tensor:

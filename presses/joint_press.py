@@ -57,10 +57,10 @@ class JointPress(ObservingPress):
     def _check_unchanged(self, views: list[LayerView]) -> None:
         for view in views:
             now = view.layer.get_seq_length()
-            if now != view.held.shape[-1]:
+            if now != view.stored.shape[-1]:
                 raise ValueError(
                     f"{type(self).__name__} decides when all layers are read; meanwhile another press has changed "
-                    f"layer {view.index} from {view.held.shape[-1]} tokens to {now}. Put it last"
+                    f"layer {view.index} from {view.stored.shape[-1]} tokens to {now}. Put it last"
                 )
 
     def done(self, view: LayerView) -> None:

@@ -86,16 +86,16 @@ class LoRAPress(ObservingPress):
             "PiKVCache.for_model(model) stores factors"
         )
         far = self.far_tokens(view, self.recent_tokens, self.sink_tokens)
-        rank = self.rank_for(view, far, int((~far & view.held)[:, 0].sum()), 32)
+        rank = self.rank_for(view, far, int((~far & view.stored)[:, 0].sum()), 32)
         view.layer.keys, view.layer.values = (
             torch.where(far[..., None], projected(part, far, rank), part) for part in (view.keys, view.values)
         )
 
     def far_tokens(self, view: LayerView, recent: int, sinks: int) -> torch.Tensor:
         """Return which tokens are neither sinks nor recent, `(B, H, T)` bool."""
-        column = torch.arange(view.held.shape[-1], device=view.held.device)
-        rank = view.held.any(dim=1, keepdim=True).cumsum(dim=-1)
-        return view.held & (rank > sinks) & (column < view.held.shape[-1] - recent)
+        column = torch.arange(view.stored.shape[-1], device=view.stored.device)
+        rank = view.stored.any(dim=1, keepdim=True).cumsum(dim=-1)
+        return view.stored & (rank > sinks) & (column < view.stored.shape[-1] - recent)
 
     def rank_for(self, view: LayerView, far: torch.Tensor, exact: int, page_size: int) -> int:
         """Return the rank that budget or error ask for, where there is room for `exact` tokens as they are."""
@@ -104,13 +104,13 @@ class LoRAPress(ObservingPress):
             return min(self.rank, most)
         if self.error is not None:
             # The first part of a prompt may be all recent: it still says what the rest is like.
-            known = far if bool(far.any()) else view.held
+            known = far if bool(far.any()) else view.stored
             return max(rank_of_error(part, known, self.error) for part in (view.keys, view.values))
         return max(1, min(most, self.rank_of_budget(view, int(far[:, 0].sum()), exact, page_size)))
 
     def rank_of_budget(self, view: LayerView, coded: int, exact: int, page_size: int) -> int:
         """Return the largest rank within the budget in bytes, not positive if there is none."""
-        heads, seen = view.held.shape[1], self.tokens_seen(view)
+        heads, seen = view.stored.shape[1], self.tokens_seen(view)
         wanted = sum(share * tokens for share, tokens in zip(self.kept_shares(view), seen, strict=True))
         bookkeeping = TOKEN_BYTES + PAGE_BYTES / page_size
         spare = (wanted - exact) * heads * view.token_bytes - (coded + exact) * bookkeeping

@@ -155,7 +155,7 @@ def _observed_again(module: nn.Module, config: Any, call: dict[str, Any]) -> Obs
     """Run an attention module without a cache, up to where it attends."""
     observer = Observer()
     past = 0 if call.get("cache_position") is None else int(call["cache_position"][0])
-    arguments = {name: value for name, value in call.items() if name != "pikv_held"}
+    arguments = {name: value for name, value in call.items() if name != "pikv_stored"}
     arguments |= {"past_key_values": None, "pikv_note": partial(_note, observer, past)}
     implementation = config._attn_implementation
     AttentionInterface.register(_NOTING, _note_only)
@@ -203,7 +203,7 @@ def unwatch(modules: dict[int, nn.Module]) -> None:
 
 
 def attention_mass(
-    observer: Observer, queries: Observed, keys: torch.Tensor, held: torch.Tensor | None = None, causal: bool = True
+    observer: Observer, queries: Observed, keys: torch.Tensor, stored: torch.Tensor | None = None, causal: bool = True
 ) -> torch.Tensor:
     """Return the attention that observed queries pay to each key, averaged over the queries that see it.
 
@@ -215,7 +215,7 @@ def attention_mass(
         Which queries.
     keys : torch.Tensor
         `(B, H, T, D)`.
-    held : torch.Tensor, optional
+    stored : torch.Tensor, optional
         `(B, H, T)` bool, False for padding and what was evicted.
     causal : bool
         Whether key t is the token at position t, which earlier queries do not see; else all queries see all keys.
@@ -223,7 +223,7 @@ def attention_mass(
     Returns
     -------
     torch.Tensor
-        `(B, H, T)` float32, averaged over the query heads of a KV head; 0 where nothing is held or seen.
+        `(B, H, T)` float32, averaged over the query heads of a KV head; 0 where nothing is stored or seen.
     """
     batch, heads, tokens, _ = keys.shape
     groups = queries.queries.shape[1] // heads
@@ -234,7 +234,7 @@ def attention_mass(
         seen = seen & queries.valid[..., None]
     mass = keys.new_empty((batch, heads, tokens), dtype=torch.float32)
     for head in range(heads):
-        visible = seen if held is None else seen & held[:, head, None]
+        visible = seen if stored is None else seen & stored[:, head, None]
         own = slice(head * groups, (head + 1) * groups)
         logits = torch.matmul(queries.queries[:, own].float(), keys[:, head, None].float().transpose(-1, -2))
         logits.mul_(observer.scale)

@@ -79,11 +79,11 @@ class PiKVPress(JointPress):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Return what evicting each token would cost, `(B, H, T)` float32."""
-        observer, held = observed(module), kwargs.get("pikv_held")
+        observer, stored = observed(module), kwargs.get("pikv_stored")
         assert observer.recent is not None
-        valid = None if held is None else held.any(dim=1)
+        valid = None if stored is None else stored.any(dim=1)
         causal = keys.shape[2] == observer.seen
-        probability = attention_mass(observer, observer.recent, keys, held, causal)
+        probability = attention_mass(observer, observer.recent, keys, stored, causal)
         gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
         distance = value_distance(values, gram, valid=valid)
         return eviction_loss(probability, distance, smoothing=self.smoothing, valid=valid)
@@ -103,7 +103,7 @@ class PiKVPress(JointPress):
         budget = self._bytes_for(views, layers)
         earlier = Earlier.of(views, losses, self.sink_tokens, budget)
         left = budget - earlier.nbytes
-        fresh = torch.stack([view.held for view in views]) & ~earlier.inside
+        fresh = torch.stack([view.stored for view in views]) & ~earlier.inside
         apart = torch.stack([outsized(view) for view in views]) * fresh
         if pages_nbytes(apart, priced) > left // 2:
             # So many are not outsized but common.
@@ -122,7 +122,7 @@ class PiKVPress(JointPress):
             self._store(view, given.where(~stays, FULL))
 
     def _bytes_for(self, views: list[LayerView], layers: int) -> int:
-        batch, heads, tokens = views[0].held.shape
+        batch, heads, tokens = views[0].stored.shape
         seen = sum(self.tokens_seen(views[0])) * heads
         whole = sum(view.token_bytes for view in views) * seen
         if self._budget is None:
@@ -141,23 +141,23 @@ class PiKVPress(JointPress):
         )
         keys, values = (rounded(part, widths, keys=name) for part, name in ((view.keys, True), (view.values, False)))
         view.layer.keys, view.layer.values = keys, values
-        self.evict(LayerView(view.module, view.layer, keys, values, view.held), (widths > 0) & view.held)
+        self.evict(LayerView(view.module, view.layer, keys, values, view.stored), (widths > 0) & view.stored)
 
 
 def outsized(view: LayerView) -> torch.Tensor:
     """Return the widths of tokens that would spoil their page's ranges, `(B, H, T)` int8; 0 for all others."""
-    widths = torch.zeros_like(view.held, dtype=torch.int8)
+    widths = torch.zeros_like(view.stored, dtype=torch.int8)
     for part in (view.keys, view.values):
         length = part.float().norm(dim=-1)
-        usual = length.masked_fill(~view.held, torch.nan).nanmedian(dim=-1, keepdim=True).values
+        usual = length.masked_fill(~view.stored, torch.nan).nanmedian(dim=-1, keepdim=True).values
         widths = torch.maximum(widths, 8 * (length > OUTSIZED * usual).to(torch.int8))
         widths = torch.maximum(widths, FULL * (length > HUGE * usual).to(torch.int8))
     return widths
 
 
-def least_bytes(held: torch.Tensor, cost: PageCost, sinks: int) -> int:
-    """Return the bytes of every lane's sinks, or one token, in the narrowest pages; `held` is `(..., T)` bool."""
-    tokens = held.sum(dim=-1).clamp(max=max(1, sinks))
+def least_bytes(stored: torch.Tensor, cost: PageCost, sinks: int) -> int:
+    """Return the bytes of every lane's sinks, or one token, in the narrowest pages; `stored` is `(..., T)` bool."""
+    tokens = stored.sum(dim=-1).clamp(max=max(1, sinks))
     return int(((tokens + cost.page_size - 1) // cost.page_size).sum()) * min(cost.nbytes.values())
 
 

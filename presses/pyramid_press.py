@@ -67,8 +67,8 @@ class PyramidPress(JointPress, QueryAwarePress):
         # Of each layer, the shares of the rows.
         rows = [falling_shares(share, len(views), self.slope) for share in self.kept_shares(views[0])]
         for view, shares_of_rows in zip(views, zip(*rows, strict=True), strict=True):
-            mass, recent = self.utility(view.module, view.keys, view.values, {"pikv_held": view.held})
-            scores = self.guarded(self.ranked(mass, recent, view.held), view.held)
+            mass, recent = self.utility(view.module, view.keys, view.values, {"pikv_stored": view.stored})
+            scores = self.guarded(self.ranked(mass, recent, view.stored), view.stored)
             budgets = list(map(self.kept_tokens, self.tokens_seen(view), shares_of_rows))
             if self.headwise:
                 self.evict(view, self.best_of_heads(view, scores, budgets))
@@ -80,24 +80,24 @@ class PyramidPress(JointPress, QueryAwarePress):
     ) -> torch.Tensor:
         """Return what to keep, `(B, H, T)` bool, each shard within its part of a row's budget in tokens per head."""
         shards, number = shards_of(view)
-        kept = torch.zeros_like(view.held)
+        kept = torch.zeros_like(view.stored)
         for row, budget in enumerate(budgets):
-            attended = mass[row].where(view.held[row], 0).sum(dim=0)
-            mine = view.held[row].any(dim=0)
+            attended = mass[row].where(view.stored[row], 0).sum(dim=0)
+            mine = view.stored[row].any(dim=0)
             masses = torch.zeros(number, device=mass.device).index_add_(0, shards[row][mine], attended[mine])
             sizes = torch.bincount(shards[row][mine], minlength=number).float()
             parts = self.shard_weight * shares(masses) + (1 - self.shard_weight) * shares(sizes)
-            kept[row] = self._fill(scores[row], view.held[row], shards[row], parts, budget)
+            kept[row] = self._fill(scores[row], view.stored[row], shards[row], parts, budget)
         return kept
 
     def _fill(
-        self, scores: torch.Tensor, held: torch.Tensor, shards: torch.Tensor, parts: torch.Tensor, budget: int
+        self, scores: torch.Tensor, stored: torch.Tensor, shards: torch.Tensor, parts: torch.Tensor, budget: int
     ) -> torch.Tensor:
         """Keep the best of each shard up to its part; what a small shard leaves goes to the best of the others."""
         lifted = scores.clone()
         top = scores.masked_fill(~scores.isfinite(), 0).amax() + 1
         for shard, part in enumerate(parts.tolist()):
-            mine = (shards == shard) & held
+            mine = (shards == shard) & stored
             count = int(part * budget)
             if not count or not bool(mine.any()):
                 continue
@@ -105,17 +105,17 @@ class PyramidPress(JointPress, QueryAwarePress):
             picked = torch.zeros_like(mine).scatter_(-1, order, True) & mine
             lifted = torch.where(picked & lifted.isfinite(), lifted + top, lifted)
         best = lifted.topk(min(budget, scores.shape[-1]), dim=-1).indices
-        return torch.zeros_like(held).scatter_(-1, best, True) & held
+        return torch.zeros_like(stored).scatter_(-1, best, True) & stored
 
     def best_of_heads(self, view: LayerView, scores: torch.Tensor, budgets: list[int]) -> torch.Tensor:
         """Return what to keep, `(B, H, T)` bool, the heads competing for a row's budget in tokens per head."""
-        kept = torch.zeros_like(view.held)
+        kept = torch.zeros_like(view.stored)
         for row, each in enumerate(budgets):
             safe = scores[row].topk(max(1, each // 5, min(self.sink_tokens, each)), dim=-1).indices
-            lifted = scores[row].scatter(-1, safe, torch.inf).masked_fill(~view.held[row], -torch.inf)
+            lifted = scores[row].scatter(-1, safe, torch.inf).masked_fill(~view.stored[row], -torch.inf)
             best = lifted.flatten().topk(min(each * len(lifted), lifted.numel())).indices
             chosen = torch.zeros(lifted.numel(), dtype=torch.bool, device=lifted.device).scatter_(0, best, True)
-            kept[row] = chosen.view_as(lifted) & view.held[row]
+            kept[row] = chosen.view_as(lifted) & view.stored[row]
         return kept
 
 
@@ -138,10 +138,10 @@ def falling_shares(share: float, layers: int, slope: float) -> list[float]:
 
 def shards_of(view: LayerView) -> tuple[torch.Tensor, int]:
     """Return the shard of each column, `(B, T)` int64, and the number of shards."""
-    batch, _, tokens = view.held.shape
+    batch, _, tokens = view.stored.shape
     number = view.layer.config.num_shards if isinstance(view.layer, PiKVLayer) else 8
-    first = view.held.any(dim=1).int().argmax(dim=-1, keepdim=True)
-    columns = (torch.arange(tokens, device=view.held.device) - first).clamp_min(0)
+    first = view.stored.any(dim=1).int().argmax(dim=-1, keepdim=True)
+    columns = (torch.arange(tokens, device=view.stored.device) - first).clamp_min(0)
     shards = hash_placement(32, number)(columns, columns)
     routing = routing_of(view.module)
     rows = None if routing is None else routing.rows(batch, tokens)

@@ -62,7 +62,7 @@ class QueryAwarePress(ObservingPress):
     ) -> torch.Tensor:
         """Return utilities `(B, H, T)`; the latest tokens have the highest."""
         mass, recent = self.utility(module, keys, values, kwargs)
-        return self.ranked(mass, recent, kwargs.get("pikv_held"))
+        return self.ranked(mass, recent, kwargs.get("pikv_stored"))
 
     def utility(
         self, module: nn.Module, keys: torch.Tensor, values: torch.Tensor, kwargs: dict[str, Any]
@@ -74,7 +74,7 @@ class QueryAwarePress(ObservingPress):
         latest = observer.recent.pick(torch.arange(max(0, count - self.window), count, device=keys.device))
         # Else these are some of the tokens, and which is not known.
         whole = keys.shape[2] == observer.seen
-        mass = attention_mass(observer, latest, keys, kwargs.get("pikv_held"), causal=whole)
+        mass = attention_mass(observer, latest, keys, kwargs.get("pikv_stored"), causal=whole)
         if self.pooling > 1:
             mass = torch.nn.functional.avg_pool1d(mass, self.pooling, stride=1, padding=self.pooling // 2)
         if self.value_norm:
@@ -82,19 +82,19 @@ class QueryAwarePress(ObservingPress):
         column = torch.arange(keys.shape[2], device=keys.device)
         return mass, (column >= observer.seen - min(self.window, count)) & whole
 
-    def ranked(self, worth: torch.Tensor, recent: torch.Tensor, held: torch.Tensor | None) -> torch.Tensor:
+    def ranked(self, worth: torch.Tensor, recent: torch.Tensor, stored: torch.Tensor | None) -> torch.Tensor:
         """Return what tokens are worth, `(B, H, T)` and not negative, by page if asked for, the latest tokens first."""
         if self.page_size is not None:
-            held = torch.ones_like(worth, dtype=torch.bool) if held is None else held
-            worth = by_page(worth, self.page_size, held)
+            stored = torch.ones_like(worth, dtype=torch.bool) if stored is None else stored
+            worth = by_page(worth, self.page_size, stored)
         if not worth.numel():
             return worth
         latest = torch.linspace(1, 2, worth.shape[-1], device=worth.device)
         return torch.where(recent, 2 * float(worth.max()) + latest, worth)
 
 
-def by_page(scores: torch.Tensor, page_size: int, held: torch.Tensor) -> torch.Tensor:
-    """Give every token of a page the mean score of those that are held.
+def by_page(scores: torch.Tensor, page_size: int, stored: torch.Tensor) -> torch.Tensor:
+    """Give every token of a page the mean score of those that are stored.
 
     Parameters
     ----------
@@ -102,7 +102,7 @@ def by_page(scores: torch.Tensor, page_size: int, held: torch.Tensor) -> torch.T
         `(B, H, T)`.
     page_size : int
         Pages begin at multiples of it, counted from each row's first token.
-    held : torch.Tensor
+    stored : torch.Tensor
         `(B, H, T)` bool, False for padding and what was evicted.
 
     Returns
@@ -111,9 +111,9 @@ def by_page(scores: torch.Tensor, page_size: int, held: torch.Tensor) -> torch.T
         `(B, H, T)`.
     """
     column = torch.arange(scores.shape[-1], device=scores.device)
-    first = held.any(dim=1).int().argmax(dim=-1, keepdim=True)
+    first = stored.any(dim=1).int().argmax(dim=-1, keepdim=True)
     page = ((column - first).clamp_min(0) // page_size)[:, None].expand_as(scores)
-    counted = held.to(scores)
+    counted = stored.to(scores)
     totals = torch.zeros_like(scores).scatter_add_(-1, page, scores * counted)
     sizes = torch.zeros_like(scores).scatter_add_(-1, page, counted)
     return (totals / sizes.clamp_min(1)).gather(-1, page)

@@ -54,10 +54,10 @@ class HeadScores:
         return {"model_type": self.model_type, "layers": {str(index): list(row) for index, row in self.layers.items()}}
 
     @classmethod
-    def from_dict(cls, held: dict[str, Any]) -> "HeadScores":
+    def from_dict(cls, saved: dict[str, Any]) -> "HeadScores":
         """Build scores from :meth:`to_dict`'s result."""
         return cls(
-            {int(index): tuple(map(float, row)) for index, row in held["layers"].items()}, str(held["model_type"])
+            {int(index): tuple(map(float, row)) for index, row in saved["layers"].items()}, str(saved["model_type"])
         )
 
 

@@ -71,9 +71,9 @@ class RowwisePress(BasePress):
                 f"layer {view.index}: {type(layer).__name__} cannot hold rows of different lengths; use "
                 "PiKVCache.for_model(model)"
             )
-        kept = torch.zeros_like(view.held)
+        kept = torch.zeros_like(view.stored)
         for row in range(len(kept)):
-            columns = view.held[row].any(dim=0).nonzero().squeeze(1)
+            columns = view.stored[row].any(dim=0).nonzero().squeeze(1)
             if len(columns):
                 kept[row][:, columns] = self._kept_of_row(view, row, columns, kwargs, output)
         layer.keep(kept)

@@ -58,7 +58,7 @@ class Recorded(ExpertPress):
         if not hasattr(self, "scores"):
             self.scores, self.masses = {}, {}
         self.scores[view.index] = self.token_scores(view, kwargs)
-        self.masses[view.index] = self.utility(view.module, view.keys, view.values, {"pikv_held": view.held})[0]
+        self.masses[view.index] = self.utility(view.module, view.keys, view.values, {"pikv_stored": view.stored})[0]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -173,7 +173,7 @@ def test_shards_get_tokens_by_the_attention_to_them() -> None:
     press = PyramidPress(0.5, window=8, sink_tokens=0, shard_weight=1.0)
     scores = torch.arange(40.0).repeat(1, 2, 1)
     view = type("View", (), {})()
-    view.held = torch.ones(1, 2, 40, dtype=torch.bool)
+    view.stored = torch.ones(1, 2, 40, dtype=torch.bool)
     view.layer, view.module, view.index = DynamicCache().layers, model.model.layers[0].self_attn, 0
     # 40 tokens are in two shards by position, 32 and 8; all attention is to the first.
     mass = torch.zeros(1, 2, 40)

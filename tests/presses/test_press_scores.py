@@ -35,7 +35,7 @@ class Recorded(QueryAwarePress):
         if not hasattr(self, "scores"):
             self.scores, self.utilities = {}, {}
         self.scores[view.index] = self.token_scores(view, kwargs)
-        self.utilities[view.index] = self.utility(view.module, view.keys, view.values, {"pikv_held": view.held})[0]
+        self.utilities[view.index] = self.utility(view.module, view.keys, view.values, {"pikv_stored": view.stored})[0]
 
 
 def recorded(model: Any, cache: Any, ids: torch.Tensor, mask: Any = None, **options: Any) -> Recorded:
