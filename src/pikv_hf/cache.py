@@ -126,7 +126,7 @@ class PiKVCache(Cache):
         if pikv_config is not None and options:
             raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
         config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
-        return cls._over(find_spread(model, devices, max_memory, process_group, timeout), model, config)
+        return cls._over(find_spread(devices, max_memory, process_group, timeout), model, config)
 
     @classmethod
     def _over(cls, spread: Devices | PartLayout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
@@ -316,7 +316,7 @@ class PiKVCache(Cache):
         ProcessError
             If another process could not load its part.
         """
-        spread = find_spread(model, devices, max_memory, process_group, timeout)
+        spread = find_spread(devices, max_memory, process_group, timeout)
         return load_cache(lambda config: cls._over(spread, model, config), path, model, spread, options)
 
     @property

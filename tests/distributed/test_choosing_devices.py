@@ -11,8 +11,8 @@ from pikv_hf import PiKVCache
 from pikv_hf.distributed.device_layout import PartLocation, find_devices
 
 
-def devices_of(model: Any, devices: Any, max_memory: Any = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    found = find_devices(model, devices, max_memory)
+def devices_of(devices: Any, max_memory: Any = None) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    found = find_devices(devices, max_memory)
     return found.names, found.weights
 
 
@@ -32,23 +32,23 @@ def with_accelerators(monkeypatch: pytest.MonkeyPatch, free: dict[Any, int]) -> 
 
 
 def test_auto_without_accelerators() -> None:
-    assert devices_of(None, "auto") == (("cpu",), (1.0,))
+    assert devices_of("auto") == (("cpu",), (1.0,))
     cache = PiKVCache.for_model(shared_model(), devices="auto", **SMALL)
     assert [layer.layout.locations for layer in cache.layers] == [(PartLocation(0, None, "cpu"),)] * 2
 
 
 def test_auto_takes_what_accelerate_sees(monkeypatch: pytest.MonkeyPatch) -> None:
     with_accelerators(monkeypatch, {0: 10 * 2**30, 1: 30 * 2**30, "cpu": 64 * 2**30})
-    assert devices_of(None, "auto") == (("cuda:0", "cuda:1"), (10 * 2.0**30, 30 * 2.0**30))
-    assert devices_of(None, "auto", {0: "1GiB", 1: "2GiB"}) == (("cuda:0", "cuda:1"), (2.0**30, 2.0**31))
-    assert devices_of(None, "auto", {0: "1GiB", "cpu": 2**30}) == (("cuda:0", "cpu"), (2.0**30, 2.0**30))
-    assert devices_of(None, "auto", {1: "1GiB", "disk": 5}) == (("cuda:1",), (2.0**30,))
+    assert devices_of("auto") == (("cuda:0", "cuda:1"), (10 * 2.0**30, 30 * 2.0**30))
+    assert devices_of("auto", {0: "1GiB", 1: "2GiB"}) == (("cuda:0", "cuda:1"), (2.0**30, 2.0**31))
+    assert devices_of("auto", {0: "1GiB", "cpu": 2**30}) == (("cuda:0", "cpu"), (2.0**30, 2.0**30))
+    assert devices_of("auto", {1: "1GiB", "disk": 5}) == (("cuda:1",), (2.0**30,))
     # The logical devices of the CPU divide its memory.
-    assert devices_of(None, ["cuda:1", "cpu:0", "cpu:1"])[1] == (30 * 2.0**30, 32 * 2.0**30, 32 * 2.0**30)
-    assert devices_of(None, [0, torch.device("cuda", 1)])[0] == ("cuda:0", "cuda:1")
-    assert devices_of(None, ["cuda"])[0] == ("cuda:0",)
+    assert devices_of(["cuda:1", "cpu:0", "cpu:1"])[1] == (30 * 2.0**30, 32 * 2.0**30, 32 * 2.0**30)
+    assert devices_of([0, torch.device("cuda", 1)])[0] == ("cuda:0", "cuda:1")
+    assert devices_of(["cuda"])[0] == ("cuda:0",)
     with pytest.raises(ValueError, match="device 'cuda:2' is not there: 2 devices of type 'cuda'"):
-        find_devices(None, ["cuda:2"], None)
+        find_devices(["cuda:2"], None)
 
 
 def test_shares_follow_the_memory() -> None:
@@ -65,7 +65,7 @@ def test_shares_follow_the_memory() -> None:
 
 def test_a_home_that_is_not_among_the_devices() -> None:
     """The window is with the layer's attention, the shards are not."""
-    found = find_devices(None, ["cpu:0", "cpu:1"], {"cpu:0": 1, "cpu:1": 3})
+    found = find_devices(["cpu:0", "cpu:1"], {"cpu:0": 1, "cpu:1": 3})
     layout = found.around(torch.device("cuda", 0))
     assert layout.weights == (0.0, 1.0, 3.0)
     assert layout.locations == (
@@ -80,12 +80,12 @@ def test_a_home_that_is_not_among_the_devices() -> None:
 
 def test_the_home_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     with_accelerators(monkeypatch, {0: 4, 1: 5, 2: 6, "cpu": 7})
-    layout = find_devices(None, "auto", None).around(torch.device("cuda", 1))
+    layout = find_devices("auto", None).around(torch.device("cuda", 1))
     assert [location.name for location in layout.locations] == ["cuda:1", "cuda:0", "cuda:2"]
     assert layout.weights == (5.0, 4.0, 6.0)
     assert layout.locations[0].device is None
     # A device without a number is the first of its type.
-    assert find_devices(None, [0, 1], None).around(torch.device("cuda")).locations[0].name == "cuda:0"
+    assert find_devices([0, 1], None).around(torch.device("cuda")).locations[0].name == "cuda:0"
 
 
 @pytest.mark.parametrize(

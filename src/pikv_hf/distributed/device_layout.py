@@ -87,7 +87,6 @@ class Devices:
 
 
 def find_spread(
-    model: Any,
     devices: str | Sequence[str | int | torch.device] | None,
     max_memory: Mapping[Any, Any] | None,
     process_group: str | None,
@@ -118,27 +117,23 @@ def find_spread(
     if process_group is not None:
         return process_layout(process_group, timeout)
     if devices is not None:
-        return find_devices(model, devices, max_memory)
+        return find_devices(devices, max_memory)
     if max_memory is not None:
         raise ValueError(f'max_memory={max_memory!r} divides shards among devices; give devices="auto" or a list too')
     return None
 
 
-def find_devices(
-    model: Any, devices: str | Sequence[str | int | torch.device], max_memory: Mapping[Any, Any] | None
-) -> Devices:
-    """Return the devices for the pages of a model's caches.
+def find_devices(devices: str | Sequence[str | int | torch.device], max_memory: Mapping[Any, Any] | None) -> Devices:
+    """Return the devices for the pages of caches of a model that is loaded.
 
     Parameters
     ----------
-    model : PreTrainedModel
-        Loaded: what it takes is not free any more.
     devices : str or sequence
         `"auto"` for all accelerators that `accelerate` sees (and the CPU where `max_memory` names it), or devices.
         `["cpu:0", "cpu:1"]` are parts of their own on one CPU.
     max_memory : mapping, optional
         As `accelerate` takes it: what each device may give, `{0: "10GiB", "cpu": "64GiB"}`. Shards are divided in these
-        proportions, by default in those of the memory that is free now.
+        proportions, by default in those of the memory that is free now, once the model is loaded.
 
     Raises
     ------
