@@ -54,25 +54,29 @@ def look_up(
     columns, step = entries.shape[1], reader.pages_at_hand(entries)
     result: Partial | None = None
     for start in range(0, columns, step):
-        there = reader.located(entries[:, start : start + step], stay=False)
+        located = reader.located(entries[:, start : start + step], stay=False)
         written = None if page_lse is None else page_lse[:, :, start : start + step]
-        part = attend_located(query, there, (lengths - start).clamp(0, step), call, written)
+        part = attend_located(query, located, (lengths - start).clamp(0, step), call, written)
         result = part if result is None else merge_pair(*result, *part)
     assert result is not None
     return result
 
 
 def attend_located(
-    query: torch.Tensor, there: LocatedPages, lengths: torch.Tensor, call: AttentionCall, page_lse: torch.Tensor | None
+    query: torch.Tensor,
+    located: LocatedPages,
+    lengths: torch.Tensor,
+    call: AttentionCall,
+    page_lse: torch.Tensor | None,
 ) -> Partial:
     """Attend in one launch with queries `(B, Hq, D')` to the first `lengths` `(B,)` int32 located pages of each row."""
     out, lse, *of_pages = paged_decode_attention(
         query,
-        there.keys,
-        there.values,
-        there.places.int(),
+        located.keys,
+        located.values,
+        located.numbers.int(),
         lengths,
-        there.counts,
+        located.counts,
         call.scale,
         call.softcap,
         page_lse=page_lse is not None,

@@ -21,15 +21,15 @@ class LocatedPages:
     ----------
     keys, values : PageCodes
         N entries each, in the format that kernels read.
-    places : torch.Tensor
-        Integers, the shape of the page numbers asked for: at which entry each of these pages is.
+    numbers : torch.Tensor
+        Integers, the shape of the page numbers asked for: the entry at which each of these pages is.
     counts : torch.Tensor
         `(N,)` int32, the tokens of each entry.
     """
 
     keys: PageCodes
     values: PageCodes
-    places: torch.Tensor
+    numbers: torch.Tensor
     counts: torch.Tensor
 
 

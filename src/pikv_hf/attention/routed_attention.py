@@ -1,4 +1,4 @@
-"""Attention of a decoding step over the pages that a router chose."""
+"""Attention of a decoding step over the pages that a page router chose."""
 
 import torch
 
@@ -67,7 +67,7 @@ def _attend_part(
     """Attend to the columns `(H, B, k)` of the index in one pool, of which `taken` says which count."""
     heads, batch, groups, _ = folded.shape
     reader = reader_of(pool)
-    pages = _rows(index.pages, columns)
+    pages = _at_columns(index.pages, columns)
     if taken is not None:
         # What does not count is not fetched from a slower tier either.
         pages = pages.where(taken, pages[..., :1])
@@ -92,23 +92,23 @@ def _attend_looked_up(
     page_lse: torch.Tensor | None,
 ) -> Partial:
     """Attend in one launch: every KV head of every row is a row of a pool with one head."""
-    there = reader.located(pages)
-    table = lane_pages(there.places, there.keys.pages)
+    located = reader.located(pages)
+    table = lane_pages(located.numbers, located.keys.pages)
     if taken is None:
         lengths = torch.full((len(table),), table.shape[1], dtype=torch.int32, device=table.device)
     else:
         # What counts comes first.
         lengths = taken.sum(dim=2, dtype=torch.int32).flatten()
     keys, values = (
-        codes.map(lambda part: part.reshape(1, -1, *part.shape[2:])) for codes in (there.keys, there.values)
+        codes.map(lambda part: part.reshape(1, -1, *part.shape[2:])) for codes in (located.keys, located.values)
     )
-    one_head = LocatedPages(keys, values, table, there.counts.repeat(there.keys.heads))
+    one_head = LocatedPages(keys, values, table, located.counts.repeat(located.keys.heads))
     return attend_located(query, one_head, lengths, call, page_lse)
 
 
 def _hidden(index: FullPageIndex, pool: PagePool, columns: torch.Tensor, taken: torch.Tensor | None) -> torch.Tensor:
     """Return the bias `(H * B, 1, k * P)` of slots without a token."""
-    counts = _rows(index.counts, columns)
+    counts = _at_columns(index.counts, columns)
     if taken is not None:
         counts = counts.where(taken, 0)
     empty = torch.arange(pool.page_size, device=counts.device) >= counts[..., None]
@@ -117,6 +117,6 @@ def _hidden(index: FullPageIndex, pool: PagePool, columns: torch.Tensor, taken: 
     )
 
 
-def _rows(facts: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Return facts `(B, n)` of the columns `(H, B, k)`."""
-    return facts.expand(len(columns), -1, -1).gather(2, columns)
+def _at_columns(figures: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return figures `(B, n)` of the columns `(H, B, k)`."""
+    return figures.expand(len(columns), -1, -1).gather(2, columns)

@@ -54,9 +54,9 @@ class TieredReader(PackedReader):
         result: Partial | None = None
         for start in range(0, max(1, columns), max(1, step)):
             block = pages[..., start : start + step]
-            there = self.located(block, stay)
-            index = lane_pages(there.places, there.keys.pages)
-            keys, values = codes_by_lane(there.keys, index), codes_by_lane(there.values, index)
+            located = self.located(block, stay)
+            index = lane_pages(located.numbers, located.keys.pages)
+            keys, values = codes_by_lane(located.keys, index), codes_by_lane(located.values, index)
             piece = args.of_pages(start, block.shape[2], self.pool.page_size)
             part = coded_attention(query, keys, values, *piece.as_kernel_args())
             result = part if result is None else merge_pair(*result, *part)
@@ -72,8 +72,8 @@ class TieredReader(PackedReader):
             return LocatedPages(pool.keys, pool.values, places, pool.frame_counts())
         ids = np.unique(pages.cpu().numpy())
         index = pool.index(ids)
-        places = pool.index(np.searchsorted(ids, pages.cpu().numpy()))
-        return LocatedPages(*pool.codes_at(index, reads=True), places, pool.counts_of(index))
+        numbers = pool.index(np.searchsorted(ids, pages.cpu().numpy()))
+        return LocatedPages(*pool.codes_at(index, reads=True), numbers, pool.counts_of(index))
 
     def pages_at_hand(self, entries: torch.Tensor) -> int:
         """Return all columns if fast memory holds them, else as many as a block of copies may have."""

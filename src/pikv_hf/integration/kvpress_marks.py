@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-_ATTRIBUTE = "masked_key_indices"
-_readers: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+#: The attribute of an attention module by which kvpress's presses mark tokens.
+_MARKS = "masked_key_indices"
+#: The layer of a cache that each attention module has read last.
+_last_read: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
 
 def note_reader(module: nn.Module, layer: Any, prompt: bool) -> None:
@@ -22,27 +24,27 @@ def note_reader(module: nn.Module, layer: Any, prompt: bool) -> None:
     do the marks of an earlier prompt in kvpress's own wrapper of attention functions. Some presses expect the
     attribute.
     """
-    before = reader_of(module)
+    before = last_layer_read(module)
     if before is layer and not prompt:
         return
     if before is not None and before is not layer:
         before.settle_marks()
-    _readers[module] = weakref.ref(layer)
+    _last_read[module] = weakref.ref(layer)
     if "kvpress" in sys.modules:
-        setattr(module, _ATTRIBUTE, None)
+        setattr(module, _MARKS, None)
 
 
 def forget_reader(module: nn.Module) -> None:
     """Note that another cache begins to be read: marks are no longer for the layer of before."""
-    before = reader_of(module)
+    before = last_layer_read(module)
     if before is not None:
         before.settle_marks()
-    _readers.pop(module, None)
+    _last_read.pop(module, None)
 
 
-def reader_of(module: nn.Module) -> Any:
+def last_layer_read(module: nn.Module) -> Any:
     """Return the layer that a module has read last, None if that was another cache's or is gone."""
-    reference = _readers.get(module)
+    reference = _last_read.get(module)
     return None if reference is None else reference()
 
 
@@ -60,12 +62,12 @@ def without_marked(
     mask : torch.Tensor, optional
         `(B or 1, 1 or Hq, Q, T)`, boolean or additive; None is causal.
     """
-    marks = getattr(module, _ATTRIBUTE, None)
+    marks = getattr(module, _MARKS, None)
     if marks is None:
         return mask
     queries, tokens = query.shape[2], key.shape[2]
     if queries == tokens:
-        setattr(module, _ATTRIBUTE, None)
+        setattr(module, _MARKS, None)
         return mask
     visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
     visible[tuple(marks)] = False
@@ -77,9 +79,9 @@ def without_marked(
 
 def take_marks(module: nn.Module | None, layer: Any) -> Any:
     """Return, once, `(rows, heads, columns)` of what is marked on the module that read this layer last, or None."""
-    if module is None or reader_of(module) is not layer:
+    if module is None or last_layer_read(module) is not layer:
         return None
-    marks = getattr(module, _ATTRIBUTE, None)
+    marks = getattr(module, _MARKS, None)
     if marks is not None:
-        setattr(module, _ATTRIBUTE, None)
+        setattr(module, _MARKS, None)
     return marks

@@ -1,4 +1,4 @@
-"""Index of the full pages of a table's rows, with the facts by which routing chooses among them."""
+"""Index of the full pages of a table's rows, with what page routers compare of them."""
 
 import dataclasses
 import itertools
@@ -62,10 +62,10 @@ class FullPageIndex:
         device = next(iter(pools.values())).device
         of_pool = {pool_id: [row.full_pages(pool_id) for row in rows] for pool_id in pools}
         used = {pool_id: pools[pool_id] for pool_id, pages in of_pool.items() if any(map(len, pages))}
-        facts = [torch.zeros((6, len(rows), 0), dtype=torch.int64, device=device)]
-        facts += [_facts(pool, of_pool[pool_id]) for pool_id, pool in used.items()]
-        pages, valid, counts, shards, oldest, newest = torch.cat(facts, dim=2)
-        ends = list(itertools.accumulate(part.shape[2] for part in facts))
+        parts = [torch.zeros((6, len(rows), 0), dtype=torch.int64, device=device)]
+        parts += [_columns_of(pool, of_pool[pool_id]) for pool_id, pool in used.items()]
+        pages, valid, counts, shards, oldest, newest = torch.cat(parts, dim=2)
+        ends = list(itertools.accumulate(part.shape[2] for part in parts))
         columns = {pool_id: slice(*span) for pool_id, span in zip(used, itertools.pairwise(ends), strict=True)}
         lengths = {
             pool_id: torch.tensor([len(own) for own in of_pool[pool_id]], dtype=torch.int32, device=device)
@@ -103,8 +103,8 @@ class FullPageIndex:
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
         ends = [] if self._shard_ends is None else [self._shard_ends]
-        facts = [self.pages, self.valid, self.counts, self.oldest, self.newest, self.shards]
-        return [*facts, *self.lengths.values(), *ends]
+        columns = [self.pages, self.valid, self.counts, self.oldest, self.newest, self.shards]
+        return [*columns, *self.lengths.values(), *ends]
 
     def bounds(self, query: torch.Tensor) -> torch.Tensor:
         """Return upper bounds of `q . k` over each page's keys and a KV head's queries.
@@ -201,14 +201,14 @@ def _are_full(pool: PagePool, rows: Sequence[PageIds]) -> bool:
     return bool((pool.count[np.concatenate(rows)] == pool.page_size).all())
 
 
-def _facts(pool: PagePool, rows: Sequence[PageIds]) -> torch.Tensor:
+def _columns_of(pool: PagePool, rows: Sequence[PageIds]) -> torch.Tensor:
     """Return number, use, count, shard, oldest and newest position of the pages of rows, `(6, B, n)` int64."""
     table = np.zeros((2, len(rows), max(map(len, rows))), dtype=np.int64)
     for row, own in enumerate(rows):
         # Filled up with a page of its own: nothing of another row is read, not even to be masked.
         table[0, row] = own[0] if len(own) else 0
         table[0, row, : len(own)], table[1, row, : len(own)] = own, 1
-    facts = np.stack([*table, pool.count[table[0]], pool.shard[table[0]]])
+    known = np.stack([*table, pool.count[table[0]], pool.shard[table[0]]])
     positions = pool.positions[pool.index(table[0])].long()
     oldest = positions.masked_fill(positions < 0, torch.iinfo(torch.int64).max).amin(dim=2)
-    return torch.cat([pool.index(facts), torch.stack([oldest, positions.amax(dim=2)])])
+    return torch.cat([pool.index(known), torch.stack([oldest, positions.amax(dim=2)])])
