@@ -28,7 +28,7 @@ def migrate_pages(parts: Sequence[LayerPart], shard_map: ShardMap) -> int:
     Tokens stay where they are in their sequences, shards and pages; nothing is encoded again. Parts that evict keep to
     budgets of their own, and are left alone. Pages that other caches hold too would take memory twice: they stay.
     """
-    if shard_map.whole or len(parts) < 2 or any(part.scheduler is not None and part.scheduler.limit for part in parts):
+    if shard_map.whole or len(parts) < 2 or any(part.scheduler is not None and part.scheduler.budget for part in parts):
         return 0
     uneven = _uneven_parts(parts, shard_map)
     if uneven is None:

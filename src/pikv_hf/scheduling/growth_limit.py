@@ -34,12 +34,12 @@ class GrowthLimit:
     ----------
     pages : LayerPools
         The pools.
-    limit : LayerBudget
+    layer_budget : LayerBudget
         In bytes.
     """
 
-    def __init__(self, pages: LayerPools, limit: LayerBudget) -> None:
-        self._pages, self._limit = weakref.ref(pages), limit
+    def __init__(self, pages: LayerPools, layer_budget: LayerBudget) -> None:
+        self._pages, self._layer_budget = weakref.ref(pages), layer_budget
         # Rows of the table of each layer that has pages here.
         self._users: weakref.WeakKeyDictionary[BudgetUser, int] = weakref.WeakKeyDictionary()
 
@@ -56,8 +56,8 @@ class GrowthLimit:
         most, least = self._budget(rows), self._least(user, rows)
         if most < least:
             raise BudgetError(
-                f"a budget of {self._limit.total_bytes} bytes per layer leaves {most} for pages, but sinks, window and "
-                f"what else cannot go of {rows} rows may take {least}"
+                f"a budget of {self._layer_budget.total_bytes} bytes per layer leaves {most} for pages, but sinks, "
+                f"window and what else cannot go of {rows} rows may take {least}"
             )
         self._users[user] = rows
 
@@ -68,15 +68,17 @@ class GrowthLimit:
 
     def _budget(self, rows: int) -> int:
         """Return the bytes for pages of so many rows: bounded sliding layers have theirs beside them."""
-        assert self._limit.total_bytes is not None
+        assert self._layer_budget.total_bytes is not None
         plain = self._layer_pools().plain
-        return self._limit.total_bytes - int(self._limit.sliding_tokens * rows * plain.page_bytes / plain.page_size)
+        return self._layer_budget.total_bytes - int(
+            self._layer_budget.sliding_tokens * rows * plain.page_bytes / plain.page_size
+        )
 
     def _least(self, user: BudgetUser, rows: int) -> int:
         """Return what may be needed while nothing can go: a page that leaves the window may begin one per shard."""
         pages = self._layer_pools()
         size = pages.plain.page_size
-        needed = -(-self._limit.least // size) + 2 + min(size, self._limit.shards)
+        needed = -(-self._layer_budget.least // size) + 2 + min(size, self._layer_budget.shards)
         beside = pages.encoders.most_bytes + user.most_beside(pages.plain, rows)
         return rows * needed * pages.plain.full_page_bytes + beside
 

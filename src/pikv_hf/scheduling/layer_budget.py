@@ -42,7 +42,7 @@ class LayerBudget:
 
     @classmethod
     def of(
-        cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0, parts: int = 1, share: float = 1.0
+        cls, config: PiKVConfig, layers: int, sliding_tokens: int = 0, parts: int = 1, part_share: float = 1.0
     ) -> "LayerBudget | None":
         """Divide a cache's budget by its paged layers; None if it has none.
 
@@ -56,7 +56,7 @@ class LayerBudget:
             Tokens per sequence that all bounded sliding layers together hold at most.
         parts : int
             Devices or processes of each layer.
-        share : float
+        part_share : float
             Of the tokens outside of the window, for one of them.
 
         Raises
@@ -71,21 +71,31 @@ class LayerBudget:
         size = config.page_size
         least = -(-config.sink_tokens // size) * size + config.recent_window + 2 * size * parts
         amount = budget.amount / layers if scope == "cache" else budget.amount
+        unlimited = cls(
+            tokens=None,
+            share=None,
+            total_bytes=None,
+            per_shard=scope == "shard",
+            least=least,
+            shards=config.num_shards,
+            sliding_tokens=0.0,
+            part_share=part_share,
+        )
         if budget.unit == "share":
-            return cls(None, budget.amount, None, scope == "shard", least, config.num_shards, 0.0, share)
+            return dataclasses.replace(unlimited, share=budget.amount)
         if budget.unit == "bytes":
             sliding = sliding_tokens / layers if scope == "cache" else 0.0
             # A layer's shards have as much each; its window is beside them.
             of_part = amount if scope == "shard" else amount / parts
-            return cls(None, None, int(of_part), scope == "shard", least, config.num_shards, sliding, share)
+            return dataclasses.replace(unlimited, total_bytes=int(of_part), sliding_tokens=sliding)
         smallest = size if scope == "shard" else least
         if amount < smallest:
-            of = f"{config.budget} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
+            named = f"{config.budget} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
             raise ValueError(
-                f"a budget of {of} leaves {int(amount)} tokens, but at least {smallest} are needed"
+                f"a budget of {named} leaves {int(amount)} tokens, but at least {smallest} are needed"
                 + ("" if scope == "shard" else f": sinks, a window of {config.recent_window} and two pages of {size}")
             )
-        return cls(int(amount), None, None, scope == "shard", least, config.num_shards, 0.0, share)
+        return dataclasses.replace(unlimited, tokens=int(amount))
 
     def tokens_of(self, seen: int, shards: int) -> int | None:
         """Return the most tokens of a sequence, or of each of its shards, after `seen` positions; None if unlimited."""

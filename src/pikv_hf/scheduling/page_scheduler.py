@@ -40,7 +40,7 @@ class PageScheduler:
     ----------
     policy : SchedulingPolicy
         Which pages go first.
-    limit : LayerBudget or None
+    budget : LayerBudget or None
         How much may stay; None where only the tiers ask which pages go.
     sink_tokens, recent_window : int
         As in :class:`~pikv_hf.PiKVConfig`: these tokens never go.
@@ -58,12 +58,12 @@ class PageScheduler:
     def __init__(
         self,
         policy: SchedulingPolicy,
-        limit: LayerBudget | None,
+        budget: LayerBudget | None,
         sink_tokens: int,
         recent_window: int,
         query_groups: int = 1,
     ) -> None:
-        self.policy, self.limit = policy, limit
+        self.policy, self.budget = policy, budget
         self.sink_tokens, self.recent_window = sink_tokens, recent_window
         self.now = 0
         self.queries: torch.Tensor | None = None
@@ -123,7 +123,7 @@ class PageScheduler:
         pages = table.pools
         if pages.plain.usage is None:
             pages.keep_usage(self.now)
-            if self.limit is not None:
+            if self.budget is not None:
                 pages.plain.growth = min(pages.plain.growth, BUDGET_GROWTH)
             if self.policy.reads_bounds:
                 pages.keep_bounds()
@@ -131,9 +131,9 @@ class PageScheduler:
 
     def _admit(self, table: PageTable, rows: int) -> None:
         pages = table.pools
-        if self.limit is not None and self.limit.total_bytes is not None and not self.limit.per_shard:
+        if self.budget is not None and self.budget.total_bytes is not None and not self.budget.per_shard:
             if pages.plain.growth_limit is None:
-                pages.limit_growth(GrowthLimit(pages, self.limit))
+                pages.limit_growth(GrowthLimit(pages, self.budget))
             assert isinstance(pages.plain.growth_limit, GrowthLimit)
             pages.plain.growth_limit.admit(self, rows)
 
@@ -164,9 +164,9 @@ class PageScheduler:
                 index = pool.index(sequence.pages(name))
                 if pool.usage is None or not len(index):
                     continue
-                places = pool.positions[index].long() - start
-                inside = (places >= 0) & (places < masses.shape[1])
-                picked = masses[row][places.clamp(0, masses.shape[1] - 1)].masked_fill(~inside, 0)
+                offsets = pool.positions[index].long() - start
+                inside = (offsets >= 0) & (offsets < masses.shape[1])
+                picked = masses[row][offsets.clamp(0, masses.shape[1] - 1)].masked_fill(~inside, 0)
                 pool.usage.add(index, picked.sum(dim=1))
                 pool.usage.attended(index)
 
@@ -174,12 +174,12 @@ class PageScheduler:
 
     def piece(self, seen: int, page_size: int, bytes_per_token: int) -> int:
         """Return how many tokens of a prompt are stored at a time."""
-        if self.limit is None:
+        if self.budget is None:
             return 1 << 60
-        tokens = self.limit.tokens_of(seen, 1)
+        tokens = self.budget.tokens_of(seen, 1)
         if tokens is None:
-            assert self.limit.total_bytes is not None
-            tokens = self.limit.total_bytes // max(1, bytes_per_token)
+            assert self.budget.total_bytes is not None
+            tokens = self.budget.total_bytes // max(1, bytes_per_token)
         return max(1, min(tokens // PIECE_SHARE, MAX_PIECE) // page_size) * page_size
 
     def with_room(self, table: PageTable, seen: int, work: Callable[[], _Result]) -> _Result:
@@ -239,10 +239,10 @@ class PageScheduler:
         bool
             Whether anything went.
         """
-        limit = None if self.limit is None else self.limit.tokens_of(seen, table.num_shards)
-        if self.limit is None:
+        if self.budget is None:
             return False
-        if limit is None and not self.limit.per_shard:
+        limit = self.budget.tokens_of(seen, table.num_shards)
+        if limit is None and not self.budget.per_shard:
             return self._shrink(table, seen)
         done: set[tuple[int, ...]] = set()
         evicted = False
@@ -251,7 +251,7 @@ class PageScheduler:
             if (key := tuple(map(id, rows))) in done:
                 continue
             done.add(key)
-            if self.limit.per_shard:
+            if self.budget.per_shard:
                 most = limit if limit is not None else self._shard_tokens(table, lanes)
                 for shard in range(table.num_shards):
                     excess = token_count(table, rows, shard) - most * len(rows)
@@ -260,17 +260,17 @@ class PageScheduler:
                 assert limit is not None
                 # The window is in every part, and counts once; of what is left each has its share.
                 window = sum(int(table.plain.count[row.window].sum()) for row in rows)
-                allowed = int(((limit - headroom) * lanes - window) * self.limit.part_share)
+                allowed = int(((limit - headroom) * lanes - window) * self.budget.part_share)
                 excess = token_count(table, rows) - window - allowed
                 evicted |= evict_tokens(self, table, rows, excess, seen)
         return evicted
 
     def _shard_tokens(self, table: PageTable, lanes: int) -> int:
         """Return a shard's bytes in tokens of one sequence, as they came: packed ones are smaller."""
-        assert self.limit is not None
-        assert self.limit.total_bytes is not None
+        assert self.budget is not None
+        assert self.budget.total_bytes is not None
         per_page = table.plain.full_page_bytes * lanes * (len(table.rows) // lanes)
-        return self.limit.total_bytes // per_page * table.plain.page_size
+        return self.budget.total_bytes // per_page * table.plain.page_size
 
 
 def make_scheduler(
@@ -278,20 +278,20 @@ def make_scheduler(
     layers: int,
     sliding_tokens: int,
     parts: int = 1,
-    share: float = 1.0,
+    part_share: float = 1.0,
     query_groups: int = 1,
 ) -> PageScheduler | None:
-    """Return what schedules one of the parts of each paged layer of a cache, None if nothing has ever to go.
+    """Return the scheduler of one part of a paged layer, None if no page ever has to go.
 
     Raises
     ------
     ValueError
         See :meth:`LayerBudget.of`.
     """
-    limit = LayerBudget.of(config, layers, sliding_tokens, parts, share)
-    if limit is None and config.tiers is None:
+    budget = LayerBudget.of(config, layers, sliding_tokens, parts, part_share)
+    if budget is None and config.tiers is None:
         return None
-    name = config.scheduler or ("lru" if limit is None else "pikv")
-    options = BUDGET_OPTIONS if name == "pikv" and limit is not None else {}
+    name = config.scheduler or ("lru" if budget is None else "pikv")
+    options = BUDGET_OPTIONS if name == "pikv" and budget is not None else {}
     policy = make_policy(name, **options)
-    return PageScheduler(policy, limit, config.sink_tokens, config.recent_window, query_groups)
+    return PageScheduler(policy, budget, config.sink_tokens, config.recent_window, query_groups)
