@@ -55,8 +55,8 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
     chosen, whole = _attend_routed(table, query, folded, call)
     parts = [chosen] if chosen is not None else []
-    for of in whole:
-        parts += _attend_pool(table, of, folded, bias, looks_up, call)
+    for region in whole:
+        parts += _attend_pool(table, region, folded, bias, looks_up, call)
     if call.masses is not None and not table.writer.reads_window:
         # Another part reads the window; what its tokens are worth when they get here is to be known all the same.
         _attend_pool(table, Region.WINDOW, folded, bias, looks_up, call)
@@ -85,19 +85,19 @@ def _attend_routed(
 
 def _attend_pool(
     table: PageTable,
-    of: PoolId | Region,
+    region: PoolId | Region,
     folded: torch.Tensor,
     bias: MaskBias | None,
     looks_up: bool,
     call: AttentionCall,
 ) -> list[Partial]:
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, nothing if there are none."""
-    reader = reader_of(table.view.pool_of(of))
+    reader = reader_of(table.view.pool_of(region))
     query = reader.query(folded)
     if looks_up:
-        part = _attend_entries(reader, query, table.view.entries(of), call)
+        part = _attend_entries(reader, query, table.view.entries(region), call)
     else:
-        part = _attend_plan(reader, query, table.view.plan(of), bias, call)
+        part = _attend_plan(reader, query, table.view.plan(region), bias, call)
     return [] if part is None else [(reader.output(part[0]), part[1])]
 
 

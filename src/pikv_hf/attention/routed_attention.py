@@ -33,19 +33,19 @@ def attend_choice(index: FullPageIndex, choice: Choice, folded: torch.Tensor, ca
         `(H, B, G, Dv)` and its LSE `(H, B, G)`, float32; None if nothing was chosen from.
     """
     result: Partial | None = None
-    for name, pool in index.pools.items():
-        columns, taken = _of_pool(index, choice, name)
+    for pool_id, pool in index.pools.items():
+        columns, taken = _of_pool(index, choice, pool_id)
         if columns.shape[2]:
             part = _attend_part(index, pool, columns, taken, folded, call)
             result = part if result is None else merge_pair(*result, *part)
     return result
 
 
-def _of_pool(index: FullPageIndex, choice: Choice, name: PoolId) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _of_pool(index: FullPageIndex, choice: Choice, pool_id: PoolId) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return the chosen columns of one pool, `(H, B, k')`, and which of them count."""
     if len(index.pools) == 1:
         return choice.columns, choice.taken
-    part = index.columns[name]
+    part = index.columns[pool_id]
     mine = (choice.columns >= part.start) & (choice.columns < part.stop)
     if choice.taken is not None:
         mine &= choice.taken

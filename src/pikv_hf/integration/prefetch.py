@@ -63,10 +63,10 @@ def _prefetch(table: PageTable, page_router: PageRouter, query: torch.Tensor, sc
         return
     pages = index.pages.expand(len(choice.columns), -1, -1).gather(2, choice.columns)
     counted = torch.ones_like(pages, dtype=torch.bool) if choice.taken is None else choice.taken
-    for name, pool in index.pools.items():
+    for pool_id, pool in index.pools.items():
         if not isinstance(pool, TieredPool):
             continue
-        part = index.columns[name]
+        part = index.columns[pool_id]
         mine = counted & (choice.columns >= part.start) & (choice.columns < part.stop)
         pool.prefetch(torch.unique(pages[mine]).cpu().numpy())
 

@@ -70,7 +70,7 @@ class Snapshot:
         is_free = all(each.plain.growth_limit is None for each in pages)
         if not pages[0].encoders.packs or not is_free:
             return None
-        pools = [{name for name, pool in each.packed.items() if pool.allocator.refcount.any()} for each in pages]
+        pools = [{pool_id for pool_id, pool in each.packed.items() if pool.allocator.refcount.any()} for each in pages]
         return cls(store.state.seen, [table.fork() for table in store.tables()], pools)
 
     def restore(self, store: LayerStore) -> None:

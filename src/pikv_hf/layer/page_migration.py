@@ -62,11 +62,11 @@ def _uneven_parts(parts: Sequence[LayerPart], shard_map: ShardMap) -> tuple[Laye
 def _move_some(here: PageTable, there: PageTable, wanted: int, preferred: np.ndarray) -> int:
     """Move `wanted` pages, as far as there are so many and there is memory for them; return how many moved."""
     moved = 0
-    for which, pages in _movable(here, preferred):
+    for pool_id, pages in _movable(here, preferred):
         taken = pages[: wanted - moved]
         if len(taken):
             try:
-                _move(here, there, which, taken)
+                _move(here, there, pool_id, taken)
             except (MemoryError, torch.OutOfMemoryError, TierFull):
                 # They are well where they are.
                 break
@@ -77,8 +77,8 @@ def _move_some(here: PageTable, there: PageTable, wanted: int, preferred: np.nda
 def _tokens_outside(table: PageTable) -> int:
     """Return the tokens in the pages of the shards, shared ones counted once."""
     tokens = 0
-    for name, pool in table.pools.by_id().items():
-        ids = table.distinct_pages(name)
+    for pool_id, pool in table.pools.by_id().items():
+        ids = table.distinct_pages(pool_id)
         tokens += int(pool.count[ids[pool.shard[ids] >= 0]].sum())
     return tokens
 
@@ -86,7 +86,7 @@ def _tokens_outside(table: PageTable) -> int:
 def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, PageIds]]:
     """Return full pages by pool, those of shards of which the target is to have the largest fractions `(S,)` first."""
     found = []
-    for name, pool in table.pools.by_id().items():
+    for pool_id, pool in table.pools.by_id().items():
         if isinstance(pool, PackedPool) and any(
             codec.basis is not None for codec in (pool.key_codec, pool.value_codec)
         ):
@@ -94,29 +94,29 @@ def _movable(table: PageTable, preferred: np.ndarray) -> list[tuple[PoolId, Page
             continue
         own = np.zeros(pool.capacity, dtype=np.int64)
         for sequence in table.sequences():
-            own[sequence.full_pages(name)] += 1
+            own[sequence.full_pages(pool_id)] += 1
         pages = np.flatnonzero((own > 0) & (own == pool.allocator.refcount) & (pool.count == pool.page_size))
         order = np.argsort(-preferred[pool.shard[pages]], kind="stable")
-        found.append((name, pages[order]))
+        found.append((pool_id, pages[order]))
     return found
 
 
-def _move(here: PageTable, there: PageTable, which: PoolId, pages: PageIds) -> None:
+def _move(here: PageTable, there: PageTable, pool_id: PoolId, pages: PageIds) -> None:
     """Move full pages of a pool between tables with the same rows."""
-    target, ids = _copy(here, there, which, pages)
+    target, ids = _copy(here, there, pool_id, pages)
     number = dict(zip(pages.tolist(), ids.tolist(), strict=True))
     for old, new in _pairs(here, there):
-        mine = np.array([number[page] for page in old.full_pages(which).tolist() if page in number], dtype=np.int64)
+        mine = np.array([number[page] for page in old.full_pages(pool_id).tolist() if page in number], dtype=np.int64)
         if len(mine):
             there.add_pages(new, target, mine)
     for old, _ in _pairs(here, there):
-        here.drop_pages(old, which, np.intersect1d(old.full_pages(which), pages))
-    here.defragment(which)
+        here.drop_pages(old, pool_id, np.intersect1d(old.full_pages(pool_id), pages))
+    here.defragment(pool_id)
 
 
-def _copy(here: PageTable, there: PageTable, which: PoolId, pages: PageIds) -> tuple[PoolId, PageIds]:
+def _copy(here: PageTable, there: PageTable, pool_id: PoolId, pages: PageIds) -> tuple[PoolId, PageIds]:
     """Copy pages with all that is known of them into a pool of another table; return it and their numbers there."""
-    pool, device = here.pools.by_id()[which], there.plain.device
+    pool, device = here.pools.by_id()[pool_id], there.plain.device
     index = pool.index(pages)
     positions = to_device(pool.positions[index], device)
     if isinstance(pool, PackedPool):

@@ -112,9 +112,9 @@ def _packed_pages(store: LayerStore, table: PageTable) -> tuple[torch.Tensor, to
     """Return the pages of one part."""
     rows, columns, sizes = [], [], []
     heads, lanes, device, size = store.heads, store.lanes, store.device, table.plain.page_size
-    for name, pool in table.pools.packed.items():
+    for pool_id, pool in table.pools.packed.items():
         for row, sequence in enumerate(table.rows):
-            pages = sequence.pages(name)
+            pages = sequence.pages(pool_id)
             positions = pool.positions[pool.index(pages)].long().to(device)
             by_head = positions.new_full((len(pages), heads, size), -1)
             head = slice(None) if lanes == 1 else slice(row % lanes, row % lanes + 1)

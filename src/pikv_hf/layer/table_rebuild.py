@@ -100,9 +100,9 @@ class TableRebuild:
             if not self.split:
                 kept.pools.encoders.inherit_bases(table.pools.encoders)
             kept.add_exact()
-            for name, pool in table.pools.packed.items():
-                if name not in decoded:
-                    kept.add_coded(CodedPages(pool, [row.pages(name) for row in table.rows]), was_split)
+            for pool_id, pool in table.pools.packed.items():
+                if pool_id not in decoded:
+                    kept.add_coded(CodedPages(pool, [row.pages(pool_id) for row in table.rows]), was_split)
         return self._table_of(kept)
 
     def assigned(self, tokens: ExactTokens, tiers: LayerTiers | None) -> PageTable:
@@ -122,7 +122,7 @@ class TableRebuild:
 
 
 def _exact_tokens(
-    table: PageTable, pending: PendingTokens | None, shape: tuple[int, int, int], names: list[PoolId]
+    table: PageTable, pending: PendingTokens | None, shape: tuple[int, int, int], pool_ids: list[PoolId]
 ) -> ExactTokens:
     batch, heads, columns = shape
     stored = columns - (0 if pending is None else pending.tokens)
@@ -133,8 +133,8 @@ def _exact_tokens(
             is_new &= pending.valid[:, None]
         if not stored:
             return ExactTokens(pending.keys, pending.values, is_new)
-    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.view.dense(stored, names))
-    by_lane = table.view.stored_mask(stored, names).view(batch, len(table.rows) // batch, stored)
+    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.view.dense(stored, pool_ids))
+    by_lane = table.view.stored_mask(stored, pool_ids).view(batch, len(table.rows) // batch, stored)
     is_stored = by_lane.expand(batch, heads, stored)
     if pending is None or is_new is None:
         return ExactTokens(keys, values, is_stored)

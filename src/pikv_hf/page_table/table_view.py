@@ -35,23 +35,23 @@ class TableView:
         self._entries: dict[PoolId | Region, tuple[torch.Tensor, torch.Tensor]] = {}
         self._index: FullPageIndex | None = None
 
-    def pool_of(self, of: PoolId | Region) -> PagePool:
+    def pool_of(self, region: PoolId | Region) -> PagePool:
         """Return a pool by its id, or the one that a region is part of."""
-        return self._writer.plain if isinstance(of, Region) else self._writer.pools.by_id()[of]
+        return self._writer.plain if isinstance(region, Region) else self._writer.pools.by_id()[region]
 
-    def plan(self, of: PoolId | Region = PLAIN) -> ReadPlan:
+    def plan(self, region: PoolId | Region = PLAIN) -> ReadPlan:
         """Return how attention reads the rows' pages of a pool, or of a region of the plain one."""
-        plan, made_at = self._plans.get(of, (None, -1))
-        if plan is None or (len(plan.bridged) and made_at != self.pool_of(of).allocator.allocations):
-            plan = self._new_plan(of)
+        plan, made_at = self._plans.get(region, (None, -1))
+        if plan is None or (len(plan.bridged) and made_at != self.pool_of(region).allocator.allocations):
+            plan = self._new_plan(region)
         return plan
 
-    def _new_plan(self, of: PoolId | Region) -> ReadPlan:
-        pool = self.pool_of(of)
+    def _new_plan(self, region: PoolId | Region) -> ReadPlan:
+        pool = self.pool_of(region)
         members: dict[int, list[int]] = defaultdict(list)
         for index, row in enumerate(self._rows):
             members[id(row)].append(index)
-        pages = [self._pages(sequence, of) for sequence in distinct_sequences(self._rows)]
+        pages = [self._pages(sequence, region) for sequence in distinct_sequences(self._rows)]
         # Pages that may move are never read as neighbours.
         movable = isinstance(pool, TieredPool)
         min_run = pool.capacity + 1 if movable else max(2, MIN_RUN_BYTES // pool.page_bytes)
@@ -59,10 +59,10 @@ class TableView:
         plan = make_plan(pages, list(members.values()), free, pool.count, pool.page_size, min_run)
         # The free pages that a run reads past must stay free and clean; another fork may allocate them.
         pool.clear_free(plan.bridged)
-        self._plans[of] = plan, pool.allocator.allocations
+        self._plans[region] = plan, pool.allocator.allocations
         return plan
 
-    def entries(self, of: PoolId | Region) -> tuple[torch.Tensor, torch.Tensor]:
+    def entries(self, region: PoolId | Region) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the pages of a pool by row, for kernels that look pages up. See :meth:`plan`.
 
         Returns
@@ -70,15 +70,15 @@ class TableView:
         tuple of torch.Tensor
             `(B, n)` int32 page numbers and `(B,)` int32, how many of them count.
         """
-        if of not in self._entries:
-            rows = [self._pages(row, of) for row in self._rows]
+        if region not in self._entries:
+            rows = [self._pages(row, region) for row in self._rows]
             lengths = np.array([len(row) for row in rows], dtype=np.int32)
             numbers = np.zeros((len(rows), int(lengths.max(initial=0))), dtype=np.int32)
             for line, row in zip(numbers, rows, strict=True):
                 line[: len(row)] = row
             device = self._writer.plain.device
-            self._entries[of] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
-        return self._entries[of]
+            self._entries[region] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
+        return self._entries[region]
 
     def full_pages(self) -> FullPageIndex:
         """Return the index of the rows' full pages, for routing."""
@@ -121,13 +121,13 @@ class TableView:
 
     # Pages
 
-    def _pages(self, sequence: SequencePages, of: PoolId | Region) -> PageIds:
+    def _pages(self, sequence: SequencePages, region: PoolId | Region) -> PageIds:
         """Return the pages of a sequence that attention reads; see :meth:`plan`."""
-        if of is Region.WINDOW:
+        if region is Region.WINDOW:
             return np.asarray(sequence.window, dtype=np.int64)
-        pages = sequence.unfilled() if isinstance(of, Region) else sequence.pages(of)
+        pages = sequence.unfilled() if isinstance(region, Region) else sequence.pages(region)
         # The window's come first in both.
-        in_plain = isinstance(of, Region) or of == PLAIN
+        in_plain = isinstance(region, Region) or region == PLAIN
         return pages[len(sequence.window) :] if in_plain and not self._writer.reads_window else pages
 
     def _read(self, pools: Iterable[PoolId] | None) -> Iterator[tuple[int, PagePool, torch.Tensor]]:

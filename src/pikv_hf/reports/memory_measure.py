@@ -26,7 +26,7 @@ def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
 def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) -> LayerMemory:
     pages, plain = table.pools, table.plain
     pools = pages.by_id()
-    in_use = {name: table.distinct_pages(name) for name in pools}
+    in_use = {pool_id: table.distinct_pages(pool_id) for pool_id in pools}
     packed_keys = [tensor for pool in pages.packed.values() for tensor in pool.keys.tensors()]
     packed_values = [tensor for pool in pages.packed.values() for tensor in pool.values.tensors()]
     keys = live_bytes([plain.keys, *packed_keys, *pages.encoders.bases(KV.KEYS)])
@@ -35,13 +35,13 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     total = live_bytes(tensors) + pages.host_bytes + table.host_bytes
     pending = live_bytes(tensors) - live_bytes(pages.tensors())
     shard_bytes, shard_tokens = np.zeros((2, table.num_shards), dtype=np.int64)
-    for name, pool in pools.items():
-        in_shard = in_use[name][pool.shard[in_use[name]] >= 0]
+    for pool_id, pool in pools.items():
+        in_shard = in_use[pool_id][pool.shard[in_use[pool_id]] >= 0]
         np.add.at(shard_bytes, pool.shard[in_shard], pool.page_bytes)
         np.add.at(shard_tokens, pool.shard[in_shard], pool.count[in_shard])
     in_window = plain.shard[in_use[PLAIN]] < 0
     # Copies of the window are memory, but its tokens count once.
-    stored = sum(int(pool.count[in_use[name]].sum()) for name, pool in pools.items())
+    stored = sum(int(pool.count[in_use[pool_id]].sum()) for pool_id, pool in pools.items())
     if not table.writer.reads_window:
         stored -= int(plain.count[in_use[PLAIN][in_window]].sum())
     return LayerMemory(
@@ -61,7 +61,7 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
         tokens_stored=stored,
         codecs=(
             _plain_codec(table, in_use[PLAIN]),
-            *(_codec(pool, in_use[name]) for name, pool in pages.packed.items()),
+            *(_codec(pool, in_use[pool_id]) for pool_id, pool in pages.packed.items()),
         ),
     )
 

@@ -77,41 +77,43 @@ def evict_for_pages(rules: EvictionRules, table: PageTable, pool: PagePool, page
     """Evict until a pool has so many more free pages, of its own if it has any, else of the others."""
     wanted, pools = pool.allocator.free_pages + pages, table.pools.by_id()
     # A pool that was to be the first of its codec is gone again.
-    own = [name for name, each in pools.items() if each is pool]
+    own = [pool_id for pool_id, each in pools.items() if each is pool]
     if any(pool.allocator.free_pages >= wanted for _ in _one_by_one(rules, table, own, seen)):
         return True
     short = (wanted - pool.allocator.free_pages) * pool.full_page_bytes
-    return evict_bytes(rules, table, [name for name in pools if name not in own], short, seen)
+    return evict_bytes(rules, table, [pool_id for pool_id in pools if pool_id not in own], short, seen)
 
 
-def evict_bytes(rules: EvictionRules, table: PageTable, pools: Sequence[PoolId], wanted: int, seen: int) -> bool:
+def evict_bytes(rules: EvictionRules, table: PageTable, pool_ids: Sequence[PoolId], wanted: int, seen: int) -> bool:
     """Evict pages of some pools until so many bytes are free, and give them back; return whether any were."""
     freed = 0
-    for size in _one_by_one(rules, table, pools, seen):
+    for size in _one_by_one(rules, table, pool_ids, seen):
         freed += size
         if freed >= wanted:
             break
     before = table.pools.nbytes
-    for name in pools:
-        table.defragment(name)
+    for pool_id in pool_ids:
+        table.defragment(pool_id)
     return table.pools.nbytes < before
 
 
-def _one_by_one(rules: EvictionRules, table: PageTable, names: Sequence[PoolId], seen: int) -> Iterator[int]:
+def _one_by_one(rules: EvictionRules, table: PageTable, pool_ids: Sequence[PoolId], seen: int) -> Iterator[int]:
     """Evict page after page of some pools, wherever they are held; yield the bytes that each frees."""
     pools = table.pools.by_id()
     distinct = table.sequences()
-    sources = [PagesOfSequence(sequence, name, lane) for lane, sequence in enumerate(distinct) for name in names]
-    holders = {name: _holders(table, name) for name in names}
+    sources = [
+        PagesOfSequence(sequence, pool_id, lane) for lane, sequence in enumerate(distinct) for pool_id in pool_ids
+    ]
+    holders = {pool_id: _holders(table, pool_id) for pool_id in pool_ids}
     for candidates in _candidates(rules, table, sources, seen):
         # What somebody else holds too would be lost without making room.
         frees = np.zeros(len(candidates.stats), dtype=np.bool_)
         for source, which in candidates.by_source():
             ids = candidates.pages[which]
-            frees[which] = holders[source.pool][ids] == pools[source.pool].allocator.refcount[ids]
+            frees[which] = holders[source.pool_id][ids] == pools[source.pool_id].allocator.refcount[ids]
         candidates = candidates.pick(frees)
         for page in leaving(rules.policy, candidates.stats, int(candidates.stats.tokens.sum())):
-            pool = pools[candidates.sources[candidates.of_source[page]].pool]
+            pool = pools[candidates.sources[candidates.of_source[page]].pool_id]
             _evict(rules, table, candidates, np.array([page]))
             yield pool.full_page_bytes if pool.allocator.refcount[candidates.pages[page]] == 0 else 0
 
@@ -143,7 +145,7 @@ def _logit_bounds(queries: torch.Tensor, table: PageTable, candidates: EvictionC
     of_row = of_row.reshape(len(table.rows), heads, -1, queries.shape[-1])
     rows = {id(sequence): row for row, sequence in reversed(list(enumerate(table.rows)))}
     for source, which in candidates.by_source():
-        pool = table.pools.by_id()[source.pool]
+        pool = table.pools.by_id()[source.pool_id]
         ids = candidates.pages[which]
         low, high = pool.key_bounds(ids)
         entries = pool.index(ids)[None].int()
@@ -158,7 +160,9 @@ def _evict(rules: EvictionRules, table: PageTable, candidates: EvictionCandidate
     """Take the pages at these indices from their sequences."""
     for number in np.unique(candidates.of_source[which]):
         source = candidates.sources[number]
-        table.drop_pages(source.sequence, source.pool, candidates.pages[which[candidates.of_source[which] == number]])
+        table.drop_pages(
+            source.sequence, source.pool_id, candidates.pages[which[candidates.of_source[which] == number]]
+        )
     rules.pages_evicted += len(which)
     rules.tokens_evicted += int(candidates.stats.tokens[which].sum())
 
@@ -166,14 +170,14 @@ def _evict(rules: EvictionRules, table: PageTable, candidates: EvictionCandidate
 def token_count(table: PageTable, rows: Sequence[SequencePages], shard: int | None = None) -> int:
     """Return the tokens that rows hold, those that they share counted for each, in one shard or everywhere."""
     total = 0
-    for name, pool in table.pools.by_id().items():
+    for pool_id, pool in table.pools.by_id().items():
         for row in rows:
-            ids = row.pages(name)
+            ids = row.pages(pool_id)
             total += int(pool.count[ids if shard is None else ids[pool.shard[ids] == shard]].sum())
     return total
 
 
-def _holders(table: PageTable, name: PoolId) -> np.ndarray:
+def _holders(table: PageTable, pool_id: PoolId) -> np.ndarray:
     """Return how many sequences of a table hold each page of a pool, `(N,)`."""
-    pages = [sequence.pages(name) for sequence in table.sequences()]
-    return np.bincount(np.concatenate(pages), minlength=table.pools.by_id()[name].capacity)
+    pages = [sequence.pages(pool_id) for sequence in table.sequences()]
+    return np.bincount(np.concatenate(pages), minlength=table.pools.by_id()[pool_id].capacity)

@@ -26,14 +26,14 @@ class PagesOfSequence:
     ----------
     sequence : SequencePages
         The sequence.
-    pool : PoolId
+    pool_id : PoolId
         The pool.
     lane : int
         A number for the sequence and KV head, for policies that compare them.
     """
 
     sequence: SequencePages
-    pool: PoolId
+    pool_id: PoolId
     lane: int
 
 
@@ -69,7 +69,7 @@ class EvictionCandidates:
         pools = table.pools.by_id()
         columns = [np.zeros((len(_COLUMNS), 0))]
         for number, source in enumerate(sources):
-            pool = pools[source.pool]
+            pool = pools[source.pool_id]
             ids = _pages(source, is_open)
             if shard is not None:
                 ids = ids[pool.shard[ids] == shard]
@@ -100,8 +100,8 @@ class EvictionCandidates:
 
 def _pages(source: PagesOfSequence, is_open: bool) -> PageIds:
     if not is_open:
-        return source.sequence.full_pages(source.pool)
-    return source.sequence.open[source.sequence.open >= 0] if source.pool == PLAIN else np.zeros(0, dtype=np.int64)
+        return source.sequence.full_pages(source.pool_id)
+    return source.sequence.open[source.sequence.open >= 0] if source.pool_id == PLAIN else np.zeros(0, dtype=np.int64)
 
 
 def stats_of(pool: PagePool, ids: PageIds, now: int) -> PageStats:

@@ -160,8 +160,8 @@ class PageScheduler:
             if id(sequence) in done:
                 continue
             done.add(id(sequence))
-            for name, pool in table.pools.by_id().items():
-                index = pool.index(sequence.pages(name))
+            for pool_id, pool in table.pools.by_id().items():
+                index = pool.index(sequence.pages(pool_id))
                 if pool.usage is None or not len(index):
                     continue
                 offsets = pool.positions[index].long() - start

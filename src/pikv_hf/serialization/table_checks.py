@@ -48,8 +48,8 @@ def check_beside(table: TableReader, first: TableReader) -> None:
 
 def _check_pool(table: TableReader, pool: dict[str, Any], sequences: list[SequencePages]) -> None:
     """Check the pages of a pool."""
-    which, size, shards = PoolId.parse(pool["name"]), table.config.page_size, table.description["num_shards"]
-    name, tensors = pool["name"], table.tensors_of(which)
+    pool_id, size, shards = PoolId.parse(pool["name"]), table.config.page_size, table.description["num_shards"]
+    name, tensors = pool["name"], table.tensors_of(pool_id)
     positions, count, shard = (tensors[part].numpy() for part in ("positions", "count", "shard"))
     filled = positions >= 0
     first = np.arange(size) < count[:, None]
@@ -60,11 +60,11 @@ def _check_pool(table: TableReader, pool: dict[str, Any], sequences: list[Sequen
     fit = len(new) <= most <= most_pages(len(new)) and ((new >= 0) & (new < most)).all()
     require(bool(fit and (np.diff(new) > 0).all()), f"pages of pool {name!r} have the numbers {new} of {most}")
     in_use = np.zeros(len(count), dtype=np.bool_)
-    for pages in (sequence.pages(which) for sequence in sequences):
+    for pages in (sequence.pages(pool_id) for sequence in sequences):
         require(not len(pages) or 0 <= pages.min() <= pages.max() < len(count), f"page numbers in pool {name!r}")
         in_use[pages] = True
     require(bool(in_use.all()), f"pool {name!r} has pages that no row holds")
-    if which == PLAIN:
+    if pool_id == PLAIN:
         _check_fill(table, sequences, count, shard)
 
 

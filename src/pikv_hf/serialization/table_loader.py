@@ -12,8 +12,8 @@ from .table_reader import TableReader
 
 def build_table(saved: TableReader, layer: PiKVLayer, part: LayerPart, device: torch.device) -> PageTable:
     """Return the table, for a part of a layer that knows its options, expert loads and shards already."""
-    pools, which = saved.empty_pools(device, part.tiers), saved.pool_ids()
-    pages = zip(which, saved.pools, strict=True)
+    pools, pool_ids = saved.empty_pools(device, part.tiers), saved.pool_ids()
+    pages = zip(pool_ids, saved.pools, strict=True)
     restored = [(pools.by_id()[each], described, saved.tensors_of(each)) for each, described in pages]
     for each in restored:
         fill_pool(*each)
@@ -21,7 +21,7 @@ def build_table(saved: TableReader, layer: PiKVLayer, part: LayerPart, device: t
         pools.encoders.remember_queries(
             saved.section["queries"].to(device, copy=True), saved.description["query_scale"]
         )
-    sequences = saved.sequences({each: saved.tensors_of(each)["numbers"].numpy() for each in which})
+    sequences = saved.sequences({each: saved.tensors_of(each)["numbers"].numpy() for each in pool_ids})
     for sequence in sequences:
         pools.incref(sequence)
     sinks = saved.description["sink_pages"] * pools.plain.page_size

@@ -78,8 +78,8 @@ class TableReader:
         }
         specs = {self.section.name(name): Spec(torch.int64, shape) for name, shape in shapes.items()}
         for saved in self.pools:
-            which = PoolId.parse(saved["name"])
-            specs |= pool_specs(pools.by_id()[which], self.tensors_of(which).prefix, saved)
+            pool_id = PoolId.parse(saved["name"])
+            specs |= pool_specs(pools.by_id()[pool_id], self.tensors_of(pool_id).prefix, saved)
         for number, codec in enumerate(self._codecs):
             if codec["has_basis"]:
                 specs |= self._free_spec(basis_name(self.section.prefix, number), codec["keys"], 1)
@@ -99,20 +99,20 @@ class TableReader:
         """Return the pools of :attr:`pools`."""
         return [PoolId.parse(pool["name"]) for pool in self.pools]
 
-    def tensors_of(self, which: PoolId) -> Section:
+    def tensors_of(self, pool_id: PoolId) -> Section:
         """Return the tensors of a pool."""
-        return Section(self.section.file, pool_prefix(self.section.prefix, which.name))
+        return Section(self.section.file, pool_prefix(self.section.prefix, pool_id.name))
 
     def sequences(self, numbers: dict[PoolId, np.ndarray] | None = None) -> list[SequencePages]:
         """Return the distinct sequences, with page numbers of the file, or those `(n,)` of each pool in their place."""
-        packed_pools = [which for which in self.pool_ids() if which != PLAIN]
+        packed_pools = [pool_id for pool_id in self.pool_ids() if pool_id != PLAIN]
         counts, pages = self.section["page_counts"].numpy(), self.section["page_numbers"].numpy()
         require(bool((counts >= 0).all()) and counts.sum() == len(pages), f"{len(pages)} pages for {counts.sum()}")
         sequences = []
         parts = iter(np.split(pages, np.cumsum(counts.reshape(-1))[:-1]))
         for opened in self.section["open_pages"].numpy():
             window, full, *packed = (next(parts).copy() for _ in range(counts.shape[1]))
-            packed_pages = {which: pages for which, pages in zip(packed_pools, packed, strict=True) if len(pages)}
+            packed_pages = {pool_id: pages for pool_id, pages in zip(packed_pools, packed, strict=True) if len(pages)}
             sequences.append(SequencePages(window.tolist(), opened.copy(), full, packed_pages))
         return sequences if numbers is None else [renumbered(sequence, numbers) for sequence in sequences]
 
@@ -128,13 +128,13 @@ class TableReader:
 
     def positions(self, windows: bool) -> list[np.ndarray]:
         """Return for each sequence the positions of its tokens in the window, or of those outside of it."""
-        positions = {which: self.tensors_of(which)["positions"].numpy() for which in self.pool_ids()}
+        positions = {pool_id: self.tensors_of(pool_id)["positions"].numpy() for pool_id in self.pool_ids()}
         found = []
         for sequence in self.sequences():
             # The window's pages come first.
-            inside = {which: len(sequence.window) if which == PLAIN else 0 for which in positions}
-            parts = {which: slice(0, end) if windows else slice(end, None) for which, end in inside.items()}
-            slots = [known[sequence.pages(which)[parts[which]]] for which, known in positions.items()]
+            inside = {pool_id: len(sequence.window) if pool_id == PLAIN else 0 for pool_id in positions}
+            parts = {pool_id: slice(0, end) if windows else slice(end, None) for pool_id, end in inside.items()}
+            slots = [known[sequence.pages(pool_id)[parts[pool_id]]] for pool_id, known in positions.items()]
             found.append(np.concatenate([each[each >= 0] for each in slots]))
         return found
 
@@ -172,5 +172,5 @@ def renumbered(sequence: SequencePages, numbers: dict[PoolId, np.ndarray]) -> Se
     """Return a sequence with other page numbers, `(n,)` of each pool by those in the file."""
     plain = numbers[PLAIN]
     opened = np.array([plain[page] if page >= 0 else -1 for page in sequence.open], dtype=np.int64)
-    packed = {which: numbers[which][pages] for which, pages in sequence.packed.items()}
+    packed = {pool_id: numbers[pool_id][pages] for pool_id, pages in sequence.packed.items()}
     return SequencePages([int(plain[page]) for page in sequence.window], opened, plain[sequence.full], packed)

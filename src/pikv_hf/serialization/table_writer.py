@@ -24,15 +24,15 @@ from .tensor_writer import Group
 def describe_table(prefix: str, layer: PiKVLayer, table: PageTable) -> tuple[dict[str, Any], list[Group]]:
     """Return what is written of a part's table, with names of tensors that begin with `prefix`."""
     pools, writer = table.pools, table.writer
-    used = {which: table.distinct_pages(which) for which in pools.by_id()}
-    used = {which: ids for which, ids in used.items() if len(ids) or which == PLAIN}
-    codecs = _Codecs(pools, [pools.packed[which] for which in used if which != PLAIN])
+    used = {pool_id: table.distinct_pages(pool_id) for pool_id in pools.by_id()}
+    used = {pool_id: ids for pool_id, ids in used.items() if len(ids) or pool_id == PLAIN}
+    codecs = _Codecs(pools, [pools.packed[pool_id] for pool_id in used if pool_id != PLAIN])
     descriptions, groups = [], codecs.bases(prefix)
-    for which, ids in used.items():
-        pool = pools.by_id()[which]
-        description, group = describe_pool(pool_prefix(prefix, which.name), pool, ids)
+    for pool_id, ids in used.items():
+        pool = pools.by_id()[pool_id]
+        description, group = describe_pool(pool_prefix(prefix, pool_id.name), pool, ids)
         keys, values = codecs.of_pool(pool) if isinstance(pool, PackedPool) else (None, None)
-        descriptions.append(described(POOL, name=which.name, key_codec=keys, value_codec=values, **description))
+        descriptions.append(described(POOL, name=pool_id.name, key_codec=keys, value_codec=values, **description))
         groups.append(group)
     tensors = _sequences(table, used)
     if pools.encoders.queries is not None:
@@ -72,12 +72,12 @@ def _sequences(table: PageTable, used: dict[PoolId, PageIds]) -> dict[str, torch
     """
     sequences = table.sequences()
     numbers = {id(sequence): number for number, sequence in enumerate(sequences)}
-    renumbered = {which: _renumbering(ids) for which, ids in used.items()}
+    renumbered = {pool_id: _renumbering(ids) for pool_id, ids in used.items()}
     ids, lengths = [np.zeros(0, dtype=np.int64)], []
     for sequence in sequences:
         window = np.asarray(sequence.window, dtype=np.int64)
         parts = [renumbered[PLAIN][window], renumbered[PLAIN][sequence.full]]
-        parts += [renumbered[which][sequence.pages(which)] for which in used if which != PLAIN]
+        parts += [renumbered[pool_id][sequence.pages(pool_id)] for pool_id in used if pool_id != PLAIN]
         ids += parts
         lengths.append([len(part) for part in parts])
     open_pages = np.array([sequence.open for sequence in sequences], dtype=np.int64).reshape(-1, table.num_shards)
