@@ -42,8 +42,8 @@ def encode_pages(tokens: torch.Tensor, kind: Kind, *, keys: bool, backend: str |
         return PageCodes(kind, tokens.shape[2], tokens)
     how = choose(tokens.device, backend, tokens.shape[-1:])
     if how != "torch":
-        packed: PageCodes = run("encode_pages", how, tokens.device, tokens, kind, keys=keys)
-        return packed
+        encoded: PageCodes = run("encode_pages", how, tokens.device, tokens, kind, keys=keys)
+        return encoded
     exact = tokens.float()
     if kind == "fp8":
         return _encode_fp8(exact)
