@@ -56,8 +56,8 @@ def look_up(
     for start in range(0, columns, step):
         located = reader.located(entries[:, start : start + step], stay=False)
         written = None if page_lse is None else page_lse[:, :, start : start + step]
-        part = attend_located(query, located, (lengths - start).clamp(0, step), call, written)
-        result = part if result is None else merge_pair(*result, *part)
+        partial = attend_located(query, located, (lengths - start).clamp(0, step), call, written)
+        result = partial if result is None else merge_pair(*result, *partial)
     assert result is not None
     return result
 

@@ -54,14 +54,14 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
     looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
     chosen, whole = _attend_routed(table, query, folded, call)
-    parts = [chosen] if chosen is not None else []
+    partials = [chosen] if chosen is not None else []
     for region in whole:
-        parts += _attend_pool(table, region, folded, bias, looks_up, call)
+        partials += _attend_pool(table, region, folded, bias, looks_up, call)
     if call.masses is not None and not table.writer.reads_window:
         # Another part reads the window; what its tokens are worth when they get here is to be known all the same.
         _attend_pool(table, Region.WINDOW, folded, bias, looks_up, call)
     value_dim = table.plain.values.shape[-1]
-    out, lse = _merged(parts) if parts else _nothing(folded, value_dim)
+    out, lse = _merged(partials) if partials else _nothing(folded, value_dim)
     return (
         out.transpose(0, 1).reshape(batch, query_heads, queries, value_dim),
         lse.transpose(0, 1).reshape(batch, query_heads, queries),
@@ -71,13 +71,13 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
 def _attend_routed(
     table: PageTable, query: torch.Tensor, folded: torch.Tensor, call: AttentionCall
 ) -> tuple[Partial | None, list[PoolId | Region]]:
-    """Attend to the full pages that a router chooses; return also which pools are left to read as a whole."""
+    """Attend to the full pages that a page router chooses; return also which pools are left to read as a whole."""
     every: list[PoolId | Region] = [*table.pools.by_id()]
-    router = call.page_router
-    if router is None:
+    page_router = call.page_router
+    if page_router is None:
         return None, every
-    choice = router.choose(table.view.full_pages(), query[:, :, 0], call.scale, call.seen)
-    router.counts.add(table.view.full_pages(), choice, table.view.always_read, folded.shape[0])
+    choice = page_router.choose(table.view.full_pages(), query[:, :, 0], call.scale, call.seen)
+    page_router.counts.add(table.view.full_pages(), choice, table.view.always_read, folded.shape[0])
     if choice is None:
         return None, every
     return attend_choice(table.view.full_pages(), choice, folded, call), [Region.UNFILLED]
@@ -95,10 +95,10 @@ def _attend_pool(
     reader = reader_of(table.view.pool_of(region))
     query = reader.query(folded)
     if looks_up:
-        part = _attend_entries(reader, query, table.view.entries(region), call)
+        partial = _attend_entries(reader, query, table.view.entries(region), call)
     else:
-        part = _attend_plan(reader, query, table.view.plan(region), bias, call)
-    return [] if part is None else [(reader.output(part[0]), part[1])]
+        partial = _attend_plan(reader, query, table.view.plan(region), bias, call)
+    return [] if partial is None else [(reader.output(partial[0]), partial[1])]
 
 
 def _attend_entries(
@@ -129,11 +129,11 @@ def _attend_plan(
     most = max(1, pool.capacity if bias is None else MAX_LOGITS // logits_per_page)
     for run in plan.runs:
         for piece in run.pieces(most, pool.count, pool.page_size):
-            part = _attend_run(reader, piece, query, bias, call)
-            result = _add_rows(result, part, piece.rows, batch)
+            partial = _attend_run(reader, piece, query, bias, call)
+            result = _add_rows(result, partial, piece.rows, batch)
     for first in range(0, plan.scattered.shape[1], step := min(most, _gather_step(pool, batch))):
-        part = _attend_scattered(reader, plan, slice(first, first + step), query, bias, call)
-        result = part if result is None else merge_pair(*result, *part)
+        partial = _attend_scattered(reader, plan, slice(first, first + step), query, bias, call)
+        result = partial if result is None else merge_pair(*result, *partial)
     return result
 
 
@@ -162,14 +162,14 @@ def _holes(pool: PagePool, run: Run) -> torch.Tensor | None:
 
 
 def _attend_scattered(
-    reader: PoolReader, plan: ReadPlan, part: slice, query: torch.Tensor, bias: MaskBias | None, call: AttentionCall
+    reader: PoolReader, plan: ReadPlan, columns: slice, query: torch.Tensor, bias: MaskBias | None, call: AttentionCall
 ) -> Partial:
     """Attend to each row's scattered pages, gathered: `(H, B, G * Q, D')` and its LSE."""
     pool = reader.pool
     heads, batch, queries, _ = query.shape
-    ids = plan.scattered[:, part]
+    ids = plan.scattered[:, columns]
     tokens = ids.shape[1] * pool.page_size
-    counted = np.arange(part.start, part.start + ids.shape[1]) < plan.lengths[:, None]
+    counted = np.arange(columns.start, columns.start + ids.shape[1]) < plan.lengths[:, None]
     filled = np.where(counted, pool.count[ids], 0)
     empty = (np.arange(pool.page_size) >= filled[:, :, None]).reshape(batch, tokens)
     index = pool.index(ids)
@@ -195,10 +195,10 @@ def _gather_step(pool: PagePool, batch: int) -> int:
     return max(1, MAX_GATHER_BYTES // (batch * pool.page_bytes))
 
 
-def _merged(parts: list[Partial]) -> Partial:
-    result = parts[0]
-    for part in parts[1:]:
-        result = merge_pair(*result, *part)
+def _merged(partials: list[Partial]) -> Partial:
+    result = partials[0]
+    for partial in partials[1:]:
+        result = merge_pair(*result, *partial)
     return result
 
 
@@ -208,16 +208,16 @@ def _nothing(folded: torch.Tensor, value_dim: int) -> Partial:
     return out, out.new_full(shape, -torch.inf)
 
 
-def _add_rows(result: Partial | None, part: Partial, rows: list[int], batch: int) -> Partial:
-    """Merge a part that some rows read into the result of all, `(H, B, M, Dv)` and `(H, B, M)`."""
+def _add_rows(result: Partial | None, partial: Partial, rows: list[int], batch: int) -> Partial:
+    """Merge what some rows have read into the result of all, `(H, B, M, Dv)` and `(H, B, M)`."""
     if len(rows) == batch:
-        return part if result is None else merge_pair(*result, *part)
-    out, lse = result if result is not None else _empty_like(part, batch)
-    merged_out, merged_lse = merge_pair(out[:, rows], lse[:, rows], *part)
+        return partial if result is None else merge_pair(*result, *partial)
+    out, lse = result if result is not None else _empty_like(partial, batch)
+    merged_out, merged_lse = merge_pair(out[:, rows], lse[:, rows], *partial)
     out[:, rows], lse[:, rows] = merged_out, merged_lse
     return out, lse
 
 
-def _empty_like(part: Partial, batch: int) -> Partial:
-    heads, _, queries, dim = part[0].shape
-    return part[0].new_zeros((heads, batch, queries, dim)), part[1].new_full((heads, batch, queries), -torch.inf)
+def _empty_like(partial: Partial, batch: int) -> Partial:
+    heads, _, queries, dim = partial[0].shape
+    return partial[0].new_zeros((heads, batch, queries, dim)), partial[1].new_full((heads, batch, queries), -torch.inf)

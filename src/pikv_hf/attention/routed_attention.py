@@ -36,8 +36,8 @@ def attend_choice(index: FullPageIndex, choice: Choice, folded: torch.Tensor, ca
     for pool_id, pool in index.pools.items():
         columns, taken = _of_pool(index, choice, pool_id)
         if columns.shape[2]:
-            part = _attend_part(index, pool, columns, taken, folded, call)
-            result = part if result is None else merge_pair(*result, *part)
+            partial = _attend_part(index, pool, columns, taken, folded, call)
+            result = partial if result is None else merge_pair(*result, *partial)
     return result
 
 

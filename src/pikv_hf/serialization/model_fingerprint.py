@@ -164,12 +164,12 @@ def _offloaded(module: nn.Module, name: str) -> torch.Tensor | None:
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
     """Return at most SAMPLES numbers of a tensor, on its device."""
-    places = _places(tensor.numel(), tensor.device)
-    return tensor.view(-1)[places] if tensor.is_contiguous() else tensor[torch.unravel_index(places, tensor.shape)]
+    indices = _spread_indices(tensor.numel(), tensor.device)
+    return tensor.view(-1)[indices] if tensor.is_contiguous() else tensor[torch.unravel_index(indices, tensor.shape)]
 
 
 @functools.lru_cache(maxsize=64)
-def _places(total: int, device: torch.device) -> torch.Tensor:
+def _spread_indices(total: int, device: torch.device) -> torch.Tensor:
     """Return at most SAMPLES of the numbers 0..total-1, evenly spread."""
     some = min(SAMPLES, total)
     return torch.arange(some, device=device) * total // max(1, some)

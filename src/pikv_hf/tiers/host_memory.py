@@ -31,16 +31,16 @@ class HostMemory:
         self._tiers, self._transfers = tiers, transfers
         self._slabs: dict[int, torch.Tensor] = {}
         self._free: dict[int, list[int]] = {}
-        self._places: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        self._row_of: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._next = 0
 
     def __contains__(self, page: int) -> bool:
-        return page in self._places
+        return page in self._row_of
 
     @property
     def pages(self) -> np.ndarray:
         """`(n,)` int64, the pages that have a row, the one that was not asked for longest first."""
-        return np.fromiter(self._places, dtype=np.int64)
+        return np.fromiter(self._row_of, dtype=np.int64)
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +61,7 @@ class HostMemory:
             slab = next((slab for slab, free in self._free.items() if free), None)
             if slab is None:
                 slab = self._new_slab()
-            self._places[page] = slab, self._free[slab].pop()
+            self._row_of[page] = slab, self._free[slab].pop()
         return [self.row(page) for page in pages]
 
     def _new_slab(self) -> int:
@@ -73,18 +73,18 @@ class HostMemory:
 
     def row(self, page: int) -> torch.Tensor:
         """Return the row of a page."""
-        slab, place = self._places[page]
-        return self._slabs[slab][place]
+        slab, row = self._row_of[page]
+        return self._slabs[slab][row]
 
     def touch(self, page: int) -> None:
         """Note that a page was asked for."""
-        self._places.move_to_end(page)
+        self._row_of.move_to_end(page)
 
     def drop(self, pages: Iterable[int]) -> None:
         """Free the rows of pages that have one."""
         for page in pages:
-            if (place := self._places.pop(page, None)) is not None:
-                slab, row = place
+            if (found := self._row_of.pop(page, None)) is not None:
+                slab, row = found
                 self._free[slab].append(row)
                 if len(self._free[slab]) == len(self._slabs[slab]):
                     del self._free[slab], self._slabs[slab]

@@ -91,7 +91,7 @@ class Prefetched:
 
     def expect(self, tier: str, pages: list[int], part: Reading | Arriving) -> None:
         """Have pages come from a tier, as records of a part in this order."""
-        self._coming.update({page: (tier, part, place) for place, page in enumerate(pages)})
+        self._coming.update({page: (tier, part, row) for row, page in enumerate(pages)})
         self._counters.issued += len(pages)
 
     def take(self, wanted: Iterable[int]) -> Iterator[Read]:
@@ -102,14 +102,14 @@ class Prefetched:
         found = {page: self._coming.pop(page) for page in wanted if page in self._coming}
         for tier, part in {id(part): (tier, part) for tier, part, _ in found.values()}.values():
             mine = [page for page, (_, own, _) in found.items() if own is part]
-            places = [found[page][2] for page in mine]
+            rows = [found[page][2] for page in mine]
             try:
                 records = part.get()
             except (RuntimeError, OSError):
                 self._counters.wasted += len(mine)
                 continue
-            if places != list(range(len(records))):
-                records = records.index_select(0, torch.tensor(places, device=records.device))
+            if rows != list(range(len(records))):
+                records = records.index_select(0, torch.tensor(rows, device=records.device))
             self._counters.used += len(mine)
             yield tier, mine, records
 

@@ -252,9 +252,9 @@ class TieredPool(PackedPool):
         blocks = []
         for block in index.split(self.chunk_pages()):
             keys, values = self.codes_at(block)
-            places = torch.arange(len(block), device=self.device)
+            entries = torch.arange(len(block), device=self.device)
             codes, codec = (keys, self.key_codec) if which is KV.KEYS else (values, self.value_codec)
-            blocks.append(self._gathered(codes, codec, places, self.counts_of(block)))
+            blocks.append(self._gathered(codes, codec, entries, self.counts_of(block)))
         return torch.cat(blocks, dim=1)
 
     def chunk_pages(self) -> int:

@@ -53,10 +53,10 @@ class TwoQueue(SchedulingPolicy):
         order = np.lexsort((view.newest, np.where(often, view.last_use, view.born), often))
         first = n - int(often.sum())
         over = max(first - int(self.first_share * n), 0)
-        place = np.empty(n, np.float64)
+        rank = np.empty(n, np.float64)
         # The FIFO's surplus, then the LRU queue, then the rest of the FIFO.
-        place[np.concatenate([order[:over], order[first:], order[over:first]])] = np.arange(n)
-        return place
+        rank[np.concatenate([order[:over], order[first:], order[over:first]])] = np.arange(n)
+        return rank
 
 
 @POLICIES.register("reuse_distance")
