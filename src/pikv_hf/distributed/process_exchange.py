@@ -42,7 +42,7 @@ class Exchange:
     ----------
     rank, ranks : int
         Number of this process, and how many there are.
-    parted : str
+    left_because : str
         Why this process has left the others; empty while it has not.
     collectives, bytes_sent : int
         Merges so far, and the bytes that each of the others received of this process: results, and what precedes them.
@@ -53,13 +53,13 @@ class Exchange:
     def __init__(self, group: Any, timeout: float, serial: int = 0) -> None:
         self.group, self.timeout, self.serial = group, timeout, serial
         self.rank, self.ranks = dist.get_rank(group), dist.get_world_size(group)
-        self.parted = ""
+        self.left_because = ""
         self.collectives = self.bytes_sent = 0
         self.seconds = 0.0
         # Of each message, in float32 numbers.
         self._size = AGREEMENT
         # What the processes said with the last merge, until it is looked at: on a GPU that would wait for it.
-        self._said: tuple[torch.Tensor, int, torch.dtype] | None = None
+        self._headers: tuple[torch.Tensor, int, torch.dtype] | None = None
         self._defers = dist.get_backend(group) == "nccl"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Exchange":
@@ -85,7 +85,7 @@ class Exchange:
             payload[0], payload[INTENT] = layer_idx, FAILS
             try:
                 # Before the others know that there is something to read.
-                _write(self._key(f"failed/{self.rank}"), _said(error))
+                _write(self._key(f"failed/{self.rank}"), _summary(error))
                 self._gather(payload, f"layer {layer_idx}")
             except ProcessError as other:
                 error.add_note(f"the other processes could not be told: {other}")
@@ -103,23 +103,23 @@ class Exchange:
             raise
         except Exception as error:
             if not isinstance(error, _EVERYWHERE):
-                _write(self._key(f"left/{self.rank}"), _said(error))
-                self._part(f"rank {self.rank} raised {_said(error)}")
+                _write(self._key(f"left/{self.rank}"), _summary(error))
+                self._leave(f"rank {self.rank} raised {_said(error)}")
             raise
 
-    def _part(self, reason: str) -> None:
+    def _leave(self, reason: str) -> None:
         """Close the connections: whoever waits for this process ends now."""
-        if self.parted:
+        if self.left_because:
             return
-        self.parted, group, self.group = reason, self.group, None
-        _write(self._key("parted"), "1")
+        self.left_because, group, self.group = reason, self.group, None
+        _write(self._key("anyone-left"), "1")
         if dist.is_initialized() and dist.get_backend(group) == "gloo":
             # Others wait for what they have begun: NCCL's watchdog ends them after the timeout.
             dist.destroy_process_group(group)
 
-    def others_parted(self) -> bool:
+    def anyone_left(self) -> bool:
         """Whether a process has left, this one or another."""
-        return bool(self.parted) or bool(_read(self._key("parted")))
+        return bool(self.left_because) or bool(_read(self._key("anyone-left")))
 
     def _reasons(self) -> str:
         """Return what other processes have left word of."""
@@ -205,14 +205,14 @@ class Exchange:
         """
         self._look()
         payload = torch.cat([header_of(layer_idx, seen, query, leads), lse.flatten(), out.flatten()])
-        parts = self._gather(payload, f"layer {layer_idx}")
-        self._note(parts, layer_idx, query.dtype)
+        messages = self._gather(payload, f"layer {layer_idx}")
+        self._note(messages, layer_idx, query.dtype)
         if not self._defers:
             self._look()
         self.collectives += 1
         result: tuple[torch.Tensor, torch.Tensor] | None = None
-        for part in parts:
-            _, its_lse, its_out, _ = part.split([HEADER, lse.numel(), out.numel(), self._size - payload.numel()])
+        for message in messages:
+            _, its_lse, its_out, _ = message.split([HEADER, lse.numel(), out.numel(), self._size - payload.numel()])
             one = its_out.view_as(out), its_lse.view_as(lse)
             result = one if result is None else merge_pair(*result, *one)
         assert result is not None
@@ -236,7 +236,7 @@ class Exchange:
         return result.to(tensor.device)
 
     def _device(self) -> torch.device:
-        on_gpu = not self.parted and dist.get_backend(self.group) == "nccl"
+        on_gpu = not self.left_because and dist.get_backend(self.group) == "nccl"
         return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     def _gather(self, payload: torch.Tensor, where: str) -> list[torch.Tensor]:
@@ -244,11 +244,11 @@ class Exchange:
         payload = torch.nn.functional.pad(payload, (0, self._size - payload.numel()))
         with self._explained(where):
             mine = self._movable(payload)
-            parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-            dist.all_gather(parts, mine, group=self.group)
+            messages = [torch.empty_like(mine) for _ in range(self.ranks)]
+            dist.all_gather(messages, mine, group=self.group)
         self.seconds += time.perf_counter() - started
         self.bytes_sent += payload.numel() * payload.element_size()
-        return [part.to(payload.device) for part in parts]
+        return [message.to(payload.device) for message in messages]
 
     def _movable(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor where the group's backend can take it."""
@@ -257,8 +257,8 @@ class Exchange:
     @contextmanager
     def _explained(self, where: str) -> Iterator[None]:
         me = f"rank {self.rank} of {self.ranks}"
-        if self.parted:
-            raise ProcessError(f"{me} is alone since {self.parted}; make a new cache in all processes")
+        if self.left_because:
+            raise ProcessError(f"{me} is alone since {self.left_because}; make a new cache in all processes")
         try:
             yield
         except RuntimeError as error:
@@ -266,18 +266,18 @@ class Exchange:
                 "one of them has died, raised an error of its own, stopped calling, is given other inputs, or took "
                 f"longer than {self.timeout:g} s"
             )
-            self._part(f"it got no answer at {where}: {cause}")
+            self._leave(f"it got no answer at {where}: {cause}")
             raise ProcessError(f"{me} got no answer from all others at {where}: {cause} ({_said(error)})") from error
 
-    def _note(self, parts: list[torch.Tensor], layer_idx: int, dtype: torch.dtype) -> None:
+    def _note(self, messages: list[torch.Tensor], layer_idx: int, dtype: torch.dtype) -> None:
         # One transfer for all of them.
-        self._said = torch.stack([part[:AGREEMENT] for part in parts]), layer_idx, dtype
+        self._headers = torch.stack([message[:AGREEMENT] for message in messages]), layer_idx, dtype
 
     def _look(self) -> None:
         """Raise if a process has failed, or was not where this one is."""
-        if self._said is None:
+        if self._headers is None:
             return
-        (said, layer_idx, dtype), self._said = self._said, None
+        (said, layer_idx, dtype), self._headers = self._headers, None
         table = said.tolist()
         mine = table[self.rank]
         for rank, other in enumerate(table):
@@ -339,7 +339,7 @@ def join_processes(timeout: float) -> Exchange:
     if not dist.is_initialized():
         raise RuntimeError('process_group="world" needs torch.distributed, which one process alone does not set up')
     world, known = _groups.get(timeout, (None, None))
-    if known is None or world is not dist.group.WORLD or known.others_parted():
+    if known is None or world is not dist.group.WORLD or known.anyone_left():
         serial = 0 if known is None else known.serial + 1
         group = dist.new_group(timeout=datetime.timedelta(seconds=timeout))
         known = Exchange(group, timeout, serial)
@@ -362,7 +362,7 @@ def _read(key: str) -> str:
     return ""
 
 
-def _said(error: BaseException) -> str:
+def _summary(error: BaseException) -> str:
     """Return an error's class and first line, in short."""
     line = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {line[:200]}" if line else type(error).__name__

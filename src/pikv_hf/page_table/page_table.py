@@ -185,15 +185,15 @@ class PageTable:
     def _separate(self, leaders: list[int]) -> list[SequencePages]:
         """Give each group of rows a sequence of its own; `leaders[row]` names the first row of its group."""
         taken: set[int] = set()
-        parted: dict[int, SequencePages] = {}
+        separate: dict[int, SequencePages] = {}
         for leader in dict.fromkeys(leaders):
             sequence = self.rows[leader]
             if id(sequence) in taken:
                 sequence = sequence.copy()
                 self.pools.incref(sequence)
             taken.add(id(sequence))
-            parted[leader] = sequence
-        return [parted[leader] for leader in leaders]
+            separate[leader] = sequence
+        return [separate[leader] for leader in leaders]
 
     def append(self, tokens: TokenBatch, valid: torch.Tensor | None, leaders: list[int] | None = None) -> None:
         """Append the tokens of a prompt, a chunk or a draft.
@@ -212,10 +212,10 @@ class PageTable:
         if valid is not None:
             new = {row: mine.pick(valid[row].nonzero().squeeze(1)) for row, mine in new.items()}
         with self.pools.transaction():
-            parted = self._separate(leaders)
+            separate = self._separate(leaders)
             # Copies take over the references: should anything fail, the rows are as they were.
-            copies = {id(row): row.copy() for row in parted}
-            rows = [copies[id(row)] for row in parted]
+            copies = {id(row): row.copy() for row in separate}
+            rows = [copies[id(row)] for row in separate]
             shards = {row: self.writer.shards(mine.positions, mine.experts) for row, mine in new.items()}
             self.plain.reserve(sum(self.writer.pages_needed(rows[row], shards[row]) for row in new))
             reserve_packed(self.pools, sum(self.writer.pages_filled(rows[row], shards[row]) for row in new))
