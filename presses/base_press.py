@@ -275,11 +275,11 @@ class ObservingPress(ScorerPress):
 
     def hooks(self, module: nn.Module) -> Iterator[Any]:
         """Place the press's hooks on an attention module."""
-        yield module.register_forward_pre_hook(hold, with_kwargs=True)
+        yield module.register_forward_pre_hook(delay_packing, with_kwargs=True)
         yield module.register_forward_hook(self.forward_hook, with_kwargs=True)
 
 
-def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def delay_packing(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Let a layer wait with packing its new tokens until the press has decided."""
     cache = kwargs.get("past_key_values")
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

@@ -104,7 +104,7 @@ class Exchange:
         except Exception as error:
             if not isinstance(error, _EVERYWHERE):
                 _write(self._key(f"left/{self.rank}"), _summary(error))
-                self._leave(f"rank {self.rank} raised {_said(error)}")
+                self._leave(f"rank {self.rank} raised {_summary(error)}")
             raise
 
     def _leave(self, reason: str) -> None:
@@ -267,7 +267,7 @@ class Exchange:
                 f"longer than {self.timeout:g} s"
             )
             self._leave(f"it got no answer at {where}: {cause}")
-            raise ProcessError(f"{me} got no answer from all others at {where}: {cause} ({_said(error)})") from error
+            raise ProcessError(f"{me} got no answer from all others at {where}: {cause} ({_summary(error)})") from error
 
     def _note(self, messages: list[torch.Tensor], layer_idx: int, dtype: torch.dtype) -> None:
         # One transfer for all of them.
