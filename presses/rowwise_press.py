@@ -11,7 +11,7 @@ from kvpress import BasePress
 from torch import nn
 
 from pikv_hf.layer.kv_assignment import token_hashes
-from pikv_hf.presses.base_press import LayerView, ObservingPress, hold, view_of
+from pikv_hf.presses.base_press import LayerView, ObservingPress, delay_packing, view_of
 
 
 @dataclass
@@ -101,7 +101,7 @@ class RowwisePress(BasePress):
     def __call__(self, model: Any) -> Generator[None, None, None]:
         """Compress what is read within the block; layers wait with packing until the press has seen their tokens."""
         base = getattr(model.model, "language_model", model.model)
-        handles = [layer.self_attn.register_forward_pre_hook(hold, with_kwargs=True) for layer in base.layers]
+        handles = [layer.self_attn.register_forward_pre_hook(delay_packing, with_kwargs=True) for layer in base.layers]
         try:
             with super().__call__(model):
                 yield

@@ -271,5 +271,5 @@ def paged_columns(kept: torch.Tensor, page_size: int) -> tuple[torch.Tensor, tor
     within = torch.arange(len(owner), device=kept.device) - first_page[owner]
     counts = (tokens[owner] - within * page_size).clamp(max=page_size)
     start = first_token[owner] + within * page_size
-    places = torch.minimum(torch.arange(page_size, device=kept.device), counts[:, None] - 1)
-    return columns[start[:, None] + places], counts, owner
+    tokens_of_page = torch.minimum(torch.arange(page_size, device=kept.device), counts[:, None] - 1)
+    return columns[start[:, None] + tokens_of_page], counts, owner

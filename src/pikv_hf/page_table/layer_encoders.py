@@ -165,8 +165,8 @@ class EncodedPages(NamedTuple):
         k, v = self.in_keys, self.in_values
         errors = np.stack([keys.energy[k], keys.lost[k], values.energy[v], values.lost[v], keys.logits[k]], axis=1)
         picked = [
-            part.codes.pick(torch.from_numpy(places).to(device)).tensors()
-            for part, places in ((self.keys, k), (self.values, v))
+            part.codes.pick(torch.from_numpy(index).to(device)).tensors()
+            for part, index in ((self.keys, k), (self.values, v))
         ]
         return picked[0], picked[1], errors
 

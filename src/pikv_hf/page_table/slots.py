@@ -95,6 +95,6 @@ def _fill(pool: PlainPool, pages: list[int], tokens: int) -> PageIds:
     size = pool.page_size
     ids = np.asarray(pages, dtype=np.int64)
     offset = int(pool.count[ids[0]])
-    places = offset + np.arange(tokens)
+    slots = offset + np.arange(tokens)
     pool.count[ids] = np.clip(offset + tokens - size * np.arange(len(ids)), 0, size)
-    return ids[places // size] * size + places % size
+    return ids[slots // size] * size + slots % size
