@@ -137,7 +137,7 @@ def _assigned_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
     tables = []
     for part, own in zip(store.parts, store.own_tokens(stored), strict=True):
         mine = stored if own is None else stored & own
-        table = part.assigned(ExactTokens(tokens.keys, tokens.values, mine), rebuild)
+        table = part.assigned_table(ExactTokens(tokens.keys, tokens.values, mine), rebuild)
         part.fit(table, store.heads // table.plain.keys.shape[0], stored.shape[2])
         tables.append(table)
     return tables

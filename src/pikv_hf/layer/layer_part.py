@@ -148,18 +148,18 @@ class LayerPart:
             self.scheduler.prepare(table)
             self.scheduler.enforce(table, lanes, seen)
 
-    def kept(self, pending: PendingTokens | None, widths: torch.Tensor, rebuild: TableRebuild) -> PageTable:
-        """Return a table of what is kept of this part and of `pending`; see :meth:`TableRebuild.kept`."""
+    def kept_table(self, pending: PendingTokens | None, widths: torch.Tensor, rebuild: TableRebuild) -> PageTable:
+        """Return a table of what is kept of this part and of `pending`; see :meth:`TableRebuild.kept_table`."""
         assert self.table is not None
         new = None if pending is None else pending.to(self.device)
-        table = rebuild.kept(self.table, new, widths.to(self.device))
+        table = rebuild.kept_table(self.table, new, widths.to(self.device))
         self.assign_shards(table.writer, rebuild.shard_map)
         return table
 
-    def assigned(self, tokens: ExactTokens, rebuild: TableRebuild) -> PageTable:
-        """Return a table of K/V from outside; see :meth:`TableRebuild.assigned`."""
+    def assigned_table(self, tokens: ExactTokens, rebuild: TableRebuild) -> PageTable:
+        """Return a table of K/V from outside; see :meth:`TableRebuild.assigned_table`."""
         here = ExactTokens(*(tensor.to(self.device) for tensor in (tokens.keys, tokens.values, tokens.stored)))
-        table = rebuild.assigned(here, self.tiers)
+        table = rebuild.assigned_table(here, self.tiers)
         self.assign_shards(table.writer, rebuild.shard_map)
         return table
 

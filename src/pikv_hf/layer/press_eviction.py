@@ -43,7 +43,7 @@ def _kept_tables(store: LayerStore, widths: torch.Tensor) -> list[PageTable]:
     rebuild = TableRebuild(store.config, store.shard_of(), store.shard_map, leaders, split)
     tables = []
     for part, widths_here in zip(store.parts, _widths_by_part(store, widths), strict=True):
-        table = part.kept(store.pending, widths_here, rebuild)
+        table = part.kept_table(store.pending, widths_here, rebuild)
         part.fit(table, store.heads // table.plain.keys.shape[0], store.state.seen)
         tables.append(table)
     return tables

@@ -78,7 +78,7 @@ class TableRebuild:
     leaders: list[int]
     split: bool
 
-    def kept(self, table: PageTable, pending: PendingTokens | None, widths: torch.Tensor) -> PageTable:
+    def kept_table(self, table: PageTable, pending: PendingTokens | None, widths: torch.Tensor) -> PageTable:
         """Return a table of its own for what is kept of a part; the old one stays as it is.
 
         Parameters
@@ -105,7 +105,7 @@ class TableRebuild:
                     kept.add_coded(CodedPages(pool, [row.pages(pool_id) for row in table.rows]), was_split)
         return self._table_of(kept)
 
-    def assigned(self, tokens: ExactTokens, tiers: LayerTiers | None) -> PageTable:
+    def assigned_table(self, tokens: ExactTokens, tiers: LayerTiers | None) -> PageTable:
         """Return a table of K/V from outside at positions 0..T-1, where these hold a token."""
         widths = with_exact_ends(tokens.stored.to(torch.uint8) * AS_CONFIGURED, self.config)
         kept = Compaction(widths, self.leaders, tokens, self.config, self.split, tiers)

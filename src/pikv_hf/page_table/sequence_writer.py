@@ -150,8 +150,8 @@ class SequenceWriter:
             tokens = pack_prompt(self.pools, sequence, passing, tokens)
             passing = passing[:0]
         if len(passing) or staying:
-            slots = shard_slots(self.plain, [sequence], passing), window_slots(self.plain, sequence, staying)
-            self.plain.write(self.plain.index(np.concatenate(slots)), tokens)
+            taken = shard_slots(self.plain, [sequence], passing), window_slots(self.plain, sequence, staying)
+            self.plain.write(self.plain.index(np.concatenate(taken)), tokens)
 
     def _without_others(self, tokens: TokenBatch, passing: np.ndarray) -> TokenBatch:
         """Return this part's tokens and those of the window, on its device: no others travel."""
