@@ -30,8 +30,8 @@ class TieredReader(PackedReader):
         result: Partial | None = None
         for start, columns, keys, values in self._streamed(table):
             piece = args.of_pages(start, columns, self.pool.page_size)
-            part = coded_attention(query, keys, values, *piece.as_kernel_args())
-            result = part if result is None else merge_pair(*result, *part)
+            partial = coded_attention(query, keys, values, *piece.as_kernel_args())
+            result = partial if result is None else merge_pair(*result, *partial)
         assert result is not None
         return result
 
@@ -58,8 +58,8 @@ class TieredReader(PackedReader):
             index = lane_pages(located.numbers, located.keys.pages)
             keys, values = codes_by_lane(located.keys, index), codes_by_lane(located.values, index)
             piece = args.of_pages(start, block.shape[2], self.pool.page_size)
-            part = coded_attention(query, keys, values, *piece.as_kernel_args())
-            result = part if result is None else merge_pair(*result, *part)
+            partial = coded_attention(query, keys, values, *piece.as_kernel_args())
+            result = partial if result is None else merge_pair(*result, *partial)
         assert result is not None
         return result
 
@@ -68,8 +68,8 @@ class TieredReader(PackedReader):
         pool = self.pool
         if pool.can_hold(pages, stay):
             # Before the tensors are looked at: fetching may replace them by longer ones.
-            places = pool.fetch(pages.long())
-            return LocatedPages(pool.keys, pool.values, places, pool.frame_counts())
+            frames = pool.fetch(pages.long())
+            return LocatedPages(pool.keys, pool.values, frames, pool.frame_counts())
         ids = np.unique(pages.cpu().numpy())
         index = pool.index(ids)
         numbers = pool.index(np.searchsorted(ids, pages.cpu().numpy()))

@@ -19,7 +19,7 @@ def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
     if not isinstance(layer, PiKVLayer):
         return [_sliding_memory(index, layer)]
     if layer.table is None:
-        return [LayerMemory(index, "paged", "-", 0, 0, 0, 0, 0, 0, 0, (), (), layer.seen, 0)]
+        return [LayerMemory(index, "paged", "-", tokens_seen=layer.seen)]
     return [_part_memory(index, layer, number, table) for number, table in enumerate(layer.store.tables())]
 
 
@@ -73,7 +73,15 @@ def _sliding_memory(index: int, layer: Any) -> LayerMemory:
     stored = tensors[0].shape[0] * tensors[0].shape[-2] if tensors and tensors[0].numel() else 0
     total = live_bytes(tensors)
     return LayerMemory(
-        index, "sliding", device, keys, values, 0, total, total, 0, 0, (), (), layer.get_seq_length(), stored
+        layer=index,
+        kind="sliding",
+        device=device,
+        keys=keys,
+        values=values,
+        total=total,
+        window=total,
+        tokens_seen=layer.get_seq_length(),
+        tokens_stored=stored,
     )
 
 

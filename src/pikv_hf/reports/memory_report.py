@@ -108,17 +108,17 @@ class LayerMemory:
     layer: int
     kind: str
     device: str
-    keys: int
-    values: int
-    metadata: int
-    total: int
-    window: int
-    free: int
-    pending: int
-    shards: tuple[int, ...]
-    shard_tokens: tuple[int, ...]
-    tokens_seen: int
-    tokens_stored: int
+    keys: int = 0
+    values: int = 0
+    metadata: int = 0
+    total: int = 0
+    window: int = 0
+    free: int = 0
+    pending: int = 0
+    shards: tuple[int, ...] = ()
+    shard_tokens: tuple[int, ...] = ()
+    tokens_seen: int = 0
+    tokens_stored: int = 0
     codecs: tuple[CodecMemory, ...] = ()
 
 
