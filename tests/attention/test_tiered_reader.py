@@ -21,5 +21,5 @@ def test_pages_are_located_in_tensors_that_fetching_made_longer() -> None:
     expected, _ = pool.codes_at(pool.index(ids))
     pool.shrink(1)
     there = TieredReader(pool).located(pool.index(ids))
-    assert int(there.places.max()) < there.keys.pages
-    assert torch.equal(there.keys.codes.index_select(1, there.places), expected.codes)
+    assert int(there.numbers.max()) < there.keys.pages
+    assert torch.equal(there.keys.codes.index_select(1, there.numbers), expected.codes)
