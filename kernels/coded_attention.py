@@ -9,9 +9,10 @@ import threading
 
 import torch
 
+from .bit_packing import unpack
 from .decode_pages import decode_pages
 from .merge_partials import merge_pair
-from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values, unpack
+from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values
 from .partial_attention import MAX_LOGITS, partial_attention
 
 # Numbers of one block as float32: small enough for a processor's cache, large enough to hide the calls.

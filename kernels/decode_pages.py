@@ -2,7 +2,8 @@
 
 import torch
 
-from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values, unpack
+from .bit_packing import unpack
+from .page_codes import BITS, FP8_MAX, PageCodes, floor_values, spread_values
 
 
 def decode_pages(pages: PageCodes, dtype: torch.dtype) -> torch.Tensor:

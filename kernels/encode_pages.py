@@ -2,6 +2,7 @@
 
 import torch
 
+from .bit_packing import pack
 from .dispatch import choose, run
 from .page_codes import (
     BITS,
@@ -13,7 +14,6 @@ from .page_codes import (
     SPREAD_STEPS,
     Kind,
     PageCodes,
-    pack,
     spread_values,
 )
 

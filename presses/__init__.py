@@ -1,9 +1,9 @@
 """kvpress-compatible presses: `with press(model): model.generate(..., past_key_values=cache)`, or kvpress's pipeline.
 
 They work on any cache of transformers and within kvpress's wrappers; on an attached :class:`~pikv_hf.PiKVCache` what
-they evict or narrow is really freed, head by head. A method has a file of its own, `*_press.py`; the other files are what
-several share. They may import the core and the kernels. In come a layer's keys, values and observed queries; out goes,
-for each token of each KV head, whether it stays and in how many bits.
+they evict or narrow is really freed, head by head. A method has a file of its own, `*_press.py`; the other files are
+what several share. They may import the core and the kernels. In come a layer's keys, values and observed queries; out
+goes, for each token of each KV head, whether it stays and in how many bits.
 """
 
 from pikv_hf.common.extras import extra

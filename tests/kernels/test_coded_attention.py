@@ -7,10 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pikv_hf.kernels.bit_packing import pack, unpack
 from pikv_hf.kernels.coded_attention import coded_attention
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
-from pikv_hf.kernels.page_codes import BITS, KINDS, OUTLIERS, PageCodes, empty_codes, pack, spread_values, unpack
+from pikv_hf.kernels.page_codes import BITS, KINDS, OUTLIERS, PageCodes, empty_codes, spread_values
 from pikv_hf.kernels.partial_attention import partial_attention
 
 coded_module = __import__(coded_attention.__module__, fromlist=["BLOCK_BYTES"])

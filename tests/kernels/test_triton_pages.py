@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from triton_cases import BACKEND, DEVICE, NOWHERE, assert_as_exact, poisoned
 
 from pikv_hf.kernels import append_tokens, decode_pages, encode_pages, gather_pages, merge_partials, page_scores
-from pikv_hf.kernels.page_codes import BITS, KINDS, Kind, PageCodes, unpack
+from pikv_hf.kernels.bit_packing import unpack
+from pikv_hf.kernels.page_codes import BITS, KINDS, Kind, PageCodes
 
 CODED = [kind for kind in KINDS if kind != "none"]
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from pikv_hf.kernels import paged_decode_attention
+from pikv_hf.kernels.bit_packing import pack, unpack
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
-from pikv_hf.kernels.page_codes import BITS, Kind, PageCodes, pack, unpack
+from pikv_hf.kernels.page_codes import BITS, Kind, PageCodes
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -24,7 +24,7 @@ from .model_modules import (
     find_attention_modules,
     find_expert_routers,
 )
-from .prefetch import read_ahead
+from .prefetch import prefetch_next_layer
 
 ATTENTION_NAME = "pikv"
 
@@ -198,7 +198,7 @@ def _before_attention(
     attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if (alive := attachment()) is not None:
-        read_ahead(alive.attention_of, module, args, kwargs)
+        prefetch_next_layer(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
 
 

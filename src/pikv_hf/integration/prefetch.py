@@ -18,7 +18,7 @@ from ..routing.page_router import PageRouter
 from ..tiers.tiered_pool import TieredPool
 
 
-def read_ahead(
+def prefetch_next_layer(
     attention_of: Callable[[int], nn.Module | None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Before a layer's attention decodes one token: have the next paged layer fetch what it is likely to read.

@@ -9,7 +9,7 @@ from ..pages.types import PageIds
 from .file_records import HEADER_BYTES, RECORD_HEADER_BYTES, Records, read_all
 from .host_memory import HostMemory
 from .page_file import PageFile
-from .read_ahead import Prefetched, Read
+from .prefetched_pages import Prefetched, Read
 from .record_layout import RecordLayout
 from .tier_limits import LayerTiers, TierFull
 from .transfers import Transfers
@@ -212,7 +212,7 @@ class LowerTiers:
         files = [page for page in pages if page not in set(rows) and page in self._file_of]
         if files:
             parts = self._located(files)
-            reading = self._tiers.tiers.read_ahead.begin(parts, self._transfers)
+            reading = self._tiers.tiers.prefetch_thread.begin(parts, self._transfers)
             self.prefetched.expect("disk", [int(page) for part in parts for page in part.pages], reading)
 
     # Pages that are gone

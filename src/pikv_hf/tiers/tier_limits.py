@@ -13,7 +13,7 @@ import torch
 from ..common.budget import parse_bytes
 from ..config import TIERS, PiKVConfig
 from .file_records import PageFileError
-from .read_ahead import ReadAhead
+from .prefetched_pages import PrefetchThread
 from .tier_counters import TierCounters
 
 #: A pool of pages has at least so many in fast memory.
@@ -71,7 +71,7 @@ class Tiers:
         Bytes of the whole cache by tier, fastest first, None for no limit.
     counters : TierCounters
         Of all layers and forks.
-    read_ahead : ReadAhead
+    prefetch_thread : PrefetchThread
         Reads pages from files ahead of need, for all layers.
     """
 
@@ -87,7 +87,7 @@ class Tiers:
         self._directory: Path | None = None
         self._numbers = itertools.count()
         self._by_layer: dict[tuple[int, int], LayerTiers] = {}
-        self.read_ahead = ReadAhead()
+        self.prefetch_thread = PrefetchThread()
 
     def layer(self, index: int, part: int = 0) -> "LayerTiers":
         """Return what a part of a model layer has of them; forks of a cache share it."""

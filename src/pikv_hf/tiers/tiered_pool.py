@@ -192,7 +192,7 @@ class TieredPool(PackedPool):
 
     def _promote(self, ids: PageIds) -> None:
         """Bring distinct pages into fast memory; see :meth:`fetch`."""
-        self.tiers.tiers.read_ahead.forward()
+        self.tiers.tiers.prefetch_thread.forward()
         missing = self._stored(ids[self.frames.frame_of[ids] < 0])
         self.tiers.counters.count_reads(len(ids) - len(missing), len(missing))
         self.frames.touch(ids)

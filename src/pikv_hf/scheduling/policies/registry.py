@@ -4,7 +4,7 @@ A policy sees statistics of the pages that may go (sinks and recent window never
 lowest goes first. Statistics come from the attention masses that the kernels return. A page "is used" in a step when it
 takes at least its equal share of the attention: one over the number of pages read.
 
-The policies are in the files beside this one, a family in each; importing this module makes all of them known.
+Each policy is in a file of its name beside this one; importing this module makes all of them known.
 """
 
 import dataclasses
@@ -13,12 +13,18 @@ from typing import Any
 import numpy as np
 
 from ...common.suggest import did_you_mean
-from .attention_based import H2O, LRUPlus, Quest
+from .ada_kv import AdaKV
 from .base import POLICIES, SchedulingPolicy
+from .duo import Duo
+from .h2o import H2O
+from .lru import LRU
+from .lru_plus import LRUPlus
 from .page_stats import Floats, Integers, PageStats, expected_distance, mean_shares, recent_shares
-from .per_head import AdaKV, Duo
 from .pikv import PiKV
-from .recency import LRU, ReuseDistance, StreamingLLM, TwoQueue
+from .quest import Quest
+from .reuse_distance import ReuseDistance
+from .streaming_llm import StreamingLLM
+from .two_queue import TwoQueue
 
 __all__ = [
     "H2O",

@@ -1,32 +1,11 @@
-"""Scheduling policies that ask how old a page is, and when it was used."""
+"""2Q as a scheduling policy: a FIFO for pages used at most once, an LRU queue for the others."""
 
 import dataclasses
 
 import numpy as np
 
 from .base import POLICIES, SchedulingPolicy, check_range
-from .page_stats import Floats, PageStats, expected_distance
-
-
-@POLICIES.register("streaming_llm")
-@dataclasses.dataclass
-class StreamingLLM(SchedulingPolicy):
-    """Oldest positions first: what remains are sinks and the newest tokens (arXiv 2309.17453)."""
-
-    def priority(self, view: PageStats) -> Floats:
-        return view.newest.astype(np.float64)
-
-
-@POLICIES.register("lru")
-@dataclasses.dataclass
-class LRU(SchedulingPolicy):
-    """Least recently used first; being filled counts as a use.
-
-    Where no use is recorded this is first in, first out: a circular buffer of the budget's size.
-    """
-
-    def priority(self, view: PageStats) -> Floats:
-        return view.last_use.astype(np.float64)
+from .page_stats import Floats, PageStats
 
 
 @POLICIES.register("two_queue")
@@ -57,12 +36,3 @@ class TwoQueue(SchedulingPolicy):
         # The FIFO's surplus, then the LRU queue, then the rest of the FIFO.
         rank[np.concatenate([order[:over], order[first:], order[over:first]])] = np.arange(n)
         return rank
-
-
-@POLICIES.register("reuse_distance")
-@dataclasses.dataclass
-class ReuseDistance(SchedulingPolicy):
-    """Longest expected distance to the next use first (:func:`expected_distance`): Belady's rule on a prediction."""
-
-    def priority(self, view: PageStats) -> Floats:
-        return -expected_distance(view).astype(np.float64)

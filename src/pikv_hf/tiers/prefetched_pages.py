@@ -1,4 +1,4 @@
-"""Pages read ahead of need: the thread that reads files, and what is on its way to the device."""
+"""Prefetched pages: the thread that reads files before a page is needed, and what is on its way to the device."""
 
 import weakref
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ Read = tuple[str, list[int], torch.Tensor]
 class Reading:
     """Records that the thread reads from files into memory of the host, and that go on to the device from there.
 
-    Made by :meth:`ReadAhead.begin`.
+    Made by :meth:`PrefetchThread.begin`.
     """
 
     def __init__(self, buffer: torch.Tensor, done: "Future[None]", transfers: Transfers) -> None:
@@ -41,7 +41,7 @@ class Reading:
         return self._arriving.get()[:, RECORD_HEADER_BYTES:]
 
 
-class ReadAhead:
+class PrefetchThread:
     """The thread that reads files ahead of need, for all layers of a cache; it starts with the first request."""
 
     def __init__(self) -> None:
