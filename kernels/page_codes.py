@@ -1,4 +1,4 @@
-"""The packed format of packed pages: what every kernel that reads or writes them agrees on.
+"""The format of packed pages: what every kernel that reads or writes them agrees on.
 
 A page of P tokens is quantised channel by channel over its own tokens. With b bits, channel d of token t is
 
