@@ -16,6 +16,8 @@ from pikv_hf.config import SCHEDULERS
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.scheduling.growth_limit import BudgetError
 
+pytestmark = pytest.mark.slow
+
 # Budgets
 
 BUDGETS: list[tuple[Any, str | None]] = [

@@ -6,6 +6,8 @@ from device_runs import SMALL, assert_spread, shared_model, spread
 from press_runs import PRESSES, held_by, ids_of, next_logits, padded, read
 from transformers import DynamicCache
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("press", PRESSES)
 def test_presses_keep_what_they_keep_on_one_device(press: str) -> None:

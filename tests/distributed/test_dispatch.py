@@ -14,6 +14,8 @@ from pikv_hf import PiKVCache
 from pikv_hf.distributed.device_layout import attention_device
 from pikv_hf.layer.layer import PiKVLayer
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 DEVICES = ["cpu:0", "cpu:1"]
 CPU = torch.device("cpu")

@@ -19,14 +19,19 @@ def make_cache(model: Any, **options: Any) -> PiKVCache:
     return PiKVCache.for_model(model, **{**SMALL, "placement": model.placement, **options})
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+# Of each kind of attention one, for development: plain, with sinks and sliding windows, and with head dims that differ.
+QUICK = ("mixtral", "gpt_oss", "deepseek_v3")
+EVERY_FAMILY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
+
+
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def family_model(request: pytest.FixtureRequest) -> Any:
     model = FAMILIES[request.param].build()
     model.placement = "expert" if FAMILIES[request.param].routed else "hash"
     return model
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def long_run_model(request: pytest.FixtureRequest) -> Any:
     """A family's model for the tests that feed the most tokens.
 

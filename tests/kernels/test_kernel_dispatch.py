@@ -15,6 +15,8 @@ from triton_cases import BACKEND, DEVICE, GPU, poisoned, random_case
 from pikv_hf import kernels
 from pikv_hf.kernels import dispatch
 
+pytestmark = pytest.mark.slow
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 NO_TRITON = "import sys; sys.modules['triton'] = None\n"
 

@@ -11,6 +11,8 @@ from triton_cases import BACKEND, GPU, check, random_case
 from pikv_hf.kernels import dispatch
 from pikv_hf.kernels.page_codes import BITS, Kind
 
+pytestmark = pytest.mark.slow
+
 unpacking = dispatch.load("unpack", BACKEND)
 CENTRES = dispatch.load("pool", BACKEND).CENTRES
 

@@ -12,6 +12,8 @@ from triton_cases import BACKEND, DEVICE, GPU, Case, assert_as_exact, check, nai
 from pikv_hf.kernels import dispatch, paged_decode_attention
 from pikv_hf.kernels.page_codes import KINDS, Kind, PageCodes
 
+pytestmark = pytest.mark.slow
+
 BFLOAT16 = pytest.param(
     torch.bfloat16, marks=pytest.mark.skipif(not GPU, reason="Triton's interpreter computes bfloat16 dots wrongly")
 )

@@ -13,6 +13,8 @@ from pikv_hf.kernels import append_tokens, decode_pages, encode_pages, gather_pa
 from pikv_hf.kernels.bit_packing import unpack
 from pikv_hf.kernels.page_codes import BITS, KINDS, Kind, PageCodes
 
+pytestmark = pytest.mark.slow
+
 CODED = [kind for kind in KINDS if kind != "none"]
 
 

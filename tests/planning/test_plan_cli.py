@@ -12,6 +12,8 @@ from pikv_hf.eval.cli.plan_command import MODEL_CONFIGS, parse_budget, parse_rou
 from pikv_hf.planning.capacity import measured_loads
 from pikv_hf.planning.simulate.routing_trace import RoutingTrace, save_trace
 
+pytestmark = pytest.mark.slow
+
 QWEN = ("--model", "Qwen/Qwen3-30B-A3B", "--context", "131072", "--batch", "8", "--devices", "8xH200")
 
 

@@ -10,6 +10,8 @@ from pikv_hf.planning.hardware import DEVICES, parse_devices
 from pikv_hf.planning.plan import Workload, kv_bytes, lay_out
 from pikv_hf.planning.recommend import Plan, make_plan
 
+pytestmark = pytest.mark.slow
+
 
 def plan(tokens: int, batch: int, devices: str, model: str = "Qwen3-30B-A3B", **options: object) -> Plan:
     count, device = parse_devices(devices)

@@ -17,6 +17,8 @@ from pikv_hf.eval.demo.task import build_task
 from pikv_hf.eval.errors import InputError
 from pikv_hf.planning.simulate.routing_trace import Popularity, RoutingTrace, load_trace, save_trace, synthetic_trace
 
+pytestmark = pytest.mark.slow
+
 
 def trace_of(rows: list[list[int]], num_experts: int = 4, **more: Any) -> RoutingTrace:
     return RoutingTrace(np.array(rows), num_experts, tuple(range(len(rows))), "made up", **more)

@@ -16,6 +16,8 @@ from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, Pyramid
 from pikv_hf.presses.press_budget import PressBudget
 from pikv_hf.presses.pyramid_press import falling_shares
 
+pytestmark = pytest.mark.slow
+
 
 def counts_of(cache: PiKVCache) -> torch.Tensor:
     """Return the tokens of each layer, row and head, `(L, B, H)`."""

@@ -24,6 +24,8 @@ from pikv_hf import PiKVCache, PiKVConfig
 from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, PyramidPress, QueryAwarePress
 from pikv_hf.presses import pikv_press as pikv
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 120
 #: Presses whose layers or heads keep different numbers of tokens, which other caches can only hide.
 UNEVEN = ("pyramid", "headwise", "duo")

@@ -13,6 +13,8 @@ from pikv_hf import PiKVCache
 from pikv_hf.presses import LoRAPress, QueryAwarePress
 from pikv_hf.presses.lora_press import projected, rank_of_error
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 400
 
 

@@ -16,6 +16,8 @@ from pikv_hf.config import CODECS
 from pikv_hf.layer.attend import attend
 from pikv_hf.pages.pool_id import PLAIN, PoolId
 
+pytestmark = pytest.mark.slow
+
 # Everything chosen is exact
 
 

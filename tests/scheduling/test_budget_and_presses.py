@@ -7,6 +7,8 @@ import torch
 from budget_runs import check, decode, make_cache, run, shared_model
 from press_runs import ids_of, read
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("budget", [64, 0.4, "140KB"])
 def test_a_press_that_keeps_more_than_the_budget(budget: Any) -> None:

@@ -14,6 +14,8 @@ from pikv_hf.config import SCHEDULERS
 from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 
+pytestmark = pytest.mark.slow
+
 BUDGETS: list[tuple[Any, str | None]] = [
     (56, None),
     (LEAST, "layer"),

@@ -21,6 +21,8 @@ from pikv_hf.scheduling.policies.registry import (
     make_policy,
 )
 
+pytestmark = pytest.mark.slow
+
 SHARES = (0.0, 0.0, 0.0625, 0.125, 0.25, 0.5)
 OPTIONS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in POLICIES),

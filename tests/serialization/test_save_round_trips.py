@@ -13,6 +13,8 @@ from pikv_hf.config import CODECS
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.layer_codecs import recode
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_codecs(codec: str, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pikv_hf import PiKVCache
 from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.serialization.format import LAYER_STATE
 
+pytestmark = pytest.mark.slow
+
 
 def test_what_routing_and_scheduling_know_of_pages(tmp_path: Path) -> None:
     model = shared_model()

@@ -18,6 +18,8 @@ from pikv_hf.tiers import tiered_pool
 from pikv_hf.tiers.file_records import PageFileError, Records
 from pikv_hf.tiers.tier_limits import TierFull
 
+pytestmark = pytest.mark.slow
+
 # The same tokens
 
 

@@ -19,6 +19,8 @@ from pikv_hf.eval.metrics.classification import named_labels
 from pikv_hf.eval.metrics.edit_similarity import first_code_line, ratio
 from pikv_hf.eval.metrics.token_f1 import chinese_tokens, english_tokens
 
+pytestmark = pytest.mark.slow
+
 LABELS = ["number", "other number", "person", "title of a person", "other"]
 #: A reference of each metric that the answer can repeat.
 IDENTITY = {

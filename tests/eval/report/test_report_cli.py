@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from pikv_hf.eval.cli.main import app
 
+pytestmark = pytest.mark.slow
+
 
 def report(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, ["report", *map(str, arguments)])

@@ -15,6 +15,8 @@ from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.report import Run, compare, comparison_text, load_runs
 from pikv_hf.eval.report.paired import RESAMPLES, Array, bootstrap_interval, holm, sign_flip_p
 
+pytestmark = pytest.mark.slow
+
 #: Exactly representable, so that enumeration and scipy see the same ties.
 SCORES = st.sampled_from([-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0])
 

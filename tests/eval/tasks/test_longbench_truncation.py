@@ -16,6 +16,8 @@ from pikv_hf.eval.tasks.longbench.fit import fit, frame
 from pikv_hf.eval.tasks.longbench.truncate import count_tokens
 from pikv_hf.eval.tasks.sample import EvalSample
 
+pytestmark = pytest.mark.slow
+
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CORPUS = [(bundled_sample() / f"{file}.jsonl").read_text(encoding="utf-8") for file in ("qmsum", "vcsum", "lcc")]
 
