@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..layer.layer import PiKVLayer
+from ..layer.layer_operation import layer_operation
 from ..page_table.page_table import PageTable
 from ..routing.page_router import PageRouter
 from ..tiers.tiered_pool import TieredPool
@@ -48,6 +49,7 @@ def prefetch_next_layer(
         prefetch(following, query, float(getattr(attention, "scaling", query.shape[-1] ** -0.5)))
 
 
+@layer_operation
 def prefetch(layer: PiKVLayer, query: torch.Tensor, scale: float) -> None:
     """Begin to fetch the pages that a layer would read for queries `(B, Hq, D)`; never fails for what it cannot get."""
     for part in layer.parts:

@@ -13,8 +13,10 @@ from ..common.tensors import to_device
 from ..kernels import causal_attention, merge_pair
 from ..page_table.page_table import PageTable
 from .layer import PiKVLayer
+from .layer_operation import layer_operation
 
 
+@layer_operation
 def attend(
     layer: PiKVLayer,
     query: torch.Tensor,
@@ -114,6 +116,7 @@ def _attend_parts(
     return merged
 
 
+@layer_operation
 def begin_step(layer: PiKVLayer) -> None:
     """Let the schedulers of a layer count a step of attention."""
     for part in layer.parts:
@@ -126,6 +129,7 @@ def _by_kv_head(lse: torch.Tensor, table: PageTable) -> torch.Tensor:
     return lse.reshape(len(table.rows), table.plain.keys.shape[0], -1).transpose(0, 1)
 
 
+@layer_operation
 def note_queries(
     layer: PiKVLayer,
     query: torch.Tensor,

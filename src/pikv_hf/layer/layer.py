@@ -16,6 +16,7 @@ from . import layer_reads
 from .input_checks import KVFormat, check_fits
 from .layer_cropping import column_of, cropped_length
 from .layer_edits import LayerEdits
+from .layer_operation import layer_operation
 from .layer_part import LayerPart, make_parts
 from .layer_state import LayerState
 from .layer_store import LayerStore
@@ -74,6 +75,7 @@ class PiKVLayer(CacheLayerMixin):
         self.edits = LayerEdits(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
 
+    @layer_operation
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Create the empty pools and page tables for K/V of these shapes."""
         self.store.begin(KVFormat.of(key_states, value_states))
@@ -121,10 +123,12 @@ class PiKVLayer(CacheLayerMixin):
         """What the first part stores: everything but shards on other devices."""
         return self.parts[0].table
 
+    @layer_operation
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all K/V by column, `(B, H, T, D)` and `(B, H, T, Dv)`; zeros for padding and what was evicted."""
         return layer_reads.dense_keys(self.store), layer_reads.dense_values(self.store)
 
+    @layer_operation
     def stored_mask(self) -> torch.Tensor:
         """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
         return layer_reads.stored_mask(self.store)
@@ -153,24 +157,38 @@ class PiKVLayer(CacheLayerMixin):
         ValueError, RuntimeError
             If the tensors do not fit what is stored; nothing has changed then.
         """
-        store, edits, state, new = self.store, self.edits, self.store.state, key_states.shape[2]
-        check_fits(self.layer_idx, key_states, value_states, store.kv_format())
-        in_place = self._reads_in_place()
+        check_fits(self.layer_idx, key_states, value_states, self.store.kv_format())
+        in_place, history = self._reads_in_place(), self.seen > 0
+        past = self._take_in(key_states, value_states, in_place)
+        if in_place:
+            return self._referring(key_states, history), value_states
+        if past is None:
+            return key_states, value_states
+        return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+
+    @layer_operation
+    def _take_in(
+        self, keys: torch.Tensor, values: torch.Tensor, in_place: bool
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Store new K/V, or have them wait for their experts.
+
+        Returns the dense history before them, None if there is none or PiKV's attention reads it `in_place`.
+        """
+        store, edits, state, new = self.store, self.edits, self.store.state, keys.shape[2]
         if self.leads and self.exchange is not None and (new > 1 or not state.seen):
-            self.prompt_mark = prompt_mark(key_states)
+            self.prompt_mark = prompt_mark(keys)
         if self.attachment is not None and not state.reference_lost:
             self.attachment.reads(edits, prompt=not state.seen)
         awaits_press = edits.awaits_press
         edits.settle()
         if self.table is None:
-            self.lazy_initialization(key_states, value_states)
+            self.lazy_initialization(keys, values)
         edits.take_requested_snapshot()
-        history = state.seen > 0
-        past = layer_reads.dense_history(store) if history and not in_place else None
-        if new == 1 and history:
-            store.append(key_states, value_states)
+        past = layer_reads.dense_history(store) if state.seen and not in_place else None
+        if new == 1 and state.seen:
+            store.append(keys, values)
         else:
-            store.pending = PendingTokens(key_states, value_states)
+            store.pending = PendingTokens(keys, values)
             edits.awaits_press = awaits_press
         state.seen += new
         state.vetted &= in_place
@@ -178,9 +196,7 @@ class PiKVLayer(CacheLayerMixin):
             self.attachment.expect(edits)
         elif not in_place:
             edits.settle_soon()
-        if past is not None:
-            return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
-        return (self._referring(key_states, history), value_states) if in_place else (key_states, value_states)
+        return past
 
     def _reads_in_place(self) -> bool:
         """Return whether PiKV's attention function will see what `update` returns."""
@@ -319,6 +335,7 @@ class PiKVLayer(CacheLayerMixin):
         if self.table is not None:
             self.edits.select(torch.arange(self.batch)[indices.cpu()].tolist())
 
+    @layer_operation
     def fork(self) -> "PiKVLayer":
         """Return a copy that shares all pages until either side writes to them."""
         self.settle()

@@ -7,12 +7,14 @@ import torch
 
 from ..page_table.layer_encoders import MAX_ERROR_QUERIES
 from .input_checks import KVFormat
+from .layer_operation import layer_operation
 from .layer_store import LayerStore
 
 # By the queries at so many of the newest positions the errors of packed keys are judged; at most MAX_ERROR_QUERIES are.
 ERROR_QUERY_POSITIONS = 8
 
 
+@layer_operation
 def recode(
     store: LayerStore,
     key_basis: torch.Tensor | None = None,
@@ -51,6 +53,7 @@ def recode(
         )
 
 
+@layer_operation
 def remember_queries(store: LayerStore, query: torch.Tensor, scale: float) -> None:
     """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
     if store.lanes > 1:

@@ -9,6 +9,7 @@ from ..distributed.process_exchange import leave_group_on_error
 from . import press_eviction
 from .kv_assignment import KVAssignment, assign_tokens, check_assigned
 from .layer_cropping import Snapshot, crop_tables, shorten_state
+from .layer_operation import layer_operation
 from .layer_reads import dense_keys, dense_values
 from .layer_store import LayerStore
 from .model_link import ModelLink
@@ -59,6 +60,7 @@ class LayerEdits:
 
     # Settling what is pending
 
+    @layer_operation
     @leave_group_on_error
     def settle(self) -> None:
         """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
@@ -82,6 +84,7 @@ class LayerEdits:
         else:
             self.link.linger(self)
 
+    @layer_operation
     @leave_group_on_error
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
@@ -111,11 +114,13 @@ class LayerEdits:
         self.settle()
         self.awaits_press = True
 
+    @layer_operation
     def end_press(self) -> None:
         """End :meth:`begin_press`: the tokens are stored as they would have been."""
         self.awaits_press = False
         self._place_unless_pressed()
 
+    @layer_operation
     @leave_group_on_error
     def keep(self, kept: torch.Tensor) -> None:
         """Evict tokens and keep the others in the widths given; see :meth:`PiKVLayer.keep`."""
@@ -132,6 +137,7 @@ class LayerEdits:
 
     # K/V assigned from outside
 
+    @layer_operation
     def hand_out(self, which: KV) -> torch.Tensor | None:
         """Return the dense keys or values by column, None before the first tokens."""
         if self.store.table is None:
@@ -140,6 +146,7 @@ class LayerEdits:
         dense = dense_keys(self.store) if which is KV.KEYS else dense_values(self.store)
         return self.assignment.hand_out(which, dense)
 
+    @layer_operation
     def assign_values(self, values: object) -> None:
         """Complete an assignment of keys and values; the first tokens of what was handed out are a crop."""
         staged = self.assignment.take_staged()
@@ -164,6 +171,7 @@ class LayerEdits:
         if self._snapshot_due:
             self.snapshot, self._snapshot_due = Snapshot.take(self.store), False
 
+    @layer_operation
     @leave_group_on_error
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
@@ -183,6 +191,7 @@ class LayerEdits:
         state.reference_lost |= state.reference_out and not state.history_out
         state.reference_out = False
 
+    @layer_operation
     @leave_group_on_error
     def select(self, indices: Sequence[int]) -> None:
         """Replace the rows of the batch by those at `indices`. No token is copied."""

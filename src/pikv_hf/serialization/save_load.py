@@ -11,12 +11,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout, attention_device
 from ..distributed.process_exchange import Exchange
 from ..integration.attachment import Attachment
+from ..layer.layer_operation import layer_operation
 from ..version import __version__
 from .format import FORMAT, READ_VERSIONS, VERSION
 from .layer_loader import LayerLoader, PagedLayerLoader, layer_loader
@@ -53,7 +52,7 @@ class SavableCache(Protocol):
 _Cache = TypeVar("_Cache", bound=SavableCache)
 
 
-@torch.no_grad()
+@layer_operation
 def save_cache(cache: SavableCache, path: str | os.PathLike[str]) -> None:
     """Write a cache to a file, or to one for each of several processes. See :meth:`PiKVCache.save`."""
     model = None if cache.attachment is None else cache.attachment.model
@@ -88,7 +87,7 @@ def _write(cache: SavableCache, model: Any, path: Path, more: dict[str, str]) ->
     write_tensors(path, metadata, groups)
 
 
-@torch.no_grad()
+@layer_operation
 def load_cache(
     make: Callable[[PiKVConfig], _Cache],
     path: str | os.PathLike[str],
