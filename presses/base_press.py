@@ -13,8 +13,8 @@ from transformers import QuantizedCache, StaticCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.integration.attachment import attach
-from pikv_hf.integration.mask_function import new_tokens_valid
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.mask_columns import new_tokens_valid
 from pikv_hf.presses.expert_routing import is_routed, unwatch_routers
 from pikv_hf.presses.observed_queries import is_watched, unwatch, watch
 from pikv_hf.presses.press_budget import Given, PressBudget

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
 from pikv_hf.integration.attachment import ATTENTION_NAME, ensure_attached
-from pikv_hf.integration.mask_function import new_tokens_valid
+from pikv_hf.layer.mask_columns import new_tokens_valid
 
 #: Queries kept per layer, the latest ones.
 RECENT = 64

@@ -15,7 +15,7 @@ from safetensors import safe_open
 METADATA = {"format", "layout", "pikv_hf", "config", "model", "layers", "checksums", "header_checksum"}
 LAYER = {
     *("kind", "config", "has_expert_router", "state", "num_parts", "has_shard_map", "parts"),
-    *("state.seen", "state.dropped", "state.assigned", "state.evicted", "state.vetted", "state.is_initialized"),
+    *("state.seen", "state.dropped", "state.assigned", "state.evicted", "state.is_initialized"),
     *("state.padding", "state.expert_loads", "state.reference_out", "state.history_out", "state.reference_lost"),
     *("parts.number", "parts.device", "parts.scheduler", "parts.table"),
     *("parts.table.heads", "parts.table.page_heads", "parts.table.key_dim", "parts.table.value_dim"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from budgeted_layer import budgeted_layer
 from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM
+from padded_masks import only_padding
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward
@@ -26,7 +27,7 @@ def causal_mask(valid: torch.Tensor | None, new: int) -> torch.Tensor | None:
         return None
     before = valid[:, : valid.shape[1] - new]
     causal = torch.ones(new, new, dtype=torch.bool).tril() & valid[:, None, -new:] & valid[:, -new:, None]
-    return torch.cat([before[:, None].expand(-1, new, -1), causal], dim=2)[:, None]
+    return only_padding(torch.cat([before[:, None].expand(-1, new, -1), causal], dim=2)[:, None], valid)
 
 
 def grow(layer: PiKVLayer, new: int, batch: int = 2, valid: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
@@ -48,10 +49,9 @@ def grown(prompt: int = 70, batch: int = 2, padding: int = 0, steps: int = 9, **
         valid[0, :padding] = False
     grow(layer, prompt, batch, valid)
     for _ in range(steps):
-        grow(layer, 1, batch)
+        valid = None if valid is None else torch.nn.functional.pad(valid, (0, 1), value=True)
+        grow(layer, 1, batch, valid)
     layer.settle()
-    # What a model's mask says: nothing but padding is hidden, and that is not stored.
-    layer.state.vetted = True
     return layer
 
 

@@ -11,6 +11,7 @@ from failing_memory import no_memory_for
 from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
+from padded_masks import of_padding
 
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import PiKVConfig
@@ -72,8 +73,8 @@ class DeviceMachine(EvictionMachine):
         mask = held.any(dim=1)[:, None, None] & torch.ones(new, held.shape[2], dtype=torch.bool).tril(twin.seen)
         mask &= valid[:, None, :, None]
         # The model numbers positions on where a press has picked tokens.
-        mask = torch.nn.functional.pad(mask, (twin.layer.state.dropped, 0))
-        out, _ = pikv_attention_forward(ATTENTION, query, *got, mask, scaling=SCALE)
+        mask = torch.nn.functional.pad(mask, (twin.layer.state.dropped, 0), value=True)
+        out, _ = pikv_attention_forward(ATTENTION, query, *got, of_padding(mask, valid), scaling=SCALE)
         twin.keys, twin.values = torch.cat([twin.keys, keys], 2), torch.cat([twin.values, values], 2)
         twin.held = held
         twin.packed = torch.cat([twin.packed, torch.zeros(batch, HEADS, new, dtype=torch.bool)], 2)

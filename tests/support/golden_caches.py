@@ -102,8 +102,12 @@ def go_on(model: Any, cache: PiKVCache, chunk: list[int]) -> tuple[list[list[int
     """Read a chunk and go on greedily; return the tokens of each step, and by how much they won at least."""
     tokens, margin = [], float("inf")
     ids = torch.tensor(chunk).expand(cache._batch_size() or 1, -1)
+    padding = next((layer.state.padding for layer in cache.layers if hasattr(layer, "state")), None)
     for _ in range(STEPS):
-        best = model(ids, past_key_values=cache).logits[:, -1].topk(2)
+        mask = torch.ones(len(ids), cache.get_seq_length() + ids.shape[1], dtype=torch.long)
+        if padding is not None:
+            mask[:, : padding.shape[1]] -= torch.from_numpy(padding).long()
+        best = model(ids, past_key_values=cache, attention_mask=mask).logits[:, -1].topk(2)
         margin = min(margin, float((best.values[:, 0] - best.values[:, 1]).min()))
         ids = best.indices[:, :1]
         tokens.append(ids[:, 0].tolist())

@@ -9,6 +9,7 @@ import torch
 from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from padded_masks import of_padding
 
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.config import PiKVConfig
@@ -135,7 +136,7 @@ class LayerMachine(RuleBasedStateMachine):
             mask[row, :, :, reference.positions] = True
         causal = torch.ones(new, new, dtype=torch.bool).tril()
         mask[:, 0, :, twin.seen :] = causal & valid[:, None, :] & valid[:, :, None]
-        return mask
+        return of_padding(mask, valid)
 
     @rule(which=st.integers(0, 9), share=st.floats(0, 1), negative=st.booleans())
     def crop(self, which: int, share: float, negative: bool) -> None:

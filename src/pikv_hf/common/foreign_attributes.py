@@ -7,11 +7,8 @@ mask function to the layers, from a press to the attention that it watches, and 
 #: On the key tensor that a layer returns: the :class:`~pikv_hf.layer.layer.PiKVLayer` to attend over.
 LAYER_ATTRIBUTE = "_pikv_layer"
 
-#: On a mask that only hides the future and padding: no stored token is padding, so history needs no mask then.
-PLAIN_ATTRIBUTE = "_pikv_plain"
-
-#: On a mask: `(B, Q)` bool, which new tokens are real, or None if all are. Found once for all layers.
-VALID_ATTRIBUTE = "_pikv_valid"
+#: On a mask: the :class:`~pikv_hf.layer.mask_columns.MaskColumns` that all layers share.
+COLUMNS_ATTRIBUTE = "_pikv_columns"
 
 #: On an attention module: what a press wants called with the queries of each call, as
 #: `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.

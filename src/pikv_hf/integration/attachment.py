@@ -16,7 +16,7 @@ from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
 from .attention_function import pikv_attention_forward
 from .kvpress_marks import note_reader, take_marks
-from .mask_function import pikv_mask
+from .mask_function import check_mask_of_cache, pikv_mask
 from .model_modules import (
     check_supported,
     feed_forward_classes,
@@ -46,6 +46,7 @@ class Attachment:
         self.expert_routers = find_expert_routers(model)
         modules = find_attention_modules(model)
         self._modules = {id(module) for _, module in modules.values()}
+        self._first = min(modules)
         self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
         self._waiting: dict[int, weakref.ref[LinkedLayer]] = {}
         self._lingering: weakref.ref[LinkedLayer] | None = None
@@ -109,6 +110,10 @@ class Attachment:
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the attached model."""
         return id(module) in self._modules
+
+    def is_first(self, module: nn.Module) -> bool:
+        """Return whether no other attention of the model comes before this one."""
+        return getattr(module, "layer_idx", None) == self._first
 
     def attention_modules(self) -> dict[int, nn.Module]:
         """Return the decoder's attention modules by layer index."""
@@ -198,6 +203,8 @@ def _before_attention(
     attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if (alive := attachment()) is not None:
+        if alive.is_first(module):
+            check_mask_of_cache(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
         prefetch_next_layer(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
 

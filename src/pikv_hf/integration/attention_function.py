@@ -12,8 +12,10 @@ from ..kernels.merge_partials import merge_sinks
 from ..layer.attend import attend, attend_dense, begin_step, note_queries
 from ..layer.layer import PiKVLayer
 from ..layer.layer_codecs import remember_queries
+from ..layer.mask_columns import MaskColumns, new_tokens_valid
+from .call_arguments import check_arguments, is_causal
 from .kvpress_marks import forget_reader, without_marked
-from .mask_function import new_tokens_valid, trailing_columns
+from .mask_function import columns_of_layer
 
 
 def pikv_attention_forward(
@@ -52,12 +54,14 @@ def pikv_attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = _Call(module, query, attention_mask, scale, kwargs.get("s_aux"), kwargs.get("softcap"))
     if isinstance(layer, PiKVLayer):
+        mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
-        return _attend_layer(layer, call, key, value)
+        return _attend_layer(layer, dataclasses.replace(call, mask=mask), key, value)
+    check_arguments(module, kwargs)
     call.show_to_observer(key.shape[2])
     if key.shape[2] == query.shape[2]:
         forget_reader(module)
-    if attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+    if attention_mask is None and 1 < query.shape[2] < key.shape[2] and is_causal(module, kwargs):
         call = dataclasses.replace(call, mask=_trailing_causal_mask(query, key))
     if call.sinks is None and call.softcap is None:
         # As registered: kvpress has wrapped it, to hide what its head-wise presses have marked.
@@ -110,12 +114,8 @@ class _Call:
 
 def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, None]:
     """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`."""
-    query, new = call.query, call.query.shape[2]
-    _check_call(layer, call)
-    mask = call.mask
-    if mask is not None and layer.state.dropped:
-        mask = trailing_columns(mask, layer.seen)
-    layer.attend_begins(new_tokens_valid(mask, new))
+    query, mask = call.query, call.mask
+    layer.attend_begins(_stored_tokens(mask))
     remember_queries(layer.store, query, call.scale)
     pending = layer.pending
     if pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None:
@@ -131,18 +131,38 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     return output
 
 
-def _check_call(layer: PiKVLayer, call: _Call) -> None:
-    """Refuse a call of another model, or with a mask of other tokens, and take back what the layer has just got."""
-    where, mask = f"layer {layer.layer_idx}", call.mask
-    if layer.attachment is not None and not layer.attachment.owns(call.module):
+def _stored_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return which of the new tokens are stored, `(B, Q)` bool, None for all: those that no 2-D mask calls padding."""
+    if mask is None or (valid := MaskColumns.of(mask).new_valid) is None:
+        return None
+    return torch.from_numpy(valid).to(mask.device)
+
+
+def _checked_mask(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, Any]) -> torch.Tensor | None:
+    """Return the mask by the layer's columns; refuse what cannot be done, and take back what the layer has just got."""
+    try:
+        _check_call(layer, call, dropout, given)
+        return columns_of_layer(layer, call.mask)
+    except (ValueError, NotImplementedError):
         layer.rollback(call.query.shape[2])
+        raise
+
+
+def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, Any]) -> None:
+    """Refuse a call of another model, and what attention would have to do otherwise than asked."""
+    where = f"layer {layer.layer_idx}"
+    check_arguments(call.module, given)
+    if layer.attachment is not None and not layer.attachment.owns(call.module):
         raise ValueError(
             f"{where}: the cache was made for another model than the one that {type(call.module).__name__} "
             "belongs to; make one with PiKVCache.for_model(model)"
         )
-    if mask is not None and mask.shape[-1] != (seen := layer.state.positions_seen):
-        layer.rollback(call.query.shape[2])
-        raise ValueError(f"{where}: the attention mask spans {mask.shape[-1]} positions, the cache {seen}")
+    if dropout:
+        raise ValueError(f"{where}: attention dropout is {dropout}, but cached attention has none; call model.eval()")
+    if call.mask is None and call.query.shape[2] > 1 and not is_causal(call.module, given):
+        raise NotImplementedError(
+            f"{where}: is_causal=False asks for attention to later tokens; give a 4-D mask for it"
+        )
 
 
 def _trailing_causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -5,58 +5,91 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from ..common.foreign_attributes import PLAIN_ATTRIBUTE, VALID_ATTRIBUTE
+from ..common.foreign_attributes import COLUMNS_ATTRIBUTE
+from ..layer.layer import PiKVLayer
+from ..layer.mask_columns import MaskColumns, check_shows_no_padding, trailing_columns
 
 
 def pikv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Build the boolean mask of the library's SDPA implementation, or None where the mask is plain causal.
+    """Build the boolean mask of the library's SDPA implementation, or None where nothing but the future is hidden.
 
     Called by transformers with changing signatures, so that the arguments are only passed on. The mask spans logical
     positions; :class:`~pikv_hf.attention.mask_bias.MaskBias` picks the columns of the tokens that are stored.
     """
-    attention_mask = kwargs.get("attention_mask")
-    plain = (
+    shown = _shown(kwargs)
+    is_causal = (
         kwargs.get("mask_function") is causal_mask_function
         and kwargs.get("kv_offset", 0) == 0
         and kwargs.get("allow_is_causal_skip", False)
-        and (attention_mask is None or attention_mask.ndim == 2)
     )
-    if plain and (attention_mask is None or bool(attention_mask.all())):
+    queries, last = _queries(kwargs)
+    # One query sees all there is, and a prompt is its own history, wherever the caller says that they are.
+    sees_all = queries in (1, kwargs["kv_length"]) or int(last) == kwargs["kv_length"] - 1
+    if is_causal and sees_all and (shown is None or bool(shown.all())):
         return None
     mask = sdpa_mask(*args, **kwargs)
-    if plain and mask is not None:
-        setattr(mask, PLAIN_ATTRIBUTE, True)
+    if mask is not None and shown is not None:
+        is_causal = is_causal and int(last) == kwargs["kv_length"] - 1
+        columns = MaskColumns(shown.cpu().numpy(), mask.shape[2], is_causal, tells_padding=True)
+        setattr(mask, COLUMNS_ATTRIBUTE, columns)
     return mask
 
 
-def new_tokens_valid(mask: torch.Tensor | None, new: int) -> torch.Tensor | None:
-    """Tell real tokens from padding: a real token sees itself under every mask in use.
+def _shown(kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Return the 2-D mask that transformers was given, `(B, T)` bool at the mask's length, None without one."""
+    given, length = kwargs.get("attention_mask"), kwargs["kv_length"] + kwargs.get("kv_offset", 0)
+    if given is None or given.ndim != 2:
+        return None
+    # As transformers has it: what a mask does not reach is hidden.
+    missing = max(0, length - given.shape[1])
+    return torch.nn.functional.pad(given, (0, missing))[:, kwargs.get("kv_offset", 0) : length].bool()
+
+
+def _queries(kwargs: dict[str, Any]) -> tuple[int, Any]:
+    """Return the number of queries, and where the caller has the last of them: not always at the end."""
+    if isinstance(positions := kwargs.get("cache_position"), torch.Tensor):
+        return positions.shape[0], positions[-1]
+    return kwargs["q_length"], kwargs.get("q_offset", 0) + kwargs["q_length"] - 1
+
+
+def columns_of_layer(layer: PiKVLayer, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return a mask of the model's positions by the columns of a layer.
 
     Parameters
     ----------
+    layer : PiKVLayer
+        It has the tokens of the call already.
     mask : torch.Tensor, optional
-        `(B, 1 or Hq, Q, T)`, boolean or additive; the last Q columns are the new tokens.
-    new : int
-        Q.
+        `(B or 1, 1 or Hq, Q, T)`, boolean or additive.
 
-    Returns
-    -------
-    torch.Tensor or None
-        `(B, Q)` bool, or None if all tokens are real. Found once per mask, which all layers share.
+    Raises
+    ------
+    ValueError
+        If it is of other positions than the cache has seen, shows what was never stored, or hides some of the tokens
+        that were assigned from outside, of which nobody knows to which positions they belong.
     """
-    if mask is None:
-        return None
-    if not hasattr(mask, VALID_ATTRIBUTE):
-        diagonal = mask[..., -new:].diagonal(dim1=-2, dim2=-1)
-        seen = diagonal if diagonal.dtype == torch.bool else diagonal > torch.finfo(diagonal.dtype).min / 2
-        valid = seen.any(dim=1)
-        setattr(mask, VALID_ATTRIBUTE, None if bool(valid.all()) else valid)
-    return getattr(mask, VALID_ATTRIBUTE)
+    where, state = f"layer {layer.layer_idx}", layer.state
+    if mask is not None and mask.shape[-1] != state.positions_seen:
+        raise ValueError(
+            f"{where}: the attention mask spans {mask.shape[-1]} positions, the cache {state.positions_seen}"
+        )
+    if mask is not None and state.dropped:
+        assigned = state.dropped + state.assigned
+        if not MaskColumns.of(mask).shown[:, :assigned].all():
+            raise ValueError(
+                f"{where}: the attention mask hides some of the first {assigned} positions, of which "
+                f"{state.assigned} tokens were assigned from outside; which ones is not known"
+            )
+        mask = trailing_columns(mask, state.seen)
+    check_shows_no_padding(where, state.padding, mask)
+    return mask
 
 
-def trailing_columns(mask: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return the last columns of a mask, for a layer whose older positions were replaced by fewer tokens."""
-    cut = mask[..., -columns:]
-    if hasattr(mask, PLAIN_ATTRIBUTE):
-        setattr(cut, PLAIN_ATTRIBUTE, True)
-    return cut
+def check_mask_of_cache(cache: Any, mask: Any) -> None:
+    """Raise `ValueError` if a call's mask shows what the paged layers of a cache have never stored.
+
+    Called before the first layer of a model has got anything, with the mask of that layer, whichever attention it has.
+    """
+    layer = next((x for x in getattr(cache, "layers", ()) if isinstance(x, PiKVLayer)), None)
+    if layer is not None and layer.state.padding is not None and (mask is None or isinstance(mask, torch.Tensor)):
+        check_shows_no_padding("the cache", layer.state.padding, mask)

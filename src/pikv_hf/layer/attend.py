@@ -8,12 +8,12 @@ from ..attention.attention_call import AttentionCall
 from ..attention.attention_mass import AttentionMass, own_masses
 from ..attention.mask_bias import MaskBias
 from ..attention.paged_attention import attend_pages
-from ..common.foreign_attributes import PLAIN_ATTRIBUTE
 from ..common.tensors import to_device
 from ..kernels import causal_attention, merge_pair
 from ..page_table.page_table import PageTable
 from .layer import PiKVLayer
 from .layer_operation import layer_operation
+from .mask_columns import MaskColumns
 
 
 @layer_operation
@@ -46,7 +46,7 @@ def attend(
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     assert layer.table is not None
-    history_mask = None if layer.state.vetted and (mask is None or hasattr(mask, PLAIN_ATTRIBUTE)) else mask
+    history_mask = mask if mask is not None and _hides_history(layer, mask) else None
     masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
     out, lse = _attend_stored(layer, query, history_mask, scale, softcap, masses)
     if layer.pending is not None:
@@ -60,6 +60,14 @@ def attend(
                 known.note(_by_kv_head(total.to(table.plain.device), table))
         note_queries(layer, query, mask, scale, softcap, total)
     return out, lse
+
+
+def _hides_history(layer: PiKVLayer, mask: torch.Tensor) -> bool:
+    """Return whether a mask hides something that is stored from one of the queries."""
+    columns = MaskColumns.of(mask)
+    # A decoded token is stored at once, although its own query may not see it.
+    hides_itself = layer.pending is None and columns.new_valid is not None
+    return hides_itself or not columns.is_causal or columns.hides_stored(layer.state.padding)
 
 
 def _attend_stored(

@@ -191,7 +191,6 @@ class PiKVLayer(CacheLayerMixin):
             store.pending = PendingTokens(keys, values)
             edits.awaits_press = awaits_press
         state.seen += new
-        state.vetted &= in_place
         if self.has_expert_router and self.attachment is not None:
             self.attachment.expect(edits)
         elif not in_place:
@@ -221,13 +220,10 @@ class PiKVLayer(CacheLayerMixin):
         return keys
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
-        """Note which of the new tokens are real, `(B, Q)` bool or None for all, when attention has the reference."""
-        state, pending = self.store.state, self.store.pending
-        state.reference_out = False
-        if pending is not None:
-            pending.valid, pending.vetted = valid, True
-        elif valid is not None:
-            state.vetted = False
+        """Take, with the reference, which of several new tokens are to be stored, `(B, Q)` bool or None for all."""
+        self.store.state.reference_out = False
+        if self.store.pending is not None:
+            self.store.pending.valid = valid
 
     def attend_ends(self) -> None:
         """Store the new tokens soon if no expert router is to be awaited."""

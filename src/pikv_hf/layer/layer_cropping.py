@@ -10,6 +10,7 @@ from ..page_table.cropping import Crop
 from ..page_table.page_table import PageTable
 from ..pages.pool_id import PoolId
 from .layer_store import LayerStore
+from .mask_columns import trimmed
 
 # Up to 5.17 `crop(0)` keeps nothing, from 5.18 on it removes nothing.
 _ZERO_REMOVES_NOTHING = Version(transformers.__version__) >= Version("5.18.0.dev0")
@@ -103,5 +104,7 @@ def shorten_state(store: LayerStore, length: int) -> None:
     state = store.state
     if store.shard_map is not None:
         store.shard_map.rescale(length / state.seen)
+    if state.padding is not None:
+        state.padding = trimmed(state.padding[:, :length])
     state.seen = length
     state.assigned = min(state.assigned, length)

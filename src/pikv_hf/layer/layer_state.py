@@ -3,7 +3,6 @@
 import dataclasses
 
 import numpy as np
-import torch
 
 
 @dataclasses.dataclass(slots=True)
@@ -20,12 +19,11 @@ class LayerState:
         Columns of the last assignment: to which of the model's positions they belong is not known.
     evicted : bool
         Whether some columns hold no token although they are not padding.
-    vetted : bool
-        Whether every stored token is known to be real. Then a causal mask hides none of them, and is not looked at.
     is_initialized : bool
         Whether pools and page tables exist.
-    padding : torch.Tensor or None
-        `(B,)` int64, columns of padding in each row; None if there are none.
+    padding : numpy.ndarray or None
+        `(B, n)` bool, True for columns that were padding when they came and were not stored, up to the last one; None
+        if there are none.
     expert_loads : numpy.ndarray or None
         `(E,)` int64, tokens of each expert in the first prompt, by which balanced placement groups experts.
     reference_out : bool
@@ -41,9 +39,8 @@ class LayerState:
     dropped: int = 0
     assigned: int = 0
     evicted: bool = False
-    vetted: bool = True
     is_initialized: bool = False
-    padding: torch.Tensor | None = None
+    padding: np.ndarray | None = None
     expert_loads: np.ndarray | None = None
     reference_out: bool = False
     history_out: bool = False

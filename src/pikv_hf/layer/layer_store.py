@@ -19,6 +19,7 @@ from ..sharding.shard_map import ShardMap
 from .input_checks import KVFormat
 from .layer_part import LayerPart
 from .layer_state import LayerState
+from .mask_columns import joined, trimmed
 from .page_migration import migrate_pages
 from .pending_tokens import PendingTokens
 from .table_rebuild import part_of_tokens
@@ -313,25 +314,23 @@ class LayerStore:
     def drop_pending(self) -> None:
         """Forget what was pending, once it is stored; its padding is counted."""
         if self.pending is not None:
-            self.state.vetted &= self.pending.vetted
             self.state.padding = self._padding()
             self.pending = None
 
-    def _padding(self) -> torch.Tensor | None:
+    def _padding(self) -> np.ndarray | None:
         if self.pending is None or self.pending.valid is None:
             return self.state.padding
-        new = (~self.pending.valid).sum(dim=1)
-        return new if self.state.padding is None else self.state.padding + new
+        return joined(self.state.padding, self.stored, self.pending.valid.cpu().numpy())
 
     @property
     def is_padded(self) -> bool:
-        """Whether rows have padding, stored or pending."""
+        """Whether rows have padding, pending or before."""
         return self._padding() is not None
 
     def padding(self) -> list[int]:
         """Return how many columns of each row are padding, pending ones included."""
         padding = self._padding()
-        return [0] * self.batch if padding is None else padding.tolist()
+        return [0] * self.batch if padding is None else padding.sum(axis=1).tolist()
 
     # Rows
 
@@ -343,7 +342,7 @@ class LayerStore:
         if self.pending is not None:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
         if self.state.padding is not None:
-            self.state.padding = self.state.padding[list(indices)]
+            self.state.padding = trimmed(self.state.padding[list(indices)])
         self._enforce()
 
 

@@ -15,8 +15,6 @@ class PendingTokens:
         `(B, H, Q, D)` and `(B, H, Q, Dv)`, the model's own tensors.
     valid : torch.Tensor or None
         `(B, Q)` bool, False for padding; None if every token counts.
-    vetted : bool
-        Whether the attention function has said which tokens are padding.
     experts : torch.Tensor or None
         `(B, Q)` integers, once the router has chosen them while the layer waits for a press.
     masses : torch.Tensor or None
@@ -26,7 +24,6 @@ class PendingTokens:
     keys: torch.Tensor
     values: torch.Tensor
     valid: torch.Tensor | None = None
-    vetted: bool = False
     experts: torch.Tensor | None = None
     masses: torch.Tensor | None = None
 
@@ -40,7 +37,7 @@ class PendingTokens:
         valid = None if self.valid is None else self.valid[rows]
         experts = None if self.experts is None else self.experts[rows]
         masses = None if self.masses is None else self.masses[rows]
-        return PendingTokens(self.keys[rows], self.values[rows], valid, self.vetted, experts, masses)
+        return PendingTokens(self.keys[rows], self.values[rows], valid, experts, masses)
 
     def to(self, device: torch.device) -> "PendingTokens":
         """Return the tokens on another device, or these if they are there."""
@@ -50,4 +47,4 @@ class PendingTokens:
         keys, values, valid, experts, masses = (None if part is None else part.to(device) for part in parts)
         assert keys is not None
         assert values is not None
-        return PendingTokens(keys, values, valid, self.vetted, experts, masses)
+        return PendingTokens(keys, values, valid, experts, masses)

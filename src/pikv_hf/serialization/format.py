@@ -1,6 +1,6 @@
 """All keys and names of tensors in a saved cache, so that no name in the code is the name of anything in a file.
 
-docs/file_format.md says what each key means. Files of versions 1 and 2 are brought to these keys by
+docs/file_format.md says what each key means. Files of older versions are brought to these keys by
 :mod:`pikv_hf.serialization.older_versions` when they are read.
 """
 
@@ -12,10 +12,10 @@ from .tensor_file import CacheFileError
 FORMAT = "pikv-cache"
 
 #: `layout` in the metadata: the version of the keys below, which changes whenever any of them does.
-VERSION = "3"
+VERSION = "4"
 
-#: The versions that are read. 1 and 2 have names of their own; 2 is 1 for layers in several parts.
-READ_VERSIONS = ("1", "2", "3")
+#: The versions that are read. 1 and 2 have names of their own, 2 is 1 for layers in several parts; 3 counted padding.
+READ_VERSIONS = ("1", "2", "3", "4")
 
 #: A layer with a bounded sliding window, as transformers keeps it.
 SLIDING_LAYER = ("kind", "window", "seen", "stored")
@@ -29,7 +29,6 @@ LAYER_STATE = (
     "dropped",
     "assigned",
     "evicted",
-    "vetted",
     "is_initialized",
     "padding",
     "expert_loads",

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_state import LayerState
+from ..layer.mask_columns import trimmed
 from .format import (
     LAYER_STATE,
     PAGED_LAYER,
@@ -137,6 +138,9 @@ class PagedLayerLoader:
     def _check_tables(self, tables: list[TableReader]) -> None:
         batch, padding = tables[0].batch, self._state["padding"]
         require(padding is None or len(padding) == batch, f"{batch} rows, paddings {padding}")
+        for known in [] if padding is None else padding:
+            columns = [known - 1] if isinstance(known, int) else known
+            require(all(-1 <= each < self._state["seen"] for each in columns), f"padding {known} of a row")
         sizes = {self.config.page_size, *(table.config.page_size for table in tables)}
         require(len(sizes) == 1, f"pages of {sorted(sizes)} tokens")
         for positions in zip(tables[0].positions(True), *(table.positions(False) for table in tables), strict=True):
@@ -160,7 +164,7 @@ class PagedLayerLoader:
     def restore(self, layer: PiKVLayer, device: torch.device) -> None:
         """Fill an empty layer whose attention is on `device`."""
         layer.store.config = self.config
-        layer.store.state = self._restored_state(device)
+        layer.store.state = self._restored_state()
         if self._shard_map is not None:
             layer.store.shard_map = self._shard_map.build(self.config, layer.layout.weights)
         if self._tables:
@@ -168,17 +172,29 @@ class PagedLayerLoader:
             store.heads, store.dtype, store.device = table.heads, table.dtype, device
         for loader, part in zip(self._loaders, layer.parts, strict=True):
             loader.restore(layer, part, device if part.location.device is None else part.location.device)
+        layer.store.state.padding = self._restored_padding(layer)
 
-    def _restored_state(self, device: torch.device) -> LayerState:
+    def _restored_padding(self, layer: PiKVLayer) -> np.ndarray | None:
+        """Return which columns are padding; where a file only counts them, the first that hold no token."""
+        saved = self._state["padding"]
+        if saved is None or self._state["seen"] == 0:
+            return None
+        if any(isinstance(known, int) for known in saved):
+            empty = ~layer.stored_mask().any(dim=1).cpu().numpy()
+            saved = [np.flatnonzero(row)[:known] for row, known in zip(empty, saved, strict=True)]
+        padding = np.zeros((len(saved), self._state["seen"]), dtype=np.bool_)
+        for row, columns in zip(padding, saved, strict=True):
+            row[columns] = True
+        return trimmed(padding)
+
+    def _restored_state(self) -> LayerState:
         saved = self._state
         return LayerState(
             seen=saved["seen"],
             dropped=saved["dropped"],
             assigned=saved["assigned"],
             evicted=saved["evicted"],
-            vetted=saved["vetted"],
             is_initialized=saved["is_initialized"],
-            padding=None if saved["padding"] is None else torch.tensor(saved["padding"], device=device),
             expert_loads=None if self._expert_loads is None else self._expert_loads.copy(),
             reference_out=saved["reference_out"],
             history_out=saved["history_out"],

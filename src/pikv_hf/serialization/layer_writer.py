@@ -7,6 +7,7 @@ See :mod:`pikv_hf.serialization.table_writer` for what a part stores.
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..layer.layer import PiKVLayer
@@ -82,9 +83,8 @@ def _describe_state(state: LayerState) -> dict[str, Any]:
         dropped=state.dropped,
         assigned=state.assigned,
         evicted=state.evicted,
-        vetted=state.vetted,
         is_initialized=state.is_initialized,
-        padding=None if state.padding is None else state.padding.tolist(),
+        padding=None if state.padding is None else [np.flatnonzero(row).tolist() for row in state.padding],
         expert_loads=None if state.expert_loads is None else state.expert_loads.tolist(),
         reference_out=state.reference_out,
         history_out=state.history_out,

@@ -1,7 +1,8 @@
-"""Translating descriptions and names of tensors of versions 1 and 2 into those of today's version.
+"""Translating descriptions and names of tensors of versions 1 to 3 into those of today's version.
 
-See :mod:`pikv_hf.serialization.format`. Both had the names that attributes of the code had at the time. The first part
-of a layer was described together with the layer, and version 2 is version 1 with layers in several parts.
+See :mod:`pikv_hf.serialization.format`. Versions 1 and 2 had the names that attributes of the code had at the time. The
+first part of a layer was described together with the layer, and version 2 is version 1 with layers in several parts.
+All of them counted each row's padding, where today's says which columns it is.
 """
 
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ from .format import (
 from .tensor_file import CacheFileError
 
 #: Versions that are translated.
-OLDER = ("1", "2")
+OLDER = ("1", "2", "3")
 
 #: What a layer's state was called.
 _STATE = {
@@ -88,14 +89,16 @@ _KEYS_ALONE = ("outliers", "fine")
 
 
 def upgraded(
-    layers: list[dict[str, Any]], tensors: Iterable[str]
+    version: str, layers: list[dict[str, Any]], tensors: Iterable[str]
 ) -> tuple[list[dict[str, Any]], dict[str, str | None]]:
     """Translate the descriptions of layers and the names of tensors into those of today's version.
 
     Parameters
     ----------
+    version : str
+        The older version.
     layers : list of dict
-        What a file of an older version says.
+        What a file of it says.
     tensors : iterable of str
         The tensors that it has.
 
@@ -104,6 +107,8 @@ def upgraded(
     tuple
         Descriptions, and today's names by those in the file; None for a tensor that is not needed any more.
     """
+    if version == "3":
+        return [_without_vetted(layer) for layer in layers], {}
     stored = frozenset(tensors)
     described, names = [], {}
     for index, layer in enumerate(layers):
@@ -114,6 +119,13 @@ def upgraded(
         described.append(description)
         names.update(renamed)
     return described, names
+
+
+def _without_vetted(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer of version 3 as of today: whether all stored tokens were known to be real is not kept any more."""
+    if "state" not in layer:
+        return layer
+    return {**layer, "state": {key: value for key, value in layer["state"].items() if key != "vetted"}}
 
 
 class _Layer:

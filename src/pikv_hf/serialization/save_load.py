@@ -156,7 +156,7 @@ class _CacheLoader:
         with _file_in_errors(path):
             layers = json.loads(file.metadata["layers"])
             if file.metadata["layout"] in OLDER:
-                layers, names = upgraded(layers, file.specs)
+                layers, names = upgraded(file.metadata["layout"], layers, file.specs)
                 file.rename(names)
             self._layers = _read_layers(file, layers, self._options)
             _require_as_many_parts(self._layers, spread)

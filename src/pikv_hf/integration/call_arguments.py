@@ -1,0 +1,43 @@
+"""What a model may ask of an attention function: what is not understood is refused, not ignored."""
+
+from typing import Any
+
+import torch
+from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
+from transformers.utils import TransformersKwargs
+
+#: Arguments that change what attention computes, and that PiKV's does as asked.
+_HEEDED = {"s_aux", "softcap", "is_causal"}
+#: Arguments of other implementations, or of what is around attention; masks already say what windows hide.
+_OF_OTHERS = {
+    *TransformersKwargs.__annotations__,
+    *FlashAttentionKwargs.__annotations__,
+    *("sliding_window", "cache_position", "past_key_values", "use_cache", "return_dict", "logits_to_keep"),
+    *("target_dtype", "deterministic", "labels", "token_type_ids"),
+}
+_KNOWN = frozenset(_HEEDED | _OF_OTHERS)
+
+
+def check_arguments(module: torch.nn.Module, given: dict[str, Any]) -> None:
+    """Raise `NotImplementedError` for arguments of an attention call that would have to be ignored.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The attention.
+    given : dict
+        The arguments by name, those that all attention functions have in common left out.
+    """
+    unknown = [name for name in given.keys() - _KNOWN if given[name] is not None and given[name] is not False]
+    if unknown:
+        raise NotImplementedError(
+            f"{type(module).__name__} calls its attention with {', '.join(sorted(unknown))}, which PiKV's does not "
+            f"know (it knows {', '.join(sorted(_HEEDED))}); after detach(model), DynamicCache and "
+            "PiKVCache(model.config) work with the model's own attention"
+        )
+
+
+def is_causal(module: torch.nn.Module, given: dict[str, Any]) -> bool:
+    """Return whether queries without a mask see no later token, as transformers' SDPA decides it."""
+    asked = given.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
