@@ -36,13 +36,13 @@ def pikv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 def _shown(kwargs: dict[str, Any]) -> torch.Tensor | None:
-    """Return the 2-D mask that transformers was given, `(B, T)` bool at the mask's length, None without one."""
+    """Return the 2-D mask that transformers was given, `(B, T)` bool over all positions so far, None without one."""
     given, length = kwargs.get("attention_mask"), kwargs["kv_length"] + kwargs.get("kv_offset", 0)
     if given is None or given.ndim != 2:
         return None
     # As transformers has it: what a mask does not reach is hidden.
     missing = max(0, length - given.shape[1])
-    return torch.nn.functional.pad(given, (0, missing))[:, kwargs.get("kv_offset", 0) : length].bool()
+    return torch.nn.functional.pad(given, (0, missing))[:, :length].bool()
 
 
 def _queries(kwargs: dict[str, Any]) -> tuple[int, Any]:
@@ -81,7 +81,7 @@ def columns_of_layer(layer: PiKVLayer, mask: torch.Tensor | None) -> torch.Tenso
                 f"{state.assigned} tokens were assigned from outside; which ones is not known"
             )
         mask = trailing_columns(mask, state.seen)
-    check_shows_no_padding(where, state.padding, mask)
+    check_shows_no_padding(where, state.padding, None if mask is None else MaskColumns.of(mask))
     return mask
 
 
@@ -89,7 +89,14 @@ def check_mask_of_cache(cache: Any, mask: Any) -> None:
     """Raise `ValueError` if a call's mask shows what the paged layers of a cache have never stored.
 
     Called before the first layer of a model has got anything, with the mask of that layer, whichever attention it has.
+    One that says nothing of the padding, since a window is all it spans, is left to the paged layers themselves.
     """
     layer = next((x for x in getattr(cache, "layers", ()) if isinstance(x, PiKVLayer)), None)
-    if layer is not None and layer.state.padding is not None and (mask is None or isinstance(mask, torch.Tensor)):
-        check_shows_no_padding("the cache", layer.state.padding, mask)
+    if layer is None or (padding := layer.state.padding) is None:
+        return
+    if mask is None:
+        check_shows_no_padding("the cache", padding, None)
+    elif isinstance(mask, torch.Tensor):
+        columns = MaskColumns.of(mask)
+        if columns.shown.shape[1] == layer.state.positions_seen + columns.new:
+            check_shows_no_padding("the cache", padding, columns.last(layer.seen + columns.new))

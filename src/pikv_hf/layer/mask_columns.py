@@ -44,7 +44,7 @@ class MaskColumns:
         known: MaskColumns | None = getattr(mask, COLUMNS_ATTRIBUTE, None)
         if known is None:
             shown = mask.bool() if mask.ndim == 2 else _visible(mask).any(dim=1).any(dim=1)
-            known = cls(shown.cpu().numpy(), 1 if mask.ndim == 2 else mask.shape[2])
+            known = cls(shown.cpu().numpy(), 0 if mask.ndim == 2 else mask.shape[2])
             setattr(mask, COLUMNS_ATTRIBUTE, known)
         return known
 
@@ -125,7 +125,7 @@ def trimmed(padding: np.ndarray) -> np.ndarray | None:
     return padding[:, : last[-1] + 1] if len(last) else None
 
 
-def check_shows_no_padding(where: str, padding: np.ndarray | None, mask: torch.Tensor | None) -> None:
+def check_shows_no_padding(where: str, padding: np.ndarray | None, columns: MaskColumns | None) -> None:
     """Raise `ValueError` if a mask shows what was padding when it came; without a mask everything is shown.
 
     Parameters
@@ -134,16 +134,16 @@ def check_shows_no_padding(where: str, padding: np.ndarray | None, mask: torch.T
         For the message.
     padding : numpy.ndarray, optional
         `(B, n)` bool, see above.
-    mask : torch.Tensor, optional
-        `(B or 1, 1 or Hq, Q, T)`, in columns of the layer.
+    columns : MaskColumns, optional
+        Those of the mask, by the layer's own.
     """
     if padding is None:
         return
-    shown = padding if mask is None else padding & MaskColumns.of(mask).shown[:, : padding.shape[1]]
+    shown = padding if columns is None else padding & columns.shown[:, : padding.shape[1]]
     if not shown.any():
         return
     row, column = (int(index[0]) for index in np.nonzero(shown))
-    says = "without an attention mask all tokens are shown" if mask is None else "the attention mask shows it"
+    says = "without an attention mask all tokens are shown" if columns is None else "the attention mask shows it"
     raise ValueError(
         f"{where}: token {column} of row {row} was padding when it came and was never stored, but {says} now; pass a "
         "mask that goes on to hide it, or show it from the start"
