@@ -11,7 +11,7 @@ DEVELOPED := $(VENV)/dev.stamp
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast check format bench gpu-check baseline codecs presses routing budgets plan test-browser clean
+.PHONY: help demo test test-fast check format bench gpu-check baseline codecs presses routing budgets plan fuzz test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,11 @@ test: $(DEVELOPED) ## Run the tests and list the slowest
 
 test-fast: $(DEVELOPED) ## Run the tests not marked as slow, list the others
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --fast
+
+# As many at a time as there are cores to spare: each draws programs of its own.
+MINUTES := 10
+fuzz: $(DEVELOPED) ## Compare random programs with DynamicCache for MINUTES=10, print those that differ
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(BIN)/python -P tests/programs/fuzz.py --minutes $(MINUTES) $(FLAGS)
 
 check: $(DEVELOPED) ## Check style, formatting and types
 	$(BIN)/ruff check .

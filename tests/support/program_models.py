@@ -1,0 +1,73 @@
+"""The models and caches of programs: families at their smallest, one pair of models per process."""
+
+import functools
+import os
+from typing import Any
+
+import torch
+from families import FAMILIES
+from transformers import DynamicCache
+
+from pikv_hf import PiKVCache, PiKVConfig, detach
+
+#: Two layers, and windows that prompts of a few tokens fill.
+SMALLEST: dict[str, dict[str, Any]] = {
+    "mixtral_sliding": {"sliding_window": 10},
+    "gpt_oss": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 10},
+    "llama4": {"no_rope_layers": [1, 0], "attention_chunk_size": 12},
+    "dbrx": {"n_layers": 2},
+}
+#: Of gpt-oss transformers has no sdpa attention: it ignores sinks.
+EAGER_ONLY = ("gpt_oss",)
+
+
+def build(family: str) -> Any:
+    """Return a random model of a family, with two layers."""
+    return FAMILIES[family].build(num_hidden_layers=2, **SMALLEST.get(family, {}))
+
+
+@functools.cache
+def _built(family: str, attached: bool) -> Any:
+    model = build(family)
+    model.pristine = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    return model
+
+
+def model_of(family: str, attention: str, attached: bool) -> Any:
+    """Return the process's model of a family, as it was built; `attached` tells PiKV's from DynamicCache's own."""
+    model = _built(family, attached)
+    detach(model)
+    model.set_attn_implementation(attention)
+    if model.dtype != torch.float32:
+        model.to(torch.float32).load_state_dict(model.pristine)
+    return model
+
+
+@functools.cache
+def assistant_of(family: str) -> Any:
+    """Return a model that mostly agrees with the family's."""
+    model = build(family)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.004)
+    return model
+
+
+def pikv_cache(model: Any, attached: bool, devices: list[str] | None, options: dict[str, Any]) -> PiKVCache:
+    """Return a cache of these options, for an attached model or from its config alone."""
+    if attached:
+        return PiKVCache.for_model(model, devices=devices, **options)
+    return PiKVCache(model.config, PiKVConfig(**options))
+
+
+def dynamic_cache(model: Any, options: dict[str, Any]) -> DynamicCache:
+    """Return what a cache of these options is compared with: sliding layers that keep everything slide in the mask."""
+    return DynamicCache() if options.get("sliding_layers") == "paged" else DynamicCache(config=model.config)
+
+
+def quiet() -> None:
+    """Say nothing about what programs do on purpose."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()

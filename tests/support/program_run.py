@@ -1,0 +1,283 @@
+"""Running a program on DynamicCache and on PiKVCache, and comparing them after every call."""
+
+import dataclasses
+import functools
+import re
+import textwrap
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from families import FAMILIES
+from program_alphabet import ALPHABET, CONTEXTS, View
+from program_draw import Call, Program
+from program_models import EAGER_ONLY, assistant_of, dynamic_cache, model_of, pikv_cache
+from program_words import WORDS, ones, tokens
+
+from pikv_hf import PiKVCache
+
+#: What may be refused where DynamicCache goes on: kind, and what the message says.
+REFUSALS: dict[str, str] = {
+    "fast memory too small": r"tier 'cpu' may hold \d+ bytes",
+    "another dtype than what is stored": r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
+}
+
+#: What is known to fail and not mended yet: why, and what the failure says.
+KNOWN: dict[str, str] = {
+    "a detached model's tokens wait for experts": r"router chose no expert for|tokens wait for the layer's router",
+}
+
+#: At the end of every program: that the cache goes on.
+LAST = Call("forward", {name: choices[0] for name, choices in ALPHABET["forward"].choices.items()})
+
+
+@dataclasses.dataclass
+class Side:
+    """One cache with its model, and what the lines of a program see.
+
+    Attributes
+    ----------
+    scope : dict
+        Names and values.
+    shown : list
+        What `show` was called with since the last comparison.
+    """
+
+    scope: dict[str, Any]
+    shown: list[Any]
+
+    @classmethod
+    def of(cls, program: Program, pikv: bool) -> "Side":
+        model = model_of(program.family, program.attention, pikv)
+        shown: list[Any] = []
+        scope: dict[str, Any] = {**WORDS, "model": model, "pikv": pikv, "kept": None}
+        scope["ids"], scope["mask"] = tokens(program.batch, 0, 0), ones(program.batch, 0)
+        scope["fresh"] = functools.partial(dynamic_cache, model, program.options)
+        scope["assistant"] = assistant_of(program.family)
+        scope["show"] = lambda value, where=None: shown.append((value, where))
+        attached = (model, program.attached, program.devices, program.options)
+        scope["cache"] = pikv_cache(*attached) if pikv else scope["fresh"]()
+        return cls(scope, shown)
+
+    def execute(self, text: str) -> Exception | None:
+        """Run lines; where they fail, the names are what they were."""
+        before = dict(self.scope)
+        self.shown.clear()
+        try:
+            with torch.no_grad():
+                exec(_compiled(text), self.scope)
+        except Exception as error:
+            self.scope.clear()
+            self.scope.update(before)
+            return error
+        return None
+
+    def lengths(self) -> tuple[int, int | None]:
+        """Return the cache's length and rows."""
+        cache = self.scope["cache"]
+        if isinstance(cache, PiKVCache):
+            rows = cache._batch_size()
+        else:
+            rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), None)
+        length = cache.get_seq_length()
+        return length, rows if length else None
+
+
+@functools.lru_cache(4096)
+def _compiled(text: str) -> Any:
+    return compile(text, "program", "exec")
+
+
+@dataclasses.dataclass
+class Report:
+    """What came of a program.
+
+    Attributes
+    ----------
+    texts : list of str
+        The lines of each call that was made.
+    failure : str or None
+        What differs, None if nothing does.
+    kind : str
+        Of the failure, without numbers.
+    ends : str
+        How it ended: `"same"`, or why it ended early.
+    refused : list of str
+        Kinds of the calls that were refused.
+    """
+
+    texts: list[str] = dataclasses.field(default_factory=list)
+    failure: str | None = None
+    kind: str = ""
+    ends: str = "same"
+    refused: list[str] = dataclasses.field(default_factory=list)
+    calls: int = 0
+    why: str = ""
+
+
+def view_of(program: Program, side: Side) -> View:
+    """Return what an operation may know of the state."""
+    ids, mask = side.scope["ids"], side.scope["mask"]
+    sliding = FAMILIES[program.family].sliding and program.options.get("sliding_layers") != "paged"
+    return View(
+        batch=ids.shape[0],
+        length=ids.shape[1],
+        past=side.scope["cache"].get_seq_length(),
+        hidden=not bool(mask.all()),
+        kept=side.scope["kept"] is not None,
+        eager_only=program.family in EAGER_ONLY,
+        sliding=sliding,
+        attached=program.attached,
+        routed=FAMILIES[program.family].routed,
+        eager=side.scope["model"].config._attn_implementation == "eager",
+        devices=program.devices,
+    )
+
+
+def run(program: Program) -> Report:
+    """Run a program on both caches; a call that is refused changes nothing, and the others go on."""
+    report, accepted = Report(), []
+    theirs, ours = Side.of(program, pikv=False), Side.of(program, pikv=True)
+    for call in (*program.calls, LAST):
+        text = "\n".join(ALPHABET[call.name].write(view_of(program, theirs), SimpleNamespace(**call.arguments)))
+        if not text:
+            continue
+        report.texts.append(text)
+        report.calls += 1
+        their_error = theirs.execute(text)
+        before = ours.lengths()
+        our_error = ours.execute(text)
+        if their_error is not None:
+            report.ends = "both fail" if our_error is not None else "only DynamicCache fails"
+            report.why = f"{call.name}: {type(their_error).__name__}: {their_error}"
+            return report
+        if our_error is not None:
+            kind = refusal(our_error)
+            if kind is None:
+                return _failed(report, call, f"{type(our_error).__name__}: {our_error}")
+            if ours.lengths() != before:
+                return _failed(report, call, f"after a refusal (length, rows) {ours.lengths()}, before {before}")
+            report.refused.append(kind)
+            report.texts[-1] = _as_refused(text)
+            theirs = _replayed(program, accepted)
+            continue
+        accepted.append(text)
+        if (difference := compare(theirs, ours)) is not None:
+            if _unsteady(program, accepted, difference, theirs):
+                report.ends = "unsteady"
+                return report
+            return _failed(report, call, difference[0])
+    return report
+
+
+def _as_refused(text: str) -> str:
+    handler = "except (ValueError, TypeError, NotImplementedError) as refusal:\n    print('refused:', refusal)"
+    return f"try:\n{textwrap.indent(text, '    ')}\n{handler}"
+
+
+def _without_numbers(message: str) -> str:
+    """Return what messages of a kind have in common."""
+    for what in (r"/\S+/cache", r"\[\[.*?\]\]", r"[-+]?\d[\d.e+-]*"):
+        message = re.sub(what, "#", message)
+    return message[:100]
+
+
+def _failed(report: Report, call: Call, message: str) -> Report:
+    report.kind = f"{call.name}: " + _without_numbers(message)
+    known = next((why for why, words in KNOWN.items() if re.search(words, report.kind)), None)
+    report.failure, report.ends = (message, "FAIL") if known is None else (None, f"known: {known}")
+    return report
+
+
+def refusal(error: Exception) -> str | None:
+    """Return the kind of a refusal that is meant, None for other errors."""
+    if not isinstance(error, ValueError | TypeError | NotImplementedError):
+        return None
+    return next((kind for kind, words in REFUSALS.items() if re.search(words, str(error))), None)
+
+
+def _replayed(program: Program, texts: Sequence[str]) -> Side:
+    side = Side.of(program, pikv=False)
+    for text in texts:
+        if (error := side.execute(text)) is not None:
+            raise error
+    return side
+
+
+def pairs(ours: Any, theirs: Any, where: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Yield what a shown value has to compare, by name: tokens first."""
+    if isinstance(theirs, torch.Tensor):
+        shown = slice(None) if where is None else where.bool()
+        yield "tokens" if theirs.dtype == torch.long else "logits", ours[shown], theirs[shown]
+        return
+    yield "tokens", ours.sequences, theirs.sequences
+    for step, (a, b) in enumerate(zip(getattr(ours, "logits", None) or (), theirs.logits or (), strict=True)):
+        yield f"logits of step {step}", a, b
+
+
+Difference = tuple[str, int, float]
+
+
+def tolerance(theirs: torch.Tensor) -> float:
+    """Return how far fp32 logits may differ: 1e-4, or more where they are large."""
+    return 1e-4 * max(1.0, float(theirs.abs().max()) / 10) if theirs.numel() else 0.0
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Return the largest difference, but where DynamicCache itself has no number."""
+    ours, theirs = ours.double(), theirs.double()
+    off = (ours - theirs).abs()[~theirs.isnan()]
+    return float(off.max()) if off.numel() else 0.0
+
+
+def compare(theirs: Side, ours: Side) -> Difference | None:
+    """Return what differs between the sides after a call: in words, the index of the value, how much."""
+    for index, ((a, where), (b, _)) in enumerate(zip(ours.shown, theirs.shown, strict=True)):
+        for name, x, y in pairs(a, b, where):
+            if x.shape != y.shape:
+                return f"{name}: shape {tuple(x.shape)}, not {tuple(y.shape)}", index, float("inf")
+            if x.dtype == torch.long:
+                if not torch.equal(x, y):
+                    return f"{name} differ: {x.tolist()}, not {y.tolist()}", index, float("inf")
+            elif not (off := distance(x, y)) <= tolerance(y):
+                return f"{name} differ by {off:.1e}", index, off
+    if (a := ours.lengths()) != (b := theirs.lengths()):
+        return f"(length, rows) {a}, not {b}", -1, float("inf")
+    return None
+
+
+# What rounding alone may change
+
+
+def _alternatives(program: Program, texts: Sequence[str]) -> Iterator[list[tuple[Any, Any]]]:
+    """Yield what DynamicCache's last call shows where rounding differs: other weights, other widths."""
+    wide = [text.replace(CONTEXTS["autocast"], "if True:") for text in texts]
+    wide = [re.sub(r"model\.to\(torch\.b?float16\)", "", text) for text in wide]
+    if wide != list(texts):
+        yield _replayed(program, wide).shown
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weights = model_of(program.family, program.attention, False).get_input_embeddings().weight
+        kept = weights.detach().clone()
+        weights.data.mul_(1 + 3e-6 * torch.randn_like(weights))
+        try:
+            yield _replayed(program, texts).shown
+        finally:
+            weights.data.copy_(kept)
+
+
+def _unsteady(program: Program, texts: Sequence[str], difference: Difference, theirs: Side) -> bool:
+    """Return whether rounding changes DynamicCache's own result, half as much as PiKVCache differs from it."""
+    _, index, off = difference
+    if index < 0:
+        return False
+    value, where = theirs.shown[index]
+    largest = 0.0
+    for shown in _alternatives(program, texts):
+        for name, x, y in pairs(shown[index][0], value, where):
+            if x.shape != y.shape or (name == "tokens" and not torch.equal(x, y)):
+                return True
+            if name != "tokens":
+                largest = max(largest, distance(x, y))
+    return 2 * largest >= off
