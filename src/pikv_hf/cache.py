@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
 from .integration.attachment import Attachment, ensure_attached
-from .integration.model_modules import check_supported
+from .integration.model_modules import check_supported, unwrapped
 from .layer.input_checks import check_fits
 from .layer.layer import PiKVLayer
 from .layer.layer_cropping import column_of, cropped_length
@@ -97,7 +97,7 @@ class PiKVCache(Cache):
         Parameters
         ----------
         model : PreTrainedModel
-            A decoder-only model.
+            A decoder-only model, or a wrapper of one; see :func:`~pikv_hf.attach`.
         pikv_config : PiKVConfig, optional
             All options at once.
         devices : "auto" or sequence of devices, optional
@@ -133,7 +133,7 @@ class PiKVCache(Cache):
         """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
         attachment = ensure_attached(model, config.placement or "expert")
         attachment.caches_made += 1
-        return cls(model.config, config, attachment, spread)
+        return cls(attachment.model.config, config, attachment, spread)
 
     # The protocol of transformers
 
@@ -295,7 +295,7 @@ class PiKVCache(Cache):
         path : path-like
             The file.
         model : PreTrainedModel
-            The model that the cache was saved with, or one with the same config, dtype and weights.
+            The model that the cache was saved with, or one with the same config, dtype and weights; also in a wrapper.
         devices, max_memory, process_group, timeout
             Where the parts of the cache go, as in :meth:`for_model`. Devices may be others than those that it was saved
             on; what they may give says how later tokens are divided.
@@ -316,7 +316,7 @@ class PiKVCache(Cache):
         ProcessError
             If another process could not load its part.
         """
-        spread = find_spread(devices, max_memory, process_group, timeout)
+        spread, model = find_spread(devices, max_memory, process_group, timeout), unwrapped(model)
         return load_cache(lambda config: cls._over(spread, model, config), path, model, spread, options)
 
     @property

@@ -43,14 +43,17 @@ def test_other_caches_behave_as_with_sdpa(name: str, kind: str) -> None:
 
 def test_attaching_twice_and_detaching() -> None:
     model = FAMILIES["qwen3_moe"].build()
-    hooks = sum(len(m._forward_pre_hooks) for m in model.modules())
     assert attach(model) is attach(model)
-    # Per layer one of a router and one of attention.
-    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks + 6
+    # Per layer one of the layer, one of its router and one of its attention, and one after the layer.
+    assert hooks_of(model) == 3 * 4
     detach(model)
     detach(model)
-    assert sum(len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert hooks_of(model) == 0
     assert model.config._attn_implementation == "sdpa"
+
+
+def hooks_of(model: torch.nn.Module) -> int:
+    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
 def test_with_block_leaves_an_earlier_attachment() -> None:

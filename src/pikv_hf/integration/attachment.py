@@ -1,12 +1,15 @@
 """Attaching PiKV to a model: its attention function, its masks and the expert recorder."""
 
 import functools
+import threading
 import weakref
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
@@ -15,43 +18,54 @@ from ..distributed.device_layout import attention_device
 from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
 from .attention_function import pikv_attention_forward
+from .expert_router import ExpertRouter, Lazy
 from .kvpress_marks import note_reader, take_marks
+from .layer_calls import LayerCalls
 from .mask_function import check_mask_of_cache, pikv_mask
-from .model_modules import (
-    check_supported,
-    feed_forward_classes,
-    find_attention_configs,
-    find_attention_modules,
-    find_expert_routers,
-)
+from .model_hook import place_hook
+from .model_modules import check_supported, feed_forward_classes, unwrapped
+from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
 
 ATTENTION_NAME = "pikv"
+
+#: Held while a model is attached or detached: threads may do so at the same time.
+_attaching = threading.RLock()
+
+
+class AttachedImplementation(str):
+    """The name of PiKV's attention, as a config has it; a copy of the config has what was there before, `previous`."""
+
+    __slots__ = ("previous",)
+    previous: Any
+
+    def __new__(cls, previous: Any) -> "AttachedImplementation":
+        """Return :data:`ATTENTION_NAME`."""
+        name = super().__new__(cls, ATTENTION_NAME)
+        name.previous = previous
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model is not attached, and may be unpickled where PiKV's attention is not registered.
+        return (type(None), ()) if self.previous is None else (str, (self.previous,))
 
 
 class Attachment:
     """What connects a model to its caches. Made by :func:`attach`; also a context manager that detaches.
 
+    Of the model it keeps nothing alive. Copied or pickled it is None: a copied model is not attached.
+
     Attributes
     ----------
-    expert_routers : dict of int to ExpertRouter
-        The routers found, by layer index; layers without one place tokens by position.
     caches_made : int
         Caches that were made for the model.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = weakref.ref(model)
-        self._configs = find_attention_configs(model)
-        self.expert_routers = find_expert_routers(model)
-        modules = find_attention_modules(model)
-        self._modules = {id(module) for _, module in modules.values()}
-        self._first = min(modules)
-        self._attention = {index: weakref.ref(module) for index, (_, module) in modules.items()}
-        self._waiting: dict[int, weakref.ref[LinkedLayer]] = {}
-        self._lingering: weakref.ref[LinkedLayer] | None = None
+        self._parts = ModelParts.of(model)
+        self._calls = LayerCalls()
         self._handles: list[Any] = []
-        self._previous: dict[int, Any] = {}
         # A cache that is made while a press has the model attached needs it to stay so.
         self.caches_made = 0
         self._entered = 0
@@ -62,27 +76,27 @@ class Attachment:
         """The attached model, or None if it is gone."""
         return self._model()
 
+    @property
+    def expert_routers(self) -> dict[int, ExpertRouter]:
+        """The routers found, by layer index; layers without one place tokens by position."""
+        return self._parts.routers
+
     def is_active(self, layer_idx: int) -> bool:
         """Return whether the layer's attention calls PiKV's function now."""
-        config = self._configs.get(layer_idx)
+        config = self._parts.configs.get(layer_idx)
         return config is not None and config._attn_implementation == ATTENTION_NAME
 
     def expect(self, layer: LinkedLayer) -> None:
-        """Deliver the next experts that the layer's router chooses to this layer of a cache."""
-        self._waiting[layer.layer_idx] = weakref.ref(layer)
+        """Deliver the experts that the layer's router chooses in the running call to this layer of a cache."""
+        self._calls.expect(layer)
 
     def forget(self, layer: LinkedLayer) -> None:
         """Deliver nothing to a layer whose newest tokens have changed since they were expected."""
-        reference = self._waiting.get(layer.layer_idx)
-        if reference is not None and reference() is layer:
-            del self._waiting[layer.layer_idx]
+        self._calls.forget(layer)
 
     def linger(self, layer: LinkedLayer) -> None:
         """Let a layer store its new tokens when the next one comes, and the one before it now."""
-        before = None if self._lingering is None else self._lingering()
-        self._lingering = weakref.ref(layer)
-        if before is not None and before is not layer:
-            before.settle_unless_awaited()
+        self._calls.linger(layer)
 
     def reads(self, layer: LinkedLayer, prompt: bool) -> None:
         """Note that a layer is about to be read; see :func:`~pikv_hf.integration.kvpress_marks.note_reader`."""
@@ -93,36 +107,27 @@ class Attachment:
         """Return, once, what kvpress marked for this layer."""
         return take_marks(self.attention_of(layer.layer_idx), layer)
 
-    def _receiver(self, layer_idx: int) -> Any:
-        def deliver(experts: torch.Tensor) -> None:
-            reference = self._waiting.pop(layer_idx, None)
-            layer = None if reference is None else reference()
-            if layer is not None:
-                layer.record_experts(experts)
-
-        return deliver
-
     @property
     def active(self) -> bool:
         """Whether attention implementations and hooks are in place."""
-        return any(self.is_active(index) for index in self._configs)
+        return any(self.is_active(index) for index in self._parts.configs)
 
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the attached model."""
-        return id(module) in self._modules
+        reference = self._parts.attention.get(getattr(module, "layer_idx", -1))
+        return reference is not None and reference() is module
 
     def is_first(self, module: nn.Module) -> bool:
         """Return whether no other attention of the model comes before this one."""
-        return getattr(module, "layer_idx", None) == self._first
+        return getattr(module, "layer_idx", None) == self._parts.first
 
     def attention_modules(self) -> dict[int, nn.Module]:
         """Return the decoder's attention modules by layer index."""
-        modules = {index: reference() for index, reference in self._attention.items()}
-        return {index: module for index, module in modules.items() if module is not None}
+        return self._parts.attention_modules()
 
     def attention_of(self, layer_idx: int) -> nn.Module | None:
         """Return the attention module of a layer, None if there is none or the model is gone."""
-        reference = self._attention.get(layer_idx)
+        reference = self._parts.attention.get(layer_idx)
         return None if reference is None else reference()
 
     def query_groups(self, layer_idx: int) -> int:
@@ -133,56 +138,71 @@ class Attachment:
         """Return where the attention of a layer computes."""
         return attention_device(self.attention_of(layer_idx), self.model)
 
-    def activate(self) -> None:
-        """Set the attention implementation and place the hooks, unless they are in place."""
+    def current_parts(self) -> ModelParts:
+        """Return the parts of the model, found anew if any of its modules has been replaced since."""
+        return ModelParts.of(self.model) if self._parts.may_be_stale(self.model) else self._parts
+
+    def activate(self, parts: ModelParts) -> None:
+        """Set the attention implementation and place the hooks of these parts, unless they are in place."""
         _register()
-        for config in self._configs.values():
+        if parts != self._parts:
+            # Caches go on with other modules of the model as transformers' do.
+            self.undo()
+        self._parts = parts
+        for config in parts.configs.values():
             if config._attn_implementation != ATTENTION_NAME:
-                self._previous[id(config)] = config._attn_implementation
-                config._attn_implementation = ATTENTION_NAME
+                config._attn_implementation = AttachedImplementation(config._attn_implementation)
         if not self._handles:
-            self._handles = [router.listen(self._receiver(index)) for index, router in self.expert_routers.items()]
+            self._handles = [handle for index in parts.routers for handle in self._follow_router(index)]
             before = functools.partial(_before_attention, weakref.ref(self))
-            for module in filter(None, [reference() for reference in self._attention.values()]):
-                self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            for module in parts.attention_modules().values():
+                self._handles.append(place_hook(module.register_forward_pre_hook, before, with_kwargs=True))
+
+    def _follow_router(self, index: int) -> Iterator[RemovableHandle]:
+        """Hook a layer that has a router, and the router."""
+        calls, router = self._calls, self.expert_routers[index]
+
+        def deliver(experts: Lazy, confidence: Lazy) -> None:
+            if (layer := calls.take_waiting(index)) is not None:
+                layer.record_experts(experts())
+
+        # First of all: what ends a call is called even where another hook fails before it begins.
+        yield place_hook(router.layer.register_forward_pre_hook, lambda *_: calls.begin(index), prepend=True)
+        yield place_hook(router.layer.register_forward_hook, lambda *_: calls.end(index), always_call=True)
+        yield router.watch(deliver)
 
     def undo(self) -> None:
         """Restore the attention implementations and remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for config in self._configs.values():
-            if config._attn_implementation == ATTENTION_NAME:
-                # A copy of an attached model starts out with this name and never had another.
-                config._attn_implementation = self._previous.get(id(config), "sdpa")
+        for config in self._parts.configs.values():
+            if (name := config._attn_implementation) == ATTENTION_NAME:
+                config._attn_implementation = name.previous if isinstance(name, AttachedImplementation) else "sdpa"
 
     def require_expert_routers(self, model: Any, placement: str = "expert") -> None:
         """Raise `ValueError` if no layer's routing can be read."""
-        if not self.expert_routers:
-            raise ValueError(
-                f"no router found in {type(model).__name__}, whose layers hold "
-                f"{', '.join(feed_forward_classes(model))}; "
-                f'placement="{placement}" follows a Mixture-of-Experts router, use placement="hash" for other models'
-            )
+        _require_expert_routers(self._parts, model, placement)
 
     def stay(self) -> None:
         """Outlive the `with` block that attached the model."""
         self._stays = True
 
     def __enter__(self) -> "Attachment":
-        self._entered += 1
+        with _attaching:
+            self._entered += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._entered -= 1
-        if not self._entered and not self._stays and (model := self.model) is not None:
-            detach(model)
+        with _attaching:
+            self._entered -= 1
+            if not self._entered and not self._stays and (model := self.model) is not None:
+                detach(model)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        # A copied model is not attached: the hooks of this one report to this one's caches.
-        return None
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
 
 
 def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -213,12 +233,15 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
     """Let a model read :class:`~pikv_hf.PiKVCache` in place and record the experts it chooses.
 
     The model's attention implementation becomes `"pikv"`; with any other cache, or none, it behaves as with `"sdpa"`.
-    Attaching twice changes nothing. Undo it with :func:`detach` or by using the result as a context manager.
+    Attaching twice changes nothing, unless modules of the model have been replaced meanwhile: then the new ones are
+    hooked. Undo it with :func:`detach` or by using the result as a context manager. A copy of an attached model, or one
+    that was pickled, is not attached.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A decoder whose attention uses transformers' attention interface.
+        A decoder whose attention uses transformers' attention interface, or what wraps one: `DistributedDataParallel`,
+        `DataParallel`, `torch.compile`, PEFT.
     placement : {"expert", "balanced", "hash"}
         All but `"hash"` need routers that can be read.
 
@@ -233,44 +256,60 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
     >>> with attach(model):
     ...     model.generate(**inputs, past_key_values=PiKVCache.for_model(model))
     """
-    known = attachment_of(model)
-    was_active = known is not None and known.active
-    attachment = ensure_attached(model, placement)
-    if not was_active:
-        attachment._stays = False
+    with _attaching:
+        known = attachment_of(model)
+        was_active = known is not None and known.active
+        attachment = ensure_attached(model, placement)
+        if not was_active:
+            attachment._stays = False
     return attachment
 
 
 def ensure_attached(model: Any, placement: str) -> Attachment:
     """Attach a model; a new attachment outlives any `with` block. See :func:`attach`."""
-    attachment = attachment_of(model)
-    if attachment is None:
-        check_supported(model.config)
-        if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-            raise ValueError(
-                f"{type(model).__name__} keeps its state in a cache of its own, not in one of transformers'"
-            )
-        attachment = Attachment(model)
-    if not attachment.active:
-        attachment._stays = True
-    if placement != "hash":
-        attachment.require_expert_routers(model, placement)
-    attachment.activate()
-    setattr(model, ATTACHMENT_ATTRIBUTE, attachment)
+    model = unwrapped(model)
+    with _attaching:
+        attachment = attachment_of(model)
+        if attachment is None:
+            check_supported(model.config)
+            if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+                raise ValueError(
+                    f"{type(model).__name__} keeps its state in a cache of its own, not in one of transformers'"
+                )
+            attachment = Attachment(model)
+        parts = attachment.current_parts()
+        if placement != "hash":
+            _require_expert_routers(parts, model, placement)
+        if not attachment.active:
+            attachment._stays = True
+        attachment.activate(parts)
+        setattr(model, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
 
 
 def attachment_of(model: Any) -> Attachment | None:
-    """Return what :func:`attach` made for this model, active or not."""
+    """Return what :func:`attach` made for this model, or the one in this wrapper, active or not."""
+    model = unwrapped(model)
     attachment = getattr(model, ATTACHMENT_ATTRIBUTE, None)
     return attachment if isinstance(attachment, Attachment) and attachment.model is model else None
 
 
 def detach(model: Any) -> None:
     """Undo :func:`attach`. Expert-placed caches of the model go on after it is attached again."""
-    attachment = attachment_of(model)
-    if attachment is not None:
-        attachment.undo()
+    with _attaching:
+        attachment = attachment_of(model)
+        if attachment is not None:
+            attachment.undo()
+
+
+def _require_expert_routers(parts: ModelParts, model: Any, placement: str) -> None:
+    """Raise `ValueError` if a model has no layer whose routing can be read."""
+    if not parts.routers:
+        raise ValueError(
+            f"no router found in {type(model).__name__}, whose layers hold "
+            f"{', '.join(feed_forward_classes(model))}; "
+            f'placement="{placement}" follows a Mixture-of-Experts router, use placement="hash" for other models'
+        )
 
 
 def _register() -> None:

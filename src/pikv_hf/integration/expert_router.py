@@ -2,46 +2,61 @@
 
 import dataclasses
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .model_hook import place_hook
 
 # Names under which the routed `*Experts` modules of transformers take their expert ids and weights.
 _ID_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts")
 _WEIGHT_ARGUMENTS = ("top_k_weights", "routing_weights")
 _COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
-# Receives the `(T,)` int64 primary experts of the tokens of one call.
-Deliver = Callable[[torch.Tensor], None]
 # Computes something of a routing when asked.
 Lazy = Callable[[], torch.Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ExpertRouter:
-    """Where a decoder layer's routing can be read.
+    """Where a decoder layer's routing can be read. It does not keep the model alive.
 
     Attributes
     ----------
-    module : nn.Module
-        The module to hook: the experts, which are called with the chosen ids, or the router, which returns them.
     num_experts : int
         Experts to choose from.
     reads_inputs : bool
         Whether the ids are among the module's arguments rather than its outputs.
     """
 
-    module: nn.Module
+    _layer: "weakref.ref[nn.Module]"
+    _module: "weakref.ref[nn.Module]"
     num_experts: int
     reads_inputs: bool
 
-    def listen(self, deliver: Deliver) -> torch.utils.hooks.RemovableHandle:
+    @property
+    def layer(self) -> nn.Module:
+        """The decoder layer, around attention and router."""
+        layer = self._layer()
+        assert layer is not None, "the model is gone"
+        return layer
+
+    @property
+    def module(self) -> nn.Module:
+        """The module to hook: the experts, which are called with the chosen ids, or the router, which returns them."""
+        module = self._module()
+        assert module is not None, "the model is gone"
+        return module
+
+    def listen(self, deliver: Callable[[torch.Tensor], None]) -> RemovableHandle:
         """Call `deliver` with the primary experts of every forward pass; the handle ends it."""
         return self.watch(lambda experts, _: deliver(experts()))
 
-    def watch(self, deliver: Callable[[Lazy, Lazy], None]) -> torch.utils.hooks.RemovableHandle:
+    def watch(self, deliver: Callable[[Lazy, Lazy], None]) -> RemovableHandle:
         """Call `deliver` with two functions after every routing, for primary experts and for their confidence.
 
         They return `(T,)` int64 experts, and `(T,)` float32 shares of the routing weight, over all experts where the
@@ -56,13 +71,13 @@ class ExpertRouter:
                 chosen, strength = given[ids], given.get(weights)
                 deliver(lambda: primary_experts(chosen, strength), lambda: confidence_of_weights(chosen, strength))
 
-            return self.module.register_forward_pre_hook(before, with_kwargs=True)
+            return place_hook(self.module.register_forward_pre_hook, before, with_kwargs=True)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             scores = router_scores(output, self.num_experts)
             deliver(lambda: scores.argmax(dim=-1), lambda: confidence_of_scores(scores))
 
-        return self.module.register_forward_hook(after)
+        return place_hook(self.module.register_forward_hook, after)
 
 
 def confidence_of_weights(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
@@ -152,14 +167,17 @@ def find_expert_router(layer: nn.Module, attention: nn.Module, config: Any) -> E
     for module in modules:
         parameters = inspect.signature(module.forward).parameters
         if any(name in parameters for name in _ID_ARGUMENTS):
-            count = _num_experts(module, config)
-            return None if count is None else ExpertRouter(module, count, reads_inputs=True)
+            return _expert_router(layer, module, config, reads_inputs=True)
     for module in modules:
         name = type(module).__name__
         if any(word in name for word in ("Router", "Gating", "TopKGate")):
-            count = _num_experts(module, config)
-            return None if count is None else ExpertRouter(module, count, reads_inputs=False)
+            return _expert_router(layer, module, config, reads_inputs=False)
     return None
+
+
+def _expert_router(layer: nn.Module, module: nn.Module, config: Any, reads_inputs: bool) -> ExpertRouter | None:
+    count = _num_experts(module, config)
+    return None if count is None else ExpertRouter(weakref.ref(layer), weakref.ref(module), count, reads_inputs)
 
 
 def _outside(layer: nn.Module, attention: nn.Module) -> Iterator[nn.Module]:

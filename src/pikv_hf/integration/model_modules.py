@@ -3,8 +3,33 @@
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from .expert_router import ExpertRouter, find_expert_router
+
+#: Where wrappers have what they wrap: DistributedDataParallel, DataParallel and engines; torch.compile; PEFT, twice.
+_WRAPPED = ("module", "_orig_mod", "base_model", "model")
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the transformers model in a wrapper, or in several, of `torch`, accelerate or PEFT.
+
+    Raises
+    ------
+    TypeError
+        For what is no model.
+    """
+    inner = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
+        inner = next((found for name in _WRAPPED if (found := getattr(inner, name, None)) is not None), None)
+    if isinstance(inner, PreTrainedModel):
+        return inner
+    if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "get_text_config"):
+        return model
+    raise TypeError(
+        "expected a transformers model, or one in a wrapper of DistributedDataParallel, torch.compile or PEFT, got "
+        f"{type(model).__module__}.{type(model).__qualname__}"
+    )
 
 
 def check_supported(config: Any) -> None:

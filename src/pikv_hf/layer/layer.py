@@ -159,7 +159,14 @@ class PiKVLayer(CacheLayerMixin):
         """
         check_fits(self.layer_idx, key_states, value_states, self.store.kv_format())
         in_place, history = self._reads_in_place(), self.seen > 0
+        # The layer that was read before may be another cache's.
+        if self.attachment is not None and not self.state.reference_lost:
+            self.attachment.reads(self.edits, prompt=not history)
         past = self._take_in(key_states, value_states, in_place)
+        if self.has_expert_router and self.attachment is not None:
+            self.attachment.expect(self.edits)
+        elif not in_place:
+            self.edits.settle_soon()
         if in_place:
             return self._referring(key_states, history), value_states
         if past is None:
@@ -177,8 +184,6 @@ class PiKVLayer(CacheLayerMixin):
         store, edits, state, new = self.store, self.edits, self.store.state, keys.shape[2]
         if self.leads and self.exchange is not None and (new > 1 or not state.seen):
             self.prompt_mark = prompt_mark(keys)
-        if self.attachment is not None and not state.reference_lost:
-            self.attachment.reads(edits, prompt=not state.seen)
         awaits_press = edits.awaits_press
         edits.settle()
         if self.table is None:
@@ -191,10 +196,6 @@ class PiKVLayer(CacheLayerMixin):
             store.pending = PendingTokens(keys, values)
             edits.awaits_press = awaits_press
         state.seen += new
-        if self.has_expert_router and self.attachment is not None:
-            self.attachment.expect(edits)
-        elif not in_place:
-            edits.settle_soon()
         return past
 
     def _reads_in_place(self) -> bool:

@@ -50,7 +50,7 @@ class ModelLink(Protocol):
         """Return where the attention of a layer computes."""
 
     def expect(self, layer: LinkedLayer) -> None:
-        """Deliver the next experts that the layer's router chooses to this layer of a cache."""
+        """Deliver the experts that the layer's router chooses in the running call to this layer of a cache."""
 
     def forget(self, layer: LinkedLayer) -> None:
         """Deliver no experts to a layer whose newest tokens have changed since they were expected."""

@@ -1,0 +1,49 @@
+"""Hooks on the modules of a model, which pickled and copied models come without."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+
+
+class ModelHook:
+    """A hook that serves this model alone.
+
+    Modules are pickled and copied with their hooks, as `torch.save` and `copy.deepcopy` of a model do; those of an
+    attached model report to its own caches, which a copy has none of. So a hook is copied as a :class:`CopiedHook`.
+
+    Parameters
+    ----------
+    work : callable
+        What torch is to call.
+    """
+
+    def __init__(self, work: Callable[..., Any]) -> None:
+        self._work = work
+        self.handle: RemovableHandle | None = None
+
+    def __call__(self, *call: Any) -> Any:
+        return self._work(*call)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CopiedHook, (), {"handle": self.handle}
+
+
+class CopiedHook:
+    """What a copied or unpickled module has in place of a :class:`ModelHook`: called once, it is gone."""
+
+    handle: RemovableHandle | None = None
+
+    def __call__(self, *call: Any) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+
+
+def place_hook(register: Callable[..., RemovableHandle], work: Callable[..., Any], **options: bool) -> RemovableHandle:
+    """Let a module call a function, by one of its methods to register hooks and with the options of this method.
+
+    Returns the handle that ends it.
+    """
+    hook = ModelHook(work)
+    hook.handle = register(hook, **options)
+    return hook.handle
