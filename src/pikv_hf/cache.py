@@ -54,6 +54,10 @@ class PiKVCache(Cache):
     >>> print(cache.memory_report())
     """
 
+    if not hasattr(Cache, "has_previous_state"):
+        #: Set by models with room for recurrent layers; where all of their layers are attention it means nothing.
+        has_previous_state = False
+
     def __init__(
         self,
         config: Any,
@@ -74,7 +78,8 @@ class PiKVCache(Cache):
             raise ValueError(
                 f"{given} passes over tokens, which only PiKV's attention can do: use PiKVCache.for_model(model)"
             )
-        check_supported(config)
+        if attachment is None:
+            check_supported(config)
         self.pikv_config = options
         self.attachment = attachment
         layers, self.tiers = make_layers(config, options, attachment, spread)

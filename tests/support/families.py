@@ -147,6 +147,18 @@ FAMILIES: dict[str, Family] = {
         },
         sliding=True,
     ),
+    # Two attentions in a decoder layer, of which the first has the layer's router; some experts compute nothing.
+    "longcat_flash": _moe(
+        "LongcatFlash",
+        {
+            **{**MLA, "q_lora_rank": 32, "num_layers": 2, "num_hidden_layers": 4, "head_dim": 8, "ffn_hidden_size": 64},
+            **{"expert_ffn_hidden_size": 32, "n_routed_experts": 6, "zero_expert_num": 2, "moe_topk": 2},
+        },
+    ),
+    # The router is a linear layer, whose logits the experts take.
+    "aria": Family(
+        "AriaTextConfig", "AriaTextForCausalLM", {"moe_num_experts": 8, "moe_topk": 2, "moe_num_shared_experts": 1}
+    ),
     "jetmoe": _moe("JetMoe", {**_LOCAL, "kv_channels": 16, "num_key_value_heads": 2}),
     "llama": _moe("Llama", {}, routed=False),
 }

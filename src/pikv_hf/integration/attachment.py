@@ -23,7 +23,7 @@ from .kvpress_marks import note_reader, take_marks
 from .layer_calls import LayerCalls
 from .mask_function import check_mask_of_cache, pikv_mask
 from .model_hook import place_hook
-from .model_modules import check_supported, feed_forward_classes, unwrapped
+from .model_modules import check_modules, feed_forward_classes, unwrapped
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
 
@@ -271,13 +271,11 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     with _attaching:
         attachment = attachment_of(model)
         if attachment is None:
-            check_supported(model.config)
-            if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
-                raise ValueError(
-                    f"{type(model).__name__} keeps its state in a cache of its own, not in one of transformers'"
-                )
+            check_modules(model)
             attachment = Attachment(model)
         parts = attachment.current_parts()
+        if parts is not attachment._parts:
+            check_modules(model)
         if placement != "hash":
             _require_expert_routers(parts, model, placement)
         if not attachment.active:

@@ -15,7 +15,8 @@ _OF_OTHERS = {
     *("sliding_window", "cache_position", "past_key_values", "use_cache", "return_dict", "logits_to_keep"),
     *("target_dtype", "deterministic", "labels", "token_type_ids"),
 }
-_KNOWN = frozenset(_HEEDED | _OF_OTHERS)
+#: All that calls of the attention function may come with beside what all attention functions have in common.
+KNOWN_ARGUMENTS = frozenset(_HEEDED | _OF_OTHERS)
 
 
 def check_arguments(module: torch.nn.Module, given: dict[str, Any]) -> None:
@@ -28,7 +29,7 @@ def check_arguments(module: torch.nn.Module, given: dict[str, Any]) -> None:
     given : dict
         The arguments by name, those that all attention functions have in common left out.
     """
-    unknown = [name for name in given.keys() - _KNOWN if given[name] is not None and given[name] is not False]
+    unknown = [name for name in given.keys() - KNOWN_ARGUMENTS if given[name] is not None and given[name] is not False]
     if unknown:
         raise NotImplementedError(
             f"{type(module).__name__} calls its attention with {', '.join(sorted(unknown))}, which PiKV's does not "

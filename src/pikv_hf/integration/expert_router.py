@@ -15,7 +15,11 @@ from .model_hook import place_hook
 # Names under which the routed `*Experts` modules of transformers take their expert ids and weights.
 _ID_ARGUMENTS = ("top_k_index", "router_indices", "selected_experts")
 _WEIGHT_ARGUMENTS = ("top_k_weights", "routing_weights")
-_COUNT_ATTRIBUTES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# LongCat's experts come with some that compute nothing, which tokens go to all the same.
+_COUNT_ATTRIBUTES = (
+    *("total_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_routed_experts",
+)
 
 # Computes something of a routing when asked.
 Lazy = Callable[[], torch.Tensor]
@@ -171,6 +175,11 @@ def find_expert_router(layer: nn.Module, attention: nn.Module, config: Any) -> E
     for module in modules:
         name = type(module).__name__
         if any(word in name for word in ("Router", "Gating", "TopKGate")):
+            return _expert_router(layer, module, config, reads_inputs=False)
+    experts = _num_experts(layer, config) or 0
+    for module in modules:
+        # Aria's router is no more than this: the experts take its logits.
+        if isinstance(module, nn.Linear) and module.out_features == experts > 1 and module.in_features != experts:
             return _expert_router(layer, module, config, reads_inputs=False)
     return None
 

@@ -1,12 +1,18 @@
 """Finding what PiKV hooks into in a model: its attention modules, their configs, and the expert routers beside them."""
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from .attention_code import calls_interface, takes_cache, why_not_in_place
 from .expert_router import ExpertRouter, find_expert_router
 
+_LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Fields of configs of models that keep recurrent state, where no list of layers says which of them do.
+_STATE_FIELDS = ("mamba_d_state", "ssm_state_size", "state_size")
 #: Where wrappers have what they wrap: DistributedDataParallel, DataParallel and engines; torch.compile; PEFT, twice.
 _WRAPPED = ("module", "_orig_mod", "base_model", "model")
 
@@ -33,29 +39,89 @@ def unwrapped(model: Any) -> Any:
 
 
 def check_supported(config: Any) -> None:
-    """Raise `ValueError` for architectures whose state is not a K/V cache of decoder self-attention."""
+    """Raise `ValueError` for configs of models whose state is not a K/V cache of decoder self-attention."""
+    check_layer_kinds(config)
+    text, name = config.get_text_config(decoder=True), type(config).__name__
+    if getattr(text, "layer_types", None) or not (stateful := [key for key in _STATE_FIELDS if hasattr(text, key)]):
+        return
+    raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
+
+
+def check_layer_kinds(config: Any) -> None:
+    """Raise `ValueError` for encoder-decoders, and configs that name other kinds of layers than attention."""
     name = type(config).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; PiKVCache holds the K/V of decoder-only models")
     text = config.get_text_config(decoder=True)
-    known = {"full_attention", "sliding_attention", "chunked_attention"}
     kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
-    if unknown := sorted(kinds - known - {"attention"}):
-        raise ValueError(f"{name} has layers of type {', '.join(unknown)}; PiKVCache knows {', '.join(sorted(known))}")
-    stateful = [key for key in ("mamba_d_state", "ssm_state_size", "state_size") if hasattr(text, key)]
-    if stateful:
-        raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
+    if unknown := sorted(kinds - _LAYER_KINDS - {"attention"}):
+        raise ValueError(
+            f"{name} has layers of type {', '.join(unknown)}; PiKVCache knows {', '.join(sorted(_LAYER_KINDS))}"
+        )
+    if not hasattr(text, "num_hidden_layers"):
+        raise ValueError(f"{name} does not say how many layers its decoder has (num_hidden_layers)")
+
+
+def check_modules(model: Any) -> None:
+    """Raise `ValueError` for models that PiKV's attention cannot be put into, by what their modules do with the cache.
+
+    Every module that is handed the cache has to be an attention that PiKV's can stand in for: nothing else keeps its
+    state there, whatever fields the config has.
+    """
+    check_layer_kinds(model.config)
+    name, found = type(model).__name__, find_attention_modules(model)
+    advice = "PiKVCache(config=model.config) works with it as it is"
+    known = {id(module) for group in _attention_by_layer(model).values() for _, module in group}
+    if others := sorted({type(module).__name__ for module in _state_keepers(model, known)}):
+        raise ValueError(
+            f"{name} hands the cache to {', '.join(others)}, which PiKV's attention cannot stand in for; if it works "
+            f"with DynamicCache, {advice}"
+        )
+    if not found:
+        raise ValueError(
+            f"{name} has no decoder self-attention that uses transformers' attention interface; if it works with "
+            f"DynamicCache, {advice}"
+        )
+    keeps_own = not getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+    if keeps_own and not getattr(model, "_is_stateful", False):
+        raise ValueError(f"{name} keeps its state in a cache of its own, not in one of transformers'")
+    for path, attention in found.values():
+        reason = why_not_in_place(attention)
+        if not getattr(attention, "is_causal", True):
+            # Without a mask such a module sees later tokens too, in a call as in transformers' SDPA.
+            reason = "is not causal (is_causal=False)"
+        if reason is not None:
+            raise ValueError(f"{path} ({type(attention).__name__}) {reason}; {advice}")
 
 
 def find_attention_modules(model: Any) -> dict[int, tuple[str, nn.Module]]:
-    """Return name and module of the decoder's self-attention by layer index."""
+    """Return name and module of the decoder's self-attention by layer index.
+
+    Where a layer has cross-attention too, which has the same index, that is the causal one.
+    """
+    return {index: group[0] for index, group in _attention_by_layer(model).items()}
+
+
+def _attention_by_layer(model: Any) -> dict[int, list[tuple[str, nn.Module]]]:
+    """Return names and modules of the decoder's attention by layer index, causal ones first."""
     text = model.config.get_text_config(decoder=True)
-    found: dict[int, tuple[str, nn.Module]] = {}
+    found: dict[int, list[tuple[str, nn.Module]]] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "Attention" in type(module).__name__ and _config_of(module, text) is text:
-            found[index] = name, module
+        if isinstance(index, int) and _config_of(module, text) is text and calls_interface(module):
+            found.setdefault(index, []).append((name, module))
+    for group in found.values():
+        group.sort(key=lambda named: not getattr(named[1], "is_causal", True))
     return found
+
+
+def _state_keepers(model: Any, attention: set[int]) -> Iterator[nn.Module]:
+    """Yield the modules that are handed the cache for themselves, neither attention nor what is around it."""
+    for module in model.modules():
+        inside = list(module.modules())[1:]
+        passes_on = any(id(part) in attention or takes_cache(part) for part in inside)
+        if takes_cache(module) and not passes_on and id(module) not in attention:
+            yield module
 
 
 def _config_of(module: nn.Module, default: Any) -> Any:
@@ -63,50 +129,39 @@ def _config_of(module: nn.Module, default: Any) -> Any:
 
 
 def find_attention_configs(model: Any) -> dict[int, Any]:
-    """Return the config that each decoder layer's attention reads, by layer index.
-
-    Raises
-    ------
-    ValueError
-        If the model has no decoder self-attention, or none that uses transformers' attention interface.
-    """
-    modules = find_attention_modules(model)
-    if not modules:
-        seen = sorted({type(m).__name__ for m in model.modules() if "Attention" in type(m).__name__})
-        raise ValueError(f"{type(model).__name__} has no decoder self-attention that can be attached; seen: {seen}")
-    can_set = getattr(model, "_can_set_attn_implementation", None)
-    if can_set is not None and not can_set():
-        raise ValueError(
-            f"{type(model).__name__} does not use transformers' attention interface, so its attention cannot be "
-            "replaced; PiKVCache(config=model.config) works with it as it is"
-        )
+    """Return the config that each decoder layer's attention reads, by layer index."""
     text = model.config.get_text_config(decoder=True)
-    return {index: _config_of(module, text) for index, (_, module) in modules.items()}
+    return {index: _config_of(module, text) for index, (_, module) in find_attention_modules(model).items()}
 
 
 def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
-    """Return, by layer index, the modules around the layer's attention alone, innermost first, and the attention."""
+    """Return, by layer index, the modules around the layer's attention, innermost first, and the attention.
+
+    They end below what holds all decoder layers: a decoder layer may have several attentions (LongCat).
+    """
     modules = find_attention_modules(model)
-    every = {id(attention) for _, attention in modules.values()}
+    paths = [name.split(".") for name, _ in modules.values()]
+    stack = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
     layers = {}
     for index, (name, attention) in modules.items():
-        around = []
-        while name := name.rpartition(".")[0]:
-            ancestor = model.get_submodule(name)
-            if any(id(module) in every and module is not attention for module in ancestor.modules()):
-                break
-            around.append(ancestor)
-        layers[index] = around, attention
+        path = name.split(".")
+        # The only attention there is has all of the model around it.
+        inner = range(len(path) - 1, len(stack) if len(modules) > 1 else 0, -1)
+        layers[index] = [model.get_submodule(".".join(path[:end])) for end in inner], attention
     return layers
 
 
 def find_expert_routers(model: Any) -> dict[int, ExpertRouter]:
-    """Return the expert routers of the decoder layers that have one, by layer index."""
+    """Return the expert routers of the decoder layers that have one, by layer index.
+
+    Of several attentions of a decoder layer the first has its router: the others place tokens by position.
+    """
     text = model.config.get_text_config(decoder=True)
-    routers = {}
-    for index, (around, attention) in _decoder_layers(model).items():
+    routers: dict[int, ExpertRouter] = {}
+    for index, (around, attention) in sorted(_decoder_layers(model).items()):
         found = (find_expert_router(layer, attention, text) for layer in around)
-        if (router := next(filter(None, found), None)) is not None:
+        router = next(filter(None, found), None)
+        if router is not None and all(router.module is not other.module for other in routers.values()):
             routers[index] = router
     return routers
 

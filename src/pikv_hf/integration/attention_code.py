@@ -1,0 +1,119 @@
+"""What the code of a module tells before it runs: whether it is an attention that PiKV's can stand in for.
+
+In place, a layer of the cache hands an attention module the new K/V alone. That is right where the module passes them
+on to transformers' attention interface, and wrong where it computes anything else from what it takes for the K/V of all
+tokens, as sparse attention does that chooses tokens by them.
+"""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from .call_arguments import KNOWN_ARGUMENTS
+
+# What all attention functions have in common.
+_COMMON = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
+_FUNCTION_NAMES = {"attention_interface", "attn_interface", "attention_function"}
+_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+# Under which modules of transformers, and of older code for it, take a cache.
+_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "cache_params", "layer_past")
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Return whether a module is handed the cache."""
+    return any(name in inspect.signature(type(module).forward).parameters for name in _CACHE_ARGUMENTS)
+
+
+def calls_interface(module: nn.Module) -> bool:
+    """Return whether a module leaves its attention to transformers' attention interface."""
+    return any(_INTERFACE in code.co_names for code in _forward_codes(type(module)))
+
+
+def _forward_codes(kind: type) -> Iterator[Any]:
+    """Yield the code of a module's `forward`, and of those that it calls by `super()`."""
+    for parent in kind.__mro__:
+        code = getattr(inspect.unwrap(vars(parent).get("forward", object)), "__code__", None)
+        if code is not None:
+            yield code
+            if "super" not in code.co_names:
+                return
+
+
+def why_not_in_place(module: nn.Module) -> str | None:
+    """Return what an attention module does with the cache or its K/V that needs those of all tokens; None if nothing.
+
+    Code whose source is not there, and updates outside of `forward`, cannot be judged: None as well.
+    """
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
+    except (OSError, TypeError):
+        return None
+    return _judge(ast.parse(source))
+
+
+def _judge(forward: ast.AST) -> str | None:
+    if any(isinstance(node, ast.Attribute) and _is_layers_of_cache(node) for node in ast.walk(forward)):
+        return "reads layers of the cache by itself"
+    updates = [node for node in ast.walk(forward) if isinstance(node, ast.Assign) and _is_update(node.value)]
+    held = {name for node in updates for target in node.targets for name in _names(target)}
+    after = max((node.lineno for node in updates), default=0)
+    statements = [node for node in ast.walk(forward) if isinstance(node, ast.stmt) and node.lineno > after]
+    outputs = {name for node in statements if _attention_calls(node) for name in _targets(node)}
+    for node in statements:
+        if unknown := sorted(_keywords(node) - KNOWN_ARGUMENTS - _COMMON):
+            return f"calls its attention with {', '.join(unknown)}, which PiKV's does not know"
+        if used := _computes_from(node, held, outputs):
+            return f"computes `{ast.unparse(node)}` from {used}, which it takes for those of all tokens"
+    return None
+
+
+def _computes_from(node: ast.stmt, held: set[str], outputs: set[str]) -> str | None:
+    """Return which of the names of K/V a statement computes anything from but other K/V and the attention itself."""
+    if isinstance(node, (ast.If, ast.While)):
+        expression: ast.AST | None = node.test
+    elif isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Return, ast.Expr)):
+        targets = _targets(node)
+        expression = None if targets and targets <= held | outputs else node.value
+    else:
+        return None
+    if expression is None or isinstance(expression, (ast.Name, ast.Tuple)):
+        return None
+    used = {x.id for x in ast.walk(expression) if isinstance(x, ast.Name)} & held
+    return ", ".join(sorted(used)) or None
+
+
+def _targets(node: ast.stmt) -> set[str]:
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return {name for target in targets for name in _names(target)}
+
+
+def _names(target: ast.AST | None) -> set[str]:
+    if isinstance(target, ast.Name):
+        return {target.id}
+    if isinstance(target, (ast.Tuple, ast.List)):
+        return {name for part in target.elts for name in _names(part)}
+    return set()
+
+
+def _is_layers_of_cache(node: ast.Attribute) -> bool:
+    return node.attr == "layers" and isinstance(node.value, ast.Name) and node.value.id in _CACHE_ARGUMENTS
+
+
+def _is_update(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"
+
+
+def _keywords(node: ast.stmt) -> set[str]:
+    return {each.arg for call in _attention_calls(node) for each in call.keywords if each.arg is not None}
+
+
+def _attention_calls(node: ast.stmt) -> list[ast.Call]:
+    """Return the calls of functions got from the interface, by the names that models have for these."""
+    if not isinstance(node, (ast.Assign, ast.Return, ast.Expr)):
+        return []
+    calls = (x for x in ast.walk(node) if isinstance(x, ast.Call))
+    return [call for call in calls if _names(call.func) & _FUNCTION_NAMES]
