@@ -120,8 +120,10 @@ def _grow(view: View, new: int, padding: str, seed: int) -> list[str]:
 def forward(view: View, drawn: Any) -> list[str]:
     """Call the model with new tokens."""
     lines = _grow(view, drawn.new, drawn.mask, drawn.seed)
-    if drawn.mask in ("hide", "show"):
-        lines.append(f"mask = {f'hiding(mask, {drawn.seed})' if drawn.mask == 'hide' else 'torch.ones_like(mask)'}")
+    if drawn.mask == "hide":
+        lines += [f"mask = hiding(mask, {drawn.seed})", "ids = ids * mask"]
+    elif drawn.mask == "show":
+        lines.append("mask = torch.ones_like(mask)")
     unseen, total = f"ids[:, {view.past}:]", view.length + drawn.new - view.past
     arguments = [unseen if drawn.source == "ids" else f"inputs_embeds=model.get_input_embeddings()({unseen})"]
     arguments += _mask_argument(view, drawn, total) + _position_arguments(view, drawn, total)
@@ -179,6 +181,9 @@ def generate(view: View, drawn: Any) -> list[str]:
     if view.batch * rows > 6 or (drafts and (view.batch > 1 or view.sliding)):
         return []
     lines = _grow(view, drawn.turn, "repeating" if drawn.how == "lookup" else drawn.padding, drawn.seed)
+    if drawn.mask == "omitted":
+        # As `generate` infers it.
+        lines.append("mask = (ids != PAD).long()")
     if rows > 1 and view.past:
         lines.append(f"cache.batch_repeat_interleave({rows})")
     if "do_sample=True" in DECODING[drawn.how][0]:

@@ -13,14 +13,8 @@ LEFT_OUT: tuple[tuple[str, str, Any, str], ...] = (
     ("forward", "context", "enable_grad", "K/V that require gradients are refused"),
     ("forward", "context", "autocast", "keys of another dtype than values are refused"),
     ("generate", "context", "autocast", "keys of another dtype than values are refused"),
-    ("forward", "context", "inference_mode", "pools made in inference mode cannot be written outside"),
-    ("generate", "context", "inference_mode", "pools made in inference mode cannot be written outside"),
-    ("forward", "mask", "hide", "stored tokens that a mask hides are seen"),
-    ("generate", "ends", "often, then hidden", "stored tokens that a mask hides are seen"),
-    ("generate", "mask", "omitted", "stored tokens that a mask hides are seen"),
-    ("forward", "mask", "show", "padding that a mask shows later is missing without a word"),
-    ("threads", "kind", "forward", "routers and pages are shared by threads without a lock"),
-    ("threads", "kind", "generate", "routers and pages are shared by threads without a lock"),
+    ("threads", "kind", "forward", "pages are shared by threads without a lock"),
+    ("threads", "kind", "generate", "pages are shared by threads without a lock"),
 )
 
 OPTIONS: dict[str, tuple[Any, ...]] = {

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from program_compare import distance, pairs
 from program_models import assistant_of, dynamic_cache, model_of, pikv_cache, quiet
-from program_run import distance, pairs
 
 import pikv_hf.page_table.table_view
 
