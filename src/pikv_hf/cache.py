@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .config import PiKVConfig
@@ -20,6 +21,7 @@ from .layer.sliding_layer import check_can_crop, copy_sliding, kv_format, trim_t
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
+from .serialization.model_adapters import Adapter, adapters_in_use
 from .serialization.save_load import load_cache, save_cache
 
 
@@ -80,6 +82,8 @@ class PiKVCache(Cache):
             )
         if attachment is None:
             check_supported(config)
+        self.model_config = config
+        self.filled_under: list[Adapter] = []
         self.pikv_config = options
         self.attachment = attachment
         layers, self.tiers = make_layers(config, options, attachment, spread)
@@ -151,12 +155,21 @@ class PiKVCache(Cache):
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
             )
         layer = self.layers[layer_idx]
+        if not layer_idx and not layer.get_seq_length():
+            self._note_adapters()
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
         check_fits(layer_idx, key_states, value_states, kv_format(layer))
         result = layer.update(key_states, value_states, *args, **kwargs)
         trim_to_window(layer)
         return result
+
+    def _note_adapters(self) -> None:
+        """Note under which adapters the first tokens come, for :meth:`save`: others may be active by then."""
+        model = None if self.attachment is None else self.attachment.model
+        # PEFT notes its configs on every model that it adapts; others are not searched.
+        is_adapted = hasattr(model, "peft_config")
+        self.filled_under = adapters_in_use(model, with_digests=False) if is_adapted else []
 
     def _paged(self) -> list[PiKVLayer]:
         return [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
@@ -253,11 +266,21 @@ class PiKVCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":
         return self.fork()
 
+    def __copy__(self) -> "PiKVCache":
+        twin = PiKVCache.__new__(PiKVCache)
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Layers refer to a model, files and threads: what is left of these in another process is for save() to say.
+        raise TypeError("a PiKVCache cannot be pickled: write it with save() and read it with PiKVCache.load()")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file, from which :meth:`load` goes on with the same tokens.
 
         Only pages in use are written, shared ones once. The file is in the safetensors format, with checksums and a
-        fingerprint of the model, and appears, or replaces an older one, when all of it is on disk.
+        fingerprint of the model and of the adapters that are active in it, or of the config if the cache was made from
+        that alone. It appears, or replaces an older one, when all of it is on disk.
 
         All devices of a process write into the one file. Of several processes, all of which must call this, each
         writes one of its own, `<path>.<rank>-of-<processes>`; when it returns all of them are there.
@@ -270,7 +293,8 @@ class PiKVCache(Cache):
         Raises
         ------
         ValueError
-            If new tokens wait for a press or a router, or the cache has no model: it was made from a config alone.
+            If new tokens wait for a press or a router, other adapters are active than when the cache was filled, or it
+            has outlived its model.
         OSError
             If the file could not be written; an older one is as it was.
         ProcessError
@@ -299,8 +323,10 @@ class PiKVCache(Cache):
         ----------
         path : path-like
             The file.
-        model : PreTrainedModel
-            The model that the cache was saved with, or one with the same config, dtype and weights; also in a wrapper.
+        model : PreTrainedModel or PreTrainedConfig
+            The model that the cache was saved with, or one with the same config, dtype, weights and active adapters; also
+            in a wrapper. For a cache that was made from a config alone, a model of the same config, or the config: then
+            the pages come to where new tensors are made (`torch.get_default_device()`).
         devices, max_memory, process_group, timeout
             Where the parts of the cache go, as in :meth:`for_model`. Devices may be others than those that it was saved
             on; what they may give says how later tokens are divided.
@@ -321,8 +347,13 @@ class PiKVCache(Cache):
         ProcessError
             If another process could not load its part.
         """
-        spread, model = find_spread(devices, max_memory, process_group, timeout), unwrapped(model)
-        return load_cache(lambda config: cls._over(spread, model, config), path, model, spread, options)
+        spread = find_spread(devices, max_memory, process_group, timeout)
+        model = model if isinstance(model, PreTrainedConfig) else unwrapped(model)
+
+        def make(config: PiKVConfig, attached: bool) -> "PiKVCache":
+            return cls._over(spread, model, config) if attached else cls(getattr(model, "config", model), config)
+
+        return load_cache(make, path, model, spread, options)
 
     @property
     def nbytes(self) -> int:

@@ -13,6 +13,7 @@ from golden_caches import KINDS, cache_file, model_of, version_of
 from safetensors import safe_open
 
 METADATA = {"format", "layout", "pikv_hf", "config", "model", "layers", "checksums", "header_checksum"}
+MODEL = {"config", "dtypes", "weights", "constants", "adapters", "transformers"}
 LAYER = {
     *("kind", "config", "has_expert_router", "state", "num_parts", "has_shard_map", "parts"),
     *("state.seen", "state.dropped", "state.assigned", "state.evicted", "state.is_initialized"),
@@ -57,6 +58,7 @@ KEYS: dict[str, set[str]] = {
     "code_bounds": CODECS | encoders("int4", "int4") | SCHEDULER,
     "sliding": CODECS | encoders("int8", "fp8") | SLIDING,
     "assigned": CODECS,
+    "config_alone": set(),
     "lanes": CODECS | encoders("int2", "int8"),
     "parts": SCHEDULER | {"parts.scheduler.options.per_step"},
 }
@@ -98,6 +100,7 @@ TENSORS: dict[str, set[str]] = {
     },
     "sliding": packed("int8/fp8", INTEGER_KEYS | {"values.codes", "values.spread"}) | {"queries"},
     "assigned": packed("none", {"keys.codes", "values.codes"}),
+    "config_alone": set(),
     "lanes": {
         *packed("int2/int8", INTEGER_KEYS | INTEGER_VALUES),
         *packed("none", {"keys.codes", "values.codes"}),
@@ -126,8 +129,9 @@ def test_a_file_has_these_keys_and_tensors(kind: str, tmp_path: Path) -> None:
     KINDS[kind](model, kind).save(path)
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), set(file.keys())
-    assert version_of(path) == "3"
+    assert version_of(path) == "4"
     assert metadata.keys() == METADATA
+    assert json.loads(metadata["model"]).keys() == MODEL
     assert set(keys_of(json.loads(metadata["layers"]))) == LAYER | KEYS[kind]
     of_parts = {
         f"{part}.{name}" for part in PARTS.get(kind, ["layers.0.parts.0"]) for name in TABLE | PLAIN | TENSORS[kind]

@@ -194,8 +194,6 @@ def test_keys_assigned_without_values(tmp_path: Path) -> None:
 
 
 def test_a_cache_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="made from a config alone"):
-        PiKVCache(shared_model().config).save(tmp_path / "cache")
     model = FAMILIES["llama"].build()
     cache = new_cache(model)
     del model

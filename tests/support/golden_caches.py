@@ -17,7 +17,7 @@ import transformers
 import xxhash
 from safetensors.torch import load_file, save_file
 
-from pikv_hf import PiKVCache
+from pikv_hf import PiKVCache, PiKVConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB = 64
@@ -175,6 +175,11 @@ def _lanes(model: Any, kind: str) -> PiKVCache:
     return cache
 
 
+def _config_alone(model: Any, kind: str) -> PiKVCache:
+    """A cache that never sees the model."""
+    return read(model, PiKVCache(model.config, PiKVConfig(**{**LAYOUT, "placement": "hash"})), kind)
+
+
 def _parts(model: Any, kind: str) -> PiKVCache:
     options = {**LAYOUT, "placement": "balanced", "num_shards": 3, "budget": 48, "scheduler": "h2o"}
     return read(model, PiKVCache.for_model(model, devices=["cpu:0", "cpu:1"], **options), kind, tokens=64)
@@ -200,6 +205,7 @@ KINDS: dict[str, Callable[[Any, str], PiKVCache]] = {
     ),
     "sliding": _simple(key_codec="int8", value_codec="fp8", placement="hash"),
     "assigned": _assigned,
+    "config_alone": _config_alone,
     "lanes": _lanes,
     "parts": _parts,
     "processes": _process,

@@ -1,8 +1,8 @@
-"""Translating descriptions and names of tensors of versions 1 to 3 into those of today's version.
+"""Translating what files of versions 1 to 3 say into the keys of today's version.
 
 See :mod:`pikv_hf.serialization.format`. Versions 1 and 2 had the names that attributes of the code had at the time. The
 first part of a layer was described together with the layer, and version 2 is version 1 with layers in several parts.
-All of them counted each row's padding, where today's says which columns it is.
+All of them counted each row's padding, where today's says which columns it is, and said nothing of adapters.
 """
 
 from collections.abc import Iterable
@@ -86,6 +86,11 @@ _CODES = {
     "lowrank+int4": _INTEGERS,
 }
 _KEYS_ALONE = ("outliers", "fine")
+
+
+def upgraded_model(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the fingerprint of a model in today's keys: what it does not say is null."""
+    return {**model, "constants": None, "adapters": None}
 
 
 def upgraded(

@@ -11,17 +11,23 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
 from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout, attention_device
 from ..distributed.process_exchange import Exchange
 from ..integration.attachment import Attachment
+from ..integration.model_modules import find_attention_modules
 from ..layer.layer_operation import layer_operation
 from ..version import __version__
 from .format import FORMAT, READ_VERSIONS, VERSION
 from .layer_loader import LayerLoader, PagedLayerLoader, layer_loader
 from .layer_writer import describe_layer
+from .model_adapters import Adapter, difference
 from .model_fingerprint import Fingerprint
-from .older_versions import OLDER, upgraded
+from .older_versions import OLDER, upgraded, upgraded_model
 from .rank_files import check_is_own, check_same_save, exchange_of, file_to_load, in_step, save_in_step
 from .tensor_file import CacheFileError, TensorFile
 from .tensor_writer import Group, write_tensors
@@ -46,6 +52,8 @@ class SavableCache(Protocol):
 
     layers: list[Any]
     attachment: Attachment | None
+    filled_under: list[Adapter]
+    model_config: Any
     pikv_config: PiKVConfig
 
 
@@ -56,18 +64,33 @@ _Cache = TypeVar("_Cache", bound=SavableCache)
 def save_cache(cache: SavableCache, path: str | os.PathLike[str]) -> None:
     """Write a cache to a file, or to one for each of several processes. See :meth:`PiKVCache.save`."""
     model = None if cache.attachment is None else cache.attachment.model
-    if model is None:
-        why = "was made from a config alone" if cache.attachment is None else "has outlived its model"
-        raise ValueError(f"this cache {why}, and a saved one is checked against its model; use PiKVCache.for_model")
+    if cache.attachment is not None and model is None:
+        raise ValueError("this cache has outlived its model, and a saved one is checked against its model")
+    fingerprint = Fingerprint.of_config(cache.model_config) if model is None else _fingerprint(cache, model)
     exchange = exchange_of(cache.layers)
     if exchange is None:
-        _write(cache, model, Path(path), {})
+        _write(cache, fingerprint, Path(path), {})
     else:
         device = attention_device(None, model)
-        save_in_step(exchange, device, Path(path), lambda own, more: _write(cache, model, own, more))
+        save_in_step(exchange, device, Path(path), lambda own, more: _write(cache, fingerprint, own, more))
 
 
-def _write(cache: SavableCache, model: Any, path: Path, more: dict[str, str]) -> None:
+def _fingerprint(cache: SavableCache, model: Any) -> Fingerprint:
+    """Return the fingerprint of a cache's model.
+
+    Raises
+    ------
+    ValueError
+        If other adapters are in use than when the cache was filled.
+    """
+    fingerprint = Fingerprint.of(model)
+    is_empty = not any(layer.get_seq_length() for layer in cache.layers)
+    if not is_empty and (differences := difference(cache.filled_under, fingerprint.adapters or [])):
+        raise ValueError(f"this cache was filled by another model: {differences}; save it as it was filled")
+    return fingerprint
+
+
+def _write(cache: SavableCache, fingerprint: Fingerprint, path: Path, more: dict[str, str]) -> None:
     """Write what this process has of a cache, with `more` metadata."""
     layers: list[dict[str, Any]] = []
     groups: list[Group] = []
@@ -80,7 +103,7 @@ def _write(cache: SavableCache, model: Any, path: Path, more: dict[str, str]) ->
         "layout": VERSION,
         "pikv_hf": __version__,
         "config": cache.pikv_config.to_json(),
-        "model": json.dumps(Fingerprint.of(model).to_dict()),
+        "model": json.dumps(fingerprint.to_dict()),
         "layers": json.dumps(layers),
         **more,
     }
@@ -89,7 +112,7 @@ def _write(cache: SavableCache, model: Any, path: Path, more: dict[str, str]) ->
 
 @layer_operation
 def load_cache(
-    make: Callable[[PiKVConfig], _Cache],
+    make: Callable[[PiKVConfig, bool], _Cache],
     path: str | os.PathLike[str],
     model: Any,
     spread: Devices | PartLayout | None,
@@ -100,11 +123,12 @@ def load_cache(
     Parameters
     ----------
     make : callable
-        Attaches the model and returns an empty cache of these options, in the places that `spread` names.
+        Returns an empty cache of these options, in the places that `spread` names: for the model, which is then
+        attached, or for its config alone.
     path : path-like
         The file.
-    model : PreTrainedModel
-        The model that it should be of.
+    model : PreTrainedModel or PreTrainedConfig
+        The model that it should be of, or the config of one.
     spread : Devices, PartLayout or None
         Where its parts are to be.
     options : dict
@@ -113,7 +137,7 @@ def load_cache(
     exchange = spread.exchange if isinstance(spread, PartLayout) else None
     if exchange is not None and exchange.ranks == 1:
         exchange = None
-    device = attention_device(None, model)
+    device = _device(None, model)
     with ExitStack() as stack:
         saved = _CacheLoader(Path(path), options)
         # Whatever goes wrong in one of several processes, none of them goes on alone.
@@ -146,12 +170,12 @@ class _CacheLoader:
         file = stack.enter_context(TensorFile(path, {"format": [FORMAT], "layout": READ_VERSIONS}))
         with _file_in_errors(path):
             saved_config = PiKVConfig.from_json(file.metadata["config"])
-            saved_model = Fingerprint(**json.loads(file.metadata["model"]))
+            saved_model = _saved_model(file)
             self.save = check_is_own(file.metadata, exchange)
         _require_changeable(saved_config, self._options)
         self.config = PiKVConfig.from_dict({**saved_config.to_dict(), **self._options})
-        if differences := saved_model.differences(Fingerprint.of(model)):
-            raise CacheFileError(f"{path} was saved with another model: {differences}")
+        self._has_model, self._adapters = saved_model.weights is not None, saved_model.adapters or []
+        _require_same_model(path, saved_model, model, spread)
         file.verify()
         with _file_in_errors(path):
             layers = json.loads(file.metadata["layers"])
@@ -162,16 +186,42 @@ class _CacheLoader:
             _require_as_many_parts(self._layers, spread)
         _require_whole_shards(self._layers, saved_config, self.config)
 
-    def build(self, make: Callable[[PiKVConfig], _Cache], model: Any) -> _Cache:
+    def build(self, make: Callable[[PiKVConfig, bool], _Cache], model: Any) -> _Cache:
         """Make the cache and fill its layers."""
-        cache = make(self.config)
+        cache = make(self.config, self._has_model)
+        cache.filled_under = self._adapters
         with _file_in_errors(self.path):
             _require_fitting(cache, self._layers)
-        assert cache.attachment is not None
-        modules = cache.attachment.attention_modules()
+        modules = {} if isinstance(model, PreTrainedConfig) else find_attention_modules(model)
         for index, (saved, layer) in enumerate(zip(self._layers, cache.layers, strict=True)):
-            saved.restore(layer, attention_device(modules.get(index), model))
+            saved.restore(layer, _device(modules[index][1] if index in modules else None, model))
         return cache
+
+
+def _device(module: nn.Module | None, model: Any) -> torch.device:
+    """Return where a layer's attention computes; where new tensors are made if only a config is known."""
+    return torch.get_default_device() if isinstance(model, PreTrainedConfig) else attention_device(module, model)
+
+
+def _saved_model(file: TensorFile) -> Fingerprint:
+    saved = json.loads(file.metadata["model"])
+    return Fingerprint.read(upgraded_model(saved) if file.metadata["layout"] in OLDER else saved)
+
+
+def _require_same_model(path: Path, saved: Fingerprint, model: Any, spread: Devices | PartLayout | None) -> None:
+    """Raise unless a model, or the config of one, is that which a cache was saved with."""
+    if saved.weights is None and spread is not None:
+        raise CacheFileError(f"{path} was made from a config alone: such a cache is in one part, so give no devices")
+    if saved.weights is not None and isinstance(model, PreTrainedConfig):
+        raise CacheFileError(
+            f"{path} was saved with a model, whose weights are compared: load it with the model, got only a "
+            f"{type(model).__name__}"
+        )
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    is_older = saved.adapters is None
+    here = Fingerprint.of_config(config) if saved.weights is None else Fingerprint.of(model, as_registered=is_older)
+    if differences := saved.differences(here):
+        raise CacheFileError(f"{path} was saved with another model: {differences}")
 
 
 @contextmanager
