@@ -324,9 +324,9 @@ class PiKVCache(Cache):
         path : path-like
             The file.
         model : PreTrainedModel or PreTrainedConfig
-            The model that the cache was saved with, or one with the same config, dtype, weights and active adapters; also
-            in a wrapper. For a cache that was made from a config alone, a model of the same config, or the config: then
-            the pages come to where new tensors are made (`torch.get_default_device()`).
+            The model that the cache was saved with, or one with the same config, dtype, weights and active adapters;
+            also in a wrapper. For a cache that was made from a config alone, a model of the same config, or the config:
+            then the pages come to where new tensors are made (`torch.get_default_device()`).
         devices, max_memory, process_group, timeout
             Where the parts of the cache go, as in :meth:`for_model`. Devices may be others than those that it was saved
             on; what they may give says how later tokens are divided.

@@ -14,8 +14,8 @@ FORMAT = "pikv-cache"
 #: `layout` in the metadata: the version of the keys below, which changes whenever any of them does.
 VERSION = "4"
 
-#: The versions that are read. 1 and 2 have names of their own, 2 is 1 for layers in several parts; 3 counted padding and
-#: knew neither of adapters nor of caches made from a config alone.
+#: The versions that are read. 1 and 2 have names of their own, 2 is 1 for layers in several parts; 3 counted padding,
+#: and knew neither adapters nor caches made from a config alone.
 READ_VERSIONS = ("1", "2", "3", "4")
 
 #: The fingerprint of the model. All but the config and transformers are null for a cache made from a config alone.

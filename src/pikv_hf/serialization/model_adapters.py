@@ -97,7 +97,7 @@ def adapters_in_use(model: Any, with_digests: bool = True) -> list[Adapter]:
     with_digests : bool
         Whether to look at their weights too.
     """
-    found = [(prefix, each) for prefix, each in _walk(model) if _adapted(each) is not None]
+    found: list[tuple[str, Any]] = [(prefix, each) for prefix, each in _walk(model) if _adapted(each) is not None]
     weights: list[Weight] = []
     merged: set[str] = set()
     scaling: dict[str, set[float]] = defaultdict(set)
