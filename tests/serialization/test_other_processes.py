@@ -41,7 +41,7 @@ def test_pickling_a_cache_says_what_to_do(kind: str, way: str, tmp_path: Path) -
         WAYS[way](cache, tmp_path)
     twins = copy.deepcopy(cache), copy.copy(cache)
     expected = go_on(model, twins[0])
-    assert torch.equal(go_on(model, twins[1]), expected)
+    torch.testing.assert_close(go_on(model, twins[1]), expected, atol=1e-4, rtol=1e-4)
     assert cache.layers is twins[1].layers, "what copy.copy makes of a DynamicCache"
 
 

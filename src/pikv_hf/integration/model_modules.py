@@ -27,7 +27,8 @@ def unwrapped(model: Any) -> Any:
     """
     inner = model
     while isinstance(inner, nn.Module) and not isinstance(inner, PreTrainedModel):
-        inner = next((found for name in _WRAPPED if (found := getattr(inner, name, None)) is not None), None)
+        # Submodules, not attributes: wrappers hand on those of what they wrap, and a model has a `base_model` itself.
+        inner = next((found for name in _WRAPPED if (found := inner._modules.get(name)) is not None), None)
     if isinstance(inner, PreTrainedModel):
         return inner
     if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "get_text_config"):
