@@ -22,6 +22,9 @@ class FakeAttachment:
     def is_active(self, layer_idx: int) -> bool:
         return True
 
+    def implementation(self, layer_idx: int) -> str:
+        return "pikv"
+
     def owns(self, module: Any) -> bool:
         return True
 

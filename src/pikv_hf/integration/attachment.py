@@ -26,6 +26,7 @@ from .model_hook import place_hook
 from .model_modules import check_modules, feed_forward_classes, unwrapped
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
+from .reference_loss import warn_if_read_densely
 
 ATTENTION_NAME = "pikv"
 
@@ -85,6 +86,11 @@ class Attachment:
         """Return whether the layer's attention calls PiKV's function now."""
         config = self._parts.configs.get(layer_idx)
         return config is not None and config._attn_implementation == ATTENTION_NAME
+
+    def implementation(self, layer_idx: int) -> str | None:
+        """Return the name of the attention that the layer's config asks for."""
+        config = self._parts.configs.get(layer_idx)
+        return None if config is None else str(config._attn_implementation)
 
     def expect(self, layer: LinkedLayer) -> None:
         """Deliver the experts that the layer's router chooses in the running call to this layer of a cache."""
@@ -273,6 +279,7 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
         if attachment is None:
             check_modules(model)
             attachment = Attachment(model)
+            warn_if_read_densely(attachment.attention_modules())
         parts = attachment.current_parts()
         if parts is not attachment._parts:
             check_modules(model)

@@ -56,7 +56,9 @@ def pikv_attention_forward(
     if isinstance(layer, PiKVLayer):
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
-        return _attend_layer(layer, dataclasses.replace(call, mask=mask), key, value)
+        # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
+        new = slice(-query.shape[2], None)
+        return _attend_layer(layer, dataclasses.replace(call, mask=mask), key[:, :, new], value[:, :, new])
     check_arguments(module, kwargs)
     call.show_to_observer(key.shape[2])
     if key.shape[2] == query.shape[2]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -28,10 +29,11 @@ def pikv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     if is_causal and sees_all and (shown is None or bool(shown.all())):
         return None
     mask = sdpa_mask(*args, **kwargs)
-    if mask is not None and shown is not None:
+    if mask is not None:
         is_causal = is_causal and int(last) == kwargs["kv_length"] - 1
-        columns = MaskColumns(shown.cpu().numpy(), mask.shape[2], is_causal, tells_padding=True)
-        setattr(mask, COLUMNS_ATTRIBUTE, columns)
+        length = kwargs["kv_length"] + kwargs.get("kv_offset", 0)
+        columns = np.ones((1, length), dtype=np.bool_) if shown is None else shown.cpu().numpy()
+        setattr(mask, COLUMNS_ATTRIBUTE, MaskColumns(columns, mask.shape[2], is_causal, tells_padding=True))
     return mask
 
 
@@ -92,7 +94,7 @@ def check_mask_of_cache(cache: Any, mask: Any) -> None:
     One that says nothing of the padding, since a window is all it spans, is left to the paged layers themselves.
     """
     layer = next((x for x in getattr(cache, "layers", ()) if isinstance(x, PiKVLayer)), None)
-    if layer is None or (padding := layer.state.padding) is None:
+    if layer is None or (padding := layer.store.padding_columns()) is None:
         return
     if mask is None:
         check_shows_no_padding("the cache", padding, None)

@@ -168,10 +168,12 @@ class PiKVLayer(CacheLayerMixin):
         elif not in_place:
             self.edits.settle_soon()
         if in_place:
-            return self._referring(key_states, history), value_states
-        if past is None:
-            return key_states, value_states
-        return torch.cat([past[0], key_states], dim=2), torch.cat([past[1], value_states], dim=2)
+            self.state.reference_out, self.state.history_out = True, history
+            return self._referring(key_states), value_states
+        if past is not None:
+            key_states, value_states = torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+        # Right as they are. A reference that does reach attention says that the next can be read in place again.
+        return (self._referring(key_states) if self.state.reference_lost else key_states), value_states
 
     @layer_operation
     def _take_in(
@@ -212,17 +214,26 @@ class PiKVLayer(CacheLayerMixin):
         state.reference_lost |= state.reference_out
         return not state.reference_lost
 
-    def _referring(self, keys: torch.Tensor, history: bool) -> torch.Tensor:
-        """Return new keys with a reference to this layer, by which the attention function finds it."""
+    def _referring(self, keys: torch.Tensor) -> torch.Tensor:
+        """Return keys with a reference to this layer, by which the attention function finds it."""
         # A view of its own: the attribute must not outlive this call on a tensor that the caller keeps.
         keys = keys.view(keys.shape)
         setattr(keys, LAYER_ATTRIBUTE, self)
-        self.state.reference_out, self.state.history_out = True, history
         return keys
+
+    def dense_reason(self) -> str | None:
+        """Return why the layer's attention is given dense K/V, None if it reads the pages in place."""
+        if self.attachment is None:
+            return "the cache was made from a config alone"
+        if not self.attachment.is_active(self.layer_idx):
+            return f"the model's attention is {self.attachment.implementation(self.layer_idx)!r}"
+        if self.state.reference_lost:
+            return "the last prompt's keys did not reach PiKV's attention: interrupted, or copied on their way"
+        return None
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
         """Take, with the reference, which of several new tokens are to be stored, `(B, Q)` bool or None for all."""
-        self.store.state.reference_out = False
+        self.store.state.reference_out = self.store.state.reference_lost = False
         if self.store.pending is not None:
             self.store.pending.valid = valid
 

@@ -32,7 +32,7 @@ class LayerState:
         Whether that reference stood for tokens stored earlier.
     reference_lost : bool
         Whether the reference of a prompt got lost on its way to attention (JetMoE repeats the keys), where the new K/V
-        alone are right: from then on the layer returns dense K/V.
+        alone are right: the layer returns dense K/V, until a reference reaches attention again.
     """
 
     seen: int = 0

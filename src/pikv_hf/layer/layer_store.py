@@ -314,10 +314,11 @@ class LayerStore:
     def drop_pending(self) -> None:
         """Forget what was pending, once it is stored; its padding is counted."""
         if self.pending is not None:
-            self.state.padding = self._padding()
+            self.state.padding = self.padding_columns()
             self.pending = None
 
-    def _padding(self) -> np.ndarray | None:
+    def padding_columns(self) -> np.ndarray | None:
+        """Return the padding, pending ones included, as the state has it."""
         if self.pending is None or self.pending.valid is None:
             return self.state.padding
         return joined(self.state.padding, self.stored, self.pending.valid.cpu().numpy())
@@ -325,11 +326,11 @@ class LayerStore:
     @property
     def is_padded(self) -> bool:
         """Whether rows have padding, pending or before."""
-        return self._padding() is not None
+        return self.padding_columns() is not None
 
     def padding(self) -> list[int]:
         """Return how many columns of each row are padding, pending ones included."""
-        padding = self._padding()
+        padding = self.padding_columns()
         return [0] * self.batch if padding is None else padding.sum(axis=1).tolist()
 
     # Rows

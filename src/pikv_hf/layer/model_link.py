@@ -40,6 +40,9 @@ class ModelLink(Protocol):
     def is_active(self, layer_idx: int) -> bool:
         """Return whether the layer's attention calls PiKV's function now."""
 
+    def implementation(self, layer_idx: int) -> str | None:
+        """Return the name of the attention that the layer's config asks for."""
+
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the model."""
 

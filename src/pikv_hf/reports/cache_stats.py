@@ -26,6 +26,9 @@ class CacheStats:
         By the scheduler, over all layers.
     tiers : dict or None
         See :meth:`pikv_hf.tiers.tier_limits.Tiers.to_dict`.
+    dense_layers : dict
+        The paged layers, by index, that now give attention all their K/V, dense, in every step, and why. They save no
+        time, and in a step take the memory of a `DynamicCache` beside their own.
     """
 
     routed_steps: int
@@ -34,6 +37,7 @@ class CacheStats:
     pages_evicted: int
     tokens_evicted: int
     tiers: dict[str, Any] | None
+    dense_layers: dict[int, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, layers: list[PiKVLayer], tiers: Any) -> "CacheStats":
@@ -48,6 +52,7 @@ class CacheStats:
             pages_evicted=sum(scheduler.pages_evicted for scheduler in schedules),
             tokens_evicted=sum(scheduler.tokens_evicted for scheduler in schedules),
             tiers=None if tiers is None else tiers.to_dict(),
+            dense_layers={layer.layer_idx: reason for layer in layers if (reason := layer.dense_reason()) is not None},
         )
 
     @property
@@ -69,7 +74,18 @@ class CacheStats:
         share = "-" if self.read_share is None else f"{self.read_share:.1%}"
         table.add_row("pages read, of those held", f"{self.pages_read:,} of {self.pages_held:,} ({share})")
         table.add_row("evicted", f"{self.pages_evicted:,} pages, {self.tokens_evicted:,} tokens")
-        return Group(table, *([] if self.tiers is None else tier_tables(self.tiers)))
+        dense = [_dense_table(self.dense_layers)] if self.dense_layers else []
+        return Group(table, *dense, *([] if self.tiers is None else tier_tables(self.tiers)))
+
+
+def _dense_table(layers: dict[int, str]) -> Table:
+    """Return a table of the layers that are read densely, those with the same reason in one row."""
+    table = _table("Layers that are read densely")
+    table.add_column("layers")
+    table.add_column("why")
+    for reason in dict.fromkeys(layers.values()):
+        table.add_row(", ".join(str(index) for index, why in layers.items() if why == reason), reason)
+    return table
 
 
 def _table(title: str, show_header: bool = True) -> Table:
