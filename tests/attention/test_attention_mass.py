@@ -262,8 +262,7 @@ def test_a_page_is_as_old_as_its_tokens_are_on_average() -> None:
 def test_tokens_of_several_times_make_a_page_of_their_mean_age() -> None:
     from pikv_hf.pages.usage_counters import UsageCounters
 
-    usage = UsageCounters(torch.device("cpu"))
-    usage.resize(4)
+    usage = UsageCounters(torch.device("cpu")).resized(4, np.arange(0), 0)
     for page, now in ((0, 10), (1, 20), (2, 40)):
         usage.now = now
         usage.reset(np.array([page]))

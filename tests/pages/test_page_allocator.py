@@ -84,13 +84,13 @@ def test_a_failed_transaction_changes_nothing(seed: int) -> None:
     assert not holders.allocator.spares_pages
 
 
-def test_renumbered_pages_leave_free_ones_behind() -> None:
+def test_kept_pages_come_first() -> None:
     allocator = PageAllocator()
     allocator.resize(6)
     ids = allocator.allocate(6)
     allocator.incref(ids[4:])
     allocator.decref(ids[:2])
     given = allocator.allocations
-    allocator.renumber(ids[4:], ids[:2])
-    assert allocator.refcount.tolist() == [2, 2, 1, 1, 0, 0]
+    allocator.resize(5, ids[2:])
+    assert allocator.refcount.tolist() == [1, 1, 2, 2, 0]
     assert allocator.allocations == given + 1, "plans that read past free pages are to be made anew"

@@ -14,14 +14,22 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
-def extended(tensor: torch.Tensor, extra: int, dim: int) -> torch.Tensor:
-    """Return a copy of a pool's tensor with `extra` more entries, zeros, along a dimension."""
+def resized(tensor: torch.Tensor, size: int, dim: int, kept: torch.Tensor | int) -> torch.Tensor:
+    """Return a copy of a pool's tensor with `size` entries along dimension 0 or 1.
+
+    They are those at `kept` `(n,)` int64, or the first `kept`; then zeros.
+    """
     shape = list(tensor.shape)
-    shape[dim] += extra
+    shape[dim] = size
     # Zeros, not empty memory: a slot without a token is masked, and 0 * NaN would still be NaN.
-    grown = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    grown.narrow(dim, 0, tensor.shape[dim]).copy_(tensor)
-    return grown
+    copy = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    if isinstance(kept, int):
+        copy.narrow(dim, 0, kept).copy_(tensor.narrow(dim, 0, kept))
+        return copy
+    # Head by head: what is picked goes straight to its place.
+    for target, source in zip(copy, tensor, strict=True) if dim else [(copy, tensor)]:
+        torch.index_select(source, 0, kept, out=target[: len(kept)])
+    return copy
 
 
 def live_bytes(tensors: Iterable[torch.Tensor]) -> int:

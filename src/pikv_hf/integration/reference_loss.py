@@ -1,18 +1,19 @@
 """Models whose attention changes the keys that a cache has returned, so that they do not lead to the cache any more."""
 
 import ast
+import functools
 import inspect
 import textwrap
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 
 def warn_if_read_densely(modules: Mapping[int, nn.Module]) -> None:
     """Warn of attention modules, by layer, that lose the reference which a layer's keys carry."""
-    kinds = {kind: replaces_cached_keys(kind) for kind in {type(module) for module in modules.values()}}
-    layers = [index for index, module in modules.items() if kinds[type(module)]]
+    layers = [index for index, module in modules.items() if replaces_cached_keys(type(module))]
     if layers:
         name = type(modules[layers[0]]).__name__
         warnings.warn(
@@ -22,7 +23,8 @@ def warn_if_read_densely(modules: Mapping[int, nn.Module]) -> None:
         )
 
 
-def replaces_cached_keys(attention: type[nn.Module]) -> bool:
+@functools.cache
+def replaces_cached_keys(attention: Any) -> bool:
     """Return whether an attention class gives the keys from `cache.update` another value before it attends.
 
     As JetMoE does, which repeats them. It is read from the source; without one, what happens in a call tells.

@@ -50,9 +50,7 @@ class LayerEdits:
         self.awaits_press = self._snapshot_due = False
 
     def _tokens_changed(self) -> None:
-        """Forget what was true only of the tokens as they were: snapshots, dense copies, whose experts come next."""
-        for part in self.store.parts:
-            part.slots = None
+        """Forget what was true only of the tokens as they were: snapshots, dense copies, experts that are expected."""
         self.snapshot = None
         self.assignment.forget()
         if self.link is not None:
@@ -188,6 +186,7 @@ class LayerEdits:
             crop_tables(store, length)
         shorten_state(store, length)
         self._tokens_changed()
+        store.give_back()
         state.reference_lost |= state.reference_out and not state.history_out
         state.reference_out = False
 
@@ -200,3 +199,4 @@ class LayerEdits:
             self.snapshot = None
             self.assignment.forget()
             self.store.select(indices)
+            self.store.give_back()

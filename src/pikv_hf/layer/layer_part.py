@@ -46,8 +46,6 @@ class LayerPart:
         Where its full pages may go.
     table : PageTable or None
         What is stored. Its rows are sequences, or lanes of one KV head once heads keep different tokens.
-    slots : torch.Tensor or None
-        Where the tokens of the last decoding step are, until their experts are known.
     """
 
     location: PartLocation
@@ -55,7 +53,6 @@ class LayerPart:
     page_router: PageRouter | None = None
     tiers: LayerTiers | None = None
     table: PageTable | None = None
-    slots: torch.Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -129,16 +126,13 @@ class LayerPart:
     def append(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
         """Write one decoded token per row, `(R, H', D)` and `(R, H', Dv)`, into the window."""
         assert self.table is not None
-        table, pool = self.table, self.table.plain
-        self.slots = pool.index(table.next_slots())
-        keys, values = to_device(keys, pool.device), to_device(values, pool.device)
-        pool.write_newest(self.slots, keys.transpose(0, 1), values.transpose(0, 1), seen)
+        keys, values = (to_device(each, self.device).transpose(0, 1) for each in (keys, values))
+        self.table.append_newest(keys, values, seen)
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts `(R,)` int16 of the tokens of :meth:`append`."""
-        if self.slots is not None and self.table is not None:
-            known = self.table.plain.experts.view(-1)
-            known.index_copy_(0, self.slots, to_device(experts, known.device))
+        if self.table is not None:
+            self.table.record_experts(to_device(experts, self.device))
 
     # Replacing the table
 
@@ -171,7 +165,6 @@ class LayerPart:
         if self.scheduler is not None:
             self.scheduler.select(self.table, indices, lanes)
         self.table.select_rows([row * lanes + lane for row in indices for lane in range(lanes)])
-        self.slots = None
 
     def fork(self, config: PiKVConfig) -> "LayerPart":
         """Return a part with the same tokens; both share all pages until either writes to them."""

@@ -72,7 +72,7 @@ class LayerStore:
     def clear(self) -> None:
         """Forget everything and return the memory."""
         for part in self.parts:
-            part.table = part.slots = None
+            part.table = None
         self.state, self.pending, self.shard_map = LayerState(), None, None
 
     def begin(self, kv_format: KVFormat) -> None:
@@ -105,7 +105,7 @@ class LayerStore:
     def replace_tables(self, tables: list[PageTable]) -> None:
         """Give each part another page table."""
         for part, table in zip(self.parts, tables, strict=True):
-            part.table, part.slots = table, None
+            part.table = table
 
     @property
     def lanes(self) -> int:
@@ -198,6 +198,12 @@ class LayerStore:
         self._enforce()
         if moved:
             self._balance()
+        self.give_back(always=moved)
+
+    def give_back(self, always: bool = True) -> None:
+        """Give back the memory of free pages, where these are many; see :meth:`LayerPools.give_back`."""
+        for table in self.tables():
+            table.pools.give_back(always)
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
@@ -214,13 +220,14 @@ class LayerStore:
 
     def _append_in_page(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row where every part has a slot for it: no page changes hands."""
+        done: list[PageTable] = []
         try:
-            for part in self.parts:
+            for part, table in zip(self.parts, self.tables(), strict=True):
                 part.append(keys, values, self.state.seen)
+                done.append(table)
         except BaseException:
-            # Those that have the token already let go of it.
-            for table in self.tables():
-                crop(table, self.state.seen)
+            for table in done:
+                table.take_back_newest()
             raise
 
     def record_experts(self, experts: torch.Tensor) -> None:
@@ -251,6 +258,7 @@ class LayerStore:
         self.note_evictions()
         self.drop_pending()
         self._balance()
+        self.give_back()
 
     def _piece(self, new: PendingTokens) -> int:
         """Return how many of the new tokens to store before pages may have to go."""

@@ -40,6 +40,8 @@ def migrate_pages(parts: Sequence[LayerPart], shard_map: ShardMap) -> int:
     size, number = here.plain.page_size, target.location.number
     moved = _move_some(here, there, min(MAX_MIGRATED, tokens // size), shard_map.fractions[:, number])
     if moved:
+        for pool_id in here.pools.by_id():
+            here.pools.compact(pool_id)
         # Counts go with the pages, so that balance is judged by where tokens are.
         shard_map.placed[source.location.number] -= moved * size
         shard_map.placed[number] += moved * size
@@ -111,7 +113,6 @@ def _move(here: PageTable, there: PageTable, pool_id: PoolId, pages: PageIds) ->
             there.add_pages(new, target, mine)
     for old, _ in _pairs(here, there):
         here.drop_pages(old, pool_id, np.intersect1d(old.full_pages(pool_id), pages))
-    here.defragment(pool_id)
 
 
 def _copy(here: PageTable, there: PageTable, pool_id: PoolId, pages: PageIds) -> tuple[PoolId, PageIds]:

@@ -114,11 +114,12 @@ class TableRebuild:
         return self._table_of(kept)
 
     def _table_of(self, kept: Compaction) -> PageTable:
-        for pool in kept.pools.by_id().values():
-            pool.trim()
         # The sinks are among what is kept: later tokens have none of their own.
         writer = SequenceWriter(kept.pools, self.config.num_shards, self.config.recent_window, 0, self.shard_of)
-        return PageTable.from_rows(writer, kept.rows)
+        table = PageTable.from_rows(writer, kept.rows)
+        for pool_id in kept.pools.by_id():
+            kept.pools.compact(pool_id)
+        return table
 
 
 def _exact_tokens(

@@ -1,7 +1,9 @@
 """The pools of one layer on one device: that of pages kept as they came, and those of packed pages."""
 
+import itertools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
 from ..tiers.tiered_pool import TieredPool, retire
 from .layer_encoders import LayerEncoders
-from .sequence_pages import SequencePages
+from .sequence_pages import SequencePages, distinct_sequences
 
 
 class LayerPools:
@@ -38,6 +40,11 @@ class LayerPools:
         Pools of packed pages; each is made when the first page comes.
     encoders : LayerEncoders
         What encodes full pages, and what it keeps beside them.
+    holders : dict
+        The rows of each table over these pools, by identity, until their references are dropped: a table that is gone
+        has its until then.
+    numbering : int
+        How often pages were given other numbers.
     """
 
     def __init__(self, plain: PlainPool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
@@ -49,6 +56,10 @@ class LayerPools:
         self.packed: dict[PoolId, PackedPool] = {}
         self.config = config
         self.encoders = LayerEncoders(plain, config, uncoded_too=tiers is not None)
+        self.holders: dict[int, list[SequencePages]] = {}
+        self.numbering = 0
+        # Whether pages may have become free since memory was last given back.
+        self._freed = False
 
     def by_id(self) -> dict[PoolId, PagePool]:
         """Return all pools, the plain one first."""
@@ -79,8 +90,15 @@ class LayerPools:
 
     def decref(self, sequence: SequencePages) -> None:
         """Drop a reference to every page of a sequence."""
+        self._freed = True
         for pool_id, pool in self.by_id().items():
             pool.decref(sequence.pages(pool_id))
+
+    def release(self, rows: list[SequencePages]) -> None:
+        """Drop the references of a table that is gone, given by its rows."""
+        del self.holders[id(rows)]
+        for sequence in distinct_sequences(rows):
+            self.decref(sequence)
 
     def add_packed(self, sequence: SequencePages, pool_id: PoolId, ids: PageIds) -> None:
         """Give packed pages to a sequence, with a reference to each."""
@@ -100,6 +118,35 @@ class LayerPools:
                 made, self.packed = self.packed, before
                 retire(made[pool_id] for pool_id in made.keys() - before.keys())
                 raise
+
+    # Giving memory back
+
+    def compact(self, pool_id: PoolId) -> None:
+        """Give back all free pages of a pool; see :meth:`give_back`."""
+        self._renumber(pool_id, self.by_id()[pool_id].compact)
+
+    def give_back(self, always: bool = True) -> None:
+        """Give back free pages where these are many; see :meth:`PagePool.give_back`.
+
+        Not within an operation that has page numbers at hand: pages get others, in all tables. Where memory for a
+        smaller pool is lacking it stays as it is. Without `always` only if tables have let go of pages.
+        """
+        if not always and not self._freed:
+            return
+        self._freed = False
+        rows = len(distinct_sequences(itertools.chain(*self.holders.values())))
+        for pool_id, pool in self.by_id().items():
+            self._renumber(pool_id, partial(pool.give_back, rows))
+
+    def _renumber(self, pool_id: PoolId, compact: Callable[[], PageIds | None]) -> None:
+        """Compact a pool, and tell all tables the new numbers of its pages."""
+        number = None
+        with suppress(MemoryError, RuntimeError):
+            number = compact()
+        if number is not None:
+            for sequence in distinct_sequences(itertools.chain(*self.holders.values())):
+                sequence.renumber(pool_id, number)
+            self.numbering += 1
 
     # Pools
 

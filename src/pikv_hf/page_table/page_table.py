@@ -12,9 +12,7 @@ import torch
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
-from ..tiers.tiered_pool import TieredPool
 from .equal_rows import equal_rows
-from .layer_pools import LayerPools
 from .page_packing import pack_full, reserve_packed
 from .sequence_pages import SequencePages, distinct_sequences
 from .sequence_writer import SequenceWriter
@@ -62,8 +60,11 @@ class PageTable:
         self._packing_due = False
         self._view: TableView | None = None
         self._next: _NextSlots | None = None
+        self._newest: torch.Tensor | None = None
+        self._numbering = self.pools.numbering
+        self.pools.holders[id(self.rows)] = self.rows
         # Dropping a fork must give its pages back to the pools it shares.
-        weakref.finalize(self, _release_rows, self.pools, self.rows).atexit = False
+        weakref.finalize(self, self.pools.release, self.rows).atexit = False
 
     @classmethod
     def from_rows(cls, writer: SequenceWriter, rows: list[SequencePages]) -> "PageTable":
@@ -89,6 +90,7 @@ class PageTable:
     @property
     def view(self) -> TableView:
         """What attention reads of the rows. It lasts until pages change hands; then there is another one."""
+        self._follow_numbering()
         if self._view is None:
             self._view = TableView(self.writer, self.rows)
         return self._view
@@ -96,9 +98,19 @@ class PageTable:
     def _changed(self) -> None:
         self._view = self._next = None
 
+    def _follow_numbering(self) -> None:
+        """Make anew what was made of page numbers, where pages have got others since."""
+        if self._numbering != self.pools.numbering:
+            self._changed()
+            self._numbering = self.pools.numbering
+            if self._newest is not None:
+                pages, counts = self._tails()
+                self._newest = self.plain.index(pages * self.plain.page_size + counts - 1)
+
     def replace_sequences(self, new: dict[int, SequencePages]) -> None:
         """Replace each sequence by another, which has taken over its references, given by the old one's identity."""
         self.rows[:] = [new[id(row)] for row in self.rows]
+        self._newest = None
         self._changed()
 
     def fork(self) -> "PageTable":
@@ -120,6 +132,7 @@ class PageTable:
             if id(sequence) not in kept:
                 self.pools.decref(sequence)
         self.rows[:] = rows
+        self._newest = None
         self._changed()
 
     def tokens(self) -> list[int]:
@@ -135,36 +148,62 @@ class PageTable:
     def transaction(self) -> Iterator[None]:
         """Undo every change of rows, counts and references if the block raises."""
         copies = {id(sequence): sequence.copy() for sequence in self.sequences()}
-        before = [copies[id(row)] for row in self.rows]
+        before, newest = [copies[id(row)] for row in self.rows], self._newest
         try:
             with self.pools.transaction():
                 yield
         except BaseException:
-            self.rows[:] = before
+            self.rows[:], self._newest = before, newest
             self._changed()
             raise
 
     # Adding and removing tokens
 
-    def next_slots(self) -> PageIds:
-        """Take one new window slot per row, for one decoding step.
+    def append_newest(self, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Append one decoded token to each row; rows that shared a sequence part ways here.
 
-        Returns
-        -------
-        numpy.ndarray
-            `(B,)` int64 slots. Rows that shared a sequence part ways here.
+        Parameters
+        ----------
+        keys, values : torch.Tensor
+            `(H, B, D)` and `(H, B, Dv)`.
+        position : int
+            Of all of them.
         """
-        if self._next is None or self._next.room == 0:
+        if self.is_at_page_end:
             self._next = self._open_slots()
-        taken = self._next
-        slots = taken.slots
-        taken.slots, taken.room = slots + 1, taken.room - 1
+        assert self._next is not None
+        taken, self._newest = self._next, self.plain.index(self._next.slots)
+        # Counted first, so that it can be taken back wherever writing fails.
+        taken.slots, taken.room = taken.slots + 1, taken.room - 1
         self.plain.count[taken.pages] += 1
-        return slots
+        try:
+            self.plain.write_newest(self._newest, keys, values, position)
+        except BaseException:
+            self.take_back_newest()
+            raise
+
+    def take_back_newest(self) -> None:
+        """Remove the tokens that :meth:`append_newest` has just appended."""
+        taken, newest, self._newest = self._next, self._newest, None
+        if taken is not None and newest is not None:
+            taken.slots, taken.room = taken.slots - 1, taken.room + 1
+            self.plain.count[taken.pages] -= 1
+            self.plain.positions.view(-1).index_fill_(0, newest, -1)
+
+    def record_experts(self, experts: torch.Tensor) -> None:
+        """Note the primary experts `(B,)` int16 of the tokens of :meth:`append_newest`, if nothing came after them."""
+        self._follow_numbering()
+        if self._newest is not None:
+            self.plain.experts.view(-1).index_copy_(0, self._newest, experts)
+
+    def _tails(self) -> tuple[PageIds, PageIds]:
+        """Return the last window page of each row, `(B,)`, and the tokens in it, `(B,)` int64."""
+        pages = np.array([row.window[-1] for row in self.rows], dtype=np.int64)
+        return pages, self.plain.count[pages].astype(np.int64)
 
     def _open_slots(self) -> _NextSlots:
         """Give each row a window page of its own that has room."""
-        with self.plain.transaction():
+        with self.pools.transaction():
             rows = self._separate(list(range(len(self.rows))))
             full = [row for row in rows if not has_room(self.plain, row)]
             self.plain.reserve(len(full))
@@ -172,14 +211,14 @@ class PageTable:
                 make_room(self.plain, row)
         self.rows[:] = rows
         self._changed()
-        pages = np.array([row.window[-1] for row in rows], dtype=np.int64)
-        counts = self.plain.count[pages].astype(np.int64)
+        pages, counts = self._tails()
         size = self.plain.page_size
         return _NextSlots(pages, pages * size + counts, int(size - counts.max()))
 
     @property
     def is_at_page_end(self) -> bool:
-        """Whether :meth:`next_slots` has to look for window pages with room, and may need new ones."""
+        """Whether :meth:`append_newest` has to look for window pages with room, and may need new ones."""
+        self._follow_numbering()
         return self._next is None or self._next.room == 0
 
     def _separate(self, leaders: list[int]) -> list[SequencePages]:
@@ -222,41 +261,13 @@ class PageTable:
             for row, mine in new.items():
                 self.writer.append(rows[row], shards[row], mine)
             pack_full(self.pools, list(copies.values()))
-        self.rows[:] = rows
+        self.rows[:], self._newest = rows, None
         self._changed()
 
     def identical_rows(self, tokens: TokenBatch, valid: torch.Tensor | None) -> list[int]:
         """Return for each row the first row with the same past and the same new tokens; see :meth:`append`."""
         past = torch.tensor([[id(row)] for row in self.rows])
         return equal_rows([past, tokens.keys[:, :, -1]], [valid, tokens.keys, tokens.values])
-
-    def defragment(self, pool_id: PoolId) -> None:
-        """Give back the free pages of a pool, as far as pages that nobody else holds can take their place."""
-        pool = self.pools.by_id()[pool_id]
-        if isinstance(pool, TieredPool):
-            return
-        sources, targets = self._moves_to_front(pool_id)
-        if len(sources):
-            pool.move_pages(sources, targets)
-            number = np.arange(pool.capacity)
-            number[sources] = targets
-            for sequence in self.sequences():
-                sequence.renumber(pool_id, number)
-            self._changed()
-        pool.trim()
-
-    def _moves_to_front(self, pool_id: PoolId) -> tuple[PageIds, PageIds]:
-        """Return pages `(n,)` to move and where to: from the end of the pool into gaps; this table alone holds them."""
-        pool = self.pools.by_id()[pool_id]
-        refcount, own = pool.allocator.refcount, np.zeros(pool.capacity, dtype=np.int64)
-        for sequence in self.sequences():
-            own[sequence.pages(pool_id)] += 1
-        used = int(np.count_nonzero(refcount))
-        beyond = np.arange(used, pool.capacity)
-        sources = beyond[(own[beyond] > 0) & (own[beyond] == refcount[beyond])]
-        targets = np.flatnonzero(refcount[:used] == 0)
-        count = min(len(sources), len(targets))
-        return sources[:count], targets[:count]
 
     def drop_pages(self, sequence: SequencePages, pool_id: PoolId, pages: PageIds) -> None:
         """Evict pages of shards from a sequence, for all rows that share it; other holders keep theirs."""
@@ -311,9 +322,7 @@ class PageTable:
             writer.count_leaving(page_shards)
         for key, group in groups.items():
             writer.flush_page(group, shards[key])
+        if any(len(sequence.window) <= writer.sink_pages for sequence in ripe):
+            # The newest tokens have left the window with the page that they were in.
+            self._newest = None
         self._changed()
-
-
-def _release_rows(pages: LayerPools, rows: list[SequencePages]) -> None:
-    for sequence in distinct_sequences(rows):
-        pages.decref(sequence)

@@ -1,8 +1,12 @@
 """The least and largest value of each key channel of a page: what routing knows of a page without reading it."""
 
+import copy
+from typing import Self
+
 import numpy as np
 import torch
 
+from ..common.tensors import resized
 from .types import PageIds
 
 
@@ -57,13 +61,15 @@ class KeyBounds:
         """Bytes kept outside of tensors."""
         return self.known.nbytes
 
-    def resize(self, pages: int) -> None:
-        """Follow the pool to another number of pages."""
-        kept = min(pages, self.ends.shape[1])
-        ends = self.ends.new_zeros((self.ends.shape[0], pages, self.ends.shape[2]))
-        ends[:, :kept] = self.ends[:, :kept]
-        self.ends = ends
-        self.known = np.append(self.known[:kept], np.zeros(pages - kept, dtype=np.bool_))
+    def resized(self, pages: int, kept: PageIds, index: torch.Tensor | int) -> Self:
+        """Return the bounds of a pool of so many pages, of which the first are those `kept` `(n,)`.
+
+        `index` are the same numbers on the device, or n if these are `0..n-1`.
+        """
+        new = copy.copy(self)
+        new.ends = resized(self.ends, pages, 1, index)
+        new.known = np.append(self.known[kept], np.zeros(pages - len(kept), dtype=np.bool_))
+        return new
 
     def reset(self, ids: PageIds) -> None:
         """Forget the bounds of pages that get other tokens."""
@@ -73,8 +79,3 @@ class KeyBounds:
         """Let a copied page have the bounds of the page it is a copy of."""
         self.ends[:, new] = self.ends[:, page]
         self.known[new] = self.known[page]
-
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Follow pages `(n,)` to other numbers."""
-        self.ends.index_copy_(1, target, self.ends.index_select(1, source))
-        self.known[target.cpu().numpy()] = self.known[source.cpu().numpy()]

@@ -48,10 +48,11 @@ class PageAllocator:
         free[: len(self._spared)] &= ~self._spared
         return free
 
-    def resize(self, pages: int) -> None:
-        """Add free pages at the end, or take away those from number `pages` on."""
-        kept = self.refcount[:pages]
-        self.refcount = np.append(kept, np.zeros(pages - len(kept), dtype=np.int32))
+    def resize(self, pages: int, kept: PageIds | None = None) -> None:
+        """Have so many pages: those `kept` `(n,)`, by default all, in this order, then free ones."""
+        held = self.refcount if kept is None else self.refcount[kept]
+        self.refcount = np.append(held, np.zeros(pages - len(held), dtype=np.int32))
+        self.allocations += 1
 
     def allocate(self, pages: int, after: int = -1, holders: int = 1) -> PageIds:
         """Take free pages, side by side where possible.
@@ -93,12 +94,6 @@ class PageAllocator:
         """Let `holders` of the sequences that refer to a page refer to its copy instead."""
         self.refcount[copy] = holders
         self.refcount[page] -= holders
-
-    def renumber(self, sources: PageIds, targets: PageIds) -> None:
-        """Move the references of pages `(n,)` to free pages `(n,)`; the former are free then."""
-        self.refcount[targets] = self.refcount[sources]
-        self.refcount[sources] = 0
-        self.allocations += 1
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from ..common.kv import KV
-from ..common.tensors import extended
+from ..common.tensors import resized
 from .key_bounds import KeyBounds
 from .page_allocator import PageAllocator
 from .types import PageIds
@@ -18,6 +18,9 @@ from .usage_counters import UsageCounters
 
 #: A pool that runs out of pages grows by a share of its size, at least by this many pages.
 MIN_GROWTH = 4
+
+#: A pool has at most this share of its pages in use in free ones, once what freed them is over.
+MAX_FREE = 1 / 5
 
 #: The most bytes that the host keeps of a page: counts, errors, and its number in a table.
 HOST_BYTES_PER_PAGE = 48
@@ -138,16 +141,16 @@ class PagePool(ABC):
     def keep_usage(self, now: int) -> None:
         """Count the attention that pages take from step `now` on."""
         if self.usage is None:
-            self.usage = UsageCounters(self.device)
-            self.usage.now = now
-            self.usage.resize(self.capacity)
-            self.usage.reset(np.arange(self.capacity))
+            every = np.arange(self.capacity)
+            usage = UsageCounters(self.device).resized(self.capacity, every[:0], 0)
+            usage.now = now
+            usage.reset(every)
+            self.usage = usage
 
     def keep_bounds(self) -> None:
         """Have a place for the bounds of all pages from now on, so that their bytes count."""
         if self.bounds is None and (bounds := self._new_bounds()) is not None:
-            bounds.resize(self.capacity)
-            self.bounds = bounds
+            self.bounds = bounds.resized(self.capacity, np.arange(0), 0)
 
     def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bounds of the keys of all pages, known at least for those at `ids`.
@@ -207,32 +210,34 @@ class PagePool(ABC):
         return self.allocator.refcount.nbytes + arrays + sum(each.host_bytes for each in self._kept_beside())
 
     def _grow(self, extra: int) -> None:
-        old = self.capacity
-        grown = [extended(tensor, extra, 1) for tensor in self._page_tensors()]
-        positions, experts = extended(self.positions, extra, 0), extended(self.experts, extra, 0)
-        if grown:
-            self._replace_tokens(grown)
-        self.positions, self.experts = positions, experts
-        self.positions[old:] = -1
-        self.experts[old:] = -1
+        self._resize(self.capacity + extra, np.arange(self.capacity))
+
+    def _resize(self, pages: int, kept: PageIds) -> None:
+        """Have so many pages: those `kept` `(n,)`, ascending, as pages `0..n-1`, then free ones.
+
+        Whatever may fail for want of memory comes before anything changes.
+        """
+        first = len(kept)
+        index = first if first == 0 or kept[-1] == first - 1 else self.index(kept)
+        tokens = [resized(tensor, pages, 1, index) for tensor in self._page_tensors()]
+        positions, experts = (resized(each, pages, 0, index) for each in (self.positions, self.experts))
+        positions[first:], experts[first:] = -1, -1
+        bounds = None if self.bounds is None else self.bounds.resized(pages, kept, index)
+        usage = None if self.usage is None else self.usage.resized(pages, kept, index)
+        arrays = {}
         for name, entry in self.new_page.items():
-            new = np.full((extra, *np.shape(entry)), entry, dtype=entry.dtype)
-            setattr(self, name, np.append(getattr(self, name), new, axis=0))
-        self._resize_beside()
+            new = np.full((pages - first, *np.shape(entry)), entry, dtype=entry.dtype)
+            arrays[name] = np.append(getattr(self, name)[kept], new, axis=0)
+        if tokens:
+            self._replace_tokens(tokens)
+        self.positions, self.experts, self.bounds, self.usage = positions, experts, bounds, usage
+        for name, array in arrays.items():
+            setattr(self, name, array)
+        self._resize_beside(pages, kept)
 
-    def _cut(self, end: int) -> None:
-        """Give back the pages from number `end` on."""
-        if trimmed := [tensor[:, :end].clone() for tensor in self._page_tensors()]:
-            self._replace_tokens(trimmed)
-        self.positions, self.experts = self.positions[:end].clone(), self.experts[:end].clone()
-        for name in self.new_page:
-            setattr(self, name, getattr(self, name)[:end].copy())
-        self._resize_beside()
-
-    def _resize_beside(self) -> None:
-        self.allocator.resize(self.capacity)
-        for each in self._kept_beside():
-            each.resize(self.capacity)
+    def _resize_beside(self, pages: int, kept: PageIds) -> None:
+        """Follow :meth:`_resize` with what is kept elsewhere by page number; this does not fail."""
+        self.allocator.resize(pages, kept)
 
     def reserve(self, pages: int) -> None:
         """Make sure that `pages` can be allocated without growing. Out of memory leaves the pool as it was.
@@ -244,9 +249,8 @@ class PagePool(ABC):
         """
         missing = pages - self.allocator.free_pages
         if missing > 0:
-            # The first reservation is exact (a prompt whose size is known); later ones leave room for what follows.
-            slack = max(MIN_GROWTH, int(self.capacity * self.growth)) if self.capacity else 0
-            extra = max(missing, slack)
+            # Later reservations leave room for what follows.
+            extra = max(missing, self._slack(self.capacity))
             if self.growth_limit is not None:
                 most = max(0, self.growth_limit() // self.full_page_bytes)
                 if missing > most:
@@ -254,12 +258,49 @@ class PagePool(ABC):
                 extra = min(extra, most)
             self._grow(extra)
 
-    def trim(self) -> None:
-        """Give back the free pages at the end."""
-        used = np.flatnonzero(~self.allocator.free_mask())
-        end = int(used[-1]) + 1 if len(used) else 0
-        if end < self.capacity:
-            self._cut(end)
+    def compact(self) -> PageIds | None:
+        """Give back all free pages: those in use move together, in the order of their numbers.
+
+        Not while a transaction runs. Out of memory leaves the pool as it was.
+
+        Returns
+        -------
+        numpy.ndarray or None
+            `(N,)` int64, the new number of each page in use, by its old one; None if pages keep their numbers.
+        """
+        return self._compact(0)
+
+    def give_back(self, rows: int) -> PageIds | None:
+        """Give back free pages if these are many, see :meth:`_kept_free`; return what :meth:`compact` does."""
+        used = int(np.count_nonzero(self.allocator.refcount))
+        return self._compact(self._kept_free(used, self.capacity, rows))
+
+    def _compact(self, spare: int) -> PageIds | None:
+        assert not self.allocator.spares_pages, "pages that a transaction may want back keep their numbers"
+        used = np.flatnonzero(self.allocator.refcount)
+        if (pages := len(used) + spare) >= (before := self.capacity):
+            return None
+        self._resize(pages, used)
+        number = np.full(before, -1, dtype=np.int64)
+        number[used] = np.arange(len(used))
+        return number
+
+    def _kept_free(self, used: int, capacity: int, rows: int) -> int:
+        """Return how many free entries to keep of those that there are beside `used` ones: all, unless they are many.
+
+        Many are more than a fifth of those in use, and more than two for each of `rows` sequences (one that leaves the
+        window, one that a draft had begun) beside what is kept then, which is what growth would bring. So entries that
+        were copied together are not copied again before an eighth as many have become free, or two for each row: giving
+        a page back costs at most eight page copies, and a sequence that goes forwards and backwards by less than a
+        page, as in assisted decoding, causes none.
+        """
+        spare = self._slack(used)
+        most = max(spare + 2 * rows, int(used * MAX_FREE)) if used else 0
+        return spare if capacity - used > most else capacity - used
+
+    def _slack(self, pages: int) -> int:
+        """Return by how many pages a pool of so many grows: the first reservation is exact, a prompt of known size."""
+        return max(MIN_GROWTH, int(pages * self.growth)) if pages else 0
 
     # Pages and those who refer to them
 
@@ -314,20 +355,6 @@ class PagePool(ABC):
         copy = self.copy_page(page)
         self.allocator.hand_over(page, copy, holders)
         return copy
-
-    def move_pages(self, sources: PageIds, targets: PageIds) -> None:
-        """Give pages `(n,)` other numbers, of pages that are free; those that they had are free then."""
-        source, target = self.index(sources), self.index(targets)
-        for tensor in self._page_tensors():
-            tensor.index_copy_(1, target, tensor.index_select(1, source))
-        self.positions[target], self.experts[target] = self.positions[source], self.experts[source]
-        for name in self.new_page:
-            array = getattr(self, name)
-            array[targets] = array[sources]
-        for each in self._kept_beside():
-            each.move(source, target)
-        self.allocator.renumber(sources, targets)
-        self.count[sources] = 0
 
     def clear_free(self, ids: PageIds) -> None:
         """Clear what earlier tokens left in free pages; floating-point K/V too, since a masked NaN is a NaN."""

@@ -1,8 +1,12 @@
 """How much attention each page took, and when: what scheduling knows of a page."""
 
+import copy
+from typing import Self
+
 import numpy as np
 import torch
 
+from ..common.tensors import resized
 from .types import PageIds
 
 #: Steps after which a share of the attention counts half.
@@ -43,14 +47,14 @@ class UsageCounters:
         """Bytes kept outside of tensors."""
         return 0
 
-    def resize(self, pages: int) -> None:
-        """Follow the pool to another number of pages."""
-        kept = min(pages, self.shares.shape[1])
-        for name in ("shares", "steps"):
-            old = getattr(self, name)
-            new = old.new_zeros((len(old), pages))
-            new[:, :kept] = old[:, :kept]
-            setattr(self, name, new)
+    def resized(self, pages: int, kept: PageIds, index: torch.Tensor | int) -> Self:
+        """Return the statistics of a pool of so many pages, of which the first are those `kept` `(n,)`.
+
+        `index` are the same numbers on the device, or n if these are `0..n-1`.
+        """
+        new = copy.copy(self)
+        new.shares, new.steps = (resized(each, pages, 1, index) for each in (self.shares, self.steps))
+        return new
 
     def snapshot(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what :meth:`restore` needs."""
@@ -72,10 +76,6 @@ class UsageCounters:
     def copy(self, page: int, new: int) -> None:
         """Let a copied page have the statistics of the page it is a copy of."""
         self.shares[:, new], self.steps[:, new] = self.shares[:, page], self.steps[:, page]
-
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Follow pages `(n,)` to other numbers."""
-        self.copy_from(self, source, target)
 
     def copy_from(self, other: "UsageCounters", source: torch.Tensor, index: torch.Tensor) -> None:
         """Give pages `index` the statistics of pages `source` of another pool, both `(n,)`."""

@@ -93,7 +93,7 @@ def evict_bytes(rules: EvictionRules, table: PageTable, pool_ids: Sequence[PoolI
             break
     before = table.pools.nbytes
     for pool_id in pool_ids:
-        table.defragment(pool_id)
+        table.pools.compact(pool_id)
     return table.pools.nbytes < before
 
 

@@ -1,7 +1,10 @@
 """The bounds of packed keys, kept where they can be read when their pages cannot."""
 
+from typing import Self
+
 import torch
 
+from ..common.tensors import resized
 from ..pages.key_bounds import KeyBounds
 from ..pages.types import PageIds
 
@@ -44,13 +47,11 @@ class CodeBounds(KeyBounds):
         """Return the tensors that hold memory."""
         return [self.ends, self.spreads]
 
-    def resize(self, pages: int) -> None:
-        """Follow the pool to another number of pages."""
-        super().resize(pages)
-        kept = min(pages, self.spreads.shape[1])
-        spreads = self.spreads.new_zeros((self.spreads.shape[0], pages, self.dim))
-        spreads[:, :kept] = self.spreads[:, :kept]
-        self.spreads = spreads
+    def resized(self, pages: int, kept: PageIds, index: torch.Tensor | int) -> Self:
+        """Return the bounds of a pool of so many pages; see :meth:`KeyBounds.resized`."""
+        new = super().resized(pages, kept, index)
+        new.spreads = resized(self.spreads, pages, 1, index)
+        return new
 
     def copy(self, page: int, new: int) -> None:
         """Let a copied page have the bounds of the page it is a copy of."""

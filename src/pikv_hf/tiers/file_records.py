@@ -76,8 +76,8 @@ class Records:
 
     Attributes
     ----------
-    pages, numbers : numpy.ndarray
-        `(n,)` int64, the pages and their records.
+    pages, numbers, written_as : numpy.ndarray
+        `(n,)` int64, the pages, their records, and the pages that these name: pages may have got other numbers since.
     record_bytes, fingerprint : int
         What a record must have.
     """
@@ -85,6 +85,7 @@ class Records:
     _handle: FileHandle
     pages: np.ndarray
     numbers: np.ndarray
+    written_as: np.ndarray
     record_bytes: int
     fingerprint: int
 
@@ -139,7 +140,7 @@ class Records:
     def _check(self, index: int, record: np.ndarray) -> None:
         path, page = self._handle.path, int(self.pages[index])
         checksum, number, of_page, fingerprint = record[:RECORD_HEADER_BYTES].view(np.uint64).tolist()
-        expected = int(self.numbers[index]), page, self.fingerprint
+        expected = int(self.numbers[index]), int(self.written_as[index]), self.fingerprint
         if (number, of_page, fingerprint) != expected:
             raise PageFileError(
                 path,

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from ..common.tensors import extended
+from ..common.tensors import resized
 from ..pages.packed_pool import PACKED_GROWTH
 from ..pages.page_pool import MIN_GROWTH
 from ..pages.types import PageIds
@@ -76,11 +76,13 @@ class FrameTable:
         """Bytes of the arrays."""
         return self.frame_of.nbytes + self.page_of.nbytes + self.last_use.nbytes
 
-    def resize(self, pages: int) -> None:
-        """Follow the pool to another number of pages; those that go have no frame."""
-        extra = max(0, pages - len(self.frame_of))
-        self.frame_of = np.append(self.frame_of[:pages], np.full(extra, -1, dtype=np.int64))
-        self.last_use = np.append(self.last_use[:pages], np.zeros(extra, dtype=np.int64))
+    def resize(self, pages: int, kept: PageIds) -> None:
+        """Follow the pool to another number of pages, of which the first are those `kept`; others have no frame."""
+        extra = pages - len(kept)
+        self.frame_of = np.append(self.frame_of[kept], np.full(extra, -1, dtype=np.int64))
+        self.last_use = np.append(self.last_use[kept], np.zeros(extra, dtype=np.int64))
+        framed = np.flatnonzero(self.frame_of >= 0)
+        self.page_of[self.frame_of[framed]] = framed
         self._on_device = None
 
     def on_device(self) -> torch.Tensor:
@@ -145,18 +147,15 @@ class FrameTable:
         extra = min(wanted, self._room)
         if extra <= 0:
             return tensors
-        larger = [extended(tensor, extra, 1) for tensor in tensors]
+        larger = [resized(tensor, len(self) + extra, 1, len(self)) for tensor in tensors]
         self.page_of = np.append(self.page_of, np.full(extra, -1, dtype=np.int64))
         return larger
 
     def resized(self, tensors: list[torch.Tensor], count: int) -> list[torch.Tensor]:
         """Return tensors of `count` frames, which the pages that are in frames fit into."""
         used = np.flatnonzero(self.page_of >= 0)
-        index, replaced = self._index(used), []
-        for tensor in tensors:
-            new = tensor.new_zeros((tensor.shape[0], count, *tensor.shape[2:]))
-            new[:, : len(used)] = tensor.index_select(1, index)
-            replaced.append(new)
+        index = self._index(used)
+        replaced = [resized(tensor, count, 1, index) for tensor in tensors]
         pages = self.page_of[used]
         self.page_of = np.append(pages, np.full(count - len(used), -1, dtype=np.int64))
         self.frame_of[pages] = np.arange(len(pages))

@@ -234,12 +234,24 @@ class LowerTiers:
         for file, own in by_file.values():
             file.discard(own)
 
+    def renumber(self, kept: PageIds) -> None:
+        """Follow pages to other numbers: `kept` `(n,)` are pages `0..n-1` from now on, and there are no others."""
+        number = {old: new for new, old in enumerate(kept.tolist()) if old != new}
+        if not number:
+            return
+        self._file_of = {number.get(page, page): file for page, file in self._file_of.items()}
+        for file in self._files.values():
+            file.renumber(number)
+        if self._rows is not None:
+            self._rows.renumber(number)
+        self.prefetched.renumber(number)
+
     @property
     def dead_bytes(self) -> int:
-        """Bytes of files that :meth:`rewrite_files` gives back."""
+        """Bytes of files that :meth:`compact` gives back."""
         return sum(file.dead_bytes for file in self._files.values())
 
-    def rewrite_files(self) -> None:
+    def compact(self) -> None:
         """Shorten files to the records in use; files without any go."""
         for shard, file in list(self._files.items()):
             if not len(file):
@@ -247,6 +259,16 @@ class LowerTiers:
                 del self._files[shard]
             elif file.dead_bytes:
                 file.rewrite()
+
+    def give_back(self) -> None:
+        """Shorten files, and move rows of the host's memory together, where much of them is of pages that are gone."""
+        for shard, file in list(self._files.items()):
+            if not len(file):
+                del self._files[shard]
+            else:
+                file.give_back()
+        if self._rows is not None:
+            self._rows.give_back()
 
     def _moved(self, source: str, target: str, pages: int) -> None:
         self._tiers.counters.moved[source, target] += pages * self.layout.nbytes

@@ -10,11 +10,12 @@ end is read back as something else, and its checksum tells.
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..pages.page_pool import MAX_FREE
 from .file_records import (
     HEADER_BYTES,
     RECORD_HEADER_BYTES,
@@ -25,7 +26,7 @@ from .file_records import (
     make_records,
 )
 
-#: A file is rewritten when more than half of its records, and more bytes than this, belong to pages that are gone.
+#: A file is rewritten when more bytes than this, and than a fifth of those in use, belong to pages that are gone.
 REWRITE_BYTES = 1 << 20
 
 # A rewrite moves so many bytes at a time.
@@ -57,6 +58,8 @@ class PageFile:
         self.fingerprint = fingerprint
         self._generations = itertools.count(1)
         self._index: dict[int, int] = {}
+        # What the records of pages that got other numbers say they were.
+        self._renumbered: dict[int, int] = {}
         self._written = 0
         # After a rewrite that failed the next one waits until there is more to gain.
         self._rewrite_beyond = REWRITE_BYTES
@@ -108,7 +111,8 @@ class PageFile:
         """Return where the records of pages are, to be read now or by another thread."""
         pages = np.asarray(pages, dtype=np.int64)
         numbers = np.array([self._index[page] for page in pages.tolist()], dtype=np.int64)
-        return Records(self._handle, pages, numbers, self.record_bytes, self.fingerprint)
+        written_as = np.array([self._renumbered.get(page, page) for page in pages.tolist()], dtype=np.int64)
+        return Records(self._handle, pages, numbers, written_as, self.record_bytes, self.fingerprint)
 
     def read(self, pages: Sequence[int] | np.ndarray) -> np.ndarray:
         """Return the bytes of pages, `(n, page_bytes)` uint8; see :meth:`Records.read`."""
@@ -117,10 +121,20 @@ class PageFile:
         return records[:, RECORD_HEADER_BYTES:]
 
     def discard(self, pages: Iterable[int]) -> None:
-        """Forget the records of pages that are gone; the file is rewritten once most of it is of such."""
+        """Forget the records of pages that are gone."""
         for page in pages:
             self._index.pop(page, None)
-        if self.dead_bytes > self._rewrite_beyond and 2 * len(self._index) < self._written and not self.rewrite():
+            self._renumbered.pop(page, None)
+
+    def renumber(self, number: Mapping[int, int]) -> None:
+        """Follow pages to other numbers, by old one; others keep theirs."""
+        self._renumbered = {number.get(page, page): self._renumbered.get(page, page) for page in self._index}
+        self._index = {number.get(page, page): record for page, record in self._index.items()}
+
+    def give_back(self) -> None:
+        """Rewrite the file if much of it is of pages that are gone."""
+        used = len(self._index) * self.record_bytes
+        if self.dead_bytes > max(self._rewrite_beyond, used * MAX_FREE) and not self.rewrite():
             self._rewrite_beyond = 2 * self.dead_bytes
 
     def rewrite(self) -> bool:
@@ -139,6 +153,7 @@ class PageFile:
             return False
         old, self._handle = self._handle, moved
         self._index = {page: number for number, page in enumerate(pages)}
+        self._renumbered = {}
         self._written = len(pages)
         self._rewrite_beyond = REWRITE_BYTES
         # Open descriptors go on reading; only the name goes.

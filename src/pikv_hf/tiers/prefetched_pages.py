@@ -1,7 +1,7 @@
 """Prefetched pages: the thread that reads files before a page is needed, and what is on its way to the device."""
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -112,6 +112,10 @@ class Prefetched:
                 records = records.index_select(0, torch.tensor(rows, device=records.device))
             self._counters.used += len(mine)
             yield tier, mine, records
+
+    def renumber(self, number: Mapping[int, int]) -> None:
+        """Follow pages to other numbers, by old one; others keep theirs."""
+        self._coming = {number.get(page, page): where for page, where in self._coming.items()}
 
     def forget(self, pages: Iterable[int] | None = None) -> None:
         """Give up pages, by default all; they count as wasted."""

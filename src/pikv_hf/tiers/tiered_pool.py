@@ -74,9 +74,10 @@ class TieredPool(PackedPool):
     def _page_tensors(self) -> list[torch.Tensor]:
         return []
 
-    def _resize_beside(self) -> None:
-        super()._resize_beside()
-        self.frames.resize(self.capacity)
+    def _resize_beside(self, pages: int, kept: PageIds) -> None:
+        super()._resize_beside(pages, kept)
+        self.frames.resize(pages, kept)
+        self.lower.renumber(kept)
 
     def _new_bounds(self) -> KeyBounds | None:
         if self._codes_have_bounds:
@@ -112,12 +113,24 @@ class TieredPool(PackedPool):
         self._reclaim()
         self._grow_frames(pages)
 
-    def trim(self) -> None:
-        """Give back the free pages at the end, and all free frames."""
+    def compact(self) -> PageIds | None:
+        """Give back all free pages and frames, and what slower tiers have for pages that are gone."""
         self._reclaim()
-        super().trim()
-        if self.frames.free:
-            self._set_frames(self.frames_made - self.frames.free)
+        self._keep_free_frames(0)
+        self.lower.compact()
+        return super().compact()
+
+    def give_back(self, rows: int) -> PageIds | None:
+        """Give back free pages, frames, and what slower tiers have for pages that are gone, where that is much."""
+        self._reclaim()
+        made = self.frames_made
+        self._keep_free_frames(self._kept_free(made - self.frames.free, made, rows))
+        self.lower.give_back()
+        return super().give_back(rows)
+
+    def _keep_free_frames(self, count: int) -> None:
+        if self.frames.free > count:
+            self._set_frames(self.frames_made - self.frames.free + count)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
         """Take free pages; see :meth:`PagePool.allocate`."""
@@ -374,14 +387,14 @@ class TieredPool(PackedPool):
         """Shorten files by the pages that are gone, and with `copies` by those that are in fast memory too."""
         if copies:
             self.lower.forget_records(np.flatnonzero((self.frames.frame_of >= 0) & ~self._leaving).tolist())
-        self.lower.rewrite_files()
+        self.lower.compact()
 
     def retire(self) -> None:
         """Give back what the pool holds of the tiers; it is not used again, though an error may still refer to it."""
         self._drop(np.arange(self.capacity))
         self.allocator.refcount[:] = self.count[:] = 0
         self._set_frames(0)
-        self.lower.rewrite_files()
+        self.lower.compact()
         self.tiers.remove(self)
 
     def shrink(self, frames: int) -> None:
