@@ -1,8 +1,8 @@
 """Evaluation of caches and presses: the command line, tasks, runs and reports, benchmarks, the demo, the bundled model.
 
 Models, caches and presses by name come in; scores, bytes and times go out, as result folders, tables and figures.
-Imports go down: studies and training; cli; bench, demo and report; runner; tasks; metrics and reference; errors and
-provenance. gpu stands apart. All of it may import the presses and the cache, which know nothing of it.
+Imports go down: studies and training; cli; bench, demo and report; runner; tasks; metrics and reference; hub, output
+files; errors and provenance. gpu stands apart. All may import the presses and the cache, which know nothing of it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -22,6 +22,17 @@ def user_input(what: str) -> Iterator[None]:
         raise
     # AssertionError is what torch raises for CUDA devices where it was built without CUDA.
     except (OSError, ValueError, TypeError, ImportError, RuntimeError, AssertionError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        lines = reason.strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{what}: {lines[0]}") from error
+        raise InputError(f"{what}: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Return the first line of what an error says, or its type if it says nothing."""
+    said = getattr(error, "strerror", None) or str(error)
+    return (said.strip().splitlines() or [type(error).__name__])[0]
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory was not enough; torch's has no class of its own on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

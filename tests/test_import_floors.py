@@ -27,6 +27,7 @@ FLOORS = """
 .eval.tasks.frame
 .eval.tasks.sample
 .eval.metrics .eval.reference
+.eval.hub .eval.output_files
 .eval.errors .eval.provenance
 .presses
 .

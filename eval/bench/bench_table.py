@@ -13,7 +13,9 @@ from rich.table import Table
 
 from pikv_hf.reports.memory_report import format_bytes
 
+from ..output_files import check_output_file, write_file
 from ..provenance import provenance
+from ..runner.refusals import refusals
 from .decode import Comparison
 
 if TYPE_CHECKING:
@@ -61,21 +63,26 @@ def show(
         A JSON file to write, with machine, versions and command.
     line, table : callable
         Show one case, and all of them.
+
+    Raises
+    ------
+    InputError
+        If the file cannot be written, or a cache or press refuses what it was asked.
     """
+    check_output_file(output, "--output")
     torch.set_num_threads(threads)
     console = Console(log_path=False, highlight=False)
     if not console.is_terminal:
         console.width = WIDTH
     done = []
-    with console.status("measuring"):
+    with console.status("measuring"), refusals("cannot measure"):
         for case in cases:
             done.append(case)
             console.log(line(case))
     console.print(table(done))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         result = {**provenance(), "results": [dataclasses.asdict(each) for each in done]}
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_file(output, json.dumps(result, indent=2) + "\n")
         console.print(f"written to {output}", soft_wrap=True)
 
 

@@ -1,6 +1,7 @@
 """Measure a cache that several processes keep together, its speed, memory and traffic, against one process."""
 
 import dataclasses
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -74,8 +75,19 @@ def run_processes(
     for tokens in contexts:
         for batch in batches:
             with tempfile.TemporaryDirectory() as folder:
-                spawn(_measure, args=(processes, batch, tokens, seconds, folder), nprocs=processes)
+                _run_all(processes, (processes, batch, tokens, seconds, folder))
                 yield torch.load(Path(folder) / "case.pt", weights_only=False)
+
+
+def _run_all(processes: int, arguments: tuple[Any, ...]) -> None:
+    """Run `_measure` in all processes. Ctrl-C reaches this process alone, whose end is theirs."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        running = spawn(_measure, args=arguments, nprocs=processes, join=False, daemon=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    while not running.join():
+        pass
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from pikv_hf.config import CODECS, PiKVConfig
-from pikv_hf.eval.cli.failure import failure, one_line_errors
-from pikv_hf.eval.errors import user_input
+from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.runner.options import MOST_THREADS
 
 app = typer.Typer(help="Measure the cache against transformers' DynamicCache in the same run.", no_args_is_help=True)
 
@@ -15,21 +15,23 @@ app = typer.Typer(help="Measure the cache against transformers' DynamicCache in 
 @app.command()
 def decode(
     device: Annotated[str, typer.Option(help="Where to measure; cpu is the only choice in this release.")] = "cpu",
-    contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Cached tokens; may be repeated.")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Rows; may be repeated.")] = None,
     codecs: Annotated[
         list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated, or be all.")
     ] = None,
     routing: Annotated[str, typer.Option(help="Which pages are read: all, or a policy.")] = "all",
-    max_pages: Annotated[int, typer.Option(help="Of full pages, the most that a KV head reads.")] = 64,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    max_pages: Annotated[int, typer.Option(min=1, help="Of full pages, the most that a KV head reads.")] = 64,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """One decoding step of one layer: 32 query and 4 KV heads, head dim 128, fp32, expert placement."""
     if device != "cpu":
-        raise failure(f"--device must be cpu in this release, got {device!r}; `make gpu-check` measures on a GPU")
+        raise InputError(f"--device must be cpu in this release, got {device!r}; `make gpu-check` measures on a GPU")
     names = list(CODECS) if codecs == ["all"] else codecs or ["none"]
-    with one_line_errors(), user_input("invalid option"):
+    with user_input("invalid option"):
         for name in names:
             PiKVConfig(key_codec=name, routing=routing, max_pages=max_pages)
     from pikv_hf.eval.bench.bench_table import run_and_show
@@ -42,9 +44,9 @@ def decode(
 
 @app.command()
 def reorder(
-    beams: Annotated[int, typer.Option(help="Rows.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Cached tokens of each row.")] = 32768,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    beams: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
+    tokens: Annotated[int, typer.Option(min=1, help="Cached tokens of each row.")] = 32768,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Beam reordering of one layer, for beams of one prompt and for rows that share nothing."""
@@ -56,8 +58,8 @@ def reorder(
 
 @app.command()
 def prefill(
-    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8192,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 8192,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """A prompt through a model of two layers, from embeddings to stored pages."""
@@ -69,33 +71,32 @@ def prefill(
 
 @app.command()
 def press(
-    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 8192,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 8192,
     ratio: Annotated[float, typer.Option(help="Share of the cache that presses remove.")] = 0.75,
     presses: Annotated[
         list[str] | None, typer.Option("--press", help="Only this one, any that pikv eval takes; may be repeated.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Rounds in which every press reads the prompt once.")] = 5,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every press reads the prompt once.")] = 5,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """What each press of this project adds to the prefill of a model of two layers on PiKVCache."""
     from pikv_hf.eval.bench.bench_table import run_and_show_presses
     from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
 
-    with one_line_errors():
-        timings = run_presses(tokens, ratio, repeats, presses or PRESSES)
+    timings = run_presses(tokens, ratio, repeats, presses or PRESSES)
     run_and_show_presses(timings, threads, output)
 
 
 @app.command()
 def generate(
-    tokens: Annotated[int, typer.Option(help="To generate.")] = 4096,
-    prompt: Annotated[int, typer.Option(help="Length of the prompt.")] = 1024,
-    budget: Annotated[int, typer.Option(help="Tokens that each layer may keep.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1024, help="To generate.")] = 4096,
+    prompt: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 1024,
+    budget: Annotated[int, typer.Option(min=1, help="Tokens that each layer may keep.")] = 1024,
     schedulers: Annotated[
         list[str] | None, typer.Option("--scheduler", help="Which pages go first; may be repeated.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """A long generation under a budget: is a late step as fast, and the cache as small, as an early one."""
@@ -107,13 +108,13 @@ def generate(
 
 @app.command()
 def chunks(
-    tokens: Annotated[int, typer.Option(help="Length of the prompt.")] = 32768,
-    chunk: Annotated[int, typer.Option(help="Tokens per call.")] = 1024,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 32768,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens per call.")] = 1024,
     budget: Annotated[float, typer.Option(help="Share of the tokens that may be kept.")] = 0.25,
     schedulers: Annotated[
         list[str] | None, typer.Option("--scheduler", help="Which pages go first; may be repeated.")
     ] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """A prompt read in chunks under a budget: the most bytes that the cache ever takes."""
@@ -124,29 +125,31 @@ def chunks(
 
 
 def _check_schedulers(names: list[str] | None) -> None:
-    with one_line_errors(), user_input("invalid --scheduler"):
+    with user_input("invalid --scheduler"):
         for name in names or ():
             PiKVConfig(budget=0.5, scheduler=name)
 
 
 @app.command()
 def load(
-    tokens: Annotated[int, typer.Option(help="Length of the context.")] = 32768,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the context.")] = 32768,
     codecs: Annotated[
         list[str] | None, typer.Option("--codec", help="Codec of keys and values; may be repeated.")
     ] = None,
-    layers: Annotated[int, typer.Option(help="Of the model.")] = 2,
-    chunk: Annotated[int | None, typer.Option(help="Tokens read per call; by default all at once.")] = None,
-    repeats: Annotated[int, typer.Option(help="Times that a file is saved and loaded.")] = 5,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model.")] = 2,
+    chunk: Annotated[int | None, typer.Option(min=1, help="Tokens read per call; by default all at once.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that a file is saved and loaded.")] = 5,
     directory: Annotated[Path | None, typer.Option(help="Where the file goes; by default a temporary one.")] = None,
-    threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Saving and loading the cache of a context, against reading the context again."""
     names = codecs or ["none", "int4"]
-    with one_line_errors(), user_input("invalid option"):
+    with user_input("invalid option"):
         for name in names:
             PiKVConfig(key_codec=name)
+    if directory is not None and not directory.is_dir():
+        raise InputError(f"--directory {directory}: no such folder")
     from pikv_hf.eval.bench.saved_cache import run_and_show_loads, run_load
 
     run_and_show_loads(run_load(tokens, names, layers, repeats, chunk, directory), threads, output)
@@ -154,14 +157,14 @@ def load(
 
 @app.command()
 def processes(
-    count: Annotated[int, typer.Option("--processes", help="Gloo processes, of one thread each.")] = 2,
-    contexts: Annotated[list[int] | None, typer.Option("--tokens", help="Cached tokens; may be repeated.")] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", help="Rows; may be repeated.")] = None,
+    count: Annotated[int, typer.Option("--processes", min=2, max=64, help="Gloo processes, of one thread each.")] = 2,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Cached tokens; may be repeated.")
+    ] = None,
+    batches: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Rows; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """One decoding step of one layer whose shards are spread over processes, against one process of one thread."""
-    if count < 2:
-        raise failure(f"--processes must be at least 2, got {count}")
     from pikv_hf.eval.bench.processes import run_and_show_processes, run_processes
 
     run_and_show_processes(run_processes(count, contexts or (512, 4096, 32768, 131072), batches or (1,)), output)

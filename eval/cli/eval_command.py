@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pikv_hf.eval.cli.failure import one_line_errors
+from pikv_hf.eval.cli.command_group import CommandGroup
 from pikv_hf.eval.runner.options import EvalOptions, read_options
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 app = typer.Typer(
-    help="Measure accuracy, live bytes and speed of a cache, with or without a press.", no_args_is_help=True
+    cls=CommandGroup,
+    help="Measure accuracy, live bytes and speed of a cache, with or without a press.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 _DEFAULT = EvalOptions(suite="ruler")
 
@@ -166,30 +169,31 @@ def run_file(
 
     A run that fails is named, and the others go on; the exit status is then 1.
     """
-    with one_line_errors():
-        runs = read_options(file)
-    _evaluate(runs, output, overwrite, quiet)
+    _evaluate(read_options(file), output, overwrite, quiet)
 
 
 def _run(suite: str, *, output: Path, overwrite: bool, quiet: bool, **given: Any) -> None:
     """Run one evaluation from a command's options; those left out keep the defaults of `EvalOptions`."""
-    with one_line_errors():
-        options = EvalOptions.from_dict({"suite": suite} | {k: v for k, v in given.items() if v is not None})
+    options = EvalOptions.from_dict({"suite": suite} | {k: v for k, v in given.items() if v is not None})
     _evaluate([options], output, overwrite, quiet)
 
 
 def _evaluate(runs: "Sequence[EvalOptions]", output: Path, overwrite: bool, quiet: bool) -> None:
+    from pikv_hf.eval.report.summary_file import read_summary
     from pikv_hf.eval.runner.api import FailedRun, run_all
+    from pikv_hf.eval.runner.folder import SUMMARY
     from pikv_hf.eval.runner.run_view import show, show_failures
 
     failures = []
-    with one_line_errors():
-        for result in run_all(runs, output, overwrite=overwrite, progress=not quiet):
-            if isinstance(result, FailedRun):
-                failures.append(result)
-                show_failures([result])
-            else:
-                show(result)
+    for result in run_all(runs, output, overwrite=overwrite, progress=not quiet):
+        if isinstance(result, FailedRun):
+            failures.append(result)
+            show_failures([result])
+            continue
+        if result.skipped and result.folder is not None:
+            # Another version may have written it, with other fields.
+            read_summary(result.folder / SUMMARY)
+        show(result)
     if failures:
         show_failures(failures, of=len(runs))
         raise typer.Exit(1)

@@ -7,8 +7,9 @@ import typer
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.eval.cli.bench_command import app as bench
+from pikv_hf.eval.cli.border import FAILED
+from pikv_hf.eval.cli.command_group import CommandGroup
 from pikv_hf.eval.cli.eval_command import app as evaluation
-from pikv_hf.eval.cli.failure import failure, one_line_errors
 from pikv_hf.eval.cli.plan_command import plan
 from pikv_hf.eval.cli.report_command import app as report
 from pikv_hf.eval.demo.options import DemoOptions, tier_limits
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="pikv",
+    cls=CommandGroup,
     help="PiKV: an exact, expert-sharded, paged KV cache for Mixture-of-Experts models.",
+    epilog="PIKV_DEBUG=1 in the environment shows the traceback of every error.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -89,10 +92,10 @@ def demo(
         "routing": routing,
         "max_pages": max_pages,
     }
-    with one_line_errors():
-        result = _run_demo(given, storage, as_json)
+    result = _run_demo(given, storage, as_json)
     if not result.agree:
-        raise failure(result.describe_disagreement(), status=1)
+        typer.echo(f"Error: {result.describe_disagreement()}", err=True)
+        raise typer.Exit(FAILED)
 
 
 app.command()(plan)

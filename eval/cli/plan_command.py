@@ -1,5 +1,6 @@
 """``pikv plan``: what a model, a context and a batch need on given devices, before any is rented."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -7,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.eval.cli.failure import one_line_errors
 from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.hub import impatient_hub
 
 if TYPE_CHECKING:
     from pikv_hf.planning.plan import Workload
@@ -59,25 +60,25 @@ def plan(
     downloaded. Exact options are recommended first; codec, routing and
     budget are taken as given.
     """
+    with user_input("invalid option"):
+        read = {**parse_routing(routing), **({} if budget is None else {"budget": parse_budget(budget)})}
     storage = {
         "key_codec": key_codec or codec or "none",
         "value_codec": value_codec or codec or "none",
         "page_size": page_size,
         "recent_window": recent_window,
         "num_shards": num_shards,
-        **parse_routing(routing),
-        **({} if budget is None else {"budget": parse_budget(budget)}),
+        **read,
     }
     given = {"mode": mode, "z": z}
     simulated = {"skew": skew, "plot": plot, "output": output}
-    with one_line_errors():
-        _check_simulated(simulate, simulated)
-        workload = _workload(model, context, batch, devices, storage, given, dtype, weights, trace, calibrate)
-        fixed = any(each is not None for each in (codec, key_codec, value_codec))
-        if simulate:
-            _simulate(workload, {"trace": trace, **simulated}, as_json)
-        else:
-            _show(workload, fixed, as_json)
+    _check_simulated(simulate, simulated)
+    workload = _workload(model, context, batch, devices, storage, given, dtype, weights, trace, calibrate)
+    fixed = any(each is not None for each in (codec, key_codec, value_codec))
+    if simulate:
+        _simulate(workload, {"trace": trace, **simulated}, as_json)
+    else:
+        _show(workload, fixed, as_json)
 
 
 def _check_simulated(simulate: bool, options: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ def _workload(
     with user_input("invalid option"):
         options = PiKVConfig.from_dict(storage)
         from pikv_hf.planning.hardware import parse_devices
-        from pikv_hf.planning.model_shape import load_config, shape_of
+        from pikv_hf.planning.model_shape import bundled_config, load_config, shape_of
         from pikv_hf.planning.plan import Workload
 
         number, device = parse_devices(devices)
@@ -138,7 +139,8 @@ def _workload(
             raise ValueError(f"mode must be 'processes' or 'devices', got {given['mode']!r}")
         if calibrate and device.name != "cpu":
             raise ValueError(f"--calibrate measures a CPU, but --devices is {device.name}")
-    with user_input("cannot use --model"):
+    here = Path(model).exists() or bundled_config(model, MODEL_CONFIGS) is not None
+    with user_input("cannot use --model"), contextlib.nullcontext() if here else impatient_hub():
         shape = shape_of(load_config(model, MODEL_CONFIGS), model, dtype, weights)
     with user_input(f"cannot use --trace {trace}"):
         loads = None if trace is None else trace_loads(trace, options.num_shards)

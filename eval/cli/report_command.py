@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pikv_hf.eval.cli.failure import one_line_errors
 from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.output_files import check_output_folder, write_file
 
 
 class _FoldersFirst(TyperGroup):
@@ -41,7 +41,8 @@ def page(
     """
     from pikv_hf.eval.report import load_runs, write_report
 
-    with one_line_errors(), user_input("cannot make a report"), _plain_warnings():
+    check_output_folder(output, "--output")
+    with user_input("cannot make a report"), _plain_warnings():
         written = write_report(load_runs(folders), output, title)
     typer.echo(f"{written} and {len(list(output.glob('*.png')))} figures beside it")
 
@@ -54,11 +55,11 @@ def budgets(
     """Presses at equal bytes: a table of scores by method and budget, and a figure of it."""
     from pikv_hf.eval.report import budget_figure, budget_table, load_runs
 
-    with one_line_errors(), user_input("cannot make the table"), _plain_warnings():
+    check_output_folder(output, "--output")
+    with user_input("cannot make the table"), _plain_warnings():
         runs = load_runs(folders)
         table = budget_table(runs)
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "budgets.md").write_text(table, encoding="utf-8")
+        write_file(output / "budgets.md", table)
         budget_figure(runs, output / "budgets.png")
     typer.echo(table, nl=False)
 
@@ -73,7 +74,7 @@ def compare(
     from pikv_hf.eval.report import compare as compare_runs
     from pikv_hf.eval.report import comparison_text
 
-    with one_line_errors(), user_input("cannot compare"), _plain_warnings():
+    with user_input("cannot compare"), _plain_warnings():
         typer.echo(comparison_text(compare_runs(_run(a), _run(b), allow_partial=allow_partial)))
 
 

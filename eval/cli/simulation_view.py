@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.output_files import check_output_file
 from pikv_hf.eval.report.result_rows import write_rows
 from pikv_hf.planning.model_shape import ModelShape
 from pikv_hf.planning.plan import Workload
@@ -97,6 +98,7 @@ class SimulationRequest:
             file = getattr(self, name)
             if file is not None and not file.parent.is_dir():
                 raise InputError(f"--{name} {file}: no folder {file.parent}")
+            check_output_file(file, f"--{name}")
 
 
 def simulate_and_show(workload: Workload, request: SimulationRequest, as_json: bool) -> None:

@@ -1,11 +1,7 @@
 """The demo: one context read once and several questions, answered with `DynamicCache` and three `PiKVCache`s."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import transformers
-from transformers.utils import logging
 
 import pikv_hf
 from pikv_hf import attach
@@ -18,6 +14,8 @@ from pikv_hf.eval.demo.routing_recorder import record_trace
 from pikv_hf.eval.demo.task import DemoTask, build_task
 from pikv_hf.eval.demo.token_spread import token_spread
 from pikv_hf.eval.errors import user_input
+from pikv_hf.eval.runner.quiet import quiet_transformers
+from pikv_hf.eval.runner.refusals import refusals
 from pikv_hf.integration.expert_router import ExpertRouter
 from pikv_hf.planning.simulate.routing_trace import save_trace
 
@@ -31,11 +29,12 @@ def run_demo(options: DemoOptions) -> DemoResult:
         If something the user gave is missing, unknown or does not fit; see :func:`build_task`.
     """
     torch.set_num_threads(options.threads)
-    with _quiet_transformers():
+    with quiet_transformers():
         task = build_task(options)
         _check_supported(task, options)
         # Before attaching: the baseline is the model as it is loaded, with transformers' own attention.
-        dynamic = measure(task, dynamic_cache(task.model), options.max_new_tokens)
+        with refusals(f"cannot run {task.name} with DynamicCache"):
+            dynamic = measure(task, dynamic_cache(task.model), options.max_new_tokens)
         with attach(task.model, options.pikv.placement or "expert") as attached:
             kind = pikv_cache(task.model, options.pikv, options.cache_devices)
             pikv = measure(task, kind, options.max_new_tokens)
@@ -99,17 +98,3 @@ def _disagreements(pikv: Run, dynamic: Run) -> tuple[Disagreement, ...]:
     pairs = zip(pikv.measurement.answers, dynamic.measurement.answers, strict=True)
     parted = [(question, first_difference(ours, theirs)) for question, (ours, theirs) in enumerate(pairs)]
     return tuple(Disagreement(question, token) for question, token in parted if token is not None)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' advice and progress bars off the terminal for a while."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.output_files import check_output_file
+from pikv_hf.eval.runner.options import MOST_THREADS
 
 DTYPES = ("float32", "float16", "bfloat16")
 #: Smaller than `PiKVConfig`'s own, as the text is short: of 2,048 tokens, pages that are not full would be a good part.
@@ -65,6 +67,8 @@ class DemoOptions:
         for name in ("tokens", "max_new_tokens", "threads"):
             if (value := getattr(self, name)) < 1:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.threads > MOST_THREADS:
+            raise InputError(f"--threads must be at most {MOST_THREADS}, got {self.threads}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.text is not None and not self.questions:
@@ -73,6 +77,7 @@ class DemoOptions:
             raise InputError("--question needs --text, the file that it is about")
         if self.record_trace is not None and not self.record_trace.parent.is_dir():
             raise InputError(f"--record-trace {self.record_trace}: no folder {self.record_trace.parent}")
+        check_output_file(self.record_trace, "--record-trace")
 
 
 def tier_limits(text: str) -> dict[str, str | int | None]:

@@ -92,7 +92,7 @@ def build_task(options: DemoOptions) -> DemoTask:
         If a file, model or device is missing, or the text does not fit the model.
     """
     context, samples = _context_and_samples(options)
-    model, tokenizer = load_model(options.model or REFERENCE, options.dtype, options.device)
+    model, tokenizer = load_model(REFERENCE if options.model is None else options.model, options.dtype, options.device)
     device = model.device
     before, after = _around_question(tokenizer, context)
     templated = tokenizer.chat_template is not None

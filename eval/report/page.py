@@ -8,6 +8,7 @@ from pathlib import Path
 import jinja2
 
 from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.output_files import write_file
 from pikv_hf.eval.report.examples import wrong_answers
 from pikv_hf.eval.report.figure_accuracy import draw_accuracy, is_drawn
 from pikv_hf.eval.report.figure_needle import needle_entries, needle_figure
@@ -76,10 +77,10 @@ def write_report(runs: Sequence[Run], output: Path | str, title: str = "PiKV eva
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file, expected a folder for the report")
     output.mkdir(parents=True, exist_ok=True)
-    (output / TABLE).write_text(markdown_table(runs), encoding="utf-8")
-    (output / RATIOS).write_text(ratio_table(runs), encoding="utf-8")
+    write_file(output / TABLE, markdown_table(runs))
+    write_file(output / RATIOS, ratio_table(runs))
     page = output / PAGE
-    page.write_text(_render(group_runs(runs), output, title), encoding="utf-8")
+    write_file(page, _render(group_runs(runs), output, title))
     return page
 
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pikv_hf.eval.output_files import write_file
 from pikv_hf.eval.provenance import provenance
 
 #: Columns of the tables where the terminal does not say.
@@ -33,8 +34,7 @@ def write_rows(file: Path, about: Row, tables: Mapping[str, Sequence[Row]]) -> N
     for name, rows in tables.items():
         body = ",\n".join("    " + json.dumps({k: _short(v) for k, v in row.items() if v is not None}) for row in rows)
         lines.append(f"  {json.dumps(name)}: [\n{body}\n  ]")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    write_file(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _short(value: Any) -> Any:

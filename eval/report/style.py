@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
 
+from pikv_hf.eval.output_files import write_file
 from pikv_hf.eval.report.groups import Group
 from pikv_hf.eval.report.summary_file import Estimate
 
@@ -137,7 +138,9 @@ def figure(height: float, path: Path, width: float = WIDTH) -> Iterator[Figure]:
         made.savefig(drawn, format="png", dpi=dpi)
     with Image.open(drawn) as image:
         few = image.convert("RGB").quantize(PALETTE, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-    few.save(path, format="PNG", optimize=True, dpi=(dpi, dpi))
+    packed = io.BytesIO()
+    few.save(packed, format="PNG", optimize=True, dpi=(dpi, dpi))
+    write_file(path, packed.getvalue())
 
 
 def wrap(text: str, width: int) -> str:

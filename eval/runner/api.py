@@ -78,7 +78,12 @@ class FailedRun:
     """A run that did not come to its end: what it measured, and why it stopped."""
 
     label: str
-    reason: str
+    error: Exception
+
+    @property
+    def reason(self) -> str:
+        """The error on one line."""
+        return describe(self.error)
 
 
 def run_all(
@@ -97,12 +102,13 @@ def run_all(
             result: EvalResult | FailedRun = run(
                 options, method, loader, output, overwrite=overwrite, progress=progress
             )
-        except InputError:
+        except OSError:
+            # The next run could not write its results either.
             raise
         except Exception as error:
             if len(runs) == 1:
                 raise
-            result = FailedRun(method.label, describe(error))
+            result = FailedRun(method.label, error)
         yield result
 
 

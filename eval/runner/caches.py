@@ -44,6 +44,8 @@ class CacheFactory:
         From a model to a context manager in which the cache works; it leaves the model as it was.
     shared : bool
         Whether all processes of the run keep one cache together, so that each of them reads every sample.
+    ours : bool
+        Whether it is this project's, and not one of transformers or the user.
     """
 
     spec: str
@@ -51,6 +53,7 @@ class CacheFactory:
     make: Callable[[Any], Any]
     prepare: Callable[[Any], AbstractContextManager[Any]] = nullcontext
     shared: bool = False
+    ours: bool = False
 
 
 def cache_factory(spec: str) -> CacheFactory:
@@ -101,17 +104,26 @@ def _pikv(spec: str, rest: str) -> CacheFactory:
         where["devices"] = devices.split("+")
 
     def make(model: Any) -> PiKVCache:
-        with user_input(f"invalid cache {spec!r}"):
+        with user_input(f"cannot make cache {spec!r}"):
             return PiKVCache.for_model(model, config, **where)
 
-    return CacheFactory(spec, label, make, attach, shared="process_group" in where)
+    def prepare(model: Any) -> AbstractContextManager[Any]:
+        with user_input(f"cannot use cache {spec!r}"):
+            return attach(model, config.placement or "expert")
+
+    return CacheFactory(spec, label, make, prepare, shared="process_group" in where, ours=True)
 
 
 def _option(part: str, spec: str) -> tuple[str, Any]:
     name, equals, value = part.partition("=")
     if not equals:
         raise InputError(f"expected option=value in {spec!r}, got {part!r}")
-    return name.strip(), yaml.safe_load(value)
+    try:
+        return name.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(
+            f"cannot read the value of {name.strip()} in {spec!r}: {' '.join(str(error).split())}"
+        ) from None
 
 
 def _installed(module: str) -> bool:

@@ -15,7 +15,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.output_files import write_file
 from pikv_hf.eval.runner.options_id import fingerprint
 
 PREDICTIONS = "predictions.csv"
@@ -74,17 +75,21 @@ class ResultFolder:
                 # What an interrupted write left behind the last whole line is overwritten.
                 stream.seek(_whole_length(file))
                 stream.truncate()
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-            stream.flush()
-            os.fsync(stream.fileno())
+            try:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+                stream.flush()
+                os.fsync(stream.fileno())
+            except OSError as error:
+                # A write to a full disk names no file.
+                error.filename = str(file)
+                raise
 
     def finish(self, rows: list[Row], metrics: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
         """Write the four files, the summary last, and remove the partial ones."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        _write(self.path / PREDICTIONS, pd.DataFrame(rows).to_csv(index=False))
-        _write(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
-        _write(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
-        _write(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        write_file(self.path / PREDICTIONS, pd.DataFrame(rows).to_csv(index=False))
+        write_file(self.path / METRICS, json.dumps(metrics, indent=2) + "\n")
+        write_file(self.path / CONFIG, yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
+        write_file(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
         for file in self.path.glob("partial-*.jsonl"):
             file.unlink()
 
@@ -101,21 +106,36 @@ class ResultFolder:
         Raises
         ------
         InputError
-            If the run is not complete or was made with other options.
+            If the run is not complete, is damaged, or was made with other options.
         """
         if not self.finished:
             raise InputError(f"{self.path} has no {SUMMARY}: the run is not complete")
-        config = yaml.safe_load((self.path / CONFIG).read_text(encoding="utf-8"))
+        with user_input(f"cannot read the results in {self.path}"):
+            return self._read()
+
+    def _read(self) -> tuple[pd.DataFrame | None, dict[str, Any], dict[str, Any]]:
+        config, metrics, summary = (_mapping(self.path / name) for name in (CONFIG, METRICS, SUMMARY))
         if fingerprint(config) != self._fingerprint:
             changed = {key for key in {*config, *self.config} if config.get(key) != self.config.get(key)}
             details = "; ".join(
                 f"{key} {config.get(key)!r} there, {self.config.get(key)!r} here" for key in sorted(changed)
             )
             raise InputError(f"{self.path} was made with other options: {details}")
-        metrics, summary = (json.loads((self.path / name).read_text(encoding="utf-8")) for name in (METRICS, SUMMARY))
         file = samples_file(self.path)
         rows = None if file is None else pd.read_csv(file, keep_default_na=False, na_values=[""])
         return rows, metrics, summary
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """Read a file of options or figures; JSON is YAML too, but an order of magnitude slower to read so."""
+    text = file.read_text(encoding="utf-8")
+    try:
+        content = yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise InputError(f"{file} is damaged: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged: found {type(content).__name__}, expected a mapping")
+    return content
 
 
 def samples_file(folder: Path) -> Path | None:
@@ -125,20 +145,18 @@ def samples_file(folder: Path) -> Path | None:
 
 
 def _whole_lines(file: Path) -> list[Row]:
-    text = file.read_bytes()[: _whole_length(file)].decode("utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    text = file.read_bytes()[: _whole_length(file)].decode("utf-8", errors="replace")
+    return [row for line in text.splitlines() if isinstance(row := _parsed(line), dict)]
+
+
+def _parsed(line: str) -> Any:
+    """Return a line's value, None for one that something else has damaged: it is measured anew."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _whole_length(file: Path) -> int:
     """Return the bytes up to and including the last newline: what is behind it was cut off."""
     return file.read_bytes().rfind(b"\n") + 1
-
-
-def _write(file: Path, text: str) -> None:
-    """Replace a file in one step, so that it is never seen half written."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8", newline="") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from pikv_hf.eval.errors import InputError, out_of_memory, reason, user_input
 from pikv_hf.eval.runner.folder import Row
 from pikv_hf.eval.runner.memory_meter import DynamicFootprint
 from pikv_hf.eval.runner.meter import Meter
@@ -17,6 +18,7 @@ from pikv_hf.eval.runner.protocol import Answer, Asker, Encoded
 from pikv_hf.eval.runner.rows import answer_row, kv_shares, times
 from pikv_hf.eval.tasks.perplexity import Window
 from pikv_hf.eval.tasks.sample import EvalSample, EvalSet
+from pikv_hf.integration.model_modules import check_supported
 
 #: Tokens of the unrecorded prompt that pays for what only a process's first forward costs.
 _WARM_UP_TOKENS = 64
@@ -42,7 +44,8 @@ class Job:
 def question_job(subject: Subject, eval_set: EvalSet, options: EvalOptions) -> Job:
     """Prepare a run of questions about contexts."""
     asker = Asker(subject.model, subject.tokenizer)
-    footprint = DynamicFootprint.of(subject.model)
+    _check_decoder(subject.model)
+    footprint = _footprint(subject.model)
 
     def measure(batch: Sequence[EvalSample]) -> list[Row]:
         encoded = [asker.encode(sample, options.max_context) for sample in batch]
@@ -65,6 +68,27 @@ def question_job(subject: Subject, eval_set: EvalSet, options: EvalOptions) -> J
         asker.ask(_beginning(asker.encode(eval_set.samples[0])), subject.new_cache())
 
     return Job(eval_set.samples, measure, warm_up)
+
+
+def _check_decoder(model: Any) -> None:
+    if not hasattr(model, "model"):
+        raise InputError(
+            f"{type(model).__name__} has no decoder named model, by which kvpress's pipeline reads contexts"
+        )
+
+
+def _footprint(model: Any) -> DynamicFootprint:
+    """Return what `DynamicCache` holds for a model: the first time that a model of unknown kind is run."""
+    try:
+        return DynamicFootprint.of(model)
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        with user_input(f"cannot evaluate {type(model).__name__}"):
+            check_supported(model.config)
+        raise InputError(
+            f"cannot evaluate {type(model).__name__}: it does not run with DynamicCache: {reason(error)}"
+        ) from error
 
 
 def _beginning(encoded: Encoded) -> Encoded:
@@ -91,7 +115,7 @@ def _shares(answers: Sequence[Answer], footprint: DynamicFootprint, query_aware:
 
 def perplexity_job(subject: Subject, cut: Sequence[Window], options: EvalOptions) -> Job:
     """Prepare a run over windows of a text."""
-    footprint, meter = DynamicFootprint.of(subject.model), Meter(subject.model.device)
+    footprint, meter = _footprint(subject.model), Meter(subject.model.device)
 
     def measure(batch: Sequence[Window]) -> list[Row]:
         [window] = batch

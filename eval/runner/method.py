@@ -5,6 +5,7 @@ from typing import Any
 
 from pikv_hf.eval.runner.caches import CacheFactory
 from pikv_hf.eval.runner.presses import PressFactory
+from pikv_hf.eval.runner.refusals import MODELS, PRESSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,14 @@ class Method:
         if self.press is None:
             return self.cache.label
         return self.press.label if self.cache.spec == "dynamic" else f"{self.press.label} on {self.cache.label}"
+
+    @property
+    def chosen_packages(self) -> tuple[str, ...]:
+        """Packages whose errors say that the user chose what does not go together.
+
+        With a cache of this project an error within transformers may be this project's own.
+        """
+        return PRESSES if self.cache.ours else (*PRESSES, *MODELS)
 
     def new_press(self) -> Any:
         """Return a fresh press or None."""

@@ -1,5 +1,6 @@
 """Load a model and its tokenizer by what the user calls them."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.eval.hub import impatient_hub
 from pikv_hf.eval.reference.load import load_reference_model
 
 #: Stands for the bundled model wherever a model is named.
@@ -36,7 +38,7 @@ def load_model(
     Raises
     ------
     InputError
-        If there is no such folder, model or device.
+        If there is no such folder, model or device, or the model has no tokenizer.
     """
     spread = device == "auto"
     target = torch.device("cpu") if spread else _device(device)
@@ -44,20 +46,17 @@ def load_model(
         with user_input("cannot load the bundled reference model"):
             model, tokenizer = load_reference_model(_dtype(dtype) or torch.float32, attn_implementation or "sdpa")
         return model.to(target), tokenizer
-    if _looks_like_path(name):
-        if not Path(name).expanduser().is_dir():
-            raise InputError(f"cannot load --model {name}: no such folder")
-        folder = str(Path(name).expanduser())
-    else:
-        folder = name
+    folder = _folder_or_name(name)
     given = {"device_map": "auto"} if spread else {}
     if attn_implementation is not None:
         given["attn_implementation"] = attn_implementation
-    with user_input(f"cannot load --model {name}"):
+    with user_input(f"cannot load --model {name}"), nullcontext() if Path(folder).is_dir() else impatient_hub():
         # The config comes first: of the three, its absence gives the clearest message.
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=_dtype(dtype) or "auto", **given)
+    if {*tokenizer("What is where?", add_special_tokens=False).input_ids} <= {tokenizer.unk_token_id}:
+        raise InputError(f"cannot use --model {name}: it has no tokenizer, or one that knows no words")
     return (model.eval() if spread else model.eval().to(target)), tokenizer
 
 
@@ -75,10 +74,18 @@ def _dtype(name: str | None) -> torch.dtype | None:
 def _device(name: str | None) -> torch.device:
     with user_input(f"cannot use --device {name}"):
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type == "meta":
+            raise ValueError("it computes nothing")
         torch.empty(0, device=device)
     return device
 
 
-def _looks_like_path(name: str) -> bool:
-    """Return whether a model name cannot be one of the Hub's, which have the form `name` or `owner/name`."""
-    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+def _folder_or_name(name: str) -> str:
+    """Return the folder that a model name means, or the name if it is one of the Hub's: `name` or `owner/name`."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise InputError(f"cannot load --model {name}: it is a file, expected a folder")
+    is_path = not name or name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if is_path and not path.is_dir():
+        raise InputError(f"cannot load --model {name}: no such folder")
+    return str(path) if is_path else name

@@ -14,6 +14,8 @@ from pikv_hf.eval.runner.options_id import fingerprint
 
 SUITES = ("ruler", "longbench", "perplexity", "needle")
 WORDINGS = ("auto", "ruler", "reference")
+#: More are a slip of the finger; the system may refuse them, or grind to a halt.
+MOST_THREADS = 1024
 
 #: Change how long a run takes, not what comes out of it.
 _ONLY_SPEED = ("threads", "device", "batch_size")
@@ -127,6 +129,10 @@ class EvalOptions:
         for name in ("length", "samples", "limit", "batch_size", "max_new_tokens", "max_context", "chunk", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
+        if self.threads is not None and self.threads > MOST_THREADS:
+            raise InputError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
+        if any(length < 1 for length in self.lengths):
+            raise InputError(f"lengths must be at least 1, got {', '.join(map(str, self.lengths))}")
         if any(not 0 <= depth <= 100 for depth in self.depths):
             raise InputError(f"depths must be in percent, 0 to 100, got {', '.join(map(str, self.depths))}")
         if self.press is None and self.ratio:

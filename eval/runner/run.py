@@ -1,9 +1,10 @@
 """Run one evaluation: measure what is missing, over one process or several, and finish the folder."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.output_files import check_output_folder
 from pikv_hf.eval.provenance import provenance
 from pikv_hf.eval.runner.folder import ResultFolder, Row
 from pikv_hf.eval.runner.jobs import Item, Job, perplexity_job, question_job
 from pikv_hf.eval.runner.method import Method, Subject
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.processes import processes
-from pikv_hf.eval.runner.quiet import warn_once
+from pikv_hf.eval.runner.quiet import quiet_transformers, warn_once
+from pikv_hf.eval.runner.refusals import refusals
 from pikv_hf.eval.runner.run_summary import by_task, cost_summary, score_summary
 from pikv_hf.eval.runner.suites import build_set, build_windows
 from pikv_hf.eval.tasks.sample import EvalSet
@@ -96,25 +100,43 @@ def run(
     Raises
     ------
     InputError
-        If the options do not fit the model.
+        If the options do not fit the model, or the cache, the press or the model refuses.
+    OSError
+        If results cannot be written; those before are kept.
     """
     warn_once()
     folder = _folder(options, method, output)
     if folder is not None and folder.finished and not overwrite:
         rows, metrics, summary = folder.read()
         return EvalResult(rows, metrics, summary, folder.path, skipped=True)
+    if folder is not None:
+        check_output_folder(folder.path, "--output")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    subject = Subject(*load(), method)
-    with method.cache.prepare(subject.model):
+    with contextlib.nullcontext() if progress else quiet_transformers():
+        subject = Subject(*load(), method)
+    refused = refusals(f"cannot measure {method.label} on {type(subject.model).__name__}", method.chosen_packages)
+    with _noting_kept_rows(folder), refused, method.cache.prepare(subject.model):
         plan = _plan(options, subject)
         measured = _measure(plan.job, options, folder, overwrite, progress, method)
-    metrics, summary = _metrics(plan, measured), _summary(plan, measured, options, subject)
-    if folder is not None:
-        if processes().is_main_process:
-            folder.finish(measured, metrics, summary)
-        processes().wait_for_everyone()
+        metrics, summary = _metrics(plan, measured), _summary(plan, measured, options, subject)
+        if folder is not None:
+            if processes().is_main_process:
+                folder.finish(measured, metrics, summary)
+            processes().wait_for_everyone()
     return EvalResult(pd.DataFrame(measured), metrics, summary, folder.path if folder else None)
+
+
+@contextlib.contextmanager
+def _noting_kept_rows(folder: ResultFolder | None) -> Iterator[None]:
+    """Note on whatever ends a run early, Ctrl-C included, what it leaves for the next one."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if folder is not None and (kept := len(folder.partial_rows())):
+                error.add_note(f"{kept} samples are kept in {folder.path}, the same command goes on from there")
+        raise
 
 
 def _folder(options: EvalOptions, method: Method, output: Path | None) -> ResultFolder | None:
@@ -156,7 +178,7 @@ def _measure(
     # A process that fails says so where the others wait for its rows.
     failures = [each for each in gather_object([failure and describe(failure)]) if each]
     if failures:
-        raise failure or RuntimeError(failures[0])
+        raise failure or InputError(f"another process failed: {failures[0]}")
     # Of rows that all processes have, those of the first are taken.
     rows = known | {row["id"]: row for row in reversed(gather_object(new))}
     return [rows[item.id] for item in job.items]
@@ -171,7 +193,8 @@ def _tried(measure: Callable[[], list[Row]]) -> tuple[list[Row], Exception | Non
 
 def describe(error: Exception) -> str:
     """Return what went wrong on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+    said = " ".join(str(error).split())
+    return said if isinstance(error, InputError) else f"{type(error).__name__}: {said}".removesuffix(": ")
 
 
 def _measure_mine(

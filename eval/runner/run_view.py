@@ -1,5 +1,6 @@
 """Show a finished run as a few lines in the terminal."""
 
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.api import FailedRun
 from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.run import EvalResult
@@ -31,10 +33,16 @@ def show(result: EvalResult) -> None:
 
 
 def show_failures(failures: Sequence[FailedRun], of: int | None = None) -> None:
-    """Print which runs failed and why, under their number if it is said of how many; only one process prints."""
+    """Print which runs failed and why; only one process prints.
+
+    Under their number if it is said of how many, else with the traceback of what is a mistake of this project.
+    """
     if not processes().is_main_process:
         return
     console = Console(stderr=True)
+    for failure in failures if of is None else ():
+        if not isinstance(failure.error, InputError):
+            traceback.print_exception(failure.error)
     if of is not None:
         console.print(f"\n[bold]{len(failures)} of {of} runs failed[/]")
     for failure in failures:

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 
+from pikv_hf.eval.hub import impatient_hub
 from pikv_hf.eval.tasks.longbench.sets import LongBenchSet
 
 REPOSITORY = "THUDM/LongBench"
@@ -114,7 +115,8 @@ def download_archive() -> Path:
         If it is neither there nor can be downloaded.
     """
     try:
-        return Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset"))
+        with impatient_hub():
+            return Path(hf_hub_download(REPOSITORY, ARCHIVE, repo_type="dataset"))
     except OSError as error:
         raise FileNotFoundError(
             f"cannot get {ARCHIVE} of {REPOSITORY} from the Hub ({type(error).__name__}): unpack it elsewhere and give "

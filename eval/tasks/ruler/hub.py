@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pikv_hf.eval.errors import user_input
+from pikv_hf.eval.hub import impatient_hub
 from pikv_hf.eval.tasks.ruler.generate import check_tasks
 from pikv_hf.eval.tasks.ruler.templates import TASKS
 from pikv_hf.eval.tasks.sample import EvalSample
@@ -42,7 +43,7 @@ def load_hub(length: int, *, samples: int | None = None, tasks: Sequence[str] = 
     check_tasks(tasks)
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
-    with user_input(f"data set {HUB_DATASET}, length {length}"):
+    with user_input(f"data set {HUB_DATASET}, length {length}"), impatient_hub():
         rows = datasets.load_dataset(HUB_DATASET, str(length), split="test")
     return _samples(rows, length, samples, tasks)
 

@@ -58,11 +58,11 @@ def shard_capacity(tokens: int, loads: Sequence[float], z: float = 3.0) -> Shard
     Raises
     ------
     ValueError
-        For negative numbers, or loads that do not add up to 1.
+        For numbers that are negative or not finite, or loads that do not add up to 1.
     """
     shares = _checked(loads)
-    if tokens < 0 or z < 0:
-        raise ValueError(f"tokens and z must not be negative, got {tokens} and {z}")
+    if tokens < 0 or not 0 <= z < np.inf:
+        raise ValueError(f"tokens and z must be finite and not negative, got {tokens} and {z}")
     rooms = np.minimum(tokens, np.ceil(shares * tokens + z * np.sqrt(shares * tokens)))
     overflow = np.array([binomial_tail(room, tokens, share) for room, share in zip(rooms, shares, strict=True)])
     worst = int(np.argmax(shares))
