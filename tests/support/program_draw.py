@@ -6,13 +6,14 @@ from typing import Any
 
 from families import FAMILIES
 from program_alphabet import ALPHABET
-from program_models import EAGER_ONLY
+from program_models import ATTENTION
 
-#: What the programs leave out, for a while: (call, argument, choice, why).
+#: What the programs leave out, for a while: (call, argument, choice, why); without an argument the call itself.
 LEFT_OUT: tuple[tuple[str, str, Any, str], ...] = (
     ("forward", "context", "enable_grad", "K/V that require gradients are refused"),
     ("forward", "context", "autocast", "keys of another dtype than values are refused"),
     ("generate", "context", "autocast", "keys of another dtype than values are refused"),
+    ("gradient", "", None, "K/V that require gradients are refused"),
     ("threads", "kind", "forward", "pages are shared by threads without a lock"),
     ("threads", "kind", "generate", "pages are shared by threads without a lock"),
 )
@@ -77,10 +78,11 @@ def _choices(name: str, argument: str) -> tuple[Any, ...]:
     return tuple(choice for choice in ALPHABET[name].choices[argument] if choice not in left_out)
 
 
-_NAMES = [
+#: The calls that are drawn, each as often as it weighs.
+NAMES = [
     name
     for name, known in ALPHABET.items()
-    if all(_choices(name, argument) for argument in known.choices)
+    if all(_choices(name, argument) for argument in known.choices) and (name, "") not in {left[:2] for left in LEFT_OUT}
     for _ in range(known.weight)
 ]
 
@@ -103,6 +105,6 @@ def draw_program(choose: Choose) -> Program:
         room = choose(TIERED)
         options["tiers"] = None if room is None else {"cpu": room * options["page_size"], "disk": None}
         devices = choose(DEVICES)
-    calls = [draw_call(choose, _FIRST), *(draw_call(choose, _NAMES) for _ in range(choose((1, 2, 3, 4, 6))))]
-    attention = "eager" if family in EAGER_ONLY else choose(("sdpa", "sdpa", "eager"))
+    calls = [draw_call(choose, _FIRST), *(draw_call(choose, NAMES) for _ in range(choose((1, 2, 3, 4, 6))))]
+    attention = ATTENTION.get(family) or choose(("sdpa", "sdpa", "eager"))
     return Program(family, attention, attached, devices, options, choose((1, 2, 3)), tuple(calls))

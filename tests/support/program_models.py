@@ -17,8 +17,8 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "llama4": {"no_rope_layers": [1, 0], "attention_chunk_size": 12},
     "dbrx": {"n_layers": 2},
 }
-#: Of gpt-oss transformers has no sdpa attention: it ignores sinks.
-EAGER_ONLY = ("gpt_oss",)
+#: The only attention that some can be compared with: gpt-oss has no sdpa, and of Llama-4 eager differs from sdpa.
+ATTENTION = {"gpt_oss": "eager", "llama4": "sdpa"}
 
 
 def build(family: str) -> Any:
@@ -53,16 +53,14 @@ def assistant_of(family: str) -> Any:
     return model
 
 
-def pikv_cache(model: Any, attached: bool, devices: list[str] | None, options: dict[str, Any]) -> PiKVCache:
-    """Return a cache of these options, for an attached model or from its config alone."""
+def new_cache(model: Any, pikv: bool, attached: bool, devices: list[str] | None, options: dict[str, Any]) -> Any:
+    """Return a cache of these options, for an attached model or from its config alone, or what it is compared with."""
+    if not pikv:
+        # Sliding layers that keep everything slide in the mask alone.
+        return DynamicCache() if options.get("sliding_layers") == "paged" else DynamicCache(config=model.config)
     if attached:
         return PiKVCache.for_model(model, devices=devices, **options)
     return PiKVCache(model.config, PiKVConfig(**options))
-
-
-def dynamic_cache(model: Any, options: dict[str, Any]) -> DynamicCache:
-    """Return what a cache of these options is compared with: sliding layers that keep everything slide in the mask."""
-    return DynamicCache() if options.get("sliding_layers") == "paged" else DynamicCache(config=model.config)
 
 
 def quiet() -> None:

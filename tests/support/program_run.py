@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from families import FAMILIES
-from program_alphabet import ALPHABET, CONTEXTS, View
+from program_alphabet import ALPHABET
+from program_calls import CONTEXTS
 from program_compare import Difference, difference
 from program_draw import Call, Program
-from program_models import EAGER_ONLY, assistant_of, dynamic_cache, model_of, pikv_cache
+from program_models import ATTENTION, assistant_of, model_of, new_cache
+from program_operation import View
 from program_words import WORDS, ones, tokens
 
 from pikv_hf import PiKVCache
@@ -55,11 +57,10 @@ class Side:
         shown: list[Any] = []
         scope: dict[str, Any] = {**WORDS, "model": model, "pikv": pikv, "kept": None}
         scope["ids"], scope["mask"] = tokens(program.batch, 0, 0), ones(program.batch, 0)
-        scope["fresh"] = functools.partial(dynamic_cache, model, program.options)
+        scope["fresh"] = functools.partial(new_cache, model, pikv, program.attached, program.devices, program.options)
         scope["assistant"] = assistant_of(program.family)
         scope["show"] = lambda value, where=None: shown.append((value, where))
-        attached = (model, program.attached, program.devices, program.options)
-        scope["cache"] = pikv_cache(*attached) if pikv else scope["fresh"]()
+        scope["cache"] = scope["fresh"]()
         return cls(scope, shown)
 
     def execute(self, text: str) -> Exception | None:
@@ -121,15 +122,16 @@ class Report:
 def view_of(program: Program, side: Side) -> View:
     """Return what an operation may know of the state."""
     ids, mask = side.scope["ids"], side.scope["mask"]
-    sliding = FAMILIES[program.family].sliding and program.options.get("sliding_layers") != "paged"
+    windowed = FAMILIES[program.family].sliding
     return View(
         batch=ids.shape[0],
         length=ids.shape[1],
         past=side.scope["cache"].get_seq_length(),
         hidden=not bool(mask.all()),
         kept=side.scope["kept"] is not None,
-        eager_only=program.family in EAGER_ONLY,
-        sliding=sliding,
+        one_attention=program.family in ATTENTION,
+        windowed=windowed,
+        sliding=windowed and program.options.get("sliding_layers") != "paged",
         attached=program.attached,
         routed=FAMILIES[program.family].routed,
         eager=side.scope["model"].config._attn_implementation == "eager",
@@ -167,7 +169,8 @@ def run(program: Program) -> Report:
         accepted.append(text)
         if (found := compare(theirs, ours)) is not None:
             if _unsteady(program, accepted, found, theirs):
-                report.ends = "unsteady"
+                lower = any(_in_float32(text) != text for text in accepted)
+                report.ends = "as close as lower precision is" if lower else "unsteady"
                 return report
             return _failed(report, call, found.message)
     return report
@@ -197,7 +200,7 @@ def refusal(call: Call, error: Exception) -> str | None:
     if not isinstance(error, ValueError | TypeError | NotImplementedError):
         return None
     kind = next((kind for kind, words in REFUSALS.items() if re.search(words, str(error))), None)
-    return None if kind == "padding shown later" and call.arguments.get("mask") != "show" else kind
+    return None if kind == "padding shown later" and call.arguments.get("mask") not in ("show", "short") else kind
 
 
 def _replayed(program: Program, texts: Sequence[str]) -> Side:

@@ -7,7 +7,7 @@ from typing import Any
 from families import FAMILIES
 from program_alphabet import ALPHABET
 from program_draw import OPTIONS, Call, Program
-from program_models import EAGER_ONLY
+from program_models import ATTENTION
 
 
 def _simpler(program: Program) -> Iterator[Program]:
@@ -44,8 +44,8 @@ def _other_families(program: Program) -> Iterator[Program]:
         if family == program.family:
             return
         if FAMILIES[family].routed == routed or program.options.get("placement", "hash") == "hash":
-            yield dataclasses.replace(program, family=family)
-    if program.attention != "sdpa" and program.family not in EAGER_ONLY:
+            yield dataclasses.replace(program, family=family, attention="sdpa")
+    if program.attention != "sdpa" and program.family not in ATTENTION:
         yield dataclasses.replace(program, attention="sdpa")
 
 

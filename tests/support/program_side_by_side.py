@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from program_compare import distance, pairs
-from program_models import assistant_of, dynamic_cache, model_of, pikv_cache, quiet
+from program_models import assistant_of, model_of, new_cache, quiet
 
 import pikv_hf.page_table.table_view
 
@@ -21,10 +21,9 @@ def side_by_side(
     results: list[list[Any]] = [[], []]
     for pikv, shown in enumerate(results):
         model = model_of(family, attention, bool(pikv))
-        fresh = functools.partial(dynamic_cache, model, options)
-        cache = pikv_cache(model, attached, devices, options) if pikv else fresh()
+        fresh = functools.partial(new_cache, model, bool(pikv), attached, devices, options)
         with torch.no_grad():
-            program(model, cache, fresh, assistant_of(family), functools.partial(_note, shown), bool(pikv))
+            program(model, fresh(), fresh, assistant_of(family), functools.partial(_note, shown), bool(pikv))
     for (theirs, where), (ours, _) in zip(*results, strict=True):
         for name, a, b in pairs(ours, theirs, where):
             print(f"{name}: {_comparison(name, a, b)}")

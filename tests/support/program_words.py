@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from families import VOCAB
+from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, attach, detach
 
@@ -104,11 +105,43 @@ def in_threads(work: Callable[[Any, int], Any], caches: list[Any]) -> list[Any]:
     return results
 
 
+class Stopped(Exception):
+    """What stops a call of the model half-way."""
+
+
+def stop() -> None:
+    """Stop the call of the model that is under way; see :func:`during`."""
+    raise Stopped
+
+
+def _module_at(model: Any, place: str) -> torch.nn.Module:
+    """Return the decoder layer, or its attention, of a place like `"attention 1"`."""
+    kind, number = place.split()
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    layer = layers[int(number)]
+    attention = [module for module in layer.modules() if type(module).__name__.endswith("Attention")]
+    return layer if kind == "layer" else attention[-1]
+
+
+def during(model: Any, place: str, what: Callable[[], Any], work: Callable[[], Any]) -> None:
+    """Do some work with the model, and something else, once, when it has passed this place."""
+
+    def once(*_: Any) -> None:
+        handle.remove()
+        what()
+
+    handle = _module_at(model, place).register_forward_hook(once)
+    try:
+        work()
+    except Stopped:
+        pass
+    finally:
+        handle.remove()
+
+
 #: What the lines of a program see, beside `model`, `cache`, `fresh`, `pikv`, `ids`, `mask`, `kept` and `show`.
-WORDS: dict[str, Any] = {
-    word.__name__: word
-    for word in (
-        tokens, repeating, ones, padded, hiding, mask_4d, fork, saved_and_loaded, in_threads, attach, detach
-    )
-}  # fmt: skip
-WORDS |= {"torch": torch, "copy": copy, "PAD": PAD}
+_WORDS = (
+    *(tokens, repeating, ones, padded, hiding, mask_4d),
+    *(fork, saved_and_loaded, in_threads, during, stop, attach, detach, DynamicCache),
+)
+WORDS: dict[str, Any] = {"torch": torch, "copy": copy, "PAD": PAD, **{word.__name__: word for word in _WORDS}}
