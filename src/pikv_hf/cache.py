@@ -13,7 +13,7 @@ from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
 from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import check_supported, unwrapped
-from .layer.input_checks import check_fits
+from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
 from .layer.layer_cropping import column_of, cropped_length
 from .layer.layer_making import make_layers
@@ -159,8 +159,8 @@ class PiKVCache(Cache):
             self._note_adapters()
         if not isinstance(layer, DynamicSlidingWindowLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
-        check_fits(layer_idx, key_states, value_states, kv_format(layer))
-        result = layer.update(key_states, value_states, *args, **kwargs)
+        keys, values = admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment)
+        result = layer.update(keys, values, *args, **kwargs)
         trim_to_window(layer)
         return result
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from exact_runs import assert_same, generate, reference
-from families import COMMON, FAMILIES, prompts
+from families import COMMON, EVERY_FAMILY, FAMILIES, prompts
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, PiKVConfig, detach
@@ -17,11 +17,6 @@ SMALL = {"page_size": 8, "recent_window": 16, "num_shards": 8}
 
 def make_cache(model: Any, **options: Any) -> PiKVCache:
     return PiKVCache.for_model(model, **{**SMALL, "placement": model.placement, **options})
-
-
-# Of each kind of attention one, for development: plain, with sinks and sliding windows, and with head dims that differ.
-QUICK = ("mixtral", "gpt_oss", "deepseek_v3")
-EVERY_FAMILY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
 @pytest.fixture(scope="module", params=EVERY_FAMILY)

@@ -85,13 +85,6 @@ def test_wrong_batch_through_the_model(model: Any, filled: PiKVCache) -> None:
     assert_unchanged(filled, before)
 
 
-def test_training_through_the_cache(model: Any) -> None:
-    cache = PiKVCache.for_model(model)
-    with pytest.raises(RuntimeError, match="gradients"):
-        model(**prompts(), past_key_values=cache)
-    assert cache.get_seq_length() == 0
-
-
 def test_another_model(filled: PiKVCache) -> None:
     before = snapshot(filled)
     other = FAMILIES["qwen3_moe"].build(seed=1)

@@ -25,6 +25,12 @@ class FakeAttachment:
     def implementation(self, layer_idx: int) -> str:
         return "pikv"
 
+    def is_training(self, layer_idx: int) -> bool:
+        return False
+
+    def check_reads_caches(self, layer_idx: int) -> None:
+        pass
+
     def owns(self, module: Any) -> bool:
         return True
 

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import pytest
 import torch
 import transformers
 
@@ -162,6 +163,12 @@ FAMILIES: dict[str, Family] = {
     "jetmoe": _moe("JetMoe", {**_LOCAL, "kv_channels": 16, "num_key_value_heads": 2}),
     "llama": _moe("Llama", {}, routed=False),
 }
+
+
+# Of each kind of attention one, for development: plain, with sinks and sliding windows, and with head dims that differ.
+QUICK = ("mixtral", "gpt_oss", "deepseek_v3")
+#: For `pytest.mark.parametrize`: all names, of which `--fast` takes the quick ones.
+EVERY_FAMILY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 
 
 def prompts(batch: int = 3, length: int = 75, seed: int = 1) -> dict[str, torch.Tensor]:

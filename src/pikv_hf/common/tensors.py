@@ -14,6 +14,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype in which attention computes with a tensor: its own, unless autocast gives another."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
+
+
 def resized(tensor: torch.Tensor, size: int, dim: int, kept: torch.Tensor | int) -> torch.Tensor:
     """Return a copy of a pool's tensor with `size` entries along dimension 0 or 1.
 

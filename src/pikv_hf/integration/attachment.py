@@ -92,6 +92,19 @@ class Attachment:
         config = self._parts.configs.get(layer_idx)
         return None if config is None else str(config._attn_implementation)
 
+    def is_training(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention is in training mode."""
+        module = self.attention_of(layer_idx)
+        return module is not None and module.training
+
+    def check_reads_caches(self, layer_idx: int) -> None:
+        """Raise `ValueError` if the model passes over its cache now, as it does with gradient checkpointing."""
+        if self.is_training(layer_idx) and getattr(self.model, "is_gradient_checkpointing", False):
+            raise ValueError(
+                "the model is in training mode with gradient checkpointing, in which its layers pass over the cache; "
+                "train without one (use_cache=False), or call model.eval() or model.gradient_checkpointing_disable()"
+            )
+
     def expect(self, layer: LinkedLayer) -> None:
         """Deliver the experts that the layer's router chooses in the running call to this layer of a cache."""
         self._calls.expect(layer)

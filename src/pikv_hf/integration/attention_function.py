@@ -7,11 +7,15 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..attention.dense_attention import dense_attention, needs_gradients
+from ..attention.mask_bias import MaskBias
 from ..common.foreign_attributes import LAYER_ATTRIBUTE, OBSERVER_ATTRIBUTE
+from ..common.tensors import autocast_dtype
 from ..kernels.merge_partials import merge_sinks
 from ..layer.attend import attend, attend_dense, begin_step, note_queries
 from ..layer.layer import PiKVLayer
 from ..layer.layer_codecs import remember_queries
+from ..layer.layer_reads import with_history
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, is_causal
 from .kvpress_marks import forget_reader, without_marked
@@ -58,7 +62,8 @@ def pikv_attention_forward(
         call.show_to_observer(layer.seen)
         # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
         new = slice(-query.shape[2], None)
-        return _attend_layer(layer, dataclasses.replace(call, mask=mask), key[:, :, new], value[:, :, new])
+        call = dataclasses.replace(call, query=query.to(layer.store.dtype), mask=mask)
+        return _attend_layer(layer, call, key[:, :, new], value[:, :, new]).to(autocast_dtype(query)), None
     check_arguments(module, kwargs)
     call.show_to_observer(key.shape[2])
     if key.shape[2] == query.shape[2]:
@@ -69,8 +74,8 @@ def pikv_attention_forward(
         # As registered: kvpress has wrapped it, to hide what its head-wise presses have marked.
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, call.mask, dropout=dropout, scaling=scale, **kwargs)
-    visible = without_marked(module, query, key, call.mask)
-    return call.output(*attend_dense(query, key, value, visible, scale, call.softcap)), None
+    call = dataclasses.replace(call, mask=without_marked(module, query, key, call.mask))
+    return _attend_foreign(call, key, value), None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -113,24 +118,65 @@ class _Call:
             out = merge_sinks(out, lse, self.sinks)
         return out.to(self.query.dtype).transpose(1, 2).contiguous()
 
+    def dense_output(
+        self, keys: torch.Tensor, values: torch.Tensor, stored: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend over dense K/V, differentiably: `(B, Q, Hq, Dv)`.
 
-def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, None]:
-    """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`."""
+        `stored` is `(B, H, T)` bool, False for columns without a token.
+        """
+        batch, heads, tokens, _ = keys.shape
+        mask = _trailing_causal_mask(self.query, keys) if self.mask is None else self.mask
+        bias = MaskBias(mask, batch, heads, self.query.shape[1] // heads).new_tokens(tokens)
+        if stored is not None:
+            bias = bias.masked_fill(~stored[:, :, None, None], -torch.inf)
+        out = dense_attention(self.query * self.scale, keys, values, bias, self.softcap, self.sinks)
+        return out.transpose(1, 2).contiguous()
+
+
+def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`: `(B, Q, Hq, Dv)`."""
     query, mask = call.query, call.mask
     layer.attend_begins(_stored_tokens(mask))
     remember_queries(layer.store, query, call.scale)
     pending = layer.pending
     if pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None:
         # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
-        output = sdpa_attention_forward(call.module, query, key, value, mask, 0.0, call.scale)
+        output, _ = sdpa_attention_forward(call.module, query, key, value, mask, 0.0, call.scale)
         if layer.parts[0].scheduler is not None:
             begin_step(layer)
             note_queries(layer, query, mask, call.scale, None, None)
     else:
         out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks)
-        output = call.output(out, lse), None
+        output = call.output(out, lse)
+        if needs_gradients(query, key, value, call.sinks):
+            output = _with_gradients(output, layer, call, key, value)
     layer.attend_ends()
     return output
+
+
+def _attend_foreign(call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attend over all of another cache's K/V, with sinks or a cap, which SDPA does not know: `(B, Q, Hq, Dv)`."""
+    dtype = autocast_dtype(call.query)
+    call, key, value = dataclasses.replace(call, query=call.query.to(dtype)), key.to(dtype), value.to(dtype)
+    if needs_gradients(call.query, key, value, call.sinks):
+        return call.dense_output(key, value)
+    return call.output(*attend_dense(call.query, key, value, call.mask, call.scale, call.softcap))
+
+
+def _with_gradients(
+    output: torch.Tensor, layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Return an output `(B, Q, Hq, Dv)` as it is, with the gradients of attention over all that is stored.
+
+    Pages are read by kernels that autograd does not follow, so the same is computed again, densely, from which come the
+    gradients for the queries and the call's own K/V. What was stored before is a constant.
+    """
+    keys, values = layer.dense()
+    before = keys.shape[2] - key.shape[2]
+    past = keys[:, :, :before], values[:, :, :before]
+    dense = call.dense_output(*with_history(past, key, value), layer.stored_mask())
+    return output.detach() + (dense - dense.detach())
 
 
 def _stored_tokens(mask: torch.Tensor | None) -> torch.Tensor | None:

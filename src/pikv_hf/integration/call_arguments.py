@@ -12,7 +12,8 @@ _HEEDED = {"s_aux", "softcap", "is_causal"}
 _OF_OTHERS = {
     *TransformersKwargs.__annotations__,
     *FlashAttentionKwargs.__annotations__,
-    *("sliding_window", "cache_position", "past_key_values", "use_cache", "return_dict", "logits_to_keep"),
+    *("sliding_window", "cache_position", "past_key_values", "use_cache", "return_dict"),
+    *("logits_to_keep", "num_logits_to_keep"),
     *("target_dtype", "deterministic", "labels", "token_type_ids"),
 }
 #: All that calls of the attention function may come with beside what all attention functions have in common.

@@ -1,8 +1,15 @@
-"""Refusing K/V that are malformed or do not fit what a layer holds."""
+"""What K/V a layer takes, and in which dtype; those that are malformed or do not fit what it holds are refused."""
 
+import functools
+import warnings
 from typing import NamedTuple
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
+
+from ..common.tensors import autocast_dtype
+from .model_link import ModelLink
 
 
 class KVFormat(NamedTuple):
@@ -29,22 +36,31 @@ class KVFormat(NamedTuple):
         return cls((batch, heads, dim, values.shape[-1]), keys.dtype, keys.device)
 
 
-def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, stored: KVFormat | None) -> None:
-    """Raise unless new K/V are well-formed and fit what a layer holds.
+def admit(
+    layer_idx: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    stored: KVFormat | None,
+    link: ModelLink | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return new K/V in the dtype in which a layer stores them, or refuse them before anything has changed.
 
     Parameters
     ----------
     layer_idx : int
-        For the message.
+        Of the layer.
     keys, values : torch.Tensor
         `(B, H, Q, D)` and `(B, H, Q, Dv)`.
     stored : KVFormat, optional
         What is stored already.
+    link : ModelLink, optional
+        The attached model.
 
     Raises
     ------
-    ValueError, RuntimeError
-        For K/V of other shapes, dtypes or devices, or that require gradients.
+    ValueError
+        For K/V of other shapes, dtypes or devices than what is stored, inside of a transform of `torch.func`, and for
+        K/V that require gradients while the attached model is being trained.
     """
     where = f"layer {layer_idx}"
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
@@ -52,20 +68,67 @@ def check_fits(layer_idx: int, keys: torch.Tensor, values: torch.Tensor, stored:
             f"{where}: keys and values must be (batch, heads, tokens, head_dim) with equal first three sizes, got "
             f"{tuple(keys.shape)} and {tuple(values.shape)}"
         )
+    if forward_ad._current_level >= 0 or is_functorch_wrapped_tensor(keys) or is_functorch_wrapped_tensor(values):
+        raise ValueError(
+            f"{where}: the call is inside a transform of torch.func (vmap, grad, jvp, ...) or forward-mode "
+            "differentiation, and pages cannot store what belongs to one; use a DynamicCache there"
+        )
+    keys, values = as_stored(keys, values, None if stored is None else stored.dtype)
     if keys.dtype != values.dtype or keys.device != values.device:
         raise ValueError(f"{where}: keys are {keys.dtype} on {keys.device}, values {values.dtype} on {values.device}")
+    if stored is not None:
+        _check_fits(where, KVFormat.of(keys, values), stored)
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-        raise RuntimeError(
-            f"{where}: K/V require gradients, which this cache does not keep; "
-            "call the model under torch.no_grad() or train without past_key_values"
-        )
-    if stored is None:
-        return
-    shape, dtype, device = stored
-    if (new := (keys.shape[0], keys.shape[1], keys.shape[3], values.shape[3])) != shape:
+        _check_detachable(layer_idx, link)
+    return keys, values
+
+
+def _check_fits(where: str, new: KVFormat, stored: KVFormat) -> None:
+    """Refuse K/V of another format than what is stored."""
+    if new.shape != stored.shape:
         raise ValueError(
-            f"{where}: got K/V with (batch, heads, key dim, value dim) = {new}, but the cache holds {shape}; "
-            "a cache serves one model and one batch until reset()"
+            f"{where}: got K/V with (batch, heads, key dim, value dim) = {new.shape}, but the cache holds "
+            f"{stored.shape}; a cache serves one model and one batch until reset()"
         )
-    if (keys.dtype, keys.device) != (dtype, device):
-        raise ValueError(f"{where}: got {keys.dtype} on {keys.device}, but the cache holds {dtype} on {device}")
+    if new != stored:
+        raise ValueError(
+            f"{where}: got {new.dtype} on {new.device}, but the cache holds {stored.dtype} on {stored.device}"
+        )
+
+
+def _check_detachable(layer_idx: int, link: ModelLink | None) -> None:
+    """Refuse K/V that require gradients in training; else warn that gradients end where tokens are stored."""
+    if link is not None and link.is_training(layer_idx):
+        raise ValueError(
+            f"layer {layer_idx}: the model is in training mode and its K/V require gradients, which do not reach "
+            "stored tokens; train without a cache (use_cache=False), or call model.eval() to have gradients for the "
+            "tokens of each call alone"
+        )
+    warn_detached()
+
+
+@functools.cache
+def warn_detached() -> None:
+    """Warn, once in a process, that gradients end at stored tokens."""
+    warnings.warn(
+        "A PiKVCache stores tokens detached: a backward pass reaches the tokens of its own call, not those that "
+        "earlier calls have stored. Call the model under torch.no_grad() where no gradients are wanted. (Said once.)",
+        stacklevel=2,
+    )
+
+
+def as_stored(
+    keys: torch.Tensor, values: torch.Tensor, stored: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K/V as a layer stores them under autocast; outside of it, as they are.
+
+    Attention rounds them to autocast's dtype whatever they are, often keys in float32 beside values in bfloat16. So
+    that is how they are stored, unless the layer holds wider ones from outside of autocast: then they are widened.
+    """
+    if not torch.is_autocast_enabled(keys.device.type):
+        return keys, values
+    rounded = autocast_dtype(keys)
+    if stored is None or stored == rounded:
+        return keys.to(rounded), values.to(rounded)
+    wide = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), stored)
+    return keys.to(wide), values.to(wide)

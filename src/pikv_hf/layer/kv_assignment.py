@@ -7,9 +7,10 @@ from ..common.kv import KV
 from ..page_table.compaction import ExactTokens
 from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
-from .input_checks import KVFormat, check_fits
+from .input_checks import KVFormat, admit
 from .layer_reads import dense_keys
 from .layer_store import LayerStore
+from .model_link import ModelLink
 from .table_rebuild import TableRebuild
 
 
@@ -143,18 +144,20 @@ def _assigned_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
     return tables
 
 
-def check_assigned(store: LayerStore, keys: object, values: object) -> tuple[torch.Tensor, torch.Tensor]:
+def check_assigned(
+    store: LayerStore, link: ModelLink | None, keys: object, values: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is assigned to a layer as keys and values, refused unless they are tensors that fit it.
 
     Raises
     ------
-    TypeError, ValueError, RuntimeError
-        For other objects, and as :func:`~pikv_hf.layer.input_checks.check_fits`.
+    TypeError, ValueError
+        For other objects, and as :func:`~pikv_hf.layer.input_checks.admit`.
     """
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise TypeError(f"layer {store.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
-    check_fits(store.layer_idx, keys, values, store.kv_format())
-    return keys, values
+    keys, values = admit(store.layer_idx, keys, values, store.kv_format(), link)
+    return keys.detach(), values.detach()
 
 
 def _version(tensor: torch.Tensor) -> int | None:

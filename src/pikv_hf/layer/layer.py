@@ -13,7 +13,7 @@ from ..distributed.lockstep import prompt_mark
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.page_table import PageTable
 from . import layer_reads
-from .input_checks import KVFormat, check_fits
+from .input_checks import KVFormat, admit
 from .layer_cropping import column_of, cropped_length
 from .layer_edits import LayerEdits
 from .layer_operation import layer_operation
@@ -154,26 +154,29 @@ class PiKVLayer(CacheLayerMixin):
 
         Raises
         ------
-        ValueError, RuntimeError
-            If the tensors do not fit what is stored; nothing has changed then.
+        ValueError
+            If the tensors do not fit what is stored, or are those of training; nothing has changed then.
+        RuntimeError
+            If the attention of the call before did not read what it was referred to.
         """
-        check_fits(self.layer_idx, key_states, value_states, self.store.kv_format())
+        keys, values = admit(self.layer_idx, key_states, value_states, self.store.kv_format(), self.attachment)
         in_place, history = self._reads_in_place(), self.seen > 0
         # The layer that was read before may be another cache's.
         if self.attachment is not None and not self.state.reference_lost:
             self.attachment.reads(self.edits, prompt=not history)
-        past = self._take_in(key_states, value_states, in_place)
+        past = self._take_in(keys.detach(), values.detach(), in_place)
         if self.has_expert_router and self.attachment is not None:
             self.attachment.expect(self.edits)
         elif not in_place:
             self.edits.settle_soon()
         if in_place:
             self.state.reference_out, self.state.history_out = True, history
-            return self._referring(key_states), value_states
+            return self._referring(keys), values
         if past is not None:
-            key_states, value_states = torch.cat([past[0], key_states], 2), torch.cat([past[1], value_states], 2)
+            # Out of what is stored no gradient comes, out of the new K/V it may.
+            keys, values = layer_reads.with_history(past, keys, values)
         # Right as they are. A reference that does reach attention says that the next can be read in place again.
-        return (self._referring(key_states) if self.state.reference_lost else key_states), value_states
+        return (self._referring(keys) if self.state.reference_lost else keys), values
 
     @layer_operation
     def _take_in(
@@ -303,7 +306,15 @@ class PiKVLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, cache_position: torch.Tensor | int) -> tuple[int, int]:
-        """Return `(kv_length, kv_offset)` of the mask for the coming call, in the model's positions."""
+        """Return `(kv_length, kv_offset)` of the mask for the coming call, in the model's positions.
+
+        Raises
+        ------
+        ValueError
+            If the attached model would pass over its cache in that call.
+        """
+        if self.attachment is not None:
+            self.attachment.check_reads_caches(self.layer_idx)
         new = cache_position if isinstance(cache_position, int) else cache_position.shape[0]
         return self.state.positions_seen + new, 0
 

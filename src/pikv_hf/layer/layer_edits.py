@@ -144,11 +144,14 @@ class LayerEdits:
         dense = dense_keys(self.store) if which is KV.KEYS else dense_values(self.store)
         return self.assignment.hand_out(which, dense)
 
-    @layer_operation
     def assign_values(self, values: object) -> None:
         """Complete an assignment of keys and values; the first tokens of what was handed out are a crop."""
         staged = self.assignment.take_staged()
-        keys, values = check_assigned(self.store, self.hand_out(KV.KEYS) if staged is None else staged, values)
+        keys = self.hand_out(KV.KEYS) if staged is None else staged
+        self._assign(*check_assigned(self.store, self.link, keys, values))
+
+    @layer_operation
+    def _assign(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if self.assignment.is_crop(keys, values):
             self.truncate(values.shape[2])
         else:

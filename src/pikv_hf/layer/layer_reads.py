@@ -33,6 +33,13 @@ def dense_history(store: LayerStore) -> tuple[torch.Tensor, torch.Tensor]:
     return dense_keys(store), dense_values(store)
 
 
+def with_history(
+    past: tuple[torch.Tensor, torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return new K/V after a dense history, `(B, H, T, D)` and `(B, H, T, Dv)`; gradients reach the new ones."""
+    return torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
+
+
 def _with_pending(store: LayerStore, which: KV, new: torch.Tensor | None) -> torch.Tensor:
     if new is not None and not store.stored:
         return new

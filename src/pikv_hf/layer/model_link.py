@@ -43,6 +43,12 @@ class ModelLink(Protocol):
     def implementation(self, layer_idx: int) -> str | None:
         """Return the name of the attention that the layer's config asks for."""
 
+    def is_training(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention is in training mode."""
+
+    def check_reads_caches(self, layer_idx: int) -> None:
+        """Raise `ValueError` if the model passes over its cache now, as it does with gradient checkpointing."""
+
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the model."""
 

@@ -14,9 +14,13 @@ def kv_format(layer: DynamicSlidingWindowLayer) -> KVFormat | None:
 
 
 def trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
-    """Free what a sliding layer holds beyond its window: transformers keeps a view of all that a call brought."""
+    """Free what a sliding layer holds beyond its window, and the graph of autograd that its tensors may have.
+
+    transformers keeps a view of all that a call brought.
+    """
     for name in ("keys", "values"):
-        kept: torch.Tensor = getattr(layer, name)
+        kept: torch.Tensor = getattr(layer, name).detach()
+        setattr(layer, name, kept)
         window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
         if kept.untyped_storage().nbytes() > window:
             setattr(layer, name, kept.clone())
