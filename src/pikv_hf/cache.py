@@ -1,10 +1,10 @@
 """The cache object that transformers talks to."""
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
@@ -13,11 +13,12 @@ from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
 from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import check_supported, unwrapped
+from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
-from .layer.layer_cropping import column_of, cropped_length
+from .layer.layer_list import crop_layers, row_count, select_rows
 from .layer.layer_making import make_layers
-from .layer.sliding_layer import check_can_crop, copy_sliding, kv_format, trim_to_window
+from .layer.sliding_layer import copy_sliding, kv_format, update_sliding
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
@@ -86,7 +87,8 @@ class PiKVCache(Cache):
         self.filled_under: list[Adapter] = []
         self.pikv_config = options
         self.attachment = attachment
-        layers, self.tiers = make_layers(config, options, attachment, spread)
+        self._make_layers = functools.partial(make_layers, config, options, attachment, spread)
+        layers, self.tiers = self._make_layers()
         super().__init__(layers=layers)
 
     @classmethod
@@ -138,6 +140,30 @@ class PiKVCache(Cache):
         return cls._over(find_spread(devices, max_memory, process_group, timeout), model, config)
 
     @classmethod
+    def from_cache(cls, model: Any, cache: Cache, pikv_config: PiKVConfig | None = None, **options: Any) -> "PiKVCache":
+        """Attach a model and make a cache with the tokens of another one, a `DynamicCache` say, which stays as it is.
+
+        No router has seen these tokens: they are placed by position. All of them are stored, since a cache does not
+        tell which are padding; masks hide it as before.
+
+        Parameters
+        ----------
+        model, pikv_config, **options
+            As for :meth:`for_model`.
+        cache : Cache
+            Of the same model, its layers full or sliding.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For caches with layers of other kinds, with tokens evicted, for another number of layers, or where sliding
+            layers have let go of tokens that paged ones would need; and as :meth:`for_model`.
+        """
+        made = cls.for_model(model, pikv_config, **options)
+        copy_layers(cache, made.layers)
+        return made
+
+    @classmethod
     def _over(cls, spread: Devices | PartLayout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
         """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
         attachment = ensure_attached(model, config.placement or "expert")
@@ -149,7 +175,10 @@ class PiKVCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new K/V of a layer; see :meth:`PiKVLayer.update`."""
+        """Store the new K/V of a layer; see :meth:`PiKVLayer.update`.
+
+        Called by anyone but the attached model's attention it returns all K/V, as other caches do.
+        """
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
@@ -157,12 +186,11 @@ class PiKVCache(Cache):
         layer = self.layers[layer_idx]
         if not layer_idx and not layer.get_seq_length():
             self._note_adapters()
-        if not isinstance(layer, DynamicSlidingWindowLayer):
-            return layer.update(key_states, value_states, *args, **kwargs)
-        keys, values = admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment)
-        result = layer.update(keys, values, *args, **kwargs)
-        trim_to_window(layer)
-        return result
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
+        if self.attachment is not None and not layer.is_called():
+            return layer.update_from_outside(key_states, value_states)
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def _note_adapters(self) -> None:
         """Note under which adapters the first tokens come, for :meth:`save`: others may be active by then."""
@@ -191,6 +219,32 @@ class PiKVCache(Cache):
         """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
         return -1
 
+    @property
+    def max_cache_len(self) -> int:
+        """-1: there is no maximum length. PEFT asks for it, and has prefix tuning use a `DynamicCache` of its own."""
+        return -1
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """Yield dense keys and values of each layer, and how far it looks back, as transformers' caches do.
+
+        What `DynamicCache(cache)` is made of; :meth:`from_cache` is the way back.
+
+        Raises
+        ------
+        ValueError
+            If tokens were evicted: dense K/V have zeros in their place.
+        """
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, PiKVLayer) and layer.state.evicted:
+                raise ValueError(f"layer {index}: tokens were evicted, dense K/V would have zeros in their place")
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    def reset(self) -> None:
+        """Forget everything, what was counted too, and return the memory: the cache is like a new one."""
+        layers: Any
+        layers, self.tiers = self._make_layers()
+        self.layers = layers
+
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions, or remove the last `-max_length` if it is negative.
 
@@ -201,58 +255,20 @@ class PiKVCache(Cache):
         ValueError
             If a sliding layer has already dropped tokens that the shorter cache would need; nothing is changed then.
         """
-        seen = self.get_seq_length()
-        length = cropped_length(seen, max_length)
-        if length >= seen:
-            return
-        for layer in self._paged():
-            column_of(layer.store, length)
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicSlidingWindowLayer):
-                check_can_crop(index, layer, length)
-        for layer in self.layers:
-            if isinstance(layer, PiKVLayer):
-                layer.truncate(column_of(layer.store, length))
-            else:
-                layer.crop(length - layer.get_seq_length())
+        crop_layers(self.layers, self.get_seq_length(), max_length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search: page tables change, no token is copied."""
-        self._select(beam_idx.tolist(), beam_idx)
+        select_rows(self.layers, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
-        rows = self._batch_size()
-        if rows is not None:
-            indices = np.repeat(np.arange(rows), repeats)
-            self._select(indices.tolist(), torch.from_numpy(indices))
+        select_rows(self.layers, torch.arange(row_count(self.layers) or 0).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows at `indices`, an integer or boolean tensor."""
-        rows = self._batch_size()
-        if rows is not None:
-            chosen = torch.arange(rows)[indices.cpu()]
-            self._select(chosen.tolist(), chosen)
-
-    def _batch_size(self) -> int | None:
-        for layer in self.layers:
-            if isinstance(layer, PiKVLayer) and layer.table is not None:
-                return layer.batch
-            if not isinstance(layer, PiKVLayer) and layer.is_initialized:
-                return int(layer.keys.shape[0])
-        return None
-
-    def _select(self, indices: Sequence[int], tensor: torch.Tensor) -> None:
-        rows = self._batch_size()
-        if rows is None:
-            return
-        if bad := [index for index in indices if not 0 <= index < rows]:
-            raise IndexError(f"row {bad[0]} is out of range for a cache of {rows} rows")
-        for layer in self.layers:
-            if isinstance(layer, PiKVLayer):
-                layer.edits.select(indices)
-            elif layer.is_initialized:
-                layer.batch_select_indices(tensor.to(layer.keys.device))
+        if (rows := row_count(self.layers)) is not None:
+            select_rows(self.layers, torch.arange(rows)[indices.cpu()])
 
     # What is PiKV's own
 

@@ -7,7 +7,7 @@ import torch
 import transformers
 from families import COMMON, FAMILIES, prompts
 
-from pikv_hf import PiKVCache, PiKVConfig, attach, detach
+from pikv_hf import PiKVCache, PiKVConfig, attach
 
 SMALL = {"page_size": 8, "recent_window": 8}
 
@@ -152,16 +152,6 @@ def test_out_of_memory_changes_nothing(
         assert torch.equal(then, now)
 
 
-def test_detached_expert_cache_says_why(model: Any) -> None:
-    cache = PiKVCache.for_model(model, **SMALL)
-    detach(model)
-    try:
-        with torch.no_grad(), pytest.raises(RuntimeError, match=r"layer 0: .*chose no expert.*detached"):
-            decode(model, cache, tokens=75, steps=2)
-    finally:
-        attach(model)
-
-
 @pytest.mark.parametrize(
     ("config", "options", "message"),
     [
@@ -190,9 +180,9 @@ def test_unsupported_models_are_left_alone() -> None:
 def test_history_that_attention_never_read(model: Any, filled: PiKVCache) -> None:
     """An interrupted call, or a wrapper that copies the keys, is noticed at the next update."""
     before = snapshot(filled)
-    filled.update(kv(), kv(), 0)
+    filled.layers[0].update(kv(), kv())
     with pytest.raises(RuntimeError, match=r"layer 0: no attention has read the history.*crop"):
-        filled.update(kv(), kv(), 0)
+        filled.layers[0].update(kv(), kv())
     filled.crop(75)
     assert_unchanged(filled, before)
     with torch.no_grad():
@@ -200,7 +190,7 @@ def test_history_that_attention_never_read(model: Any, filled: PiKVCache) -> Non
 
 
 def test_router_of_another_batch(filled: PiKVCache) -> None:
-    filled.update(kv(tokens=4), kv(tokens=4), 0)
+    filled.layers[0].update(kv(tokens=4), kv(tokens=4))
     with pytest.raises(RuntimeError, match="layer 0: the router chose experts for 5 tokens, the cache got 12"):
         filled.layers[0].record_experts(torch.zeros(5, dtype=torch.long))
 

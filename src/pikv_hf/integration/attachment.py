@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface
+from transformers import AttentionInterface, Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
@@ -29,6 +29,8 @@ from .prefetch import prefetch_next_layer
 from .reference_loss import warn_if_read_densely
 
 ATTENTION_NAME = "pikv"
+#: What transformers' continuous batching makes of it, and leaves in the model's config.
+BATCHED_NAME = f"paged|{ATTENTION_NAME}"
 
 #: Held while a model is attached or detached: threads may do so at the same time.
 _attaching = threading.RLock()
@@ -67,6 +69,7 @@ class Attachment:
         self._parts = ModelParts.of(model)
         self._calls = LayerCalls()
         self._handles: list[Any] = []
+        self._previous: dict[int, Any] = {}
         # A cache that is made while a press has the model attached needs it to stay so.
         self.caches_made = 0
         self._entered = 0
@@ -85,7 +88,7 @@ class Attachment:
     def is_active(self, layer_idx: int) -> bool:
         """Return whether the layer's attention calls PiKV's function now."""
         config = self._parts.configs.get(layer_idx)
-        return config is not None and config._attn_implementation == ATTENTION_NAME
+        return config is not None and config._attn_implementation in (ATTENTION_NAME, BATCHED_NAME)
 
     def implementation(self, layer_idx: int) -> str | None:
         """Return the name of the attention that the layer's config asks for."""
@@ -170,7 +173,8 @@ class Attachment:
         self._parts = parts
         for config in parts.configs.values():
             if config._attn_implementation != ATTENTION_NAME:
-                config._attn_implementation = AttachedImplementation(config._attn_implementation)
+                self._previous[id(config)] = self._previous_of(config)
+                config._attn_implementation = AttachedImplementation(self._previous[id(config)])
         if not self._handles:
             self._handles = [handle for index in parts.routers for handle in self._follow_router(index)]
             before = functools.partial(_before_attention, weakref.ref(self))
@@ -196,8 +200,15 @@ class Attachment:
             handle.remove()
         self._handles = []
         for config in self._parts.configs.values():
-            if (name := config._attn_implementation) == ATTENTION_NAME:
-                config._attn_implementation = name.previous if isinstance(name, AttachedImplementation) else "sdpa"
+            config._attn_implementation = self._previous_of(config)
+
+    def _previous_of(self, config: Any) -> Any:
+        """Return what the attention implementation is without PiKV."""
+        name = config._attn_implementation
+        if isinstance(name, AttachedImplementation):
+            return name.previous
+        # Continuous batching writes a name of its own over PiKV's.
+        return self._previous.get(id(config), "sdpa") if name in (ATTENTION_NAME, BATCHED_NAME) else name
 
     def require_expert_routers(self, model: Any, placement: str = "expert") -> None:
         """Raise `ValueError` if no layer's routing can be read."""
@@ -238,12 +249,24 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
 
 
+def _layer_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PiKVLayer | None:
+    """Return the layer of a cache that an attention module is called with; None for layers that are not PiKV's."""
+    cache = kwargs.get("past_key_values")
+    if cache is None:
+        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
+    layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", -1)
+    layer = layers[index] if 0 <= index < len(layers) else None
+    return layer if isinstance(layer, PiKVLayer) else None
+
+
 def _before_attention(
     attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if (alive := attachment()) is not None:
         if alive.is_first(module):
             check_mask_of_cache(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+        if (layer := _layer_of_call(module, args, kwargs)) is not None:
+            layer.call_begins()
         prefetch_next_layer(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
 
@@ -332,5 +355,6 @@ def _require_expert_routers(parts: ModelParts, model: Any, placement: str) -> No
 
 def _register() -> None:
     # Each time: kvpress wraps every registered function at its import, and the wrapper would lose the layer reference.
-    AttentionInterface.register(ATTENTION_NAME, pikv_attention_forward)
-    AttentionMaskInterface.register(ATTENTION_NAME, pikv_mask)
+    for name in (ATTENTION_NAME, BATCHED_NAME):
+        AttentionInterface.register(name, pikv_attention_forward)
+        AttentionMaskInterface.register(name, pikv_mask)

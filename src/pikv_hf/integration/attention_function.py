@@ -18,6 +18,7 @@ from ..layer.layer_codecs import remember_queries
 from ..layer.layer_reads import with_history
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, is_causal
+from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
 from .mask_function import columns_of_layer
 
@@ -56,6 +57,8 @@ def pikv_attention_forward(
     """
     layer = getattr(key, LAYER_ATTRIBUTE, None)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_batched(kwargs):
+        return attend_batched(module, query, key, value, scale, kwargs)
     call = _Call(module, query, attention_mask, scale, kwargs.get("s_aux"), kwargs.get("softcap"))
     if isinstance(layer, PiKVLayer):
         mask = _checked_mask(layer, call, dropout, kwargs)

@@ -74,6 +74,7 @@ class PiKVLayer(CacheLayerMixin):
         self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts)
         self.edits = LayerEdits(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
+        self._called = False
 
     @layer_operation
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -135,6 +136,15 @@ class PiKVLayer(CacheLayerMixin):
 
     # One call of the model: update, attention, the expert router's choice
 
+    def call_begins(self) -> None:
+        """Note that the forward of the layer's attention has begun, which will call :meth:`update`."""
+        self._called = True
+
+    def is_called(self) -> bool:
+        """Return, once for each call of the model, that it is the layer's attention which brings the new tokens."""
+        called, self._called = self._called, False
+        return called
+
     @leave_group_on_error
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -178,6 +188,17 @@ class PiKVLayer(CacheLayerMixin):
         # Right as they are. A reference that does reach attention says that the next can be read in place again.
         return (self._referring(keys) if self.state.reference_lost else keys), values
 
+    def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store K/V that no forward of the attached model brings: they are placed by position, and all K/V returned.
+
+        Parameters and errors are those of :meth:`update`.
+        """
+        keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
+        self._check_history_was_read()
+        past = self._take_in(keys.detach(), values.detach(), in_place=False)
+        self.edits.settle()
+        return (keys, values) if past is None else layer_reads.with_history(past, keys, values)
+
     @layer_operation
     def _take_in(
         self, keys: torch.Tensor, values: torch.Tensor, in_place: bool
@@ -207,15 +228,18 @@ class PiKVLayer(CacheLayerMixin):
         """Return whether PiKV's attention function will see what `update` returns."""
         if self.attachment is None or not self.attachment.is_active(self.layer_idx):
             return False
+        self._check_history_was_read()
         state = self.store.state
-        if state.reference_out and state.history_out:
+        state.reference_lost |= state.reference_out
+        return not state.reference_lost
+
+    def _check_history_was_read(self) -> None:
+        if self.store.state.reference_out and self.store.state.history_out:
             raise RuntimeError(
                 f"layer {self.layer_idx}: no attention has read the history that the last update referred to. Either "
                 "that call was interrupted, or something between update and attention copies the keys. Take the call's "
                 "tokens back with cache.crop(length)"
             )
-        state.reference_lost |= state.reference_out
-        return not state.reference_lost
 
     def _referring(self, keys: torch.Tensor) -> torch.Tensor:
         """Return keys with a reference to this layer, by which the attention function finds it."""

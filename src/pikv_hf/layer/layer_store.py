@@ -14,7 +14,7 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.page_pool import NoRoomError
 from ..pages.tokens import TokenBatch
-from ..sharding.placement import balanced_placement, expert_placement, hash_placement
+from ..sharding.placement import balanced_placement, expert_placement, hash_placement, where_known
 from ..sharding.shard_map import ShardMap
 from .input_checks import KVFormat
 from .layer_part import LayerPart
@@ -136,13 +136,18 @@ class LayerStore:
     def shard_of(self) -> ShardOf:
         """Return the function from positions and experts of tokens to their shards."""
         config = self.config
+        by_position = hash_placement(config.page_size, config.num_shards)
         if not self.num_experts:
-            return hash_placement(config.page_size, config.num_shards)
+            return by_position
         if config.placement != "balanced":
-            return expert_placement(self.num_experts, config.num_shards, self.layer_idx)
-        known = self.state.expert_loads
-        loads = np.ones(self.num_experts) if known is None else known
-        return balanced_placement(loads, config.num_shards, config.page_size, self.layer_idx, config.hot_replicas)
+            by_expert = expert_placement(self.num_experts, config.num_shards, self.layer_idx)
+        else:
+            known = self.state.expert_loads
+            loads = np.ones(self.num_experts) if known is None else known
+            by_expert = balanced_placement(
+                loads, config.num_shards, config.page_size, self.layer_idx, config.hot_replicas
+            )
+        return where_known(by_expert, by_position)
 
     def own_tokens(self, kept: torch.Tensor) -> list[torch.Tensor | None]:
         """Return for each part of this process which of the tokens `(B, H, T)` are its own; None for all of them."""
@@ -164,9 +169,8 @@ class LayerStore:
         if valid is not None:
             every, experts = every[valid], experts[valid]
         every, experts = every.flatten(), experts.flatten()
-        if groups and len(experts):
-            counted = experts.clamp_min(0).cpu().numpy()
-            self.state.expert_loads = np.bincount(counted, minlength=self.num_experts)
+        if groups and len(chosen := experts[experts >= 0]):
+            self.state.expert_loads = np.bincount(chosen.cpu().numpy(), minlength=self.num_experts)
             for table in self.tables():
                 table.writer.set_shard_of(self.shard_of())
         if divides and self.shard_map is not None and self.table is not None:

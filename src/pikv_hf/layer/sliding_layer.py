@@ -13,7 +13,16 @@ def kv_format(layer: DynamicSlidingWindowLayer) -> KVFormat | None:
     return KVFormat.of(layer.keys, layer.values)
 
 
-def trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
+def update_sliding(
+    layer: DynamicSlidingWindowLayer, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let a sliding layer have new K/V, and return with them those that it held, as transformers does."""
+    result = layer.update(keys, values)
+    _trim_to_window(layer)
+    return result
+
+
+def _trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
     """Free what a sliding layer holds beyond its window, and the graph of autograd that its tensors may have.
 
     transformers keeps a view of all that a call brought.
@@ -40,3 +49,9 @@ def copy_sliding(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
     twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
     twin.__dict__.update(layer.__dict__)
     return twin
+
+
+def take_over(layer: DynamicSlidingWindowLayer, other: DynamicSlidingWindowLayer) -> None:
+    """Give an empty sliding layer the tokens of another, which both never write into."""
+    layer.lazy_initialization(other.keys, other.values)
+    layer.keys, layer.values, layer.cumulative_length = other.keys, other.values, other.cumulative_length

@@ -107,11 +107,29 @@ def balanced_placement(
     return shard_of
 
 
+def where_known(
+    by_expert: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    by_position: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Place tokens by expert where that is known, and by position where no router saw them: their expert is negative.
+
+    Such tokens come from outside of the model, as prefixes and other caches' do, or from a model that is detached.
+    """
+
+    def shard_of(positions: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        known = experts >= 0
+        if bool(known.all()):
+            return by_expert(positions, experts)
+        chosen = by_expert(positions, experts.clamp_min(0))
+        return torch.where(known, chosen, by_position(positions, experts).to(chosen.dtype))
+
+    return shard_of
+
+
 def _check_known(experts: torch.Tensor, layer_idx: int) -> None:
     if bool((experts < 0).any()):
         missing = int((experts < 0).sum())
         raise RuntimeError(
             f"layer {layer_idx}: the model's router chose no expert for {missing} of {experts.numel()} tokens. "
-            "Was the cache used with another model than the one it was made for, or the model detached? "
-            'placement="hash" needs no router.'
+            'placement="hash" needs no router'
         )

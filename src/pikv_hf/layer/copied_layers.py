@@ -1,0 +1,77 @@
+"""Filling the layers of a new cache with the tokens of another cache."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from .layer import PiKVLayer
+from .sliding_layer import take_over, update_sliding
+
+
+def copy_layers(source: Cache, layers: Sequence[Any]) -> None:
+    """Fill empty layers, paged or sliding, with the tokens of another cache, which stays as it is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no cache of full and sliding layers, for another number of layers or layers of other lengths or
+        windows, and where tokens are gone; nothing has changed then.
+    """
+    if not isinstance(source, Cache) or not hasattr(source, "layers"):
+        raise TypeError(f"expected a cache of transformers with layers, got {type(source).__name__}")
+    filled = [(layer, other) for layer, other in zip(layers, source.layers, strict=False) if _length(other)]
+    if not filled:
+        return
+    if len(source.layers) != len(layers) or len(filled) != len(layers):
+        raise ValueError(
+            f"the {type(source).__name__} has {len(source.layers)} layers, {len(filled)} of them with tokens, but the "
+            f"model's cache has {len(layers)}"
+        )
+    if len(lengths := sorted({_length(other) for _, other in filled})) > 1:
+        raise ValueError(f"layers of the {type(source).__name__} have different lengths: {lengths}")
+    for index, (layer, other) in enumerate(filled):
+        _check_copies(index, layer, other)
+    for layer, other in filled:
+        _copy(layer, other)
+
+
+def _length(layer: Any) -> int:
+    return int(layer.get_seq_length())
+
+
+def _check_copies(index: int, layer: Any, other: Any) -> None:
+    """Raise unless all tokens that a layer needs are in another."""
+    kind = type(other)
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, PiKVLayer):
+        raise TypeError(f"layer {index} is of type {kind.__name__}; PiKVCache can copy full and sliding layers")
+    if kind is PiKVLayer and other.state.evicted:
+        raise ValueError(f"layer {index}: tokens were evicted, and which ones dense K/V do not tell")
+    if kind is not DynamicSlidingWindowLayer:
+        return
+    held = other.keys.shape[2]
+    if isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window != other.sliding_window:
+        raise ValueError(
+            f"layer {index} slides over {other.sliding_window} tokens, that of the model over {layer.sliding_window}"
+        )
+    if isinstance(layer, PiKVLayer) and held < _length(other):
+        raise ValueError(
+            f'layer {index} has kept {held} of {_length(other)} tokens, all of which sliding_layers="paged" would need'
+        )
+
+
+def _copy(layer: Any, other: Any) -> None:
+    if isinstance(layer, DynamicSlidingWindowLayer) and isinstance(other, DynamicSlidingWindowLayer):
+        take_over(layer, other)
+        return
+    keys, values = (_tokens(dense, _length(other)) for dense in (other.keys, other.values))
+    if isinstance(layer, PiKVLayer):
+        layer.update_from_outside(keys, values)
+    else:
+        update_sliding(layer, keys, values)
+
+
+def _tokens(dense: torch.Tensor, length: int) -> torch.Tensor:
+    # Static layers have room for more than they hold.
+    return dense.detach()[:, :, :length]

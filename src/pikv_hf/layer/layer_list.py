@@ -1,0 +1,59 @@
+"""The layers of a cache, paged ones and transformers' own sliding ones, as one: their rows, and cutting them back."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from .layer import PiKVLayer
+from .layer_cropping import column_of, cropped_length
+from .sliding_layer import check_can_crop
+
+
+def row_count(layers: Sequence[Any]) -> int | None:
+    """Return how many sequences the layers hold, None before the first tokens."""
+    for layer in layers:
+        if isinstance(layer, PiKVLayer) and layer.table is not None:
+            return layer.batch
+        if not isinstance(layer, PiKVLayer) and layer.is_initialized:
+            return int(layer.keys.shape[0])
+    return None
+
+
+def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
+    """Replace the sequences by those at `indices`, integers in any order. Nothing happens before the first tokens.
+
+    Raises
+    ------
+    IndexError
+        If there is no such row; nothing has changed then.
+    """
+    rows = row_count(layers)
+    if rows is None:
+        return
+    chosen = indices.tolist()
+    if bad := [index for index in chosen if not 0 <= index < rows]:
+        raise IndexError(f"row {bad[0]} is out of range for a cache of {rows} rows")
+    for layer in layers:
+        if isinstance(layer, PiKVLayer):
+            layer.edits.select(chosen)
+        elif layer.is_initialized:
+            layer.batch_select_indices(indices.to(layer.keys.device))
+
+
+def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
+    """Cut layers that have seen `seen` positions back; see :meth:`pikv_hf.PiKVCache.crop`."""
+    length = cropped_length(seen, max_length)
+    if length >= seen:
+        return
+    for index, layer in enumerate(layers):
+        if isinstance(layer, PiKVLayer):
+            column_of(layer.store, length)
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            check_can_crop(index, layer, length)
+    for layer in layers:
+        if isinstance(layer, PiKVLayer):
+            layer.truncate(column_of(layer.store, length))
+        else:
+            layer.crop(length - layer.get_seq_length())
