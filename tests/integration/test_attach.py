@@ -94,9 +94,7 @@ def test_switching_the_implementation_between_calls() -> None:
             model(**prompts(), past_key_values=cache)
             for step, implementation in enumerate(["pikv", "sdpa", "pikv", "eager", "pikv"]):
                 if isinstance(cache, PiKVCache):
-                    attach(model, placement="hash") if implementation == "pikv" else detach(model)
-                    if implementation == "eager":
-                        model.set_attn_implementation("eager")
+                    model.set_attn_implementation(implementation)
                 steps.append(model(input_ids=torch.full((3, 2), 5 + step), past_key_values=cache).logits)
         logits.append(torch.cat(steps, dim=1))
         detach(model)

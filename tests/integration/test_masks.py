@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, VOCAB
 from transformers import DynamicCache
 
-from pikv_hf import PiKVCache
+from pikv_hf import PiKVCache, attach, detach
 
 SMALL: dict[str, Any] = {"page_size": 4, "recent_window": 8, "sink_tokens": 2, "num_shards": 3}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -174,3 +174,17 @@ def test_arguments_that_attention_does_not_know_are_refused(name: str) -> None:
         model(ids(1), past_key_values=cache, **{name: torch.zeros(1)})
     assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT] * len(cache.layers)
     assert read(model, cache, ids(1)).isfinite().all()
+
+
+def test_padding_cannot_be_shown_to_a_detached_model() -> None:
+    model = FAMILIES["olmoe"].build()
+    cache = PiKVCache.for_model(model, **SMALL)
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, :6] = 0
+    read(model, cache, ids(PROMPT), mask)
+    detach(model)
+    goes_on = torch.nn.functional.pad(mask, (0, 1), value=1)
+    with pytest.raises(ValueError, match="rows of this cache are padded, and padding is not stored"):
+        read(model, cache, ids(1), goes_on)
+    attach(model)
+    assert read(model, cache, ids(1), goes_on).isfinite().all()

@@ -48,6 +48,8 @@ def _check_copies(index: int, layer: Any, other: Any) -> None:
         raise TypeError(f"layer {index} is of type {kind.__name__}; PiKVCache can copy full and sliding layers")
     if kind is PiKVLayer and other.state.evicted:
         raise ValueError(f"layer {index}: tokens were evicted, and which ones dense K/V do not tell")
+    if kind is PiKVLayer and other.store.is_padded:
+        raise ValueError(f"layer {index}: rows are padded, and padding was not stored; use cache.fork()")
     if kind is not DynamicSlidingWindowLayer:
         return
     held = other.keys.shape[2]

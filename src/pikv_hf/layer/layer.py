@@ -194,6 +194,11 @@ class PiKVLayer(CacheLayerMixin):
         Parameters and errors are those of :meth:`update`.
         """
         keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
+        if self.store.is_padded:
+            raise ValueError(
+                f"layer {self.layer_idx}: rows of this cache are padded, and padding is not stored; only an attached "
+                "model's attention shows what its masks hide. Attach the model again: pikv_hf.attach(model)"
+            )
         self._check_history_was_read()
         past = self._take_in(keys.detach(), values.detach(), in_place=False)
         self.edits.settle()
