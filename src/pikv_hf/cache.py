@@ -13,11 +13,13 @@ from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
 from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import check_supported, unwrapped
+from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
 from .layer.layer_list import crop_layers, row_count, select_rows
 from .layer.layer_making import make_layers
+from .layer.layer_operation import layer_operation
 from .layer.sliding_layer import copy_sliding, kv_format, update_sliding
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
@@ -87,7 +89,9 @@ class PiKVCache(Cache):
         self.filled_under: list[Adapter] = []
         self.pikv_config = options
         self.attachment = attachment
-        self._make_layers = functools.partial(make_layers, config, options, attachment, spread)
+        #: Of its layers and forks too.
+        self.lock = new_cache_lock()
+        self._make_layers = functools.partial(make_layers, config, options, attachment, spread, self.lock)
         layers, self.tiers = self._make_layers()
         super().__init__(layers=layers)
 
@@ -272,6 +276,7 @@ class PiKVCache(Cache):
 
     # What is PiKV's own
 
+    @layer_operation
     def fork(self) -> "PiKVCache":
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
         twin = PiKVCache.__new__(PiKVCache)
@@ -385,15 +390,20 @@ class PiKVCache(Cache):
         exchange = next((layer.exchange for layer in self._paged()), None)
         return self.nbytes if exchange is None else exchange.sum(self.nbytes)
 
+    @layer_operation
     def memory_report(self) -> MemoryReport:
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
         for layer in self._paged():
             layer.edits.settle_unless_awaited()
+            layer.store.release_abandoned()
         layers = tuple(part for index, layer in enumerate(self.layers) for part in layer_memory(index, layer))
         return MemoryReport(total=sum(layer.total for layer in layers), layers=layers)
 
+    @layer_operation
     def stats(self) -> CacheStats:
         """Return what was read, evicted and moved between tiers so far; `print` shows it as tables."""
+        for layer in self._paged():
+            layer.store.release_abandoned()
         return CacheStats.of(self._paged(), self.tiers)
 
     def __repr__(self) -> str:

@@ -156,6 +156,7 @@ def test_rows_that_share_a_prompt_pack_it_once() -> None:
     assert set(pool.allocator.refcount[pool.allocator.refcount > 0].tolist()) == {2}
     del fork
     gc.collect()
+    cache.memory_report()
     assert set(pool.allocator.refcount[pool.allocator.refcount > 0].tolist()) == {1}
 
 

@@ -233,6 +233,7 @@ def test_pages_that_a_fork_holds_stay() -> None:
     assert migrate_pages(fork.parts, fork.store.shard_map) == 0
     del fork
     gc.collect()
+    reader.layer.settle()
     assert migrate_pages(reader.layer.parts, reader.layer.store.shard_map) > 0
     torch.testing.assert_close(reader.layer.dense()[0], reader.keys)
 

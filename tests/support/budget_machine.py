@@ -164,8 +164,11 @@ class BudgetMachine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9))
     def fork(self, which: int) -> None:
         twin = self.pick(which)
-        copies = {name: getattr(twin, name).clone() for name in NAMES}
-        self.twins.append(Twin(twin.layer.fork(), **copies))
+        layer = twin.layer.fork()
+        if layer.table is not None:
+            # What had left the window of the older one is packed first.
+            self.follow(twin)
+        self.twins.append(Twin(layer, **{name: getattr(twin, name).clone() for name in NAMES}))
 
     @precondition(lambda self: len(self.twins) > 1)
     @rule(which=st.integers(0, 9))
@@ -202,6 +205,7 @@ class BudgetMachine(RuleBasedStateMachine):
         for twin in getattr(self, "twins", []):
             if twin.layer.table is None:
                 continue
+            twin.layer.store.release_abandoned()
             for name, pool in twin.layer.table.pools.by_id().items():
                 pools[id(pool)] = pool
                 for sequence in {id(s): s for s in twin.layer.table.rows}.values():

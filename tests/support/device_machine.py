@@ -211,6 +211,7 @@ class DeviceMachine(EvictionMachine):
         held: dict[int, list[np.ndarray]] = {}
         pools: dict[int, Any] = {}
         for twin in getattr(self, "twins", []):
+            twin.layer.store.release_abandoned()
             for table in twin.layer.store.tables():
                 for name, pool in table.pools.by_id().items():
                     pools[id(pool)] = pool

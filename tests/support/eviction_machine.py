@@ -186,6 +186,7 @@ class EvictionMachine(RuleBasedStateMachine):
         for twin in getattr(self, "twins", []):
             if twin.layer.table is None:
                 continue
+            twin.layer.store.release_abandoned()
             for name, pool in twin.layer.table.pools.by_id().items():
                 pools[id(pool)] = pool
                 for sequence in {id(s): s for s in twin.layer.table.rows}.values():

@@ -223,6 +223,7 @@ class LayerMachine(RuleBasedStateMachine):
             table = twin.layer.table
             if table is None:
                 continue
+            twin.layer.store.release_abandoned()
             for name, pool in table.pools.by_id().items():
                 pools[id(pool)] = pool
                 for sequence in {id(s): s for s in table.rows}.values():

@@ -221,6 +221,9 @@ class Attachment:
     def __enter__(self) -> "Attachment":
         with _attaching:
             self._entered += 1
+            if self.model is not None and not self.active:
+                # Another thread has left its block since this one attached the model.
+                self.activate(self.current_parts())
         return self
 
     def __exit__(

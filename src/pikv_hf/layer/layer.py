@@ -1,5 +1,6 @@
 """One layer of the cache: the protocol that transformers, the attention function and presses speak to it."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class PiKVLayer(CacheLayerMixin):
         """Create the empty pools and page tables for K/V of these shapes."""
         self.store.begin(KVFormat.of(key_states, value_states))
 
+    @layer_operation
     def reset(self) -> None:
         """Forget everything and return the memory."""
         self.store.clear()
@@ -88,6 +90,11 @@ class PiKVLayer(CacheLayerMixin):
         self.prompt_mark = None
 
     # What it has
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """The lock of the cache and its forks."""
+        return self.store.lock
 
     @property
     def config(self) -> PiKVConfig:

@@ -1,6 +1,8 @@
 """What happens to a layer's tokens once the model has handed them over: settled, kept or evicted, assigned, cropped."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -42,6 +44,11 @@ class LayerEdits:
         self.store, self.link = store, link
         self.layer_idx, self.exchange = store.layer_idx, store.layout.exchange
         self.reset()
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """The lock of the cache and its forks."""
+        return self.store.lock
 
     def reset(self) -> None:
         """Forget assignments, snapshots and presses."""

@@ -1,5 +1,6 @@
 """Making the layers of a cache, complete with their parts, schedulers and the tiers that they share."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
@@ -14,7 +15,11 @@ from .model_link import ModelLink
 
 
 def make_layers(
-    config: Any, options: PiKVConfig, link: ModelLink | None, spread: Devices | PartLayout | None
+    config: Any,
+    options: PiKVConfig,
+    link: ModelLink | None,
+    spread: Devices | PartLayout | None,
+    lock: AbstractContextManager[Any],
 ) -> tuple[list[Any], Tiers | None]:
     """Return the layers of a cache, and the tiers that the paged ones among them share.
 
@@ -28,6 +33,8 @@ def make_layers(
         The attached model.
     spread : Devices or PartLayout, optional
         Where shards are, if not all where the layer's attention is.
+    lock : context manager
+        The lock of the cache.
 
     Raises
     ------
@@ -51,6 +58,7 @@ def make_layers(
         ]
         made = make_parts(index, options, layout, schedulers, tiers)
         layers[index] = PiKVLayer(index, options, link, layout, made, leads=index == min(layouts))
+        layers[index].store.lock = lock
     return layers, tiers
 
 

@@ -16,6 +16,7 @@ from ..pages.page_pool import NoRoomError
 from ..pages.tokens import TokenBatch
 from ..sharding.placement import balanced_placement, expert_placement, hash_placement, where_known
 from ..sharding.shard_map import ShardMap
+from .cache_lock import new_cache_lock
 from .input_checks import KVFormat
 from .layer_part import LayerPart
 from .layer_state import LayerState
@@ -52,6 +53,8 @@ class LayerStore:
         The newest tokens, while they wait for the expert router or for a press.
     shard_map : ShardMap or None
         Which part has which shard, where there are several.
+    lock : context manager
+        Of the cache and its forks, whose pages these are too; see :mod:`~pikv_hf.layer.cache_lock`.
     heads, dtype, device
         KV heads, and dtype and device of the layer's K/V, from the first tokens on.
     """
@@ -68,6 +71,7 @@ class LayerStore:
         self.state = LayerState()
         self.pending: PendingTokens | None = None
         self.shard_map: ShardMap | None = None
+        self.lock = new_cache_lock()
 
     def clear(self) -> None:
         """Forget everything and return the memory."""
@@ -89,7 +93,7 @@ class LayerStore:
         """Take over what another store of the same parts knows of its tokens, none of which are pending."""
         if other.table is not None:
             self.heads, self.dtype, self.device = other.heads, other.dtype, other.device
-        self.state, self.shard_map = other.state.copy(), other.shard_map
+        self.state, self.shard_map, self.lock = other.state.copy(), other.shard_map, other.lock
 
     # Sizes
 
@@ -187,8 +191,14 @@ class LayerStore:
 
     # Storing
 
+    def release_abandoned(self) -> None:
+        """Give back the pages of forks and snapshots that are gone."""
+        for table in self.tables():
+            table.pools.release_abandoned()
+
     def settle(self) -> None:
         """Store what is pending, and move what has left the window to its shards, within the budget."""
+        self.release_abandoned()
         if self.pending is not None:
             experts = self.pending.experts
             if experts is None:

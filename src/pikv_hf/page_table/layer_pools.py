@@ -1,6 +1,7 @@
 """The pools of one layer on one device: that of pages kept as they came, and those of packed pages."""
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -45,6 +46,8 @@ class LayerPools:
         has its until then.
     numbering : int
         How often pages were given other numbers.
+    abandoned : deque
+        Rows of page tables that are gone, which still count as holders of their pages.
     """
 
     def __init__(self, plain: PlainPool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
@@ -54,6 +57,7 @@ class LayerPools:
         self.plain = plain
         self.tiers = tiers
         self.packed: dict[PoolId, PackedPool] = {}
+        self.abandoned: deque[list[SequencePages]] = deque()
         self.config = config
         self.encoders = LayerEncoders(plain, config, uncoded_too=tiers is not None)
         self.holders: dict[int, list[SequencePages]] = {}
@@ -94,11 +98,16 @@ class LayerPools:
         for pool_id, pool in self.by_id().items():
             pool.decref(sequence.pages(pool_id))
 
-    def release(self, rows: list[SequencePages]) -> None:
-        """Drop the references of a table that is gone, given by its rows."""
-        del self.holders[id(rows)]
-        for sequence in distinct_sequences(rows):
-            self.decref(sequence)
+    def release_abandoned(self) -> None:
+        """Give back the pages of page tables that are gone, outside of any transaction.
+
+        Python finds out that an object is gone at any time and in any thread, also while another changes these pools.
+        """
+        while self.abandoned:
+            rows = self.abandoned.popleft()
+            del self.holders[id(rows)]
+            for sequence in distinct_sequences(rows):
+                self.decref(sequence)
 
     def add_packed(self, sequence: SequencePages, pool_id: PoolId, ids: PageIds) -> None:
         """Give packed pages to a sequence, with a reference to each."""
@@ -131,6 +140,7 @@ class LayerPools:
         Not within an operation that has page numbers at hand: pages get others, in all tables. Where memory for a
         smaller pool is lacking it stays as it is. Without `always` only if tables have let go of pages.
         """
+        self.release_abandoned()
         if not always and not self._freed:
             return
         self._freed = False
@@ -186,6 +196,7 @@ class LayerPools:
 
     def forget_pools(self, known: set[PoolId]) -> None:
         """Delete the unused pools but those `known`, and with them bases fitted to tokens that are gone."""
+        self.release_abandoned()
         for pool_id in set(self.packed) - known:
             if not self.packed[pool_id].allocator.refcount.any():
                 pool = self.packed.pop(pool_id)

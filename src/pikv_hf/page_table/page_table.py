@@ -63,8 +63,8 @@ class PageTable:
         self._newest: torch.Tensor | None = None
         self._numbering = self.pools.numbering
         self.pools.holders[id(self.rows)] = self.rows
-        # Dropping a fork must give its pages back to the pools it shares.
-        weakref.finalize(self, self.pools.release, self.rows).atexit = False
+        # Dropping a fork gives its pages back to the pools it shares.
+        weakref.finalize(self, self.pools.abandoned.append, self.rows).atexit = False
 
     @classmethod
     def from_rows(cls, writer: SequenceWriter, rows: list[SequencePages]) -> "PageTable":

@@ -7,7 +7,7 @@ a description of each layer, as JSON; the tensors are those of the pages in use.
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from ..distributed.device_layout import Devices, PartLayout, attention_device
 from ..distributed.process_exchange import Exchange
 from ..integration.attachment import Attachment
 from ..integration.model_modules import find_attention_modules
-from ..layer.layer_operation import layer_operation
+from ..layer.layer_operation import layer_operation, ordinary_mode
 from ..version import __version__
 from .format import FORMAT, READ_VERSIONS, VERSION
 from .layer_loader import LayerLoader, PagedLayerLoader, layer_loader
@@ -55,6 +55,7 @@ class SavableCache(Protocol):
     filled_under: list[Adapter]
     model_config: Any
     pikv_config: PiKVConfig
+    lock: AbstractContextManager[Any]
 
 
 _Cache = TypeVar("_Cache", bound=SavableCache)
@@ -110,7 +111,6 @@ def _write(cache: SavableCache, fingerprint: Fingerprint, path: Path, more: dict
     write_tensors(path, metadata, groups)
 
 
-@layer_operation
 def load_cache(
     make: Callable[[PiKVConfig, bool], _Cache],
     path: str | os.PathLike[str],
@@ -138,7 +138,7 @@ def load_cache(
     if exchange is not None and exchange.ranks == 1:
         exchange = None
     device = _device(None, model)
-    with ExitStack() as stack:
+    with ordinary_mode(), ExitStack() as stack:
         saved = _CacheLoader(Path(path), options)
         # Whatever goes wrong in one of several processes, none of them goes on alone.
         in_step(exchange, device, "load the cache", lambda: saved.read(stack, model, spread, exchange))
