@@ -2,6 +2,7 @@
 
 import functools
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from types import TracebackType
@@ -17,6 +18,7 @@ from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
 from ..distributed.device_layout import attention_device
 from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
+from .attention_code import changes_cached_keys
 from .attention_function import pikv_attention_forward
 from .expert_router import ExpertRouter, Lazy
 from .kvpress_marks import note_reader, take_marks
@@ -26,7 +28,6 @@ from .model_hook import place_hook
 from .model_modules import check_modules, feed_forward_classes, unwrapped
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
-from .reference_loss import warn_if_read_densely
 
 ATTENTION_NAME = "pikv"
 #: What transformers' continuous batching makes of it, and leaves in the model's config.
@@ -318,7 +319,7 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
         if attachment is None:
             check_modules(model)
             attachment = Attachment(model)
-            warn_if_read_densely(attachment.attention_modules())
+            _warn_if_read_densely(attachment.attention_modules())
         parts = attachment.current_parts()
         if parts is not attachment._parts:
             check_modules(model)
@@ -329,6 +330,18 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
         attachment.activate(parts)
         setattr(model, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
+
+
+def _warn_if_read_densely(modules: dict[int, nn.Module]) -> None:
+    """Warn of attention modules, by layer, that lose the reference which a layer's keys carry."""
+    changing = {kind for kind in {type(module) for module in modules.values()} if changes_cached_keys(kind)}
+    if layers := [index for index, module in modules.items() if type(module) in changing]:
+        warnings.warn(
+            f"{type(modules[layers[0]]).__name__} changes keys between the cache and attention: {len(layers)} of "
+            f"{len(modules)} layers give it all their K/V, dense, in every step. Results are right; time is that of "
+            "DynamicCache or more",
+            stacklevel=5,
+        )
 
 
 def attachment_of(model: Any) -> Attachment | None:

@@ -48,11 +48,29 @@ def why_not_in_place(module: nn.Module) -> str | None:
 
     Code whose source is not there, and updates outside of `forward`, cannot be judged: None as well.
     """
+    forward = _parsed_forward(type(module))
+    return None if forward is None else _judge(forward)
+
+
+def changes_cached_keys(kind: type[nn.Module]) -> bool:
+    """Return whether an attention class changes the keys that the cache has returned before it attends to them.
+
+    As JetMoE does, which repeats them: they do not lead to the cache's layer any more. Without source: False.
+    """
+    if (forward := _parsed_forward(kind)) is None:
+        return False
+    assigned = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]
+    updates = [node for node in assigned if _is_update(node.value) and isinstance(node.targets[0], ast.Tuple)]
+    keys = {name for node in updates for name in _names(node.targets[0].elts[0])}  # type: ignore[attr-defined]
+    first = min((node.lineno for node in updates), default=0)
+    return any(node.lineno > first and not _is_update(node.value) and keys & _targets(node) for node in assigned)
+
+
+def _parsed_forward(kind: type[nn.Module]) -> ast.AST | None:
     try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(type(module).forward)))
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
     except (OSError, TypeError):
         return None
-    return _judge(ast.parse(source))
 
 
 def _judge(forward: ast.AST) -> str | None:
