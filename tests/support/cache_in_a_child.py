@@ -1,4 +1,4 @@
-"""What a process that another one has started does with a cache: it loads the file and goes on."""
+"""What a process that another one has started does with saved caches: it loads the files and goes on."""
 
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,12 @@ from saved_runs import go_on, shared_model
 from pikv_hf import PiKVCache
 
 
-def load_and_go_on(path: Path, family: str, results: Any) -> None:
-    """Put the tokens that a loaded cache goes on with into a queue, or the error."""
+def load_and_go_on(paths: list[Path], results: Any) -> None:
+    """Put the tokens that each loaded cache goes on with into a queue, or the error."""
     torch.set_num_threads(1)
-    model = shared_model(family)
-    try:
-        results.put(go_on(model, PiKVCache.load(path, model)).argmax(-1).tolist())
-    except Exception as error:
-        results.put(repr(error))
+    model = shared_model()
+    for path in paths:
+        try:
+            results.put(go_on(model, PiKVCache.load(path, model)).argmax(-1).tolist())
+        except Exception as error:
+            results.put(repr(error))

@@ -1,5 +1,6 @@
 """Caches with room for half of their pages in fast memory, and generation with them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from pikv_hf import PiKVCache
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.tiers.page_file import PageFile
 
 LAYOUT = {"page_size": 8, "recent_window": 16, "num_shards": 2}
 LENGTH, STEPS = 200, 24
@@ -21,6 +23,15 @@ def generate(model: Any, ids: Any, cache: Any, **options: Any) -> torch.Tensor:
 def pools_of(cache: PiKVCache) -> list[Any]:
     layers = [layer for layer in cache.layers if isinstance(layer, PiKVLayer)]
     return [pool for layer in layers for pool in layer.table.pools.packed.values()]
+
+
+def opened(file: PageFile) -> Path:
+    """Return a path by which an open file, which has no name, can be read, damaged and cut off."""
+    return Path(f"/proc/self/fd/{file.descriptor}")
+
+
+def files_of(cache: PiKVCache) -> list[PageFile]:
+    return [file for pool in pools_of(cache) for file in pool.lower._files.values()]
 
 
 def half(model: Any, ids: Any, codec: str = "none", **options: Any) -> dict[str, Any]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiered_runs import LENGTH, STEPS, generate, half, pools_of
+from tiered_runs import LENGTH, STEPS, files_of, generate, half, opened, pools_of
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from pikv_hf import PiKVCache
 from pikv_hf.tiers import page_file
 from pikv_hf.tiers.file_records import HEADER_BYTES, PageFileError
+from pikv_hf.tiers.page_file import PageFile
 from pikv_hf.tiers.tier_limits import TierFull
 
 
@@ -48,14 +49,9 @@ def go_on(model: Any, tokens: torch.Tensor, cache: PiKVCache) -> torch.Tensor:
     return generate(model, tokens, cache, max_new_tokens=left)
 
 
-def files_of(cache: PiKVCache) -> list[Path]:
-    return sorted(cache.tiers.directory.iterdir())
-
-
 def complete(cache: PiKVCache) -> bool:
-    """Return whether files end with their last record and there are no others."""
-    known = {file.path: file.nbytes for pool in pools_of(cache) for file in pool.lower._files.values()}
-    return {path: os.path.getsize(path) for path in files_of(cache)} == known
+    """Return whether files end with their last record."""
+    return all(os.path.getsize(opened(file)) == file.nbytes for file in files_of(cache))
 
 
 def flip(path: Path, place: int) -> None:
@@ -72,9 +68,11 @@ def test_a_damaged_file_is_an_error_until_it_is_whole_again(
 ) -> None:
     cache = PiKVCache.for_model(model, **half(model, ids))
     whole: dict[Path, bytes] = {}
+    hurt_files: list[PageFile] = []
 
     def hurt(cache: PiKVCache) -> None:
-        path = files_of(cache)[-1]
+        file = files_of(cache)[-1]
+        path, hurt_files[:] = opened(file), [file]
         whole[path] = path.read_bytes()
         if damage == "flipped byte":
             flip(path, HEADER_BYTES + 700)
@@ -83,7 +81,7 @@ def test_a_damaged_file_is_an_error_until_it_is_whole_again(
 
     tokens, error = run(model, ids, cache, hurt)
     assert isinstance(error, PageFileError)
-    assert str(next(iter(whole))) in str(error)
+    assert str(hurt_files[0].path) in str(error)
     assert torch.equal(tokens, expected[:, : tokens.shape[1]])
     assert tokens.shape[1] == LENGTH + 10
     with pytest.raises(PageFileError):
@@ -101,7 +99,7 @@ def test_cropping_into_a_damaged_page_changes_nothing(model: Any, ids: torch.Ten
         model(ids, past_key_values=cache)
         cache.memory_report()
         twin = cache.fork()
-        whole = {path: path.read_bytes() for path in files_of(cache)}
+        whole = {opened(file): opened(file).read_bytes() for file in files_of(cache)}
         for path in whole:
             os.truncate(path, 0)
         layer = twin.layers[0]
@@ -128,9 +126,9 @@ def test_cropping_into_a_damaged_page_changes_nothing(model: Any, ids: torch.Ten
         assert all(layer.get_seq_length() == LENGTH for layer in cache.layers)
 
 
-def test_a_directory_removed(model: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
+def test_a_directory_removed(model: Any, ids: torch.Tensor, expected: torch.Tensor, tmp_path: Path) -> None:
     """Open files go on working; only new ones cannot be made."""
-    cache = PiKVCache.for_model(model, **half(model, ids))
+    cache = PiKVCache.for_model(model, **half(model, ids), tier_directory=str(tmp_path / "pages"))
     tokens, error = run(model, ids, cache, lambda cache: shutil.rmtree(cache.tiers.directory))
     assert error is None
     assert torch.equal(tokens, expected)
@@ -144,8 +142,10 @@ def test_a_directory_removed(model: Any, ids: torch.Tensor, expected: torch.Tens
     assert all(torch.equal(a, b) for a, b in zip(cache.layers[0].dense(), before, strict=True))
 
 
-def test_a_directory_removed_before_it_is_used(model: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
-    options = half(model, ids)
+def test_a_directory_removed_before_it_is_used(
+    model: Any, ids: torch.Tensor, expected: torch.Tensor, tmp_path: Path
+) -> None:
+    options = half(model, ids, tier_directory=str(tmp_path / "pages"))
     cache = PiKVCache.for_model(model, **options)
     with torch.no_grad():
         model(ids[:, :60], past_key_values=cache)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, VOCAB, prompts
-from tiered_runs import LAYOUT, LENGTH, fast_bytes, generate, half, pools_of
+from tiered_runs import LAYOUT, LENGTH, fast_bytes, files_of, generate, half, opened, pools_of
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
@@ -217,8 +217,8 @@ def test_counters_add_up(model: Any, ids: torch.Tensor) -> None:
     assert figures["hit_rate"] == figures["hits"] / (figures["hits"] + figures["misses"])
     assert figures["bytes"]["device"] == fast_bytes(cache) <= room
     assert figures["bytes"]["cpu"] == live_bytes(t for pool in pools for t in pool.lower.tensors()) <= room
-    files = list(cache.tiers.directory.iterdir())
-    assert figures["bytes"]["disk"] == sum(map(os.path.getsize, files))
+    files = files_of(cache)
+    assert figures["bytes"]["disk"] == sum(os.path.getsize(opened(file)) for file in files)
     assert len(files) == LAYOUT["num_shards"] * 2
     assert figures["stall_seconds"] > 0
     assert cache.nbytes >= figures["bytes"]["device"] + figures["bytes"]["cpu"]
@@ -233,24 +233,26 @@ def test_caches_without_tiers_have_none(model: Any, ids: torch.Tensor) -> None:
 
 def test_files_go_with_the_cache(model: Any, ids: torch.Tensor, tmp_path: Path) -> None:
     parent = tmp_path / "new" / "folder"
-    cache = PiKVCache.for_model(model, **half(model, ids), tier_directory=str(parent))
+    options = half(model, ids)
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    cache = PiKVCache.for_model(model, **options, tier_directory=str(parent))
     assert cache.tiers.directory is None
     generate(model, ids, cache)
-    folder = cache.tiers.directory
-    assert folder.parent == parent
-    assert len(list(folder.iterdir())) == 4
+    assert cache.tiers.directory == parent
+    assert len(os.listdir("/proc/self/fd")) - before == len(files_of(cache)) == 4
     for layer in cache.layers:
         layer.keep(torch.arange(layer.seen).expand(1, 2, -1) % 2 == 0)
     gc.collect()
-    assert 0 < len(list(folder.iterdir())) <= 4, "files of the pools before the eviction"
+    assert 0 < len(os.listdir("/proc/self/fd")) - before <= 4, "files of the pools before the eviction"
+    assert not list(parent.iterdir())
     twin = cache.fork()
     del cache, layer
     gc.collect()
-    assert folder.exists()
+    assert len(os.listdir("/proc/self/fd")) > before
     del twin
     gc.collect()
-    assert not folder.exists()
-    assert not list(parent.iterdir())
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_rows_that_go_give_their_memory_back(model: Any, ids: torch.Tensor) -> None:

@@ -8,15 +8,17 @@ the bytes mean), checksum of the header. Records of equal size follow, each with
 where the checksum, xxh3 of 64 bits, covers everything after itself.
 """
 
-import contextlib
 import dataclasses
 import os
 import struct
+import tempfile
 import weakref
 from pathlib import Path
 
 import numpy as np
 import xxhash
+
+from ..common.process_generation import process_generation
 
 MAGIC = b"PiKVpage"
 LAYOUT_VERSION = 1
@@ -38,7 +40,7 @@ class PageFileError(RuntimeError):
     Attributes
     ----------
     path : pathlib.Path
-        The file.
+        The file, which has no name where it is: its folder, and what it is for.
     page : int or None
         The page that was wanted, None if it concerns the file.
     expected, found : str
@@ -52,22 +54,32 @@ class PageFileError(RuntimeError):
 
 
 class FileHandle:
-    """An open file that is closed and removed when nobody refers to it any more.
+    """An open file without a name, closed when nobody refers to it any more.
 
-    Records never change, so that another thread may read through a handle whatever happens to the file meanwhile.
+    The system gives the room of a file without a name back when the last process that has it open ends, however that
+    comes about: killed processes leave nothing behind, and forked ones neither collide nor remove what another reads.
+    Records never change, so that another thread, or a forked process, may read through a handle whatever happens to the
+    file meanwhile.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A path in the folder to make it in, by which messages call it.
+
+    Attributes
+    ----------
+    descriptor : int
+        Of the open file.
+    generation : int
+        The process that made it, and alone may write to it; see
+        :func:`~pikv_hf.common.process_generation.process_generation`.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        self.close = weakref.finalize(self, _close_and_remove, self.descriptor, path)
-
-
-def _close_and_remove(descriptor: int, path: Path) -> None:
-    os.close(descriptor)
-    # The directory may be gone, and with it the name.
-    with contextlib.suppress(OSError):
-        path.unlink()
+        self.path, self.generation = path, process_generation()
+        with tempfile.TemporaryFile(dir=path.parent, buffering=0) as file:
+            self.descriptor = os.dup(file.fileno())
+        self.close = weakref.finalize(self, os.close, self.descriptor)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

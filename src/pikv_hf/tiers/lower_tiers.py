@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import torch
 
+from ..common.process_generation import process_generation
 from ..pages.types import PageIds
 from .file_records import HEADER_BYTES, RECORD_HEADER_BYTES, Records, read_all
 from .host_memory import HostMemory
@@ -47,7 +48,8 @@ class LowerTiers:
         below = tiers.names[1:]
         self._to_disk = "disk" in below
         self._rows = HostMemory(layout.nbytes, tiers, self._transfers) if "cpu" in below else None
-        self._files: dict[int, PageFile] = {}
+        # By shard, and by the process that made it: a forked one reads from the files that were there and makes others.
+        self._files: dict[tuple[int, int], PageFile] = {}
         self._file_of: dict[int, PageFile] = {}
         self.prefetched = Prefetched(tiers.counters)
 
@@ -139,18 +141,18 @@ class LowerTiers:
             self._moved(self._tiers.fast, "disk", len(pages))
 
     def _append(self, pages: list[int], shards: np.ndarray, records: torch.Tensor) -> None:
-        own = shards[pages]
-        new = [shard for shard in np.unique(own).tolist() if shard not in self._files]
+        own, process = shards[pages], process_generation()
+        new = [shard for shard in np.unique(own).tolist() if (shard, process) not in self._files]
         record_bytes = self.layout.nbytes + RECORD_HEADER_BYTES
         self._tiers.make_disk_room(len(pages) * record_bytes + len(new) * HEADER_BYTES)
         contents = records.numpy()
         for shard in np.unique(own).tolist():
             which = np.flatnonzero(own == shard)
             numbers = np.asarray(pages)[which]
-            file = self._files.get(shard)
+            file = self._files.get((shard, process))
             if file is None:
                 path = self._tiers.new_path(self._name, shard)
-                file = self._files[shard] = PageFile(path, self.layout.nbytes, self.layout.fingerprint)
+                file = self._files[shard, process] = PageFile(path, self.layout.nbytes, self.layout.fingerprint)
             file.append(numbers, contents[which])
             self._file_of.update(dict.fromkeys(numbers.tolist(), file))
 
@@ -253,10 +255,10 @@ class LowerTiers:
 
     def compact(self) -> None:
         """Shorten files to the records in use; files without any go."""
-        for shard, file in list(self._files.items()):
+        for made, file in list(self._files.items()):
             if not len(file):
-                # Closed and removed once nobody reads from it any more.
-                del self._files[shard]
+                # Closed once nobody reads from it any more.
+                del self._files[made]
             elif file.dead_bytes:
                 file.rewrite()
 

@@ -3,18 +3,19 @@
 Which record holds which page is known in memory only, and only once the record is written: what a failed write leaves
 behind is never read, and cut off.
 
-The file serves one cache of one process as long as they last. It is not synced: what the system could not write in the
-end is read back as something else, and its checksum tells.
+The file has no name and serves one cache as long as that lasts. A process that is forked meanwhile goes on reading from
+it, and writes what is new to a file of its own. It is not synced: what the system could not write in the end is read
+back as something else, and its checksum tells.
 """
 
 import contextlib
-import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from ..common.process_generation import process_generation
 from ..pages.page_pool import MAX_FREE
 from .file_records import (
     HEADER_BYTES,
@@ -39,8 +40,7 @@ class PageFile:
     Parameters
     ----------
     path : pathlib.Path
-        A file that does not exist yet; it is removed with this object. Rewritten files have names of their own beside
-        it.
+        A path in the folder to make it in, by which messages call it; see :class:`FileHandle`.
     page_bytes : int
         Of a page.
     fingerprint : int
@@ -56,7 +56,6 @@ class PageFile:
         self.path = path
         self.record_bytes = page_bytes + RECORD_HEADER_BYTES
         self.fingerprint = fingerprint
-        self._generations = itertools.count(1)
         self._index: dict[int, int] = {}
         # What the records of pages that got other numbers say they were.
         self._renumbered: dict[int, int] = {}
@@ -75,6 +74,11 @@ class PageFile:
     def pages(self) -> list[int]:
         """The pages that have a record."""
         return list(self._index)
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file."""
+        return self._handle.descriptor
 
     @property
     def nbytes(self) -> int:
@@ -101,6 +105,7 @@ class PageFile:
         PageFileError
             If not all could be written; the file is as before then.
         """
+        assert self._handle.generation == process_generation(), "only the process that made a file writes to it"
         pages = np.asarray(pages, dtype=np.int64)
         if len(pages):
             self._write(self._handle, make_records(pages, contents, self._written, self.fingerprint), self._written)
@@ -138,27 +143,25 @@ class PageFile:
             self._rewrite_beyond = 2 * self.dead_bytes
 
     def rewrite(self) -> bool:
-        """Move the records in use to a new file and remove the old one; return whether that worked.
+        """Move the records in use to a new file in place of the old one; return whether that worked.
 
         As long as it takes there are both.
         Where it does not (a full disk, a record that is damaged) everything stays as it was.
         """
         pages = sorted(self._index, key=self._index.__getitem__)
         try:
-            moved = self._create(self.path.with_name(f"{self.path.name}.{next(self._generations)}"))
+            moved = self._create(self.path)
             for first in range(0, len(pages), step := max(1, _REWRITE_BLOCK_BYTES // self.record_bytes)):
                 block = np.asarray(pages[first : first + step], dtype=np.int64)
                 self._write(moved, make_records(block, self.read(block), first, self.fingerprint), first)
         except PageFileError:
             return False
-        old, self._handle = self._handle, moved
+        # Whoever reads from the old one keeps it open.
+        self._handle = moved
         self._index = {page: number for number, page in enumerate(pages)}
         self._renumbered = {}
         self._written = len(pages)
         self._rewrite_beyond = REWRITE_BYTES
-        # Open descriptors go on reading; only the name goes.
-        with contextlib.suppress(OSError):
-            old.path.unlink()
         return True
 
     def _create(self, path: Path) -> FileHandle:

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from ..common.process_generation import process_generation
 from .file_records import RECORD_HEADER_BYTES, Records, read_all
 from .tier_counters import TierCounters
 from .transfers import Arriving, Transfers
@@ -17,42 +18,58 @@ Read = tuple[str, list[int], torch.Tensor]
 class Reading:
     """Records that the thread reads from files into memory of the host, and that go on to the device from there.
 
-    Made by :meth:`PrefetchThread.begin`.
+    Made by :meth:`PrefetchThread.begin`. In a process that was forked meanwhile nobody reads them to the end.
     """
 
     def __init__(self, buffer: torch.Tensor, done: "Future[None]", transfers: Transfers) -> None:
         self._buffer, self._done, self._transfers = buffer, done, transfers
+        self._generation = process_generation()
         self._arriving: Arriving | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
         return [self._buffer]
 
+    @property
+    def _is_own(self) -> bool:
+        """Whether this process began it; else its thread may have held any lock of `_done` when it was forked."""
+        return self._generation == process_generation()
+
     def forward(self) -> None:
         """Let what has been read go on to the device."""
-        if self._arriving is None and self._done.done() and self._done.exception() is None:
+        if self._arriving is None and self._is_own and self._done.done() and self._done.exception() is None:
             self._arriving = self._transfers.to_device([self._buffer])
 
     def get(self) -> torch.Tensor:
-        """Return the records `(n, R)` on the device, in order of the parts. Raises what reading them raised."""
-        self._done.result()
-        self.forward()
+        """Return the records `(n, R)` on the device, in order of the parts.
+
+        Raises what reading them raised, `RuntimeError` if another process was reading them.
+        """
+        if self._arriving is None:
+            if not self._is_own:
+                raise RuntimeError(
+                    "the thread that read these pages stayed in the process that this one was forked from"
+                )
+            self._done.result()
+            self.forward()
         assert self._arriving is not None
         return self._arriving.get()[:, RECORD_HEADER_BYTES:]
 
 
 class PrefetchThread:
-    """The thread that reads files ahead of need, for all layers of a cache; it starts with the first request."""
+    """The thread that reads files ahead of need, for all layers of a cache; a process's first request starts it."""
 
     def __init__(self) -> None:
         self._worker: ThreadPoolExecutor | None = None
+        self._generation = process_generation()
         self._readings: weakref.WeakSet[Reading] = weakref.WeakSet()
 
     def begin(self, parts: list[Records], transfers: Transfers) -> Reading:
         """Begin to read records, which go on to the device by `transfers`."""
-        if self._worker is None:
+        if self._worker is None or self._generation != process_generation():
             self._worker = ThreadPoolExecutor(1, thread_name_prefix="pikv-tiers")
-            weakref.finalize(self, self._worker.shutdown, wait=False, cancel_futures=True)
+            self._generation = process_generation()
+            weakref.finalize(self, _shut_down, self._worker, self._generation)
         buffer = transfers.host(sum(len(part.pages) for part in parts), parts[0].record_bytes)
         reading = Reading(buffer, self._worker.submit(read_all, parts, buffer.numpy()), transfers)
         self._readings.add(reading)
@@ -62,6 +79,12 @@ class PrefetchThread:
         """Let all that has been read go on to the device, beside the computation."""
         for reading in list(self._readings):
             reading.forward()
+
+
+def _shut_down(worker: ThreadPoolExecutor, generation: int) -> None:
+    # Of another process, its locks may be held for ever.
+    if generation == process_generation():
+        worker.shutdown(wait=False, cancel_futures=True)
 
 
 class Prefetched:

@@ -1,7 +1,5 @@
 """What pages may take of fast memory, of the host's memory and of the disk: of a cache, and of each of its layers."""
 
-import itertools
-import shutil
 import sys
 import tempfile
 import weakref
@@ -85,7 +83,6 @@ class Tiers:
         self.counters = TierCounters()
         self._parent = config.tier_directory
         self._directory: Path | None = None
-        self._numbers = itertools.count()
         self._by_layer: dict[tuple[int, int], LayerTiers] = {}
         self.prefetch_thread = PrefetchThread()
 
@@ -97,27 +94,28 @@ class Tiers:
 
     @property
     def directory(self) -> Path | None:
-        """Where the files are, None as long as there are none."""
+        """The folder that files are made in, None as long as there are none; it shows none of them."""
         return self._directory
 
     def new_path(self, name: str) -> Path:
-        """Return the path of a file to be made, in a directory that is removed with the cache.
+        """Return what to call a file that is to be made, in a folder that is there.
+
+        The folder is made once: should it go, so may have gone the disk that was mounted there.
 
         Raises
         ------
         PageFileError
-            If the directory cannot be made.
+            If the folder cannot be made.
         """
         if self._directory is None:
             try:
-                if self._parent is not None:
-                    Path(self._parent).mkdir(parents=True, exist_ok=True)
-                self._directory = Path(tempfile.mkdtemp(prefix="pikv-", dir=self._parent))
+                folder = Path(self._parent or tempfile.gettempdir())
+                folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                where = Path(self._parent or tempfile.gettempdir())
-                raise PageFileError(where, None, "a new directory in it", str(error)) from error
-            weakref.finalize(self, shutil.rmtree, self._directory, ignore_errors=True)
-        return self._directory / f"{name}-{next(self._numbers)}.pages"
+                wanted = Path(self._parent or "the folder for temporary files")
+                raise PageFileError(wanted, None, "a folder for files of pages", str(error)) from error
+            self._directory = folder
+        return self._directory / f"{name}.pages"
 
     def bytes_used(self) -> dict[str, int]:
         """Return the bytes that pages take by tier: memory as allocated, files as long as they are."""
@@ -221,7 +219,7 @@ class LayerTiers:
                 return
 
     def new_path(self, pool: str, shard: int) -> Path:
-        """Return the path of a new file; see :meth:`Tiers.new_path`."""
+        """Return what to call a new file; see :meth:`Tiers.new_path`."""
         return self.tiers.new_path(f"layer{self.index}-{pool.replace('/', '_')}-shard{shard}")
 
     def make_disk_room(self, needed: int) -> None:
