@@ -96,7 +96,8 @@ class PiKVConfig:
         as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where
         attention runs.
     tier_directory : str, optional
-        Where the files of `"disk"` go; by default a temporary directory. They are removed with the cache.
+        Where the files of `"disk"` go; by default where temporary files do. They have no names there, and are gone with
+        the cache.
 
     Raises
     ------
