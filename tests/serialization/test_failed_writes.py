@@ -1,7 +1,10 @@
 """A save replaces a file wholly or not at all, whatever becomes of the disk."""
 
 import errno
+import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,46 @@ def test_a_write_that_stops(error: BaseException, after: int, old: Path, monkeyp
         cache.save(old)
     monkeypatch.undo()
     assert_equal(cache, cache.fork())
+
+
+def test_a_killed_process_leaves_no_part_of_a_file(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared_model()
+    cache = read(model, new_cache(model))
+    write, calls = tensor_writer._write, iter(range(100))
+    reads, writes = os.pipe()
+
+    def wait(*args: Any) -> None:
+        if next(calls) == 5:
+            os.write(writes, b"+")
+            time.sleep(60)
+        write(*args)
+
+    monkeypatch.setattr(tensor_writer, "_write", wait)
+    if not (child := os.fork()):
+        signal.alarm(60)
+        cache.save(old)
+        os._exit(0)
+    assert os.read(reads, 1) == b"+"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reads)
+    os.close(writes)
+
+
+@pytest.mark.parametrize("where", ["nothing", "os.replace"])
+def test_where_every_file_has_a_name(where: str, old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = shared_model()
+    cache = read(model, new_cache(model))
+    monkeypatch.delattr(os, "O_TMPFILE")
+    if where == "nothing":
+        cache.save(old.with_name("other"))
+        assert_equal(cache, PiKVCache.load(old.with_name("other"), model))
+        old.with_name("other").unlink()
+        return
+    with monkeypatch.context() as patch:
+        patch.setattr(where, failing(OSError(errno.EIO, "Input/output error")))
+        with pytest.raises(OSError, match="could not save the cache"):
+            cache.save(old)
 
 
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:

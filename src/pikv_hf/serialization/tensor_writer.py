@@ -126,24 +126,50 @@ def _write(file: FileIO, data: bytes | memoryview) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[FileIO]:
-    """Open a new file beside `path` that takes its place once it is written; on any error it is gone."""
+    """Open a new file that takes the place of `path` once it is written; on any error it is gone."""
     temporary = path.with_name(f".pikv-{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "xb", buffering=0) as file:
+        with _new_file(temporary) as file:
             yield file
             os.fsync(file.fileno())
+            _name(file, temporary)
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
         raise
     # The new name outlives a power failure once the folder is on disk too; not every file system can do that.
-    with suppress(OSError):
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with suppress(OSError), _folder(path) as folder:
+        os.fsync(folder)
+
+
+def _new_file(path: Path) -> FileIO:
+    """Open a file that has no name until it is given this one, so that a killed process leaves none, or one that has."""
+    if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
+        # Not every file system can do that.
+        with suppress(OSError):
+            descriptor = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            return open(descriptor, "wb", buffering=0)
+    return open(path, "xb", buffering=0)
+
+
+def _name(file: FileIO, path: Path) -> None:
+    """Give a file its name, unless it has one."""
+    if os.fstat(file.fileno()).st_nlink:
+        return
+    with _folder(path) as folder:
+        # With a folder's descriptor os.link follows the link that /proc has to the file.
+        os.link(f"/proc/self/fd/{file.fileno()}", path.name, dst_dir_fd=folder)
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[int]:
+    """Open the folder that a path is in."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        yield folder
+    finally:
+        os.close(folder)
 
 
 @contextmanager
