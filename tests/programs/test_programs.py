@@ -70,5 +70,5 @@ def test_a_refusal_that_changes_something_is_found(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(PiKVCache, "crop", refuse)
     arguments: dict[str, Any] = {name: choices[0] for name, choices in ALPHABET["forward"].choices.items()}
     calls = (Call("forward", arguments), Call("crop", {"by": 1, "sign": "negative"}))
-    report = run(Program("olmoe", "sdpa", True, None, {}, 2, calls))
+    report = run(Program("olmoe", "sdpa", True, None, {}, 2, False, calls))
     assert report.kind.startswith("crop: after a refusal")

@@ -18,6 +18,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from pikv_hf import PiKVCache, PiKVConfig
+from pikv_hf.layer.layer_list import row_count
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 VOCAB = 64
@@ -101,7 +102,7 @@ def read(model: Any, cache: PiKVCache, kind: str, tokens: int = TOKENS) -> PiKVC
 def go_on(model: Any, cache: PiKVCache, chunk: list[int]) -> tuple[list[list[int]], float]:
     """Read a chunk and go on greedily; return the tokens of each step, and by how much they won at least."""
     tokens, margin = [], float("inf")
-    ids = torch.tensor(chunk).expand(cache._batch_size() or 1, -1)
+    ids = torch.tensor(chunk).expand(row_count(cache.layers) or 1, -1)
     padding = next((layer.state.padding for layer in cache.layers if hasattr(layer, "state")), None)
     for _ in range(STEPS):
         mask = torch.ones(len(ids), cache.get_seq_length() + ids.shape[1], dtype=torch.long)

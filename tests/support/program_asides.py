@@ -88,7 +88,7 @@ def gradient(view: View, drawn: Any) -> list[str]:
     ]
 
 
-@operation(1, at=("repr(cache)", "cache.memory_report()", "cache.stats()", "[layer.keys for layer in cache.layers]"))
+@operation(1, at=("repr(cache)", "cache.memory_report()", "cache.stats()", "list(cache)"))
 def look(view: View, drawn: Any) -> list[str]:
     """Look at the cache, which changes nothing."""
     return ["if pikv:", f"    str({drawn.at})"]

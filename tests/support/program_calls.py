@@ -5,7 +5,7 @@ from typing import Any
 from program_operation import SEEDS, View, operation
 
 CONTEXTS = {
-    "no_grad": "",
+    "ambient": "",
     "inference_mode": "with torch.inference_mode():",
     "enable_grad": "with torch.enable_grad():",
     "autocast": 'with torch.autocast("cpu", dtype=torch.bfloat16):',
@@ -14,7 +14,9 @@ CONTEXTS = {
 MANY_ENDS = "list(range(2, 198, 4))"
 
 
-def _within(context: str, line: str) -> list[str]:
+def _within(view: View, context: str, line: str) -> list[str]:
+    """Indent a line below its context, by default that of the program."""
+    context = "autocast" if view.autocast and context == "ambient" else context
     return [CONTEXTS[context], f"    {line}"] if CONTEXTS[context] else [line]
 
 
@@ -42,7 +44,7 @@ def _grow(view: View, new: int, padding: str, seed: int) -> list[str]:
     positions=("none", "none", "mask", "offset", "jump"),
     cache_position=(False, False, False, True),
     last=(False, False, False, True),
-    context=("no_grad", "no_grad", "no_grad", "inference_mode", "enable_grad", "autocast"),
+    context=(*("ambient",) * 12, *("inference_mode",) * 4, *("enable_grad",) * 3, "autocast"),
     seed=SEEDS,
 )
 def forward(view: View, drawn: Any) -> list[str]:
@@ -61,7 +63,7 @@ def forward(view: View, drawn: Any) -> list[str]:
     if drawn.last:
         arguments.append("logits_to_keep=1")
     call = f"model({', '.join(arguments)}, past_key_values=cache)"
-    return lines + _within(drawn.context, f"show({call}.logits, mask[:, {-1 if drawn.last else view.past}:])")
+    return lines + _within(view, drawn.context, f"show({call}.logits, mask[:, {-1 if drawn.last else view.past}:])")
 
 
 def _mask_argument(view: View, drawn: Any, total: int) -> list[str]:
@@ -111,7 +113,7 @@ DECODING: dict[str, tuple[str, int]] = {
     mask=("given", "given", "omitted"),
     ends=("never", "never", "never", "often", "often, then hidden"),
     chunk=(None, None, None, None, 5),
-    context=("no_grad", "no_grad", "no_grad", "inference_mode", "autocast"),
+    context=(*("ambient",) * 4, "inference_mode"),
     seed=SEEDS,
 )
 def generate(view: View, drawn: Any) -> list[str]:
@@ -126,11 +128,12 @@ def generate(view: View, drawn: Any) -> list[str]:
         # As `generate` infers it.
         lines.append("mask = (ids != PAD).long()")
     if rows > 1 and view.past:
-        lines.append(f"cache.batch_repeat_interleave({rows})")
+        # A copy: where the call is refused, the cache is as it was.
+        lines += ["cache = fork(cache)", f"cache.batch_repeat_interleave({rows})"]
     if "do_sample=True" in DECODING[drawn.how][0]:
         lines.append(f"torch.manual_seed({drawn.seed})")
     call = f"model.generate({', '.join(_generate_arguments(view, drawn))})"
-    lines += [*_within(drawn.context, f"out = {call}"), "show(out)"]
+    lines += [*_within(view, drawn.context, f"out = {call}"), "show(out)"]
     return lines + _answered(view, drawn, rows)
 
 

@@ -61,8 +61,6 @@ def select(view: View, drawn: Any) -> list[str]:
 @operation(1, batch=(1, 2, 3))
 def reset(view: View, drawn: Any) -> list[str]:
     """Start over, with another batch; transformers' own `reset` keeps the length, a new cache is what is meant."""
-    if view.sliding:
-        return []  # Left out for a while: sliding layers keep their batch.
     return [
         "if pikv:",
         "    cache.reset()",
@@ -75,7 +73,9 @@ def reset(view: View, drawn: Any) -> list[str]:
 @operation(3, how=("fork", "copy.deepcopy"), then=("go on", "keep", "swap", "another", "ask"), seed=SEEDS)
 def twin(view: View, drawn: Any) -> list[str]:
     """Copy the cache, or make another, and go on with the copy, the original, or one that was put aside."""
-    how, then = drawn.how, drawn.then
+    then = drawn.then
+    # DynamicCache's own deepcopy fails once it holds K/V with gradients.
+    how = "fork" if drawn.how == "fork" else "(copy.deepcopy if pikv else fork)"
     if then == "another":
         return [f"kept = fresh(), tokens({view.batch}, 0, 0), ones({view.batch}, 0)"]
     if then == "swap" and view.kept:
@@ -95,7 +95,10 @@ def twin(view: View, drawn: Any) -> list[str]:
 @operation(2)
 def save_and_load(view: View, drawn: Any) -> list[str]:
     """Write the cache to a file and go on with what is read from it."""
-    return ["if pikv:", f"    cache = saved_and_loaded(cache, model, {view.devices})"] if view.attached else []
+    if not view.attached:
+        return []
+    devices = view.cache_options["devices"]
+    return ["if pikv:", f"    cache = saved_and_loaded(cache, model, {devices})"]
 
 
 @operation(2, to=("detach", "attach", "eager", "sdpa", "pikv"))
@@ -113,3 +116,19 @@ def implementation(view: View, drawn: Any) -> list[str]:
 def dtype(view: View, drawn: Any) -> list[str]:
     """Change the model's dtype; what is stored in the other one can be used no longer."""
     return [f"model.to(torch.{drawn.to})", *(reset(view, drawn) if drawn.empties else [])]
+
+
+@operation(1, batch=(1, 2), new=(3, 12), seed=SEEDS)
+def convert(view: View, drawn: Any) -> list[str]:
+    """Begin with a DynamicCache and go on with what is made of it."""
+    if not view.attached:
+        return []
+    config = "" if view.cache_options["sliding_layers"] == "paged" else "config=model.config"
+    options = "".join(f", {name}={value!r}" for name, value in view.cache_options.items())
+    size = f"{drawn.batch}, {drawn.new}"
+    return [
+        f"cache, ids, mask = DynamicCache({config}), tokens({size}, {drawn.seed}), ones({size})",
+        "show(model(ids, past_key_values=cache).logits)",
+        "if pikv:",
+        f"    cache = PiKVCache.from_cache(model, cache{options})",
+    ]

@@ -9,14 +9,7 @@ from program_alphabet import ALPHABET
 from program_models import ATTENTION
 
 #: What the programs leave out, for a while: (call, argument, choice, why); without an argument the call itself.
-LEFT_OUT: tuple[tuple[str, str, Any, str], ...] = (
-    ("forward", "context", "enable_grad", "K/V that require gradients are refused"),
-    ("forward", "context", "autocast", "keys of another dtype than values are refused"),
-    ("generate", "context", "autocast", "keys of another dtype than values are refused"),
-    ("gradient", "", None, "K/V that require gradients are refused"),
-    ("threads", "kind", "forward", "pages are shared by threads without a lock"),
-    ("threads", "kind", "generate", "pages are shared by threads without a lock"),
-)
+LEFT_OUT: tuple[tuple[str, str, Any, str], ...] = ()
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "page_size": (4, 8, 1, 3, 16),
@@ -56,6 +49,8 @@ class Program:
         Of `PiKVConfig`.
     batch : int
         Rows of the first call.
+    autocast : bool
+        Whether calls are made under bf16 autocast.
     calls : tuple of Call
         In order.
     """
@@ -66,6 +61,7 @@ class Program:
     devices: list[str] | None
     options: dict[str, Any]
     batch: int
+    autocast: bool
     calls: tuple[Call, ...]
 
 
@@ -107,4 +103,5 @@ def draw_program(choose: Choose) -> Program:
         devices = choose(DEVICES)
     calls = [draw_call(choose, _FIRST), *(draw_call(choose, NAMES) for _ in range(choose((1, 2, 3, 4, 6))))]
     attention = ATTENTION.get(family) or choose(("sdpa", "sdpa", "eager"))
-    return Program(family, attention, attached, devices, options, choose((1, 2, 3)), tuple(calls))
+    autocast = choose((*(False,) * 11, True))
+    return Program(family, attention, attached, devices, options, choose((1, 2, 3)), autocast, tuple(calls))

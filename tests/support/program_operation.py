@@ -32,8 +32,12 @@ class View:
         of the past, drops what has left their window, was made for an attached model, has expert routers.
     eager : bool
         Whether DynamicCache's attention is eager now, which adds boolean masks as numbers.
-    devices : list of str or None
-        Where the shards are.
+    autocast : bool
+        Whether calls are made under it, unless they say otherwise.
+    in_place : bool
+        Whether PiKV's attention reads its cache.
+    cache_options : dict
+        What the cache was made with.
     """
 
     batch: int
@@ -47,7 +51,9 @@ class View:
     attached: bool
     routed: bool
     eager: bool
-    devices: list[str] | None
+    autocast: bool
+    in_place: bool
+    cache_options: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,11 +18,12 @@ from program_models import ATTENTION, assistant_of, model_of, new_cache
 from program_operation import View
 from program_words import WORDS, ones, tokens
 
-from pikv_hf import PiKVCache
+from pikv_hf.layer.layer import PiKVLayer
 
 #: What may be refused where DynamicCache goes on: kind, and what the message says.
 REFUSALS: dict[str, str] = {
     "padding shown later": "was padding when it came and was never stored",
+    "padded rows, model detached": "rows of this cache are padded, and padding is not stored",
     "fast memory too small": r"tier 'cpu' may hold \d+ bytes",
     "another dtype than what is stored": r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
 }
@@ -79,10 +80,8 @@ class Side:
     def lengths(self) -> tuple[int, int | None]:
         """Return the cache's length and rows."""
         cache = self.scope["cache"]
-        if isinstance(cache, PiKVCache):
-            rows = cache._batch_size()
-        else:
-            rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), None)
+        filled = [layer for layer in cache.layers if layer.is_initialized]
+        rows = next((layer.batch if isinstance(layer, PiKVLayer) else layer.keys.shape[0] for layer in filled), None)
         length = cache.get_seq_length()
         return length, rows if length else None
 
@@ -119,7 +118,7 @@ class Report:
     why: str = ""
 
 
-def view_of(program: Program, side: Side) -> View:
+def view_of(program: Program, side: Side, ours: Side) -> View:
     """Return what an operation may know of the state."""
     ids, mask = side.scope["ids"], side.scope["mask"]
     windowed = FAMILIES[program.family].sliding
@@ -135,7 +134,9 @@ def view_of(program: Program, side: Side) -> View:
         attached=program.attached,
         routed=FAMILIES[program.family].routed,
         eager=side.scope["model"].config._attn_implementation == "eager",
-        devices=program.devices,
+        autocast=program.autocast,
+        in_place=ours.scope["model"].config._attn_implementation == "pikv",
+        cache_options={"devices": program.devices, **program.options},
     )
 
 
@@ -144,7 +145,7 @@ def run(program: Program) -> Report:
     report, accepted = Report(), []
     theirs, ours = Side.of(program, pikv=False), Side.of(program, pikv=True)
     for call in (*program.calls, LAST):
-        text = "\n".join(ALPHABET[call.name].write(view_of(program, theirs), SimpleNamespace(**call.arguments)))
+        text = "\n".join(ALPHABET[call.name].write(view_of(program, theirs, ours), SimpleNamespace(**call.arguments)))
         if not text:
             continue
         report.texts.append(text)

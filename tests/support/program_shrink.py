@@ -16,7 +16,7 @@ def _simpler(program: Program) -> Iterator[Program]:
     for size in (4, 2, 1):
         for start in range(len(calls) - size, -1, -1):
             yield dataclasses.replace(program, calls=calls[:start] + calls[start + size :])
-    for name, value in (("devices", None), ("batch", 1), ("batch", 2)):
+    for name, value in (("devices", None), ("autocast", False), ("batch", 1), ("batch", 2)):
         if getattr(program, name) != value and not (name == "batch" and value > program.batch):
             yield dataclasses.replace(program, **{name: value})
     simplest = {"tiers": None, "hot_replicas": 0, **{name: choices[0] for name, choices in OPTIONS.items()}}

@@ -73,7 +73,14 @@ def mask_4d(mask: torch.Tensor, new: int, dtype: torch.dtype, seed: int | None =
 
 def fork(cache: Any) -> Any:
     """Return an independent copy of a cache."""
-    return cache.fork() if isinstance(cache, PiKVCache) else copy.deepcopy(cache)
+    if isinstance(cache, PiKVCache):
+        return cache.fork()
+    twin = copy.copy(cache)
+    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in twin.layers:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys.detach().clone(), layer.values.detach().clone()
+    return twin
 
 
 def saved_and_loaded(cache: PiKVCache, model: Any, devices: list[str] | None = None) -> PiKVCache:
@@ -142,6 +149,6 @@ def during(model: Any, place: str, what: Callable[[], Any], work: Callable[[], A
 #: What the lines of a program see, beside `model`, `cache`, `fresh`, `pikv`, `ids`, `mask`, `kept` and `show`.
 _WORDS = (
     *(tokens, repeating, ones, padded, hiding, mask_4d),
-    *(fork, saved_and_loaded, in_threads, during, stop, attach, detach, DynamicCache),
+    *(fork, saved_and_loaded, in_threads, during, stop, attach, detach, DynamicCache, PiKVCache),
 )
 WORDS: dict[str, Any] = {"torch": torch, "copy": copy, "PAD": PAD, **{word.__name__: word for word in _WORDS}}

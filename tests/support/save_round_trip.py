@@ -10,6 +10,7 @@ from saved_runs import go_on, plain_state
 from pikv_hf import PiKVCache
 from pikv_hf.common.kv import KV
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.layer_list import row_count
 from pikv_hf.serialization.pool_records import most_pages, page_notes
 
 
@@ -135,7 +136,7 @@ def round_trip(
 @torch.no_grad()
 def assert_usable(model: Any, cache: PiKVCache, mask: torch.Tensor | None) -> None:
     """Select rows, crop and go on."""
-    if cache._batch_size() is None:
+    if row_count(cache.layers) is None:
         return
     cache.batch_select_indices(torch.tensor([0]))
     before = cache.get_seq_length()

@@ -9,6 +9,7 @@ from families import FAMILIES
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.layer_list import row_count
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 4, "num_shards": 3, "rank": 4}
 
@@ -45,7 +46,7 @@ def read(model: Any, cache: PiKVCache, tokens: int = 120, batch: int = 2, seed: 
 @torch.no_grad()
 def go_on(model: Any, cache: PiKVCache, mask: torch.Tensor | None = None, steps: int = 8) -> torch.Tensor:
     """Read a chunk of nine tokens, then go on greedily; returns the logits of every step, `(B, 1 + steps, V)`."""
-    rows = cache._batch_size() or 1
+    rows = row_count(cache.layers) or 1
     ids = torch.arange(5, 14).expand(rows, -1)
     logits = []
     for _ in range(1 + steps):

@@ -226,6 +226,9 @@ class PiKVLayer(CacheLayerMixin):
         edits.settle()
         if self.table is None:
             self.lazy_initialization(keys, values)
+        if not state.seen and not in_place:
+            # No reference has reached attention yet: the next call gets all K/V, and a reference that may.
+            state.reference_lost = True
         edits.take_requested_snapshot()
         past = layer_reads.dense_history(store) if state.seen and not in_place else None
         if new == 1 and state.seen:
@@ -267,7 +270,7 @@ class PiKVLayer(CacheLayerMixin):
         if not self.attachment.is_active(self.layer_idx):
             return f"the model's attention is {self.attachment.implementation(self.layer_idx)!r}"
         if self.state.reference_lost:
-            return "the last prompt's keys did not reach PiKV's attention: interrupted, or copied on their way"
+            return "the prompt's keys did not reach PiKV's attention: not attached, interrupted, or copied on their way"
         return None
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
