@@ -179,10 +179,7 @@ class PiKVCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store the new K/V of a layer; see :meth:`PiKVLayer.update`.
-
-        Called by anyone but the attached model's attention it returns all K/V, as other caches do.
-        """
+        """Store the new K/V of a layer; see :meth:`PiKVLayer.update`. Who is not the model's attention gets all K/V."""
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
@@ -192,7 +189,8 @@ class PiKVCache(Cache):
             self._note_adapters()
         if isinstance(layer, DynamicSlidingWindowLayer):
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
-        if self.attachment is not None and not layer.is_called():
+        called, layer.called = layer.called, False
+        if self.attachment is not None and not called:
             return layer.update_from_outside(key_states, value_states)
         return layer.update(key_states, value_states, *args, **kwargs)
 
@@ -217,7 +215,8 @@ class PiKVCache(Cache):
             if layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], PiKVLayer):
                 layer.edits.request_snapshot()
             return super().get_seq_length(layer_idx)
-        return next((x.state.positions_seen for x in self.layers if isinstance(x, PiKVLayer)), super().get_seq_length())
+        first = self.layers[0] if self.layers else None
+        return first.state.positions_seen if isinstance(first, PiKVLayer) else super().get_seq_length()
 
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
@@ -230,8 +229,6 @@ class PiKVCache(Cache):
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Yield dense keys and values of each layer, and how far it looks back, as transformers' caches do.
-
-        What `DynamicCache(cache)` is made of; :meth:`from_cache` is the way back.
 
         Raises
         ------

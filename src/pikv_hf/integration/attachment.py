@@ -270,7 +270,7 @@ def _before_attention(
         if alive.is_first(module):
             check_mask_of_cache(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
         if (layer := _layer_of_call(module, args, kwargs)) is not None:
-            layer.call_begins()
+            layer.called = True
         prefetch_next_layer(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .layer import PiKVLayer
 from .sliding_layer import take_over, update_sliding
@@ -44,8 +43,10 @@ def _length(layer: Any) -> int:
 def _check_copies(index: int, layer: Any, other: Any) -> None:
     """Raise unless all tokens that a layer needs are in another."""
     kind = type(other)
-    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, PiKVLayer):
-        raise TypeError(f"layer {index} is of type {kind.__name__}; PiKVCache can copy full and sliding layers")
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, PiKVLayer):
+        raise TypeError(
+            f"layer {index} is of type {kind.__name__}; PiKVCache can copy those of DynamicCache and its own"
+        )
     if kind is PiKVLayer and other.state.evicted:
         raise ValueError(f"layer {index}: tokens were evicted, and which ones dense K/V do not tell")
     if kind is PiKVLayer and other.store.is_padded:
@@ -67,13 +68,8 @@ def _copy(layer: Any, other: Any) -> None:
     if isinstance(layer, DynamicSlidingWindowLayer) and isinstance(other, DynamicSlidingWindowLayer):
         take_over(layer, other)
         return
-    keys, values = (_tokens(dense, _length(other)) for dense in (other.keys, other.values))
+    keys, values = other.keys.detach(), other.values.detach()
     if isinstance(layer, PiKVLayer):
         layer.update_from_outside(keys, values)
     else:
         update_sliding(layer, keys, values)
-
-
-def _tokens(dense: torch.Tensor, length: int) -> torch.Tensor:
-    # Static layers have room for more than they hold.
-    return dense.detach()[:, :, :length]

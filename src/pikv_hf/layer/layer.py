@@ -49,6 +49,8 @@ class PiKVLayer(CacheLayerMixin):
         The tokens, stored and pending.
     edits : LayerEdits
         Settles what is pending and changes tokens for all but the model.
+    called : bool
+        Whether a forward of the layer's attention has begun, which will call :meth:`update`.
     prompt_mark : torch.Tensor or None
         Of a prompt that the processes have not agreed on yet.
     """
@@ -75,7 +77,7 @@ class PiKVLayer(CacheLayerMixin):
         self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts)
         self.edits = LayerEdits(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
-        self._called = False
+        self.called = False
 
     @layer_operation
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -112,6 +114,16 @@ class PiKVLayer(CacheLayerMixin):
         return self.store.state.is_initialized
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values, once there are some."""
+        return self.store.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer's attention computes, once there are keys and values."""
+        return self.store.device
+
+    @property
     def seen(self) -> int:
         """Columns, pending and evicted ones and padding included."""
         return self.store.state.seen
@@ -142,15 +154,6 @@ class PiKVLayer(CacheLayerMixin):
         return layer_reads.stored_mask(self.store)
 
     # One call of the model: update, attention, the expert router's choice
-
-    def call_begins(self) -> None:
-        """Note that the forward of the layer's attention has begun, which will call :meth:`update`."""
-        self._called = True
-
-    def is_called(self) -> bool:
-        """Return, once for each call of the model, that it is the layer's attention which brings the new tokens."""
-        called, self._called = self._called, False
-        return called
 
     @leave_group_on_error
     def update(
@@ -196,10 +199,7 @@ class PiKVLayer(CacheLayerMixin):
         return (self._referring(keys) if self.state.reference_lost else keys), values
 
     def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store K/V that no forward of the attached model brings: they are placed by position, and all K/V returned.
-
-        Parameters and errors are those of :meth:`update`.
-        """
+        """Store K/V that no forward of the attached model brings, by position, and return all; see :meth:`update`."""
         keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
         if self.store.is_padded:
             raise ValueError(
