@@ -246,6 +246,7 @@ class PiKVCache(Cache):
         layers, self.tiers = self._make_layers()
         self.layers = layers
 
+    @layer_operation
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions, or remove the last `-max_length` if it is negative.
 
@@ -258,14 +259,17 @@ class PiKVCache(Cache):
         """
         crop_layers(self.layers, self.get_seq_length(), max_length)
 
+    @layer_operation
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search: page tables change, no token is copied."""
         select_rows(self.layers, beam_idx)
 
+    @layer_operation
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
         select_rows(self.layers, torch.arange(row_count(self.layers) or 0).repeat_interleave(repeats))
 
+    @layer_operation
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows at `indices`, an integer or boolean tensor."""
         if (rows := row_count(self.layers)) is not None:
