@@ -86,7 +86,8 @@ class PiKVCache(Cache):
         if attachment is None:
             check_supported(config)
         self.model_config = config
-        self.filled_under: list[Adapter] = []
+        # The adapters in use when the first tokens came; None where that is not known, as after `from_cache`.
+        self.filled_under: list[Adapter] | None = None
         self.pikv_config = options
         self.attachment = attachment
         #: Of its layers and forks too.
@@ -185,7 +186,8 @@ class PiKVCache(Cache):
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
             )
         layer = self.layers[layer_idx]
-        if not layer_idx and not layer.get_seq_length():
+        # The first layer of a hybrid model may have no keys.
+        if (not layer_idx or self.filled_under is None) and not layer.get_seq_length():
             self._note_adapters()
         if isinstance(layer, DynamicSlidingWindowLayer):
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
