@@ -54,12 +54,12 @@ class Side:
 
     @classmethod
     def of(cls, program: Program, pikv: bool) -> "Side":
-        model = model_of(program.family, program.attention, pikv)
+        model = model_of(program.family, program.all_experts, program.attention, pikv)
         shown: list[Any] = []
         scope: dict[str, Any] = {**WORDS, "model": model, "pikv": pikv, "kept": None}
         scope["ids"], scope["mask"] = tokens(program.batch, 0, 0), ones(program.batch, 0)
         scope["fresh"] = functools.partial(new_cache, model, pikv, program.attached, program.devices, program.options)
-        scope["assistant"] = assistant_of(program.family)
+        scope["assistant"] = assistant_of(program.family, program.all_experts)
         scope["show"] = lambda value, where=None: shown.append((value, where))
         scope["cache"] = scope["fresh"]()
         return cls(scope, shown)
@@ -235,7 +235,8 @@ def _alternatives(program: Program, texts: Sequence[str]) -> Iterator[list[Any]]
         yield _replayed(program, wide).shown
     for seed in range(4):
         torch.manual_seed(seed)
-        weights = model_of(program.family, program.attention, False).get_input_embeddings().weight
+        model = model_of(program.family, program.all_experts, program.attention, False)
+        weights = model.get_input_embeddings().weight
         kept = weights.detach().clone()
         weights.data.mul_(1 + (4e-3 if lower else 3e-6) * torch.randn_like(weights))
         try:
