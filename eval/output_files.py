@@ -55,6 +55,7 @@ def check_output_file(path: Path | None, option: str) -> None:
     if path is None:
         return
     with user_input(f"cannot write {option} {path}"):
+        _check_name(path)
         if path.is_dir():
             raise InputError(f"{option} {path} is a folder, expected a file")
         if not path.exists() or path.is_file():
@@ -64,13 +65,20 @@ def check_output_file(path: Path | None, option: str) -> None:
 def check_output_folder(path: Path, option: str) -> None:
     """Raise `InputError` if files cannot be written to a folder, which may be missing yet."""
     with user_input(f"cannot write to {option} {path}"):
+        _check_name(path)
         _check_place(path.absolute())
+
+
+def _check_name(path: Path) -> None:
+    """Raise `OSError` or `ValueError` for what no file can be called; `exists` just says no."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()
 
 
 def _check_place(folder: Path) -> None:
     """Write a byte, without a trace, into the folder or the one that it would be made in."""
     existing = next(place for place in (folder, *folder.parents) if place.exists())
     if not existing.is_dir():
-        raise InputError(f"{existing} is a file, expected a folder")
+        raise NotADirectoryError(f"{existing} is a file, expected a folder")
     with tempfile.TemporaryFile(dir=existing) as stream:
         stream.write(b"\0")

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 from ..output_files import check_output_file, write_file
@@ -98,7 +99,7 @@ def _times(ratio: float) -> str:
 
 def _table(done: list[Comparison]) -> Table:
     routing = sorted({each.routing for each in done} - {"all"})
-    table = Table(
+    table = FittingTable(
         title="Median milliseconds; ratio: times faster than DynamicCache, by medians, by means"
         + (f"\nPiKVCache reads what {', '.join(routing)} chooses" if routing else ""),
         title_justify="left",
@@ -131,7 +132,7 @@ def _press_line(each: "PressTiming") -> str:
 
 
 def _press_table(done: "list[PressTiming]") -> Table:
-    table = Table(
+    table = FittingTable(
         title="Prefill on PiKVCache: median milliseconds, and times that of PiKVCache or DynamicCache without a press",
         title_justify="left",
         box=box.SIMPLE_HEAD,

@@ -16,6 +16,7 @@ from pikv_hf import PiKVCache, detach
 from pikv_hf.eval.bench.bench_table import show
 from pikv_hf.eval.bench.decode import geometry_model, timed
 from pikv_hf.eval.runner.memory_meter import stored_bytes
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 # Steps whose times are averaged: those after the first STEPS, and the last.
@@ -198,7 +199,7 @@ def _chunks_table(done: list[ChunkedPrefill]) -> Table:
 
 
 def _table(title: str, *names: str) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = FittingTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for name in names:
         table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
     return table

@@ -18,6 +18,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.eval.bench.bench_table import show
 from pikv_hf.eval.bench.decode import HEAD_DIM, KV_HEADS, QUERY_HEADS, Timing, geometry_model, timed
 from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 _EXPERTS = 32
@@ -170,7 +171,7 @@ def _line(each: ProcessCase) -> str:
 
 
 def _table(done: list[ProcessCase]) -> Table:
-    table = Table(
+    table = FittingTable(
         title="Median milliseconds of a step of one layer, one thread per process; ratio: times faster together\n"
         "bytes sent: per token and layer, by each process to each other",
         title_justify="left",

@@ -14,6 +14,7 @@ from rich.table import Table
 from pikv_hf import PiKVCache
 from pikv_hf.eval.bench.bench_table import _times, show
 from pikv_hf.eval.bench.decode import Timing, geometry_model, timed
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 NEW_TOKENS = 16
@@ -168,7 +169,7 @@ def _line(each: LoadTiming) -> str:
 
 
 def _table(done: list[LoadTiming]) -> Table:
-    table = Table(
+    table = FittingTable(
         title="Seconds to read a context, to save and load its cache (medians); ratios: times faster than reading",
         title_justify="left",
         box=box.SIMPLE_HEAD,

@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from pikv_hf.common.extras import extra
+from pikv_hf.common import extras
 from pikv_hf.eval.cli.border import border
 
 # typer brings its own copy of click from 0.20 on, and no other way to its errors.
@@ -20,7 +20,15 @@ class CommandGroup(TyperGroup):
     click's own `main` turns Ctrl-C into an exit without a word, and a wrong option into a box of seven lines.
     """
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **parameters: Any) -> None:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> None:
         """Run the command that the arguments name, by default those of the process.
 
         Parameters
@@ -29,20 +37,20 @@ class CommandGroup(TyperGroup):
             Without the program's name.
         prog_name : str, optional
             The program's name, for the help.
-        **parameters
-            Passed to the context; click's switches for its own way of ending are left out.
+        complete_var, standalone_mode, windows_expand_args
+            Of click; ignored.
+        **extra
+            Passed to the context.
         """
         arguments = sys.argv[1:] if args is None else list(args)
-        for switch in ("standalone_mode", "windows_expand_args", "complete_var"):
-            parameters.pop(switch, None)
         name = prog_name or "pikv"
         command = [name, *(word for word in arguments[:1] if not word.startswith("-"))]
-        with border(), extra("eval", needed_by=" ".join(command)):
-            sys.exit(self._run(arguments, name, parameters))
+        with border(), extras.extra("eval", needed_by=" ".join(command)):
+            sys.exit(self._run(arguments, name, extra))
 
-    def _run(self, arguments: list[str], name: str, parameters: dict[str, Any]) -> int:
+    def _run(self, arguments: list[str], name: str, extra: dict[str, Any]) -> int:
         try:
-            with self.make_context(name, arguments, **parameters) as context:
+            with self.make_context(name, arguments, **extra) as context:
                 self.invoke(context)
         except typer.Exit as end:
             return end.exit_code

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from pikv_hf.planning.plan import Layout, Row
 from pikv_hf.planning.recommend import Plan, describe
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 WIDTH = 100
@@ -16,7 +17,7 @@ WIDTH = 100
 
 def table(title: str, *columns: str) -> Table:
     """Return an empty table whose first column is text and whose other columns are figures."""
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    made = FittingTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         made.add_column(name, justify="right" if index else "left", no_wrap=True)
     return made

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from pikv_hf.eval.errors import InputError, user_input
 from pikv_hf.eval.output_files import check_output_file
@@ -17,6 +16,7 @@ from pikv_hf.planning.plan import Workload
 from pikv_hf.planning.simulate.outcome import Outcome, Simulation, SimulationOptions
 from pikv_hf.planning.simulate.routing_trace import Popularity, RoutingTrace, load_trace, synthetic_trace
 from pikv_hf.planning.simulate.simulation import COUNTS, simulate
+from pikv_hf.reports.fitting_table import FittingTable
 
 #: Of traces that are made up: how often a token goes where the one before went, and the seed.
 STICKINESS, SEED = 0.3, 0
@@ -177,7 +177,7 @@ def print_simulation(simulation: Simulation, console: Console) -> None:
         f"{simulation.model} on simulated {simulation.device}: {rows} of {options.context:,} tokens, "
         f"{simulation.layers} layers, {simulation.experts} experts ({simulation.trace})"
     )
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = FittingTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("placement", no_wrap=True)
     for name in _COLUMNS:
         table.add_column(name, justify="right")

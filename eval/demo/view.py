@@ -14,6 +14,7 @@ from pikv_hf.eval.demo.measure import Answer
 from pikv_hf.eval.demo.result import DemoResult
 from pikv_hf.eval.demo.token_spread import LayerSpread
 from pikv_hf.reports.cache_stats import tier_tables
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 WIDTH = 80
@@ -76,7 +77,7 @@ def _heading(result: DemoResult) -> Text:
 
 def _table(title: str, *columns: str) -> Table:
     """Return an empty table whose first column is text and whose other columns are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = FittingTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
     return table

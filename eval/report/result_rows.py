@@ -7,10 +7,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from pikv_hf.eval.output_files import write_file
 from pikv_hf.eval.provenance import provenance
+from pikv_hf.reports.fitting_table import FittingTable
 
 #: Columns of the tables where the terminal does not say.
 WIDTH = 140
@@ -45,7 +45,7 @@ def show_table(console: Console, title: str, columns: Sequence[str], rows: Seque
     """Print a table whose first column is text and whose others are numbers."""
     if not console.is_terminal:
         console.width = WIDTH
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table = FittingTable(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=index == 0)
     for row in rows:

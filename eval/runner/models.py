@@ -1,13 +1,15 @@
 """Load a model and its tokenizer by what the user calls them."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.common.extras import MissingExtraError
+from pikv_hf.eval.errors import InputError, out_of_memory, reason, user_input
 from pikv_hf.eval.hub import impatient_hub
 from pikv_hf.eval.reference.load import load_reference_model
 
@@ -50,7 +52,7 @@ def load_model(
     given = {"device_map": "auto"} if spread else {}
     if attn_implementation is not None:
         given["attn_implementation"] = attn_implementation
-    with user_input(f"cannot load --model {name}"), nullcontext() if Path(folder).is_dir() else impatient_hub():
+    with _loading(name), nullcontext() if Path(folder).is_dir() else impatient_hub():
         # The config comes first: of the three, its absence gives the clearest message.
         config = AutoConfig.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -58,6 +60,17 @@ def load_model(
     if {*tokenizer("What is where?", add_special_tokens=False).input_ids} <= {tokenizer.unk_token_id}:
         raise InputError(f"cannot use --model {name}: it has no tokenizer, or one that knows no words")
     return (model.eval() if spread else model.eval().to(target)), tokenizer
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn what libraries say of missing and damaged files into one line; what Rust raises is of no particular kind."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error) or isinstance(error, InputError | MissingExtraError):
+            raise
+        raise InputError(f"cannot load --model {name}: {reason(error)}") from error
 
 
 def position_limit(model: Any) -> int | None:

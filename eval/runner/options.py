@@ -16,6 +16,8 @@ SUITES = ("ruler", "longbench", "perplexity", "needle")
 WORDINGS = ("auto", "ruler", "reference")
 #: More are a slip of the finger; the system may refuse them, or grind to a halt.
 MOST_THREADS = 1024
+#: Per task; all are made before the first is asked.
+MOST_SAMPLES = 100_000
 
 #: Change how long a run takes, not what comes out of it.
 _ONLY_SPEED = ("threads", "device", "batch_size")
@@ -129,8 +131,9 @@ class EvalOptions:
         for name in ("length", "samples", "limit", "batch_size", "max_new_tokens", "max_context", "chunk", "threads"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise InputError(f"{name} must be at least 1, got {value}")
-        if self.threads is not None and self.threads > MOST_THREADS:
-            raise InputError(f"threads must be at most {MOST_THREADS}, got {self.threads}")
+        for name, most in (("threads", MOST_THREADS), ("samples", MOST_SAMPLES)):
+            if (value := getattr(self, name)) is not None and value > most:
+                raise InputError(f"{name} must be at most {most:,}, got {value:,}")
         if any(length < 1 for length in self.lengths):
             raise InputError(f"lengths must be at least 1, got {', '.join(map(str, self.lengths))}")
         if any(not 0 <= depth <= 100 for depth in self.depths):

@@ -13,6 +13,7 @@ from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.api import FailedRun
 from pikv_hf.eval.runner.processes import processes
 from pikv_hf.eval.runner.run import EvalResult
+from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 
 
@@ -56,7 +57,7 @@ def _what(summary: dict[str, Any]) -> str:
 
 
 def _scores(summary: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = FittingTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task")
     table.add_column("metric")
     for name in ("samples", summary["measure"]["name"], "95% interval"):

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from ..layer.layer import PiKVLayer
+from .fitting_table import FittingTable
 from .memory_report import format_bytes
 
 
@@ -89,7 +90,7 @@ def _dense_table(layers: dict[int, str]) -> Table:
 
 
 def _table(title: str, show_header: bool = True) -> Table:
-    return Table(
+    return FittingTable(
         title=title,
         title_justify="left",
         title_style="bold",

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from .fitting_table import FittingTable
+
 
 def format_bytes(count: float) -> str:
     """Return a byte count in the largest fitting binary unit, `1.5 MiB`."""
@@ -226,7 +228,7 @@ class MemoryReport:
         return Group(self._layer_table(), *([self._codec_table()] if packed else []))
 
     def _layer_table(self) -> Table:
-        table = Table(title=f"PiKVCache: {format_bytes(self.total)}, {self.tokens_seen} tokens seen")
+        table = FittingTable(title=f"PiKVCache: {format_bytes(self.total)}, {self.tokens_seen} tokens seen")
         for name in ("layer", "kind", "device", "K", "V", "metadata", "window", "shards", "free", "total", "tokens"):
             table.add_column(name, justify="left" if name in ("kind", "device") else "right")
         for row in self.layers:
@@ -236,7 +238,7 @@ class MemoryReport:
         return table
 
     def _codec_table(self) -> Table:
-        table = Table(title="By codec: bytes in use, relative errors, error of recent queries' logits")
+        table = FittingTable(title="By codec: bytes in use, relative errors, error of recent queries' logits")
         for name in ("codec", "pages", "tokens", "K", "V", "K error", "V error", "logits"):
             table.add_column(name, justify="left" if name == "codec" else "right")
         for each in self.per_codec.values():
