@@ -245,6 +245,26 @@ def test_attached_models_train_without_a_cache(family: tuple[str, Any]) -> None:
         assert (ours[key] - grad).abs().max() <= 1e-4 * grad.abs().max().clamp_min(1e-2), key
 
 
+def test_on_several_devices(qwen: Any) -> None:
+    oracle("qwen3_moe", qwen)
+    expected = frozen_prefix(qwen, DynamicCache(config=qwen.config))
+    assert_close(frozen_prefix(qwen, PiKVCache.for_model(qwen, **SMALL, devices=["cpu:0", "cpu:1"])), expected)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_assigned_tokens_are_constants(qwen: Any, attached: bool) -> None:
+    """Presses compute keys anew, with gradients enabled, of the model's parameters."""
+    ids = prompts(1, PROMPT)["input_ids"]
+    cache = PiKVCache.for_model(qwen, **SMALL) if attached else PiKVCache(qwen.config, PiKVConfig(**SMALL))
+    qwen(input_ids=ids, past_key_values=cache)
+    factor = torch.tensor(2.0, requires_grad=True)
+    for layer in cache.layers:
+        keys, values = layer.keys, layer.values
+        layer.keys, layer.values = keys[:, :, 5:] * factor, values[:, :, 5:] * factor
+        assert torch.equal(layer.keys, keys[:, :, 5:] * 2)
+        assert not layer.values.requires_grad
+
+
 # What is refused
 
 

@@ -2,9 +2,11 @@
 
 import copy
 import itertools
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,14 +144,15 @@ def test_an_operation_leaves_modes_as_they_were(grad: bool, inference: bool, aut
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
     @layer_operation
-    def operation(fails: bool) -> tuple[bool, bool, bool]:
+    def operation(owner: Any, fails: bool) -> tuple[bool, bool, bool]:
         if fails:
             raise KeyError
         return modes()
 
     with torch.set_grad_enabled(grad), torch.inference_mode(inference), torch.autocast("cpu", enabled=autocast):
         before = modes()
-        assert operation(False) == (False, False, False)
+        owner = SimpleNamespace(lock=threading.RLock())
+        assert operation(owner, False) == (False, False, False)
         with pytest.raises(KeyError):
-            operation(True)
+            operation(owner, True)
         assert modes() == before

@@ -14,6 +14,11 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+def detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor without the graph of autograd, itself if it has none."""
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """Return the dtype in which attention computes with a tensor: its own, unless autocast gives another."""
     kind = tensor.device.type

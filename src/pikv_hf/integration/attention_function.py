@@ -63,10 +63,11 @@ def pikv_attention_forward(
     if isinstance(layer, PiKVLayer):
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
-        # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
-        new = slice(-query.shape[2], None)
         call = dataclasses.replace(call, query=query.to(layer.store.dtype), mask=mask)
-        return _attend_layer(layer, call, key[:, :, new], value[:, :, new]).to(autocast_dtype(query)), None
+        if key.shape[2] > query.shape[2]:
+            # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
+            key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
+        return _attend_layer(layer, call, key, value).to(autocast_dtype(query)), None
     check_arguments(module, kwargs)
     call.show_to_observer(key.shape[2])
     if key.shape[2] == query.shape[2]:

@@ -4,6 +4,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..common.kv import KV
+from ..common.tensors import detached
 from ..page_table.compaction import ExactTokens
 from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
@@ -157,7 +158,7 @@ def check_assigned(
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise TypeError(f"layer {store.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
     keys, values = admit(store.layer_idx, keys, values, store.kv_format(), link)
-    return keys.detach(), values.detach()
+    return detached(keys), detached(values)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

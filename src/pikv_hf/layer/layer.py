@@ -8,6 +8,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..common.foreign_attributes import LAYER_ATTRIBUTE
 from ..common.kv import KV
+from ..common.tensors import detached
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout
 from ..distributed.lockstep import prompt_mark
@@ -184,7 +185,7 @@ class PiKVLayer(CacheLayerMixin):
         # The layer that was read before may be another cache's.
         if self.attachment is not None and not self.state.reference_lost:
             self.attachment.reads(self.edits, prompt=not history)
-        past = self._take_in(keys.detach(), values.detach(), in_place)
+        past = self._take_in(detached(keys), detached(values), in_place)
         if self.has_expert_router and self.attachment is not None:
             self.attachment.expect(self.edits)
         elif not in_place:
@@ -207,7 +208,7 @@ class PiKVLayer(CacheLayerMixin):
                 "model's attention shows what its masks hide. Attach the model again: pikv_hf.attach(model)"
             )
         self._check_history_was_read()
-        past = self._take_in(keys.detach(), values.detach(), in_place=False)
+        past = self._take_in(detached(keys), detached(values), in_place=False)
         self.edits.settle()
         return (keys, values) if past is None else layer_reads.with_history(past, keys, values)
 

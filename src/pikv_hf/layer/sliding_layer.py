@@ -3,6 +3,7 @@
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from ..common.tensors import detached
 from .input_checks import KVFormat
 
 
@@ -28,7 +29,7 @@ def _trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
     transformers keeps a view of all that a call brought.
     """
     for name in ("keys", "values"):
-        kept: torch.Tensor = getattr(layer, name).detach()
+        kept = detached(getattr(layer, name))
         setattr(layer, name, kept)
         window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
         if kept.untyped_storage().nbytes() > window:
