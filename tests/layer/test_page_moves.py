@@ -21,7 +21,7 @@ from pikv_hf.distributed.device_layout import PartLayout
 from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MAX_MIGRATED, migrate_pages
-from pikv_hf.pages.page_pool import MIN_GROWTH
+from pikv_hf.pages.pool_growth import MIN_GROWTH
 from pikv_hf.pages.pool_id import PoolId
 from pikv_hf.reports.memory_measure import layer_memory
 from pikv_hf.scheduling.page_scheduler import make_scheduler

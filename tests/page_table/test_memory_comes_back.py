@@ -14,8 +14,9 @@ from layer_machine import CODECS
 from memory_programs import MOST, Program, few_pages, programs, run
 
 from pikv_hf import PiKVCache
-from pikv_hf.pages.page_pool import MAX_FREE, PagePool
+from pikv_hf.pages.page_pool import PagePool
 from pikv_hf.pages.plain_pool import PlainPool
+from pikv_hf.pages.pool_growth import MAX_FREE
 
 SMALL = {"page_size": 8, "recent_window": 16, "sink_tokens": 2, "num_shards": 3}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from layer_machine import CODECS
 
 from pikv_hf import PiKVCache
-from pikv_hf.pages.page_pool import MIN_GROWTH
+from pikv_hf.pages.pool_growth import MIN_GROWTH
 from pikv_hf.tiers import page_file
 from pikv_hf.tiers.file_records import HEADER_BYTES
 from pikv_hf.tiers.host_memory import MIN_SLAB_ROWS

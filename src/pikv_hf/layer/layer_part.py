@@ -13,8 +13,8 @@ from ..page_table.compaction import ExactTokens, config_of_lanes
 from ..page_table.layer_pools import LayerPools
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
-from ..pages.page_pool import NoRoomError
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_growth import NoRoomError
 from ..pages.tokens import TokenBatch
 from ..routing.page_router import PageRouter, make_page_router
 from ..scheduling.page_scheduler import PageScheduler

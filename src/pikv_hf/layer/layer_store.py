@@ -12,7 +12,7 @@ from ..distributed.device_layout import PartLayout
 from ..page_table.cropping import crop
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
-from ..pages.page_pool import NoRoomError
+from ..pages.pool_growth import NoRoomError
 from ..pages.tokens import TokenBatch
 from ..sharding.placement import balanced_placement, expert_placement, hash_placement, where_known
 from ..sharding.shard_map import ShardMap

@@ -20,8 +20,8 @@ from ..pages.page_contents import PageContents
 from ..pages.plain_pool import PlainPool
 from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
-from ..tiers.tiered_pool import TieredPool, retire
-from .layer_pools import LayerPools
+from ..tiers.tiered_pool import TieredPool
+from .layer_pools import LayerPools, retire
 from .page_packing import PackedPages, adopt_pages, pack_pages
 from .sequence_pages import SequencePages
 

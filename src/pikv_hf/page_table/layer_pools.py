@@ -2,7 +2,7 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 
@@ -18,7 +18,7 @@ from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
-from ..tiers.tiered_pool import TieredPool, retire
+from ..tiers.tiered_pool import TieredPool
 from .layer_encoders import LayerEncoders
 from .sequence_pages import SequencePages, distinct_sequences
 
@@ -202,3 +202,10 @@ class LayerPools:
                 pool = self.packed.pop(pool_id)
                 retire([pool])
                 self.encoders.forget(pool.key_codec, pool.value_codec)
+
+
+def retire(pools: Iterable[PagePool]) -> None:
+    """Give back what pools that are not used again hold of the tiers."""
+    for pool in pools:
+        if isinstance(pool, TieredPool):
+            pool.retire()

@@ -13,28 +13,15 @@ from ..common.kv import KV
 from ..common.tensors import resized
 from .key_bounds import KeyBounds
 from .page_allocator import PageAllocator
+from .pool_growth import NoRoomError, growth_of, kept_free
 from .types import PageIds
 from .usage_counters import UsageCounters
-
-#: A pool that runs out of pages grows by a share of its size, at least by this many pages.
-MIN_GROWTH = 4
-
-#: A pool has at most this share of its pages in use in free ones, once what freed them is over.
-MAX_FREE = 1 / 5
 
 #: The most bytes that the host keeps of a page: counts, errors, and its number in a table.
 HOST_BYTES_PER_PAGE = 48
 
 #: Keys are read in blocks of this many bytes to find their bounds.
 BOUNDS_BLOCK_BYTES = 32 << 20
-
-
-class NoRoomError(Exception):
-    """A pool may not grow as far as it has to: so many of its pages have to go first."""
-
-    def __init__(self, pool: "PagePool", pages: int) -> None:
-        super().__init__(f"{pages} pages too few of {pool.capacity}")
-        self.pool, self.pages = pool, pages
 
 
 class PagePool(ABC):
@@ -250,7 +237,7 @@ class PagePool(ABC):
         missing = pages - self.allocator.free_pages
         if missing > 0:
             # Later reservations leave room for what follows.
-            extra = max(missing, self._slack(self.capacity))
+            extra = max(missing, growth_of(self.capacity, self.growth))
             if self.growth_limit is not None:
                 most = max(0, self.growth_limit() // self.full_page_bytes)
                 if missing > most:
@@ -271,9 +258,9 @@ class PagePool(ABC):
         return self._compact(0)
 
     def give_back(self, rows: int) -> PageIds | None:
-        """Give back free pages if these are many, see :meth:`_kept_free`; return what :meth:`compact` does."""
+        """Give back free pages if :func:`kept_free` has them too many; return what :meth:`compact` does."""
         used = int(np.count_nonzero(self.allocator.refcount))
-        return self._compact(self._kept_free(used, self.capacity, rows))
+        return self._compact(kept_free(used, self.capacity - used, rows, self.growth))
 
     def _compact(self, spare: int) -> PageIds | None:
         assert not self.allocator.spares_pages, "pages that a transaction may want back keep their numbers"
@@ -284,23 +271,6 @@ class PagePool(ABC):
         number = np.full(before, -1, dtype=np.int64)
         number[used] = np.arange(len(used))
         return number
-
-    def _kept_free(self, used: int, capacity: int, rows: int) -> int:
-        """Return how many free entries to keep of those that there are beside `used` ones: all, unless they are many.
-
-        Many are more than a fifth of those in use, and more than two for each of `rows` sequences (one that leaves the
-        window, one that a draft had begun) beside what is kept then, which is what growth would bring. So entries that
-        were copied together are not copied again before an eighth as many have become free, or two for each row: giving
-        a page back costs at most eight page copies, and a sequence that goes forwards and backwards by less than a
-        page, as in assisted decoding, causes none.
-        """
-        spare = self._slack(used)
-        most = max(spare + 2 * rows, int(used * MAX_FREE)) if used else 0
-        return spare if capacity - used > most else capacity - used
-
-    def _slack(self, pages: int) -> int:
-        """Return by how many pages a pool of so many grows: the first reservation is exact, a prompt of known size."""
-        return max(MIN_GROWTH, int(pages * self.growth)) if pages else 0
 
     # Pages and those who refer to them
 

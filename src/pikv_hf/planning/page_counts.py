@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pikv_hf.config import PiKVConfig
-from pikv_hf.pages.page_pool import MIN_GROWTH
 from pikv_hf.pages.plain_pool import PLAIN_GROWTH
+from pikv_hf.pages.pool_growth import MIN_GROWTH
 from pikv_hf.scheduling.page_scheduler import BUDGET_GROWTH
 
 from .cache_contents import CacheContents

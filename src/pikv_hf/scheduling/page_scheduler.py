@@ -8,8 +8,8 @@ import torch
 
 from ..config import PiKVConfig
 from ..page_table.page_table import PageTable
-from ..pages.page_pool import NoRoomError
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_growth import NoRoomError
 from ..tiers.tiered_pool import TieredPool
 from .eviction import evict_bytes, evict_for_pages, evict_tokens, token_count
 from .growth_limit import BudgetError, GrowthLimit

@@ -11,7 +11,7 @@ import torch
 
 from ..common.tensors import resized
 from ..pages.packed_pool import PACKED_GROWTH
-from ..pages.page_pool import MIN_GROWTH
+from ..pages.pool_growth import MIN_GROWTH
 from ..pages.types import PageIds
 from .tier_limits import MIN_FRAMES, LayerTiers, TierFull
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import torch
 
-from ..pages.page_pool import MAX_FREE
+from ..pages.pool_growth import MAX_FREE
 from .tier_limits import LayerTiers
 from .transfers import Transfers
 

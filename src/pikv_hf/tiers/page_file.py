@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.process_generation import process_generation
-from ..pages.page_pool import MAX_FREE
+from ..pages.pool_growth import MAX_FREE
 from .file_records import (
     HEADER_BYTES,
     RECORD_HEADER_BYTES,

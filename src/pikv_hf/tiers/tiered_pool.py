@@ -4,7 +4,7 @@ A page keeps its number for life; tables, counts and positions do not notice whe
 in frames; the others are rows of the host's memory, or records of a file.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import ClassVar
 
@@ -16,8 +16,8 @@ from ..common.kv import KV
 from ..kernels.page_codes import PageCodes
 from ..pages.key_bounds import KeyBounds
 from ..pages.packed_pool import PackedPool, bounds_of_codes
-from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_growth import kept_free
 from ..pages.types import PageIds
 from .code_bounds import CodeBounds
 from .frame_table import FrameTable
@@ -116,21 +116,17 @@ class TieredPool(PackedPool):
     def compact(self) -> PageIds | None:
         """Give back all free pages and frames, and what slower tiers have for pages that are gone."""
         self._reclaim()
-        self._keep_free_frames(0)
+        self._set_frames(self.frames_made - self.frames.free)
         self.lower.compact()
         return super().compact()
 
     def give_back(self, rows: int) -> PageIds | None:
         """Give back free pages, frames, and what slower tiers have for pages that are gone, where that is much."""
         self._reclaim()
-        made = self.frames_made
-        self._keep_free_frames(self._kept_free(made - self.frames.free, made, rows))
+        used = self.frames_made - self.frames.free
+        self._set_frames(used + kept_free(used, self.frames.free, rows, self.growth))
         self.lower.give_back()
         return super().give_back(rows)
-
-    def _keep_free_frames(self, count: int) -> None:
-        if self.frames.free > count:
-            self._set_frames(self.frames_made - self.frames.free + count)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
         """Take free pages; see :meth:`PagePool.allocate`."""
@@ -151,7 +147,7 @@ class TieredPool(PackedPool):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Undo every change of counts and references if the block raises. Where pages lie needs no undo."""
+        """See :meth:`PagePool.transaction`; where pages lie needs no undo."""
         try:
             with super().transaction():
                 yield
@@ -349,7 +345,8 @@ class TieredPool(PackedPool):
 
     def _set_frames(self, count: int) -> None:
         """Keep only so many frames, which the pages that are there fit into."""
-        self._replace_tokens(self.frames.resized(self.token_tensors(), count))
+        if count != self.frames_made:
+            self._replace_tokens(self.frames.resized(self.token_tensors(), count))
 
     def _demote(self, ids: PageIds) -> None:
         """Let slower tiers take pages. Nothing changes if they cannot."""
@@ -403,10 +400,3 @@ class TieredPool(PackedPool):
         if (excess := self.frames_made - self.frames.free - frames) > 0:
             self._demote(self.frames.victims(excess, np.zeros(0, dtype=np.int64)))
         self._set_frames(frames)
-
-
-def retire(pools: Iterable[PagePool]) -> None:
-    """Give back what pools that are not used again hold of the tiers."""
-    for pool in pools:
-        if isinstance(pool, TieredPool):
-            pool.retire()
