@@ -16,7 +16,7 @@ from pikv_hf.integration.attachment import attachment_of
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "llama4", "deepseek_v3", "jetmoe", "mixtral_sliding"])
-@pytest.mark.parametrize("kind", ["dynamic", "static", "none", "chunks"])
+@pytest.mark.parametrize("kind", ["dynamic", "static", "config", "none", "chunks"])
 def test_other_caches_behave_as_with_sdpa(name: str, kind: str) -> None:
     model = FAMILIES[name].build()
     # gpt-oss has no sdpa implementation; eager is what it runs otherwise.
@@ -28,6 +28,8 @@ def test_other_caches_behave_as_with_sdpa(name: str, kind: str) -> None:
             options["past_key_values"] = StaticCache(config=model.config, max_cache_len=120)
         elif kind == "none":
             options["use_cache"] = False
+        elif kind == "config":
+            options["past_key_values"] = PiKVCache(model.config)
         else:
             options["past_key_values"] = DynamicCache(config=model.config)
         if kind == "chunks":

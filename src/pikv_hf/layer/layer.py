@@ -227,7 +227,7 @@ class PiKVLayer(CacheLayerMixin):
         edits.settle()
         if self.table is None:
             self.lazy_initialization(keys, values)
-        if not state.seen and not in_place:
+        if self.attachment is not None and not state.seen and not in_place:
             # No reference has reached attention yet: the next call gets all K/V, and a reference that may.
             state.reference_lost = True
         edits.take_requested_snapshot()
