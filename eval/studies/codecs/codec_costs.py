@@ -209,7 +209,7 @@ class Reader:
         cache = PiKVCache.for_model(self._model, **choice.options(dim))
         held = cache.layers[0]
         past = slice(0, tokens - QUERIES)
-        cache.update(layer.keys[None, :, past], layer.values[None, :, past], 0)
+        held.update(layer.keys[None, :, past], layer.values[None, :, past])
         held.attend_begins(None)
         remember_queries(held.store, layer.observed[None], dim**-0.5)
         held.record_experts(layer.experts[past])
@@ -218,7 +218,7 @@ class Reader:
         for name, memory in cache.memory_report().per_codec.items():
             packed = packed if name == "none" else packed + memory
         new = slice(tokens - QUERIES, tokens)
-        cache.update(layer.keys[None, :, new], layer.values[None, :, new], 0)
+        held.update(layer.keys[None, :, new], layer.values[None, :, new])
         held.attend_begins(None)
         out, _ = attend(held, layer.query[None])
         exact = subject.output.view_as(out[0])

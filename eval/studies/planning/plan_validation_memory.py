@@ -108,8 +108,11 @@ def filled(model: Any, shape: ModelShape, tokens: int, batch: int, generated: in
         for index, (layer, geometry) in enumerate(zip(cache.layers, shape.layers, strict=True)):
             keys = torch.randn(batch, geometry.kv_heads, new, geometry.key_dim, dtype=dtype)
             values = torch.randn(batch, geometry.kv_heads, new, geometry.value_dim, dtype=dtype)
-            cache.update(keys, values, index)
-            if geometry.sliding is None:
+            # Of the cache's own `update` all that no forward of the model calls is stored by position.
+            if geometry.sliding is not None:
+                cache.update(keys, values, index)
+            else:
+                layer.update(keys, values)
                 layer.attend_begins(None)
                 remember_queries(
                     layer.store,
