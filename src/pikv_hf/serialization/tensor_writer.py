@@ -144,7 +144,7 @@ def _replacing(path: Path) -> Iterator[FileIO]:
 
 
 def _new_file(path: Path) -> FileIO:
-    """Open a file that has no name until it is given this one, so that a killed process leaves none, or one that has."""
+    """Open a file that gets this name at the end, so that a killed process leaves none, or else one that has it."""
     if hasattr(os, "O_TMPFILE") and os.path.isdir("/proc/self/fd"):
         # Not every file system can do that.
         with suppress(OSError):
