@@ -86,7 +86,8 @@ class PiKVCache(Cache):
         if attachment is None:
             check_supported(config)
         self.model_config = config
-        self.filled_under: list[Adapter] = []
+        # The adapters in use when the first tokens came; None where that is not known, as after `from_cache`.
+        self.filled_under: list[Adapter] | None = None
         self.pikv_config = options
         self.attachment = attachment
         #: Of its layers and forks too.
@@ -185,7 +186,8 @@ class PiKVCache(Cache):
                 f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
             )
         layer = self.layers[layer_idx]
-        if not layer_idx and not layer.get_seq_length():
+        # The first layer of a hybrid model may have no keys.
+        if (not layer_idx or self.filled_under is None) and not layer.get_seq_length():
             self._note_adapters()
         if isinstance(layer, DynamicSlidingWindowLayer):
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
@@ -246,6 +248,7 @@ class PiKVCache(Cache):
         layers, self.tiers = self._make_layers()
         self.layers = layers
 
+    @layer_operation
     def crop(self, max_length: int) -> None:
         """Keep the first `max_length` positions, or remove the last `-max_length` if it is negative.
 
@@ -258,14 +261,17 @@ class PiKVCache(Cache):
         """
         crop_layers(self.layers, self.get_seq_length(), max_length)
 
+    @layer_operation
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search: page tables change, no token is copied."""
         select_rows(self.layers, beam_idx)
 
+    @layer_operation
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
         select_rows(self.layers, torch.arange(row_count(self.layers) or 0).repeat_interleave(repeats))
 
+    @layer_operation
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows at `indices`, an integer or boolean tensor."""
         if (rows := row_count(self.layers)) is not None:

@@ -94,3 +94,27 @@ def test_other_models_do_not_warn(family: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PiKVCache.for_model(model, **SMALL)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.* changes keys between the cache and attention")
+@pytest.mark.parametrize("came", ["from another cache", "while detached"])
+@pytest.mark.parametrize("family", ["jetmoe", "olmoe"])
+def test_keys_that_attention_does_not_get_are_not_missed_in_the_first_call_that_is_attached(
+    family: str, came: str
+) -> None:
+    """JetMoE copies the keys; whether a model does, no call has told yet."""
+    model = FAMILIES[family].build()
+    theirs = DynamicCache(config=model.config)
+    model(ids(20), past_key_values=theirs)
+    if came == "from another cache":
+        mine = PiKVCache.from_cache(model, theirs, **SMALL)
+    else:
+        mine = PiKVCache.for_model(model, **SMALL)
+        detach(model)
+        model(ids(20), past_key_values=mine)
+        PiKVCache.for_model(model, **SMALL)
+    for step, tokens in enumerate((1, 3, 1)):
+        ours, other = (model(ids(tokens, seed=step), past_key_values=cache).logits for cache in (mine, theirs))
+        torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)
+    assert len(mine.stats().dense_layers) == (3 if family == "jetmoe" else 0)

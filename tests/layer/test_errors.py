@@ -38,9 +38,16 @@ def assert_unchanged(cache: PiKVCache, before: list[Any]) -> None:
         assert torch.equal(then, now) if torch.is_tensor(then) else then == now
 
 
+def call(model: Any, cache: PiKVCache, tokens: int = 1, batch: int = 3) -> Any:
+    """Call a model with new tokens and a mask that goes on to hide the prompt's padding."""
+    mask = prompts()["attention_mask"]
+    mask = torch.nn.functional.pad(mask, (0, cache.get_seq_length() + tokens - mask.shape[1]), value=1)[:batch]
+    return model(input_ids=torch.full((batch, tokens), 5), attention_mask=mask, past_key_values=cache)
+
+
 def decode(model: Any, cache: PiKVCache, tokens: int, steps: int) -> None:
     for _ in range(steps):
-        model(input_ids=torch.full((3, tokens), 5), past_key_values=cache)
+        call(model, cache, tokens)
 
 
 def kv(batch: int = 3, heads: int = 2, tokens: int = 1, dim: int = 16, **kwargs: Any) -> torch.Tensor:
@@ -81,7 +88,7 @@ def test_wrong_tensors_on_a_sliding_layer() -> None:
 def test_wrong_batch_through_the_model(model: Any, filled: PiKVCache) -> None:
     before = snapshot(filled)
     with pytest.raises(ValueError, match="batch"), torch.no_grad():
-        model(input_ids=torch.tensor([[5]]), past_key_values=filled)
+        call(model, filled, batch=1)
     assert_unchanged(filled, before)
 
 
@@ -89,10 +96,10 @@ def test_another_model(filled: PiKVCache) -> None:
     before = snapshot(filled)
     other = FAMILIES["qwen3_moe"].build(seed=1)
     with attach(other), torch.no_grad(), pytest.raises(ValueError, match="made for another model"):
-        other(input_ids=torch.full((3, 1), 5), past_key_values=filled)
+        call(other, filled, tokens=1)
     assert_unchanged(filled, before)
     with attach(other), torch.no_grad(), pytest.raises(ValueError, match="made for another model"):
-        other(input_ids=torch.full((3, 4), 5), past_key_values=filled)
+        call(other, filled, tokens=4)
     assert_unchanged(filled, before)
 
 
@@ -135,7 +142,7 @@ def test_out_of_memory_changes_nothing(
     """Growth fails at a layer: that layer is as before, and cropping brings the others back."""
     with torch.no_grad():
         while filled.layers[0].table.plain.allocator.free_pages:
-            model(input_ids=torch.full((3, 1), 5), past_key_values=filled)
+            call(model, filled, tokens=1)
     layer = filled.layers[0]
     before, seen = [t.clone() for t in layer.dense()], layer.seen
 
@@ -186,7 +193,7 @@ def test_history_that_attention_never_read(model: Any, filled: PiKVCache) -> Non
     filled.crop(75)
     assert_unchanged(filled, before)
     with torch.no_grad():
-        model(input_ids=torch.full((3, 1), 5), past_key_values=filled)
+        call(model, filled, tokens=1)
 
 
 def test_router_of_another_batch(filled: PiKVCache) -> None:

@@ -18,10 +18,13 @@ from families import FAMILIES
 from golden_caches import GOLDEN, load, model_of
 from safetensors import safe_open
 from saved_runs import go_on, new_cache, read
+from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.serialization.model_fingerprint import Fingerprint
 from pikv_hf.serialization.tensor_file import CacheFileError
+
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 
 #: States in which a model computes the same, whatever lies idle in it.
 NO_ADAPTER = ("never adapted", "disabled", "in transformers, disabled")
@@ -153,6 +156,14 @@ def test_a_cache_filled_under_another_adapter_is_not_saved_as_of_this_one(switch
     read(model, cache, tokens=60)
     cache.save(tmp_path / "cache")
     PiKVCache.load(tmp_path / "cache", model).save(tmp_path / "again")
+
+
+def test_a_cache_converted_under_an_adapter(tmp_path: Path) -> None:
+    """Nobody has told under which adapter another cache was filled."""
+    model = adapted_model()
+    cache = PiKVCache.from_cache(model, read(model, DynamicCache(config=model.config), tokens=60), placement="hash")
+    cache.save(tmp_path / "cache")
+    PiKVCache.load(tmp_path / "cache", model)
 
 
 # Files and constants

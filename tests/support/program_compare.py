@@ -43,7 +43,7 @@ def tolerance(theirs: torch.Tensor) -> float:
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return the largest difference, but where DynamicCache itself has no number."""
-    off = (ours.double() - theirs.double()).abs()[~theirs.isnan()]
+    off = (ours.detach().double() - theirs.detach().double()).abs()[~theirs.isnan()]
     return float(off.max()) if off.numel() else 0.0
 
 

@@ -64,6 +64,12 @@ class Program:
     autocast: bool
     calls: tuple[Call, ...]
 
+    @property
+    def all_experts(self) -> bool:
+        """Whether models take all experts: in lower precision rounding alone would choose others."""
+        lower = (call.name == "dtype" or call.arguments.get("context") == "autocast" for call in self.calls)
+        return self.autocast or any(lower)
+
 
 Choose = Callable[[Sequence[Any]], Any]
 _FIRST = ("forward", "forward", "generate")

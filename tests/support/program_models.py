@@ -21,21 +21,31 @@ SMALLEST: dict[str, dict[str, Any]] = {
 ATTENTION = {"gpt_oss": "eager", "llama4": "sdpa"}
 
 
-def build(family: str) -> Any:
-    """Return a random model of a family, with two layers."""
-    return FAMILIES[family].build(num_hidden_layers=2, **SMALLEST.get(family, {}))
+#: What says how many experts a token has, by its names in the configs of families.
+CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")
+
+
+def build(family: str, all_experts: bool = False) -> Any:
+    """Return a random model of a family, with two layers; one that takes all experts chooses none by rounding."""
+    options = {"num_hidden_layers": 2, **SMALLEST.get(family, {})}
+    if all_experts:
+        given = FAMILIES[family].options
+        options |= dict.fromkeys((name for name in CHOSEN if name in given), 8)
+        options |= {"topk_group": given["n_group"]} if "n_group" in given else {}
+        options |= {"ffn_config": {**given["ffn_config"], "moe_top_k": 8}} if "ffn_config" in given else {}
+    return FAMILIES[family].build(**options)
 
 
 @functools.cache
-def _built(family: str, attached: bool) -> Any:
-    model = build(family)
+def _built(family: str, all_experts: bool, attached: bool) -> Any:
+    model = build(family, all_experts)
     model.pristine = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     return model
 
 
-def model_of(family: str, attention: str, attached: bool) -> Any:
+def model_of(family: str, all_experts: bool, attention: str, attached: bool) -> Any:
     """Return the process's model of a family, as it was built; `attached` tells PiKV's from DynamicCache's own."""
-    model = _built(family, attached)
+    model = _built(family, all_experts, attached)
     detach(model)
     model.set_attn_implementation(attention)
     if model.dtype != torch.float32:
@@ -44,9 +54,9 @@ def model_of(family: str, attention: str, attached: bool) -> Any:
 
 
 @functools.cache
-def assistant_of(family: str) -> Any:
+def assistant_of(family: str, all_experts: bool) -> Any:
     """Return a model that mostly agrees with the family's."""
-    model = build(family)
+    model = build(family, all_experts)
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter) * 0.004)

@@ -24,5 +24,6 @@ def script(program: Program, texts: list[str], what: str) -> str:
     body = "\n".join("    " + line for line in lines)
     cache = {"attached": program.attached, "devices": program.devices, "options": program.options}
     arguments = "".join(f", {name}={pprint.pformat(value, width=10**6)}" for name, value in cache.items())
-    call = f'side_by_side(program, "{program.family}", "{program.attention}"{arguments})'
+    models = (program.family, program.all_experts, program.attention)
+    call = f"side_by_side(program, {models}{arguments})"
     return HEADER.format(what=what, batch=program.batch) + body + f"\n\n\n{call}\n"

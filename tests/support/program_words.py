@@ -126,7 +126,7 @@ def _module_at(model: Any, place: str) -> torch.nn.Module:
     kind, number = place.split()
     layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     layer = layers[int(number)]
-    attention = [module for module in layer.modules() if type(module).__name__.endswith("Attention")]
+    attention = [module for module in layer.modules() if type(module).__name__.endswith(("Attention", "MLA"))]
     return layer if kind == "layer" else attention[-1]
 
 

@@ -41,7 +41,9 @@ class Tiered:
             if len(ids := twin.layer.table.distinct_pages(name)):
                 pool.prefetch(ahead := random.choice(ids, min(3, len(ids)), replace=False))
                 chosen = pool.index(np.append(ahead[1:], random.choice(ids, 4))[: pool.frames.most])
-                codes = [part.index_select(1, pool.fetch(chosen)) for part in pool.token_tensors()]
+                # Before the tensors are looked at: fetching may replace them by longer ones.
+                frames = pool.fetch(chosen)
+                codes = [part.index_select(1, frames) for part in pool.token_tensors()]
                 copies = [part for each in pool.codes_at(chosen) for part in each.tensors()]
                 assert all(bool((a == b).all()) for a, b in zip(codes, copies, strict=True))
 

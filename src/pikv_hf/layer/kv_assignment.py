@@ -104,13 +104,19 @@ def assign_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, m
     ValueError
         If rows of the batch are padded; nothing has changed then.
     """
-    if store.table is None:
-        store.begin(KVFormat.of(keys, values))
     if store.is_padded:
         raise ValueError(
             f"layer {store.layer_idx}: K/V of {keys.shape[2]} tokens per row were assigned, but rows of this batch "
             "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
         )
+    with store.transaction():
+        if store.table is None:
+            store.begin(KVFormat.of(keys, values))
+        _replace_tokens(store, keys, values, may_be_picked)
+
+
+def _replace_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, may_be_picked: bool) -> None:
+    """Give the layer the tokens of :func:`assign_tokens`, which are fine."""
     state, positions = store.state, store.state.positions_seen
     picked = may_be_picked and keys.shape[2] <= state.seen and is_selection(keys, dense_keys(store))
     stored = keys.new_ones(keys.shape[:3], dtype=torch.bool)

@@ -1,6 +1,7 @@
 """One layer of the cache: the protocol that transformers, the attention function and presses speak to it."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -186,18 +187,21 @@ class PiKVLayer(CacheLayerMixin):
         if self.attachment is not None and not self.state.reference_lost:
             self.attachment.reads(self.edits, prompt=not history)
         past = self._take_in(detached(keys), detached(values), in_place)
-        if self.has_expert_router and self.attachment is not None:
-            self.attachment.expect(self.edits)
-        elif not in_place:
-            self.edits.settle_soon()
+        with self._taken_back_on_error(keys.shape[2]):
+            if past is not None:
+                # Out of what is stored no gradient comes, out of the new K/V it may.
+                keys, values = layer_reads.with_history(past, keys, values)
+            # Dense K/V are right as they are. A reference that does reach attention says that the next can be read in
+            # place again.
+            refers = in_place or self.state.reference_lost
+            result = (self._referring(keys) if refers else keys), values
+            if self.has_expert_router and self.attachment is not None:
+                self.attachment.expect(self.edits)
+            elif not in_place:
+                self.edits.settle_soon()
         if in_place:
             self.state.reference_out, self.state.history_out = True, history
-            return self._referring(keys), values
-        if past is not None:
-            # Out of what is stored no gradient comes, out of the new K/V it may.
-            keys, values = layer_reads.with_history(past, keys, values)
-        # Right as they are. A reference that does reach attention says that the next can be read in place again.
-        return (self._referring(keys) if self.state.reference_lost else keys), values
+        return result
 
     def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store K/V that no forward of the attached model brings, by position, and return all; see :meth:`update`."""
@@ -209,8 +213,28 @@ class PiKVLayer(CacheLayerMixin):
             )
         self._check_history_was_read()
         past = self._take_in(detached(keys), detached(values), in_place=False)
-        self.edits.settle()
-        return (keys, values) if past is None else layer_reads.with_history(past, keys, values)
+        with self._taken_back_on_error(keys.shape[2]):
+            if past is not None:
+                keys, values = layer_reads.with_history(past, keys, values)
+            self.edits.settle()
+        return keys, values
+
+    @contextmanager
+    def _taken_back_on_error(self, new: int) -> Iterator[None]:
+        """Undo :meth:`_take_in` of so many tokens if the block raises."""
+        try:
+            yield
+        except BaseException:
+            self._take_back(new)
+            raise
+
+    @layer_operation
+    def _take_back(self, new: int) -> None:
+        if self.store.pending is None and not all(table.take_back_newest() for table in self.store.tables()):
+            self.edits.truncate(self.seen - new)
+            return
+        self.store.pending = None
+        self.state.seen -= new
 
     @layer_operation
     def _take_in(

@@ -1,7 +1,6 @@
 """Cutting a layer back to fewer tokens: what a length means, snapshots for exact crops, and cropping the tables."""
 
 import dataclasses
-from contextlib import ExitStack
 
 import transformers
 from packaging.version import Version
@@ -74,29 +73,19 @@ class Snapshot:
         pools = [{pool_id for pool_id, pool in each.packed.items() if pool.allocator.refcount.any()} for each in pages]
         return cls(store.state.seen, [table.fork() for table in store.tables()], pools)
 
-    def restore(self, store: LayerStore) -> None:
-        """Give the layer's parts the tables of the snapshot."""
-        store.pending = None
-        for part, table, pools in zip(store.parts, self.tables, self.pools, strict=True):
-            part.table = table
+    def forget_later_pools(self) -> None:
+        """Delete pools that were made after the snapshot, once its tables are those of the layer."""
+        for table, pools in zip(self.tables, self.pools, strict=True):
             table.pools.forget_pools(pools)
 
 
-def crop_tables(store: LayerStore, length: int) -> None:
-    """Cut the tables of all parts, or none if one of them cannot be cut for want of memory."""
-    tables = store.tables()
-    crops = [Crop(table, length) for table in tables]
+def reserved_crops(store: LayerStore, length: int) -> list[Crop]:
+    """Return crops of the tables of all parts, with room for the pages that they copy."""
+    crops = [Crop(table, length) for table in store.tables()]
     for part, cut in zip(store.parts, crops, strict=True):
         part.with_room(store.state.seen, cut.reserve)
     store.note_evictions()
-    with ExitStack() as stack:
-        for table in tables:
-            # Copying a page that a slower tier has may fail.
-            stack.enter_context(table.pools.transaction())
-        for cut in crops:
-            cut.prepare()
-    for cut in crops:
-        cut.finish()
+    return crops
 
 
 def shorten_state(store: LayerStore, length: int) -> None:

@@ -1,16 +1,18 @@
 """What happens to a layer's tokens once the model has handed them over: settled, kept or evicted, assigned, cropped."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
 from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
+from ..page_table.cropping import Crop
 from . import press_eviction
 from .kv_assignment import KVAssignment, assign_tokens, check_assigned
-from .layer_cropping import Snapshot, crop_tables, shorten_state
+from .layer_cropping import Snapshot, reserved_crops, shorten_state
 from .layer_operation import layer_operation
 from .layer_reads import dense_keys, dense_values
 from .layer_store import LayerStore
@@ -54,6 +56,8 @@ class LayerEdits:
         """Forget assignments, snapshots and presses."""
         self.assignment = KVAssignment()
         self.snapshot: Snapshot | None = None
+        # The one that the layer has just gone back to.
+        self._restored: Snapshot | None = None
         self.awaits_press = self._snapshot_due = False
 
     def _tokens_changed(self) -> None:
@@ -72,8 +76,10 @@ class LayerEdits:
         if self.assignment.staged is not None:
             self.assignment.refuse_incomplete(self.layer_idx)
         self.settle_marks()
-        self.awaits_press = False
-        self.store.settle()
+        try:
+            self.store.settle()
+        finally:
+            self.awaits_press &= self.store.pending is not None
 
     def settle_unless_awaited(self) -> None:
         """Store what is pending, unless a router, a press or an assignment has yet to say what."""
@@ -103,9 +109,14 @@ class LayerEdits:
         if store.pending is None:
             store.record_experts(experts)
             return
-        store.pending.experts = experts.view(batch, -1)
-        self.settle_marks()
-        self._place_unless_pressed()
+        waiting, store.pending = store.pending, dataclasses.replace(store.pending, experts=experts.view(batch, -1))
+        try:
+            self.settle_marks()
+            self._place_unless_pressed()
+        except BaseException:
+            if store.pending is not None:
+                store.pending = waiting
+            raise
 
     def _place_unless_pressed(self) -> None:
         pending = self.store.pending
@@ -122,8 +133,12 @@ class LayerEdits:
     @layer_operation
     def end_press(self) -> None:
         """End :meth:`begin_press`: the tokens are stored as they would have been."""
-        self.awaits_press = False
-        self._place_unless_pressed()
+        awaited, self.awaits_press = self.awaits_press, False
+        try:
+            self._place_unless_pressed()
+        except BaseException:
+            self.awaits_press = awaited and self.store.pending is not None
+            raise
 
     @layer_operation
     @leave_group_on_error
@@ -180,33 +195,82 @@ class LayerEdits:
             self.snapshot, self._snapshot_due = Snapshot.take(self.store), False
 
     @layer_operation
-    @leave_group_on_error
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
-        store, state = self.store, self.store.state
-        if length >= state.seen or store.table is None:
+        with self.truncating(length):
+            pass
+        self.give_back()
+
+    @contextmanager
+    def truncating(self, length: int) -> Iterator[None]:
+        """Keep the first `length` columns, unless the block raises; :meth:`give_back` comes after it."""
+        store = self.store
+        if length >= store.state.seen or store.table is None:
+            yield
             return
-        if length <= store.stored:
-            store.pending = None
-        snapshot, self.snapshot = self.snapshot, None
-        if snapshot is not None and snapshot.length == length:
-            snapshot.restore(store)
-        else:
-            self.settle()
-            crop_tables(store, length)
-        shorten_state(store, length)
+        is_exact = self.snapshot is not None and self.snapshot.length == length
+        with self._leaving(), self._without_pending(length <= store.stored):
+            crops = [] if is_exact else self._settled_crops(length)
+            with store.transaction():
+                if is_exact and self.snapshot is not None:
+                    store.pending = None
+                    store.replace_tables(self.snapshot.tables)
+                for cut in crops:
+                    cut.cut()
+                shorten_state(store, length)
+                store.state.reference_lost |= store.state.reference_out and not store.state.history_out
+                store.state.reference_out = False
+                yield
+        self._restored = self.snapshot if is_exact else None
         self._tokens_changed()
-        store.give_back()
-        state.reference_lost |= state.reference_out and not state.history_out
-        state.reference_out = False
+
+    @contextmanager
+    def _without_pending(self, dropped: bool) -> Iterator[None]:
+        """Drop the pending tokens, if these are to be, unless the block raises."""
+        pending = self.store.pending
+        if not dropped or pending is None:
+            yield
+            return
+        self.store.pending = None
+        try:
+            yield
+        except BaseException:
+            self.store.pending = pending
+            raise
+
+    def _settled_crops(self, length: int) -> list[Crop]:
+        self.settle()
+        return reserved_crops(self.store, length)
 
     @layer_operation
-    @leave_group_on_error
     def select(self, indices: Sequence[int]) -> None:
         """Replace the rows of the batch by those at `indices`. No token is copied."""
-        if self.store.table is not None:
+        with self.selecting(indices):
+            pass
+        self.give_back()
+
+    @contextmanager
+    def selecting(self, indices: Sequence[int]) -> Iterator[None]:
+        """Replace the rows of the batch, unless the block raises; :meth:`give_back` comes after it."""
+        if self.store.table is None:
+            yield
+            return
+        with self._leaving():
             self.settle_marks()
-            self.snapshot = None
-            self.assignment.forget()
-            self.store.select(indices)
-            self.store.give_back()
+            with self.store.transaction():
+                self.store.select(indices)
+                yield
+        self.snapshot = None
+        self.assignment.forget()
+
+    @layer_operation
+    def give_back(self) -> None:
+        """Give back the memory of what a change of length or rows has left out."""
+        restored, self._restored = self._restored, None
+        if restored is not None:
+            restored.forget_later_pools()
+        self.store.give_back()
+
+    def _leaving(self) -> AbstractContextManager[None]:
+        """Leave the other processes if the block raises."""
+        return nullcontext() if self.exchange is None else self.exchange.leaving()

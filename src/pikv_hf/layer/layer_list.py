@@ -1,6 +1,7 @@
 """The layers of a cache, paged ones and transformers' own sliding ones, as one: their rows, and cutting them back."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .layer import PiKVLayer
 from .layer_cropping import column_of, cropped_length
-from .sliding_layer import check_can_crop
+from .sliding_layer import check_can_crop, trim_to_tokens, undone_on_error
 
 
 def row_count(layers: Sequence[Any]) -> int | None:
@@ -22,7 +23,9 @@ def row_count(layers: Sequence[Any]) -> int | None:
 
 
 def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
-    """Replace the sequences by those at `indices`, integers in any order. Nothing happens before the first tokens.
+    """Replace the sequences by those at `indices`, integers in any order: of all layers, or of none if one fails.
+
+    Nothing happens before the first tokens.
 
     Raises
     ------
@@ -35,15 +38,18 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
     chosen = indices.tolist()
     if bad := [index for index in chosen if not 0 <= index < rows]:
         raise IndexError(f"row {bad[0]} is out of range for a cache of {rows} rows")
-    for layer in layers:
-        if isinstance(layer, PiKVLayer):
-            layer.edits.select(chosen)
-        elif layer.is_initialized:
-            layer.batch_select_indices(indices.to(layer.keys.device))
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(layer, PiKVLayer):
+                stack.enter_context(layer.edits.selecting(chosen))
+            elif layer.is_initialized:
+                stack.enter_context(undone_on_error(layer))
+                layer.batch_select_indices(indices.to(layer.keys.device))
+    _give_back(layers)
 
 
 def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
-    """Cut layers that have seen `seen` positions back; see :meth:`pikv_hf.PiKVCache.crop`."""
+    """Cut layers that have seen `seen` positions back, all or none; see :meth:`pikv_hf.PiKVCache.crop`."""
     length = cropped_length(seen, max_length)
     if length >= seen:
         return
@@ -52,8 +58,20 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
             column_of(layer.store, length)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             check_can_crop(index, layer, length)
+    with ExitStack() as stack:
+        for layer in layers:
+            if isinstance(layer, PiKVLayer):
+                stack.enter_context(layer.edits.truncating(column_of(layer.store, length)))
+            else:
+                stack.enter_context(undone_on_error(layer))
+                layer.crop(length - layer.get_seq_length())
+    _give_back(layers)
+
+
+def _give_back(layers: Sequence[Any]) -> None:
+    """Give back the memory of what layers have let go of."""
     for layer in layers:
         if isinstance(layer, PiKVLayer):
-            layer.truncate(column_of(layer.store, length))
-        else:
-            layer.crop(length - layer.get_seq_length())
+            layer.edits.give_back()
+        elif isinstance(layer, DynamicSlidingWindowLayer):
+            trim_to_tokens(layer)

@@ -1,7 +1,9 @@
 """The part of a layer that one device, or one process, has: a page table, and what evicts and chooses its pages."""
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -92,6 +94,19 @@ class LayerPart:
         assert self.table is not None
         return self.scheduler.with_room(self.table, seen, work)
 
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of the tokens, and of what the scheduler counts, if the block raises."""
+        table, scheduler = self.table, copy.copy(self.scheduler)
+        try:
+            with nullcontext() if table is None else table.transaction():
+                yield
+        except BaseException:
+            self.table = table
+            if self.scheduler is not None:
+                vars(self.scheduler).update(vars(scheduler))
+            raise
+
     def enforce(self, lanes: int, seen: int, headroom: int = 0) -> None:
         """Evict what exceeds a budget in tokens, if pages have changed hands since this was last done."""
         if self.scheduler is not None and self.table is not None and self.table.is_at_page_end:
@@ -103,7 +118,9 @@ class LayerPart:
         assert self.table is not None
         self.scheduler.make_room(self.table, seen, error)
 
-    def append_batch(self, tokens: TokenBatch, valid: torch.Tensor | None, leaders: list[int]) -> None:
+    def append_batch(
+        self, tokens: TokenBatch, valid: torch.Tensor | None, leaders: list[int], masses: torch.Tensor | None
+    ) -> None:
         """Store new tokens: those of the window, and those that go straight to shards of this part.
 
         Parameters
@@ -114,14 +131,13 @@ class LayerPart:
             `(R, Q)` bool, False for padding.
         leaders : list of int
             See :meth:`PageTable.append`.
+        masses : torch.Tensor, optional
+            `(R, Q)`, how the tokens were attended to in their own call.
         """
         assert self.table is not None
         self.table.append(tokens, valid, leaders)
-
-    def credit(self, masses: torch.Tensor, start: int) -> None:
-        """Take how the tokens just stored, from position `start` on, were attended to in their own call, `(R, Q)`."""
-        if self.scheduler is not None and self.table is not None:
-            self.scheduler.credit(self.table, masses.to(self.device), start)
+        if self.scheduler is not None and masses is not None:
+            self.scheduler.credit(self.table, masses.to(self.device), int(tokens.positions[0]))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
         """Write one decoded token per row, `(R, H', D)` and `(R, H', Dv)`, into the window."""

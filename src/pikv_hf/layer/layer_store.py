@@ -1,7 +1,7 @@
 """The tokens of one attention layer: stored in one part or in several, or pending until it is known where they go."""
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -174,14 +174,18 @@ class LayerStore:
             every, experts = every[valid], experts[valid]
         every, experts = every.flatten(), experts.flatten()
         if groups and len(chosen := experts[experts >= 0]):
-            self.state.expert_loads = np.bincount(chosen.cpu().numpy(), minlength=self.num_experts)
-            for table in self.tables():
-                table.writer.set_shard_of(self.shard_of())
+            self._group_experts(np.bincount(chosen.cpu().numpy(), minlength=self.num_experts))
         if divides and self.shard_map is not None and self.table is not None:
             shards = self.shard_of()(every, experts.to(torch.int16)).cpu().numpy()
             # Rows that have been the same so far may go on to be.
             rows = len(self.table.sequences()) / len(self.table.rows)
             self.shard_map.plan(np.bincount(shards, minlength=self.shard_map.num_shards) * rows)
+
+    def _group_experts(self, loads: np.ndarray | None) -> None:
+        """Have later tokens go to the shards that experts with these loads make."""
+        self.state.expert_loads = loads
+        for table in self.tables():
+            table.writer.set_shard_of(self.shard_of())
 
     def _balance(self) -> None:
         """Divide shards anew and move pages where parts have become unevenly full."""
@@ -209,7 +213,7 @@ class LayerStore:
         moved = any(table.is_ripe for table in self.tables())
         if moved:
             self._in_all_parts(lambda part, table: table.flush())
-        self._enforce()
+        self.enforce()
         if moved:
             self._balance()
         self.give_back(always=moved)
@@ -261,16 +265,20 @@ class LayerStore:
         masses = None
         if new.masses is not None:
             masses = new.masses.mean(dim=1) if lanes == 1 else new.masses.flatten(0, 1)
-        self._learn_from_prompt(positions, experts, new.valid)
-        try:
-            for first in range(0, new.tokens, piece := self._piece(new)):
-                self._store(tokens, valid, masses, slice(first, first + piece))
-        except BaseException:
-            for table in self.tables():
-                crop(table, start)
-            raise
+        padding, loads = self.padding_columns(), self.state.expert_loads
+        with nullcontext() if self.shard_map is None else self.shard_map.transaction():
+            try:
+                self._learn_from_prompt(positions, experts, new.valid)
+                for first in range(0, new.tokens, piece := self._piece(new)):
+                    self._store(tokens, valid, masses, slice(first, first + piece))
+            except BaseException:
+                # Of several pieces, which a budget asks for, some may be there. What was evicted for them stays so.
+                for table in self.tables():
+                    crop(table, start)
+                self._group_experts(loads)
+                raise
         self.note_evictions()
-        self.drop_pending()
+        self.state.padding, self.pending = padding, None
         self._balance()
         self.give_back()
 
@@ -288,10 +296,9 @@ class LayerStore:
         real = None if valid is None else valid[:, piece]
         # Rows are alike in all parts or in none.
         leaders = self.table.identical_rows(some, real)
-        self._in_all_parts(lambda part, _: part.append_batch(some, real, leaders))
+        own = None if masses is None else masses[:, piece]
+        self._in_all_parts(lambda part, _: part.append_batch(some, real, leaders, own))
         for part in self.parts:
-            if masses is not None:
-                part.credit(masses[:, piece], int(some.positions[0]))
             part.enforce(self.lanes, self.state.seen)
 
     def _in_all_parts(self, work: Callable[[LayerPart, PageTable], Any]) -> None:
@@ -302,25 +309,35 @@ class LayerStore:
         BudgetError
             If the budget leaves no room for them, and nothing more can be evicted.
         """
-        if len(self.parts) == 1 and self.shard_map is None:
-            (part,), (table,) = self.parts, self.tables()
-            part.with_room(self.state.seen, lambda: work(part, table))
-            return
         while True:
             at = self.parts[0]
             try:
-                with ExitStack() as stack:
-                    for table in self.tables():
-                        stack.enter_context(table.transaction())
-                    if self.shard_map is not None:
-                        stack.enter_context(self.shard_map.transaction())
+                with self.transaction():
                     for at, table in zip(self.parts, self.tables(), strict=True):
                         work(at, table)
                 return
             except NoRoomError as error:
                 at.make_room(self.state.seen, error)
 
-    def _enforce(self) -> None:
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Undo every change of the tokens, stored and pending, and of what is known of them, if the block raises.
+
+        Pages that are let go of within the block are free after it: nothing may be evicted to make room for others.
+        """
+        state, pending = self.state.copy(), self.pending
+        with ExitStack() as stack:
+            for part in self.parts:
+                stack.enter_context(part.transaction())
+            if self.shard_map is not None:
+                stack.enter_context(self.shard_map.transaction())
+            try:
+                yield
+            except BaseException:
+                self.state, self.pending = state, pending
+                raise
+
+    def enforce(self) -> None:
         """Evict in every part what exceeds a budget in tokens."""
         lanes = self.lanes
         for part in self.parts:
@@ -358,7 +375,7 @@ class LayerStore:
     # Rows
 
     def select(self, indices: Sequence[int]) -> None:
-        """Replace the rows of the batch by those at `indices`. No token is copied."""
+        """Replace the rows of the batch by those at `indices`, within a transaction. No token is copied."""
         lanes = self.lanes
         for part in self.parts:
             part.select(indices, lanes)
@@ -366,7 +383,6 @@ class LayerStore:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
         if self.state.padding is not None:
             self.state.padding = trimmed(self.state.padding[list(indices)])
-        self._enforce()
 
 
 def _by_lane(tokens: torch.Tensor, lanes: int) -> torch.Tensor:

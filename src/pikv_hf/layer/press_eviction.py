@@ -25,14 +25,15 @@ def keep_tokens(store: LayerStore, kept: torch.Tensor) -> None:
     state = store.state
     widths = checked_widths(kept, (store.batch, store.heads, state.seen), f"layer {store.layer_idx}")
     widths = with_exact_ends(widths.to(store.device), store.config)
-    tables = _kept_tables(store, widths)
-    if store.shard_map is not None and widths.numel():
-        store.shard_map.rescale(float((widths > 0).float().mean()))
-        store.shard_map.add_evenly(float((widths[:, :, store.stored :] > 0).sum()) / store.heads)
-    store.drop_pending()
-    store.replace_tables(tables)
-    state.evicted |= bool((widths == 0).any())
-    store.note_evictions()
+    with store.transaction():
+        tables = _kept_tables(store, widths)
+        if store.shard_map is not None and widths.numel():
+            store.shard_map.rescale(float((widths > 0).float().mean()))
+            store.shard_map.add_evenly(float((widths[:, :, store.stored :] > 0).sum()) / store.heads)
+        store.drop_pending()
+        store.replace_tables(tables)
+        state.evicted |= bool((widths == 0).any())
+        store.note_evictions()
 
 
 def _kept_tables(store: LayerStore, widths: torch.Tensor) -> list[PageTable]:

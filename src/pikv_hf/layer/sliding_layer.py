@@ -1,9 +1,13 @@
 """Transformers' own sliding-window layers beside paged ones: what is checked, trimmed and copied of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
 import torch
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from ..common.tensors import detached
+from ..pages.pool_growth import MAX_FREE
 from .input_checks import KVFormat
 
 
@@ -34,6 +38,30 @@ def _trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
         window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
         if kept.untyped_storage().nbytes() > window:
             setattr(layer, name, kept.clone())
+
+
+def trim_to_tokens(layer: DynamicSlidingWindowLayer) -> None:
+    """Free what a sliding layer has let go of, where that is more than a fifth: a crop leaves views.
+
+    Where memory for the copies is lacking the views stay.
+    """
+    for name in ("keys", "values") if layer.is_initialized else ():
+        kept: torch.Tensor = getattr(layer, name)
+        if kept.untyped_storage().nbytes() > (1 + MAX_FREE) * kept.numel() * kept.element_size():
+            with suppress(MemoryError, RuntimeError):
+                setattr(layer, name, kept.clone())
+
+
+@contextmanager
+def undone_on_error(layer: CacheLayerMixin) -> Iterator[None]:
+    """Undo what the block does to a layer of transformers if it raises: such layers never write into their tensors."""
+    before = dict(vars(layer))
+    try:
+        yield
+    except BaseException:
+        vars(layer).clear()
+        vars(layer).update(before)
+        raise
 
 
 def check_can_crop(index: int, layer: DynamicSlidingWindowLayer, length: int) -> None:

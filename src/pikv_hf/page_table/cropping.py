@@ -1,4 +1,4 @@
-"""Forgetting the newest tokens of a page table, in steps: what may fail comes before what cannot be undone."""
+"""Forgetting the newest tokens of a page table, within a transaction: all of it or nothing."""
 
 import numpy as np
 
@@ -14,10 +14,8 @@ def crop(table: PageTable, length: int) -> None:
     """Forget every token of a table at position `length` or later."""
     cut = Crop(table, length)
     cut.reserve()
-    with table.pools.transaction():
-        # Copying a page that a slower tier has may fail.
-        cut.prepare()
-    cut.finish()
+    with table.transaction():
+        cut.cut()
 
 
 class Crop:
@@ -26,15 +24,13 @@ class Crop:
     Parameters
     ----------
     table : PageTable
-        Changed by :meth:`finish`.
+        Changed by :meth:`cut`.
     length : int
         The positions that stay.
     """
 
     def __init__(self, table: PageTable, length: int) -> None:
         self._table, self._length = table, length
-        # What is left of each sequence, by its identity.
-        self._left: dict[int, SequencePages] = {}
 
     def reserve(self) -> None:
         """Make room for copies of the pages that are to be cut and that others hold too."""
@@ -42,16 +38,15 @@ class Crop:
         for pool_id, pool in self._table.pools.by_id().items():
             pool.reserve(sum(_copies_needed(pool, s.pages(pool_id), self._length) for s in sequences))
 
-    def prepare(self) -> None:
-        """Take the pages from the sequences, within a transaction of the table's pools."""
+    def cut(self) -> None:
+        """Take the pages from the sequences, within a transaction of the table, which can undo it."""
         pools = self._table.pools
-        self._left = {id(s): _cropped(pools, s, self._length) for s in self._table.sequences()}
-
-    def finish(self) -> None:
-        """Replace the sequences of the table, and clear what pages have beyond the length: this cannot be undone."""
-        for sequence in self._left.values():
-            _wipe_beyond(self._table.pools, sequence, self._length)
-        self._table.replace_sequences(self._left)
+        left = {id(s): _cropped(pools, s, self._length) for s in self._table.sequences()}
+        for pool_id, pool in pools.by_id().items():
+            ids = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(s.pages(pool_id) for s in left.values())]))
+            if len(cut := ids[_has_beyond(pool, ids, self._length)]):
+                pool.wipe(cut)
+        self._table.replace_sequences(left)
 
 
 def _tokens_before(pool: PagePool, ids: PageIds, length: int) -> PageIds:
@@ -69,7 +64,7 @@ def _copies_needed(pool: PagePool, ids: PageIds, length: int) -> int:
 def _cropped(pools: LayerPools, sequence: SequencePages, length: int) -> SequencePages:
     """Return the sequence with only its tokens before position `length`; it takes over the references.
 
-    Counts are up to date; :func:`_wipe_beyond` then clears what pages have beyond them, which could not be undone.
+    Counts are up to date; what pages have beyond them is not wiped yet.
     """
     # A pool all of whose pages were evicted may be gone, with its name still in the sequence.
     used = [pool_id for pool_id, ids in sequence.packed.items() if len(ids)]
@@ -110,10 +105,6 @@ def _cut(pools: LayerPools, sequence: SequencePages, length: int, pool_id: PoolI
     return kept
 
 
-def _wipe_beyond(pools: LayerPools, sequence: SequencePages, length: int) -> None:
-    """Clear the tokens of a sequence that its pages no longer count."""
-    for pool_id, pool in pools.by_id().items():
-        ids = sequence.pages(pool_id)
-        last = pool.positions[pool.index(ids)].amax(dim=1).cpu().numpy() if len(ids) else ids
-        for page in ids[last >= length].tolist():
-            pool.truncate(page, int(pool.count[page]))
+def _has_beyond(pool: PagePool, ids: PageIds, length: int) -> np.ndarray:
+    """Return for each of the pages `(n,)` whether it has a position of `length` or more."""
+    return (pool.positions[pool.index(ids)] >= length).any(dim=1).cpu().numpy()

@@ -56,8 +56,6 @@ class PageTable:
         # Asked for in every step, many times.
         self.pools, self.plain = writer.pools, writer.plain
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
-        # Whether packing failed, for want of memory: it is tried again.
-        self._packing_due = False
         self._view: TableView | None = None
         self._next: _NextSlots | None = None
         self._newest: torch.Tensor | None = None
@@ -182,13 +180,14 @@ class PageTable:
             self.take_back_newest()
             raise
 
-    def take_back_newest(self) -> None:
-        """Remove the tokens that :meth:`append_newest` has just appended."""
-        taken, newest, self._newest = self._next, self._newest, None
-        if taken is not None and newest is not None:
-            taken.slots, taken.room = taken.slots - 1, taken.room + 1
-            self.plain.count[taken.pages] -= 1
+    def take_back_newest(self) -> bool:
+        """Remove the tokens that :meth:`append_newest` has just appended; return whether they were still in place."""
+        self._follow_numbering()
+        newest, self._newest, self._next = self._newest, None, None
+        if newest is not None:
+            self.plain.count[self._tails()[0]] -= 1
             self.plain.positions.view(-1).index_fill_(0, newest, -1)
+        return newest is not None
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Note the primary experts `(B,)` int16 of the tokens of :meth:`append_newest`, if nothing came after them."""
@@ -292,21 +291,13 @@ class PageTable:
     @property
     def is_ripe(self) -> bool:
         """Whether :meth:`flush` has anything to do."""
-        return self._packing_due or any(map(self.writer.is_ripe, self.sequences()))
+        return any(map(self.writer.is_ripe, self.sequences()))
 
-    def flush(self) -> bool:
-        """Move every page that has left the recent window to the shards, once for all rows that share it.
-
-        Returns whether any had, or had still to be packed.
-        """
-        moved = self.is_ripe
+    def flush(self) -> None:
+        """Move every page that has left the recent window to the shards, once for all rows that share it."""
         while ripe := [sequence for sequence in self.sequences() if self.writer.is_ripe(sequence)]:
             self._flush_oldest(ripe)
-        if moved:
-            self._packing_due = True
-            pack_full(self.pools, self.sequences())
-            self._packing_due = False
-        return moved
+        pack_full(self.pools, self.sequences())
 
     def _flush_oldest(self, ripe: Sequence[SequencePages]) -> None:
         """Move the oldest page of the recent window of each of these sequences."""

@@ -66,6 +66,8 @@ class PagePool(ABC):
         "shard": np.int16(-1),
         "used": np.bool_(False),
     }
+    #: Those of them that a transaction undoes.
+    undone: ClassVar[tuple[str, ...]] = ("count", "shard")
     count: np.ndarray
     shard: np.ndarray
     used: np.ndarray
@@ -80,6 +82,9 @@ class PagePool(ABC):
         self.experts = torch.full((0, page_size if keeps_experts else 0), -1, dtype=torch.int16, device=device)
         self.bounds: KeyBounds | None = None
         self.usage: UsageCounters | None = None
+        # Running transactions, and what they have wiped: pages, their positions and experts before.
+        self._transactions = 0
+        self._wiped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         for name, entry in self.new_page.items():
             setattr(self, name, np.zeros((0, *np.shape(entry)), dtype=entry.dtype))
 
@@ -263,7 +268,7 @@ class PagePool(ABC):
         return self._compact(kept_free(used, self.capacity - used, rows, self.growth))
 
     def _compact(self, spare: int) -> PageIds | None:
-        assert not self.allocator.spares_pages, "pages that a transaction may want back keep their numbers"
+        assert not self._transactions, "pages that a transaction may want back keep their numbers"
         used = np.flatnonzero(self.allocator.refcount)
         if (pages := len(used) + spare) >= (before := self.capacity):
             return None
@@ -337,36 +342,56 @@ class PagePool(ABC):
                 if tensor.is_floating_point():
                     tensor.index_fill_(1, index, 0)
 
-    def truncate(self, page: int, count: int) -> None:
-        """Forget the tokens of a page beyond the first `count`."""
-        self.count[page] = count
-        self.positions[page, count:] = -1
-        self.experts[page, count:] = -1
+    def wipe(self, ids: PageIds) -> None:
+        """Forget the tokens of pages `(n,)` beyond their counts; within a transaction, which can undo it."""
+        assert self._transactions
         if self.bounds is not None:
             # Other tokens may come in their place.
-            self.bounds.reset(np.array([page]))
+            self.bounds.reset(ids)
+        index = self.index(ids)
+        positions, experts = self.positions[index], self.experts[index]
+        beyond = self._beyond(ids)
+        kept, kept_experts = positions.masked_fill(beyond, -1), experts.masked_fill(beyond[:, : experts.shape[1]], -1)
+        self._wiped.append((index, positions, experts))
+        self.positions.index_copy_(0, index, kept)
+        self.experts.index_copy_(0, index, kept_experts)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Undo every change of counts, references and statistics if the block raises.
+        """Undo every change of tokens, references and statistics if the block raises.
 
         K/V need no undo: a block only writes to slots that no count covered at its start.
         """
-        count, shard = self.count.copy(), self.shard.copy()
-        usage = None if self.usage is None else self.usage.snapshot()
-        with self.allocator.transaction():
-            try:
-                yield
-            except BaseException:
-                self.count[: len(count)], self.shard[: len(shard)] = count, shard
-                self.count[len(count) :] = 0
-                if usage is not None and self.usage is not None:
-                    self.usage.restore(usage)
-                self._clear_uncounted()
-                raise
+        before = {name: getattr(self, name).copy() for name in self.undone}
+        usage, wiped = None if self.usage is None else self.usage.snapshot(), len(self._wiped)
+        self._transactions += 1
+        try:
+            with self.allocator.transaction():
+                try:
+                    yield
+                except BaseException:
+                    for name, array in before.items():
+                        now = getattr(self, name)
+                        now[: len(array)], now[len(array) :] = array, self.new_page[name]
+                    self._undo_on_device(usage, wiped)
+                    raise
+        finally:
+            self._transactions -= 1
+            if not self._transactions:
+                self._wiped.clear()
 
-    def _clear_uncounted(self) -> None:
-        """Forget the positions and experts of slots beyond what the counts say."""
-        beyond = torch.arange(self.page_size, device=self.device) >= self.index(self.count)[:, None]
+    def _undo_on_device(self, usage: tuple[torch.Tensor, torch.Tensor] | None, wiped: int) -> None:
+        """Bring statistics back, positions and experts to what the counts say, and those that were wiped after."""
+        if usage is not None and self.usage is not None:
+            self.usage.restore(usage)
+        beyond = self._beyond(np.arange(self.capacity))
         self.positions.masked_fill_(beyond, -1)
         self.experts.masked_fill_(beyond[:, : self.experts.shape[1]], -1)
+        for index, positions, experts in reversed(self._wiped[wiped:]):
+            self.positions.index_copy_(0, index, positions)
+            self.experts.index_copy_(0, index, experts)
+        del self._wiped[wiped:]
+
+    def _beyond(self, ids: PageIds) -> torch.Tensor:
+        """Return `(n, P)` bool, the slots of pages beyond their counts."""
+        return torch.arange(self.page_size, device=self.device) >= self.index(self.count[ids])[:, None]

@@ -44,6 +44,7 @@ class PlainPool(PagePool):
     """
 
     new_page: ClassVar[Mapping[str, np.ndarray | np.generic]] = {**PagePool.new_page, "incompressible": np.bool_(False)}
+    undone: ClassVar[tuple[str, ...]] = (*PagePool.undone, "incompressible")
     incompressible: np.ndarray
 
     def __init__(

@@ -52,7 +52,7 @@ class SavableCache(Protocol):
 
     layers: list[Any]
     attachment: Attachment | None
-    filled_under: list[Adapter]
+    filled_under: list[Adapter] | None
     model_config: Any
     pikv_config: PiKVConfig
     lock: AbstractContextManager[Any]
@@ -85,8 +85,8 @@ def _fingerprint(cache: SavableCache, model: Any) -> Fingerprint:
         If other adapters are in use than when the cache was filled.
     """
     fingerprint = Fingerprint.of(model)
-    is_empty = not any(layer.get_seq_length() for layer in cache.layers)
-    if not is_empty and (differences := difference(cache.filled_under, fingerprint.adapters or [])):
+    filled, known = any(layer.get_seq_length() for layer in cache.layers), cache.filled_under
+    if filled and known is not None and (differences := difference(known, fingerprint.adapters or [])):
         raise ValueError(f"this cache was filled by another model: {differences}; save it as it was filled")
     return fingerprint
 

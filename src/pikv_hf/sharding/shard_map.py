@@ -181,10 +181,10 @@ class ShardMap:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Forget what was counted if the block raises."""
-        before = self.placed.copy(), self.loads.copy(), self.recent
+        """Forget what was counted and planned if the block raises."""
+        before = {name: array.copy() for name, array in self.state().items()}
         try:
             yield
         except BaseException:
-            self.placed, self.loads, self.recent = before
+            self.resume(**before)
             raise
