@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, prompts
+from placed_hooks import hooks_of
 from transformers import DynamicCache, StaticCache
 
 from pikv_hf import PiKVCache, PiKVConfig, attach, detach
@@ -52,10 +53,6 @@ def test_attaching_twice_and_detaching() -> None:
     detach(model)
     assert hooks_of(model) == 0
     assert model.config._attn_implementation == "sdpa"
-
-
-def hooks_of(model: torch.nn.Module) -> int:
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules())
 
 
 def test_with_block_leaves_an_earlier_attachment() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from placed_hooks import hooks_of
 from thread_runs import CACHES, SMALL, answer, forks_of_one, in_threads, own_caches, tokens
 from transformers import DynamicCache
 
@@ -60,7 +61,7 @@ def test_model_is_attached_once(model: Any) -> None:
     assert set(map(id, found)) == {id(attachment_of(model))}
     assert attachment_of(model).caches_made == 8
     detach(model)
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert hooks_of(model) == 0
 
     def in_block(_: int) -> None:
         with attach(model):

@@ -207,7 +207,7 @@ def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, 
     if layer.attachment is not None and not layer.attachment.owns(call.module):
         raise ValueError(
             f"{where}: the cache was made for another model than the one that {type(call.module).__name__} "
-            "belongs to; make one with PiKVCache.for_model(model)"
+            "belongs to, or its modules were replaced since: make one with PiKVCache.for_model(model), or attach(model)"
         )
     if dropout:
         raise ValueError(f"{where}: attention dropout is {dropout}, but cached attention has none; call model.eval()")

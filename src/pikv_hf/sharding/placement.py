@@ -45,12 +45,12 @@ def expert_placement(
     -------
     callable
         Maps `(positions, experts)`, `(n,)` integers, to `(n,)` shard numbers. It raises `RuntimeError` for tokens whose
-        expert is unknown.
+        expert is unknown, or is none of these.
     """
     shards = min(num_shards, num_experts)
 
     def shard_of(positions: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        _check_known(experts, layer_idx)
+        _check_known(experts, num_experts, layer_idx)
         return experts.long() * shards // num_experts
 
     return shard_of
@@ -82,7 +82,7 @@ def balanced_placement(
     -------
     callable
         Maps `(positions, experts)`, `(n,)` integers, to `(n,)` shard numbers. It raises `RuntimeError` for tokens whose
-        expert is unknown.
+        expert is unknown, or is none of these.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def balanced_placement(
     count, shard = torch.from_numpy(places), torch.from_numpy(shards[order])
 
     def shard_of(positions: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-        _check_known(experts, layer_idx)
+        _check_known(experts, len(places), layer_idx)
         chosen, device = experts.long(), experts.device
         turn = positions.long() // page_size % count.to(device)[chosen]
         return shard.to(device)[first.to(device)[chosen] + turn]
@@ -126,8 +126,16 @@ def where_known(
     return shard_of
 
 
-def _check_known(experts: torch.Tensor, layer_idx: int) -> None:
-    if bool((experts < 0).any()):
+def _check_known(experts: torch.Tensor, num_experts: int, layer_idx: int) -> None:
+    if not len(experts):
+        return
+    least, most = torch.stack(experts.aminmax()).tolist()
+    if most >= num_experts:
+        raise RuntimeError(
+            f"layer {layer_idx}: the model's router chose expert {most} of a layer that had {num_experts} when the "
+            "cache was made; make a new one with PiKVCache.for_model(model)"
+        )
+    if least < 0:
         missing = int((experts < 0).sum())
         raise RuntimeError(
             f"layer {layer_idx}: the model's router chose no expert for {missing} of {experts.numel()} tokens. "
