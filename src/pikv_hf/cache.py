@@ -15,7 +15,7 @@ from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import check_supported, unwrapped
 from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
-from .layer.input_checks import admit
+from .layer.input_checks import admit, check_not_padded
 from .layer.layer import PiKVLayer
 from .layer.layer_list import crop_layers, row_count, select_rows
 from .layer.layer_making import make_layers
@@ -190,6 +190,10 @@ class PiKVCache(Cache):
         if (not layer_idx or self.filled_under is None) and not layer.get_seq_length():
             self._note_adapters()
         if isinstance(layer, DynamicSlidingWindowLayer):
+            if not layer_idx and self.attachment is not None and not self.attachment.active:
+                # Before anything has changed: the paged layers, which would say so, come later.
+                for paged in self._paged():
+                    check_not_padded(paged.layer_idx, paged.store.is_padded)
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
         called, layer.called = layer.called, False
         if self.attachment is not None and not called:

@@ -118,3 +118,20 @@ def test_keys_that_attention_does_not_get_are_not_missed_in_the_first_call_that_
         ours, other = (model(ids(tokens, seed=step), past_key_values=cache).logits for cache in (mine, theirs))
         torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)
     assert len(mine.stats().dense_layers) == (3 if family == "jetmoe" else 0)
+
+
+@torch.no_grad()
+def test_a_detached_model_is_refused_padded_rows_before_its_sliding_layers_have_changed() -> None:
+    model = FAMILIES["gpt_oss"].build()
+    mine, theirs = PiKVCache.for_model(model, **SMALL), DynamicCache(config=model.config)
+    mask = torch.ones(2, 14, dtype=torch.long)
+    mask[0, :3] = 0
+    for cache in (mine, theirs):
+        model(ids(12), attention_mask=mask[:, :12], past_key_values=cache)
+    detach(model)
+    with pytest.raises(ValueError, match="only an attached model's attention"):
+        model(ids(2, seed=1), attention_mask=mask, past_key_values=mine)
+    assert [layer.get_seq_length() for layer in mine.layers] == [12, 12, 12]
+    PiKVCache.for_model(model, **SMALL)
+    ours, other = (model(ids(2, seed=1), attention_mask=mask, past_key_values=cache).logits for cache in (mine, theirs))
+    torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)

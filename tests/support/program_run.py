@@ -32,6 +32,10 @@ REFUSALS: dict[str, str] = {
 LAST = Call("forward", {name: choices[0] for name, choices in ALPHABET["forward"].choices.items()})
 
 
+class ProgramError(Exception):
+    """Lines that have run on DynamicCache fail when they are run again."""
+
+
 @dataclasses.dataclass
 class Side:
     """One cache with its model, and what the lines of a program see.
@@ -206,7 +210,7 @@ def _replayed(program: Program, texts: Sequence[str]) -> Side:
     side = Side.of(program, pikv=False)
     for text in texts:
         if (error := side.execute(text)) is not None:
-            raise error
+            raise ProgramError(text) from error
     return side
 
 
@@ -248,7 +252,11 @@ def _unsteady(program: Program, texts: Sequence[str], found: Difference, theirs:
     if found.index is None:
         return False
     value, where = theirs.shown[found.index]
-    others = [difference(shown[found.index][0], value, where) for shown in _alternatives(program, texts)]
+    try:
+        others = [difference(shown[found.index][0], value, where) for shown in _alternatives(program, texts)]
+    except ProgramError:
+        # Other tokens came out, and what was written for these does not fit.
+        return True
     if any(other is not None and other.tokens for other in others):
         return True
     noise = max(0.5 * found.allowed, *(0.0 if other is None else other.off for other in others))

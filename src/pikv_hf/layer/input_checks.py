@@ -132,3 +132,12 @@ def as_stored(
         return keys.to(rounded), values.to(rounded)
     wide = torch.promote_types(torch.promote_types(keys.dtype, values.dtype), stored)
     return keys.to(wide), values.to(wide)
+
+
+def check_not_padded(layer_idx: int, padded: bool) -> None:
+    """Raise `ValueError` if padding was left out, which no attention but PiKV's knows of."""
+    if padded:
+        raise ValueError(
+            f"layer {layer_idx}: rows of this cache are padded, and padding is not stored; only an attached model's "
+            "attention shows what its masks hide. Attach the model again: pikv_hf.attach(model)"
+        )

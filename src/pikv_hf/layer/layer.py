@@ -16,7 +16,7 @@ from ..distributed.lockstep import prompt_mark
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.page_table import PageTable
 from . import layer_reads
-from .input_checks import KVFormat, admit
+from .input_checks import KVFormat, admit, check_not_padded
 from .layer_cropping import column_of, cropped_length
 from .layer_edits import LayerEdits
 from .layer_operation import layer_operation
@@ -206,11 +206,7 @@ class PiKVLayer(CacheLayerMixin):
     def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store K/V that no forward of the attached model brings, by position, and return all; see :meth:`update`."""
         keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
-        if self.store.is_padded:
-            raise ValueError(
-                f"layer {self.layer_idx}: rows of this cache are padded, and padding is not stored; only an attached "
-                "model's attention shows what its masks hide. Attach the model again: pikv_hf.attach(model)"
-            )
+        check_not_padded(self.layer_idx, self.store.is_padded)
         self._check_history_was_read()
         past = self._take_in(detached(keys), detached(values), in_place=False)
         with self._taken_back_on_error(keys.shape[2]):
