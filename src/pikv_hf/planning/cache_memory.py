@@ -20,7 +20,7 @@ from pikv_hf.scheduling.layer_budget import LayerBudget
 
 from .cache_contents import CacheContents
 from .model_shape import LayerShape, ModelShape
-from .page_counts import PageCounts, grown, page_counts, plain_pages, shard_loads, shards_of_part
+from .page_counts import PageCounts, given_back, grown, page_counts, plain_pages, shard_loads, shards_of_part
 
 # Bytes that the host keeps of a page: count, references, shard, whether it was used; whether it stays as it is, or its
 # errors; and its number in the table of the sequence that holds it.
@@ -138,7 +138,9 @@ def layer_bytes(layer: LayerShape, contents: CacheContents, dtype: str) -> Cache
     most = shards_of_part(options.num_shards, share) if packs else math.inf
     begun = first.window + min(first.open + first.full, most)
     flushes = round((now.tokens - first.tokens) / share / options.page_size)
-    plain = batch * begun
+    plain = given_back(
+        batch * begun, batch * (first.window + (first.open if packs else first.open + first.full)), batch
+    )
     if generated:
         plain = plain_pages(plain, batch * held, contents, now, flushes, bool(layer.experts))
     packed = grown(batch * first.full, batch * now.full, PACKED_GROWTH) if packs else 0.0

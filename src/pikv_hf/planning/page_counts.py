@@ -11,7 +11,7 @@ import numpy as np
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.pages.plain_pool import PLAIN_GROWTH
-from pikv_hf.pages.pool_growth import MIN_GROWTH
+from pikv_hf.pages.pool_growth import MIN_GROWTH, kept_free
 from pikv_hf.scheduling.page_scheduler import BUDGET_GROWTH
 
 from .cache_contents import CacheContents
@@ -111,6 +111,13 @@ def plain_pages(
     at_most = poisson_cdf(batch + 12 * math.isqrt(batch) + 11, batch) ** flushes
     chances = np.diff(at_most, prepend=0.0)
     return float(sum(p * grown(capacity, needed + begun, growth) for begun, p in enumerate(chances) if p > 1e-6))
+
+
+def given_back(capacity: float, used: float, rows: int) -> float:
+    """Return the pages of a plain pool that had `capacity` for a prompt, once it is packed and `used` are left."""
+    if capacity <= used:
+        return capacity
+    return used + kept_free(round(used), round(capacity - used), rows, PLAIN_GROWTH)
 
 
 def grown(capacity: float, needed: float, growth: float) -> float:
