@@ -135,3 +135,23 @@ def test_a_detached_model_is_refused_padded_rows_before_its_sliding_layers_have_
     PiKVCache.for_model(model, **SMALL)
     ours, other = (model(ids(2, seed=1), attention_mask=mask, past_key_values=cache).logits for cache in (mine, theirs))
     torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("family", ["llama4", "gpt_oss", "mixtral_sliding", "olmoe"])
+def test_crop_takes_an_interrupted_call_back_from_the_layers_that_it_reached(family: str, at: int) -> None:
+    """Some layers have its tokens, sliding or paged, and others have not."""
+    model = FAMILIES[family].build()
+    placement = {**SMALL, "placement": "hash"}
+    mine, theirs = PiKVCache.for_model(model, **placement), DynamicCache(config=model.config)
+    for cache in (mine, theirs):
+        model(ids(6), past_key_values=cache)
+    stopped = model.model.layers[at].register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(Interrupted))
+    with pytest.raises(Interrupted):
+        model(ids(3, seed=1), past_key_values=mine)
+    stopped.remove()
+    mine.crop(6)
+    assert [layer.get_seq_length() for layer in mine.layers] == [6] * len(mine.layers)
+    ours, other = (model(ids(2, seed=2), past_key_values=cache).logits for cache in (mine, theirs))
+    torch.testing.assert_close(ours, other, atol=1e-4, rtol=0)

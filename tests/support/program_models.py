@@ -17,8 +17,9 @@ SMALLEST: dict[str, dict[str, Any]] = {
     "llama4": {"no_rope_layers": [1, 0], "attention_chunk_size": 12},
     "dbrx": {"n_layers": 2},
 }
-#: The only attention that some can be compared with: gpt-oss has no sdpa, and of Llama-4 eager differs from sdpa.
-ATTENTION = {"gpt_oss": "eager", "llama4": "sdpa"}
+#: The only attention that some can be compared with: gpt-oss has no sdpa, of Llama-4 eager differs from sdpa, and so
+#: does what sliding layers keep of padding, which a mask may show later.
+ATTENTION = {"gpt_oss": "eager", "llama4": "sdpa", "mixtral_sliding": "sdpa"}
 
 
 #: What says how many experts a token has, by its names in the configs of families.

@@ -51,21 +51,27 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
 def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
     """Cut layers that have seen `seen` positions back, all or none; see :meth:`pikv_hf.PiKVCache.crop`."""
     length = cropped_length(seen, max_length)
-    if length >= seen:
+    # After an interrupted call some layers have more positions than others, whose length is right already.
+    longer = [(index, layer) for index, layer in enumerate(layers) if _positions(layer) > length]
+    if not longer:
         return
-    for index, layer in enumerate(layers):
+    for index, layer in longer:
         if isinstance(layer, PiKVLayer):
             column_of(layer.store, length)
         elif isinstance(layer, DynamicSlidingWindowLayer):
             check_can_crop(index, layer, length)
     with ExitStack() as stack:
-        for layer in layers:
+        for _, layer in longer:
             if isinstance(layer, PiKVLayer):
                 stack.enter_context(layer.edits.truncating(column_of(layer.store, length)))
             else:
                 stack.enter_context(undone_on_error(layer))
                 layer.crop(length - layer.get_seq_length())
     _give_back(layers)
+
+
+def _positions(layer: Any) -> int:
+    return int(layer.state.positions_seen if isinstance(layer, PiKVLayer) else layer.get_seq_length())
 
 
 def _give_back(layers: Sequence[Any]) -> None:
