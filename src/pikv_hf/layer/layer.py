@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from ..common.foreign_attributes import LAYER_ATTRIBUTE
 from ..common.kv import KV
 from ..common.tensors import detached
 from ..config import PiKVConfig
@@ -21,6 +20,7 @@ from .layer_cropping import column_of, cropped_length
 from .layer_edits import LayerEdits
 from .layer_operation import layer_operation
 from .layer_part import LayerPart, make_parts
+from .layer_reference import LayerReference
 from .layer_state import LayerState
 from .layer_store import LayerStore
 from .model_link import ModelLink
@@ -51,6 +51,8 @@ class PiKVLayer(CacheLayerMixin):
         The tokens, stored and pending.
     edits : LayerEdits
         Settles what is pending and changes tokens for all but the model.
+    reference : LayerReference
+        Knows whether PiKV's attention finds the layer.
     called : bool
         Whether a forward of the layer's attention has begun, which will call :meth:`update`.
     prompt_mark : torch.Tensor or None
@@ -78,6 +80,7 @@ class PiKVLayer(CacheLayerMixin):
         experts = routers[layer_idx].num_experts if self.has_expert_router else 0
         self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts)
         self.edits = LayerEdits(self.store, attachment)
+        self.reference = LayerReference(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
         self.called = False
 
@@ -182,7 +185,7 @@ class PiKVLayer(CacheLayerMixin):
             If the attention of the call before did not read what it was referred to.
         """
         keys, values = admit(self.layer_idx, key_states, value_states, self.store.kv_format(), self.attachment)
-        in_place, history = self._reads_in_place(), self.seen > 0
+        in_place, history = self.reference.is_expected(), self.seen > 0
         # The layer that was read before may be another cache's.
         if self.attachment is not None and not self.state.reference_lost:
             self.attachment.reads(self.edits, prompt=not history)
@@ -191,23 +194,21 @@ class PiKVLayer(CacheLayerMixin):
             if past is not None:
                 # Out of what is stored no gradient comes, out of the new K/V it may.
                 keys, values = layer_reads.with_history(past, keys, values)
-            # Dense K/V are right as they are. A reference that does reach attention says that the next can be read in
-            # place again.
-            refers = in_place or self.state.reference_lost
-            result = (self._referring(keys) if refers else keys), values
+            if in_place or self.state.reference_lost:
+                keys = self.reference.put_on(keys, self)
             if self.has_expert_router and self.attachment is not None:
                 self.attachment.expect(self.edits)
             elif not in_place:
                 self.edits.settle_soon()
         if in_place:
-            self.state.reference_out, self.state.history_out = True, history
-        return result
+            self.reference.given_out(history)
+        return keys, values
 
     def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store K/V that no forward of the attached model brings, by position, and return all; see :meth:`update`."""
         keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
         check_not_padded(self.layer_idx, self.store.is_padded)
-        self._check_history_was_read()
+        self.reference.check_history_was_read()
         past = self._take_in(detached(keys), detached(values), in_place=False)
         with self._taken_back_on_error(keys.shape[2]):
             if past is not None:
@@ -260,43 +261,9 @@ class PiKVLayer(CacheLayerMixin):
         state.seen += new
         return past
 
-    def _reads_in_place(self) -> bool:
-        """Return whether PiKV's attention function will see what `update` returns."""
-        if self.attachment is None or not self.attachment.is_active(self.layer_idx):
-            return False
-        self._check_history_was_read()
-        state = self.store.state
-        state.reference_lost |= state.reference_out
-        return not state.reference_lost
-
-    def _check_history_was_read(self) -> None:
-        if self.store.state.reference_out and self.store.state.history_out:
-            raise RuntimeError(
-                f"layer {self.layer_idx}: no attention has read the history that the last update referred to. Either "
-                "that call was interrupted, or something between update and attention copies the keys. Take the call's "
-                "tokens back with cache.crop(length)"
-            )
-
-    def _referring(self, keys: torch.Tensor) -> torch.Tensor:
-        """Return keys with a reference to this layer, by which the attention function finds it."""
-        # A view of its own: the attribute must not outlive this call on a tensor that the caller keeps.
-        keys = keys.view(keys.shape)
-        setattr(keys, LAYER_ATTRIBUTE, self)
-        return keys
-
-    def dense_reason(self) -> str | None:
-        """Return why the layer's attention is given dense K/V, None if it reads the pages in place."""
-        if self.attachment is None:
-            return "the cache was made from a config alone"
-        if not self.attachment.is_active(self.layer_idx):
-            return f"the model's attention is {self.attachment.implementation(self.layer_idx)!r}"
-        if self.state.reference_lost:
-            return "the prompt's keys did not reach PiKV's attention: not attached, interrupted, or copied on their way"
-        return None
-
     def attend_begins(self, valid: torch.Tensor | None) -> None:
         """Take, with the reference, which of several new tokens are to be stored, `(B, Q)` bool or None for all."""
-        self.store.state.reference_out = self.store.state.reference_lost = False
+        self.reference.arrived()
         if self.store.pending is not None:
             self.store.pending.valid = valid
 

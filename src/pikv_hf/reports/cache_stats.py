@@ -53,7 +53,9 @@ class CacheStats:
             pages_evicted=sum(scheduler.pages_evicted for scheduler in schedules),
             tokens_evicted=sum(scheduler.tokens_evicted for scheduler in schedules),
             tiers=None if tiers is None else tiers.to_dict(),
-            dense_layers={layer.layer_idx: reason for layer in layers if (reason := layer.dense_reason()) is not None},
+            dense_layers={
+                layer.layer_idx: reason for layer in layers if (reason := layer.reference.dense_reason()) is not None
+            },
         )
 
     @property
