@@ -1,5 +1,6 @@
 """The cache object that transformers talks to."""
 
+import copy
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,13 +19,13 @@ from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit, check_not_padded
 from .layer.layer import PiKVLayer
 from .layer.layer_list import crop_layers, row_count, select_rows
-from .layer.layer_making import make_layers
+from .layer.layer_making import check_without_model, make_layers
 from .layer.layer_operation import layer_operation
 from .layer.sliding_layer import copy_sliding, kv_format, update_sliding
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
-from .serialization.model_adapters import Adapter, adapters_in_use
+from .serialization.model_adapters import Adapter, adapters_now
 from .serialization.save_load import load_cache, save_cache
 
 
@@ -70,20 +71,11 @@ class PiKVCache(Cache):
         attachment: Attachment | None = None,
         spread: Devices | PartLayout | None = None,
     ) -> None:
-        options = PiKVConfig() if pikv_config is None else pikv_config
+        options = pikv_config or PiKVConfig()
         if not isinstance(options, PiKVConfig):
             raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
-        if options.placement in ("expert", "balanced") and attachment is None:
-            raise ValueError(
-                f'placement="{options.placement}" needs the model\'s routers: use PiKVCache.for_model(model), '
-                'or placement="hash" with a config alone'
-            )
-        if attachment is None and (options.budget is not None or options.routing != "all"):
-            given = f"budget={options.budget!r}" if options.budget is not None else f"routing={options.routing!r}"
-            raise ValueError(
-                f"{given} passes over tokens, which only PiKV's attention can do: use PiKVCache.for_model(model)"
-            )
         if attachment is None:
+            check_without_model(options)
             check_supported(config)
         self.model_config = config
         # The adapters in use when the first tokens came; None where that is not known, as after `from_cache`.
@@ -182,13 +174,12 @@ class PiKVCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new K/V of a layer; see :meth:`PiKVLayer.update`. Who is not the model's attention gets all K/V."""
         if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(
-                f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self.layers)} layers"
-            )
+            made_for = f"the cache was made for a model of {len(self.layers)} layers"
+            raise ValueError(f"layer_idx is {layer_idx}, but {made_for}")
         layer = self.layers[layer_idx]
-        # The first layer of a hybrid model may have no keys.
+        # For `save`: others may be active by then. The first layer of a hybrid model may have no keys.
         if (not layer_idx or self.filled_under is None) and not layer.get_seq_length():
-            self._note_adapters()
+            self.filled_under = adapters_now(None if self.attachment is None else self.attachment.model)
         if isinstance(layer, DynamicSlidingWindowLayer):
             if not layer_idx and self.attachment is not None and not self.attachment.active:
                 # Before anything has changed: the paged layers, which would say so, come later.
@@ -199,13 +190,6 @@ class PiKVCache(Cache):
         if self.attachment is not None and not called:
             return layer.update_from_outside(key_states, value_states)
         return layer.update(key_states, value_states, *args, **kwargs)
-
-    def _note_adapters(self) -> None:
-        """Note under which adapters the first tokens come, for :meth:`save`: others may be active by then."""
-        model = None if self.attachment is None else self.attachment.model
-        # PEFT notes its configs on every model that it adapts; others are not searched.
-        is_adapted = hasattr(model, "peft_config")
-        self.filled_under = adapters_in_use(model, with_digests=False) if is_adapted else []
 
     def _paged(self) -> list[PiKVLayer]:
         return [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
@@ -230,7 +214,7 @@ class PiKVCache(Cache):
 
     @property
     def max_cache_len(self) -> int:
-        """-1: there is no maximum length. PEFT asks for it, and has prefix tuning use a `DynamicCache` of its own."""
+        """-1: there is none. PEFT asks for it, and has prefix tuning use a `DynamicCache` of its own."""
         return -1
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
@@ -286,8 +270,7 @@ class PiKVCache(Cache):
     @layer_operation
     def fork(self) -> "PiKVCache":
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
-        twin = PiKVCache.__new__(PiKVCache)
-        twin.__dict__.update(self.__dict__)
+        twin = copy.copy(self)
         twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else copy_sliding(layer) for layer in self.layers]
         return twin
 

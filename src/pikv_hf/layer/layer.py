@@ -96,8 +96,6 @@ class PiKVLayer(CacheLayerMixin):
         self.edits.reset()
         self.prompt_mark = None
 
-    # What it has
-
     @property
     def lock(self) -> AbstractContextManager[Any]:
         """The lock of the cache and its forks."""
@@ -227,11 +225,11 @@ class PiKVLayer(CacheLayerMixin):
 
     @layer_operation
     def _take_back(self, new: int) -> None:
-        if self.store.pending is None and not all(table.take_back_newest() for table in self.store.tables()):
+        if self.store.pending is not None or all(table.take_back_newest() for table in self.store.tables()):
+            self.store.pending = None
+            self.state.seen -= new
+        else:
             self.edits.truncate(self.seen - new)
-            return
-        self.store.pending = None
-        self.state.seen -= new
 
     @layer_operation
     def _take_in(

@@ -14,6 +14,20 @@ from .layer_part import make_parts
 from .model_link import ModelLink
 
 
+def check_without_model(options: PiKVConfig) -> None:
+    """Raise `ValueError` for options of a cache made from a config alone that only an attached model can follow."""
+    if options.placement in ("expert", "balanced"):
+        raise ValueError(
+            f'placement="{options.placement}" needs the model\'s routers: use PiKVCache.for_model(model), '
+            'or placement="hash" with a config alone'
+        )
+    if options.budget is not None or options.routing != "all":
+        given = f"budget={options.budget!r}" if options.budget is not None else f"routing={options.routing!r}"
+        raise ValueError(
+            f"{given} passes over tokens, which only PiKV's attention can do: use PiKVCache.for_model(model)"
+        )
+
+
 def make_layers(
     config: Any,
     options: PiKVConfig,

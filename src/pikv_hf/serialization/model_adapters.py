@@ -87,6 +87,11 @@ def modules_without_adapters(module: nn.Module) -> Iterator[tuple[str, nn.Module
             yield prefix, each
 
 
+def adapters_now(model: Any) -> list[Adapter]:
+    """Return the adapters in use as tokens come, without digests; PEFT leaves its configs on models that it adapts."""
+    return adapters_in_use(model, with_digests=False) if hasattr(model, "peft_config") else []
+
+
 def adapters_in_use(model: Any, with_digests: bool = True) -> list[Adapter]:
     """Return the adapters that take part in what a model computes, by name.
 

@@ -1,7 +1,6 @@
 """The pool of full pages of which only some are in fast memory.
 
-A page keeps its number for life; tables, counts and positions do not notice where its K/V are. Those in fast memory are
-in frames; the others are rows of the host's memory, or records of a file.
+Nothing else notices where a page's K/V are. Those in fast memory are in frames, others in host memory or in a file.
 """
 
 from collections.abc import Iterator, Mapping
@@ -104,8 +103,6 @@ class TieredPool(PackedPool):
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold the pool's memory, fast or of the host."""
         return [*super().tensors(), *self.lower.tensors()]
-
-    # Pages and those who refer to them
 
     def reserve(self, pages: int) -> None:
         """Make sure that `pages` can be allocated, in fast memory as far as there is room."""
