@@ -370,7 +370,17 @@ def _require_expert_routers(parts: ModelParts, model: Any, placement: str) -> No
 
 
 def _register() -> None:
+    _leave_to_python()
     # Each time: kvpress wraps every registered function at its import, and the wrapper would lose the layer reference.
     for name in (ATTENTION_NAME, BATCHED_NAME):
         AttentionInterface.register(name, pikv_attention_forward)
         AttentionMaskInterface.register(name, pikv_mask)
+
+
+@functools.cache
+def _leave_to_python() -> None:
+    """Have `torch.compile` break its graphs where this package begins: tracing page tables takes minutes."""
+    # transformers has imported it; this package alone would not.
+    from torch._dynamo import trace_rules
+
+    trace_rules.add(__name__.partition(".")[0])
