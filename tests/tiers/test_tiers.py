@@ -276,6 +276,15 @@ def test_errors(model: Any, ids: torch.Tensor) -> None:
         generate(model, ids, cache)
 
 
+def test_a_first_call_that_tiers_are_too_small_for_leaves_a_cache_that_can_be_saved(tmp_path: Path) -> None:
+    model = FAMILIES["olmoe"].build()
+    cache = PiKVCache.for_model(model, **LAYOUT, tiers={"cpu": 3000}, devices=["cpu:0", "cpu:1"])
+    with torch.no_grad(), pytest.raises(ValueError, match="'cpu' may hold 3000 bytes"):
+        model(torch.arange(2, 20)[None], past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    assert PiKVCache.load(tmp_path / "cache", model, devices=["cpu:0", "cpu:1"]).get_seq_length() == 0
+
+
 @pytest.mark.parametrize("last", ["cpu", "disk"])
 def test_a_full_last_tier(last: str, model: Any, ids: torch.Tensor, expected: torch.Tensor) -> None:
     tiers = {"device": "20KB", "cpu": "20KB"} if last == "cpu" else {"cpu": "20KB", "disk": "25000B"}

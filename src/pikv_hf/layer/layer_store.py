@@ -81,12 +81,15 @@ class LayerStore:
 
     def begin(self, kv_format: KVFormat) -> None:
         """Create the empty pools and page tables for K/V of this format."""
-        (_, self.heads, _, _), self.dtype, self.device = kv_format
-        if self.layout.parts > 1 and self.shard_map is None:
+        shard_map, shard_of = self.shard_map, self.shard_of()
+        if self.layout.parts > 1 and shard_map is None:
             weights, whole = list(self.layout.weights), self.config.budget_scope == "shard"
-            self.shard_map = ShardMap(self.config.num_shards, weights, self.config.page_size, whole=whole)
-        shard_of = self.shard_of()
-        self.replace_tables([part.begin(kv_format, self.config, shard_of, self.shard_map) for part in self.parts])
+            shard_map = ShardMap(self.config.num_shards, weights, self.config.page_size, whole=whole)
+        # A part whose tiers are too small for a page raises.
+        tables = [part.begin(kv_format, self.config, shard_of, shard_map) for part in self.parts]
+        (_, self.heads, _, _), self.dtype, self.device = kv_format
+        self.shard_map = shard_map
+        self.replace_tables(tables)
         self.state.is_initialized = True
 
     def go_on_from(self, other: "LayerStore") -> None:
