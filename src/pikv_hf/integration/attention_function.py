@@ -63,7 +63,7 @@ def pikv_attention_forward(
     if isinstance(layer, PiKVLayer):
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
-        call = dataclasses.replace(call, query=query.to(layer.store.dtype), mask=mask)
+        call.query, call.mask = query.to(layer.store.dtype), mask
         if key.shape[2] > query.shape[2]:
             # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
             key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
@@ -73,16 +73,16 @@ def pikv_attention_forward(
     if key.shape[2] == query.shape[2]:
         forget_reader(module)
     if attention_mask is None and 1 < query.shape[2] < key.shape[2] and is_causal(module, kwargs):
-        call = dataclasses.replace(call, mask=_trailing_causal_mask(query, key))
+        call.mask = _trailing_causal_mask(query, key)
     if call.sinks is None and call.softcap is None:
         # As registered: kvpress has wrapped it, to hide what its head-wise presses have marked.
         sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return sdpa(module, query, key, value, call.mask, dropout=dropout, scaling=scale, **kwargs)
-    call = dataclasses.replace(call, mask=without_marked(module, query, key, call.mask))
+    call.mask = without_marked(module, query, key, call.mask)
     return _attend_foreign(call, key, value), None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Call:
     """What an attention module asks for.
 
@@ -162,7 +162,7 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
 def _attend_foreign(call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend over all of another cache's K/V, with sinks or a cap, which SDPA does not know: `(B, Q, Hq, Dv)`."""
     dtype = autocast_dtype(call.query)
-    call, key, value = dataclasses.replace(call, query=call.query.to(dtype)), key.to(dtype), value.to(dtype)
+    call.query, key, value = call.query.to(dtype), key.to(dtype), value.to(dtype)
     if needs_gradients(call.query, key, value, call.sinks):
         return call.dense_output(key, value)
     return call.output(*attend_dense(call.query, key, value, call.mask, call.scale, call.softcap))

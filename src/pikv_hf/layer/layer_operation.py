@@ -30,7 +30,9 @@ def layer_operation(
     def operation(owner: _Owner, *args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
         with owner.lock:
             if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or torch._C._is_any_autocast_enabled():
-                with ordinary_mode():
+                # As in `ordinary_mode`, whose generator would cost as much again.
+                with torch._C._InferenceMode(False), torch._C._DisableAutocast():
+                    torch._C._set_grad_enabled(False)
                     return function(owner, *args, **kwargs)
             return function(owner, *args, **kwargs)
 
