@@ -18,7 +18,7 @@ from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit, check_not_padded
 from .layer.layer import PiKVLayer
-from .layer.layer_list import crop_layers, row_count, select_rows
+from .layer.layer_list import crop_layers, dense_layers, row_count, select_rows
 from .layer.layer_making import check_without_model, make_layers
 from .layer.layer_operation import layer_operation
 from .layer.sliding_layer import copy_sliding, kv_format, update_sliding
@@ -164,7 +164,7 @@ class PiKVCache(Cache):
     def _over(cls, spread: Devices | PartLayout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
         """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
         attachment = ensure_attached(model, config.placement or "expert")
-        attachment.caches_made += 1
+        attachment.count_cache()
         return cls(attachment.model.config, config, attachment, spread)
 
     # The protocol of transformers
@@ -186,10 +186,13 @@ class PiKVCache(Cache):
                 for paged in self._paged():
                     check_not_padded(paged.layer_idx, paged.store.is_padded)
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
-        called, layer.called = layer.called, False
-        if self.attachment is not None and not called:
-            return layer.update_from_outside(key_states, value_states)
-        return layer.update(key_states, value_states, *args, **kwargs)
+        # kvpress puts a layer of its own in place of one for a while.
+        if isinstance(layer, PiKVLayer) and self.attachment is not None:
+            called, layer.called = layer.called, False
+            if not called:
+                return layer.update_from_outside(key_states, value_states)
+        result: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return result
 
     def _paged(self) -> list[PiKVLayer]:
         return [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
@@ -223,18 +226,15 @@ class PiKVCache(Cache):
         Raises
         ------
         ValueError
-            If tokens were evicted: dense K/V have zeros in their place.
+            If tokens were evicted, or padding left out: dense K/V have zeros in their place.
         """
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, PiKVLayer) and layer.state.evicted:
-                raise ValueError(f"layer {index}: tokens were evicted, dense K/V would have zeros in their place")
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+        return dense_layers(self.layers)
 
     def reset(self) -> None:
         """Forget everything, what was counted too, and return the memory: the cache is like a new one."""
         layers: Any
         layers, self.tiers = self._make_layers()
-        self.layers = layers
+        self.layers, self.filled_under = layers, None
 
     @layer_operation
     def crop(self, max_length: int) -> None:

@@ -137,7 +137,6 @@ def test_short_prompts_have_nothing_to_choose(name: str) -> None:
     valid = torch.ones(2, 60, dtype=torch.bool)
     valid[0, :55] = False
     grow(empty_row, 60, valid=valid)
-    empty_row.state.vetted = True
     query = queries(empty_row)
     assert chosen(empty_row, choose(empty_row, query), 0, 0) == set()
     out, _ = attend(empty_row, query[:, :, None], scale=SCALE)

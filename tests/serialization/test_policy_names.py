@@ -40,7 +40,7 @@ def test_an_unknown_policy_is_refused_by_name(
 def test_names_of_classes_become_those_of_the_registry(kind: str, name: str) -> None:
     content = cache_file(GOLDEN / "1", kind).read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    layers, _ = upgraded(json.loads(header["__metadata__"]["layers"]), header.keys())
+    layers, _ = upgraded("1", json.loads(header["__metadata__"]["layers"]), header.keys())
     assert layers[0]["parts"][0]["scheduler"]["policy"] == name
     assert name in POLICIES
 

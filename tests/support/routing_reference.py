@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM, FakeAttachment
+from padded_masks import only_padding
 
 from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
@@ -27,10 +28,14 @@ def grow(layer: PiKVLayer, new: int, batch: int = 2, valid: torch.Tensor | None 
     layer.settle()
     keys, values = scale * torch.randn(batch, HEADS, new, KEY_DIM), torch.randn(batch, HEADS, new, VALUE_DIM)
     got = layer.update(keys, values)
-    mask = None
+    mask, shown = None, torch.ones(batch, layer.seen, dtype=torch.bool)
+    if (padding := layer.state.padding) is not None:
+        shown[:, : padding.shape[1]] = ~torch.from_numpy(padding)
     if valid is not None:
-        causal = torch.ones(new, new, dtype=torch.bool).tril()
-        mask = (causal & valid[:, None, :] & valid[:, :, None])[:, None]
+        shown[:, -new:] = valid
+    if not bool(shown.all()):
+        causal = torch.ones(new, layer.seen, dtype=torch.bool).tril(layer.seen - new)
+        mask = only_padding((causal & shown[:, None])[:, None], shown)
     queries = torch.randn(batch, HEADS * GROUPS, new, KEY_DIM)
     pikv_attention_forward(ATTENTION, queries, *got, mask, scaling=SCALE)
     layer.record_experts(torch.randint(0, EXPERTS, (batch * new,)))
@@ -45,9 +50,6 @@ def grown(prompt: int = 150, batch: int = 2, padding: int = 0, steps: int = 5, *
     grow(layer, prompt, batch, valid if padding else None)
     for _ in range(steps):
         grow(layer, 1, batch)
-    if padding:
-        # What a model's mask says in every step: nothing but padding is hidden, and that is not stored.
-        layer.state.vetted = True
     return layer
 
 

@@ -1,7 +1,6 @@
 """Attaching PiKV to a model: its attention function, its masks and the expert recorder."""
 
 import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
 from ..distributed.device_layout import attention_device
+from ..layer.cache_lock import new_cache_lock
 from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
 from .attention_code import changes_cached_keys
@@ -34,7 +34,7 @@ ATTENTION_NAME = "pikv"
 BATCHED_NAME = f"paged|{ATTENTION_NAME}"
 
 #: Held while a model is attached or detached: threads may do so at the same time.
-_attaching = threading.RLock()
+_attaching = new_cache_lock()
 
 
 class AttachedImplementation(str):
@@ -75,6 +75,11 @@ class Attachment:
         self.caches_made = 0
         self._entered = 0
         self._stays = True
+
+    def count_cache(self) -> None:
+        """Note that a cache is made for the model."""
+        with _attaching:
+            self.caches_made += 1
 
     @property
     def model(self) -> Any:

@@ -48,7 +48,7 @@ def attend_batched(
     mask.masked_fill_(~shown, torch.finfo(query.dtype).min)
     # As the library chooses for models with attention sinks, which its SDPA leaves out.
     own = ALL_ATTENTION_FUNCTIONS["paged|eager" if hasattr(module, "sinks") else "paged|sdpa"]
-    return own(module, query, key, value, mask, scaling=scaling, **given)
+    return own(module, query, key, value, mask, dropout=0.0, scaling=scaling, **given)
 
 
 def packed_causal_mask(

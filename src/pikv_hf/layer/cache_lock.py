@@ -23,7 +23,7 @@ _held: list[Any] = []
 
 
 def new_cache_lock() -> AbstractContextManager[Any]:
-    """Return the lock of a new cache, which the thread that holds it may take again.
+    """Return a lock, of a cache say, which the thread that holds it may take again and `os.fork()` leaves usable.
 
     A thread that holds one takes no other cache's: two threads could wait for each other.
     """

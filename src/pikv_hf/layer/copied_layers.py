@@ -49,6 +49,11 @@ def _check_copies(index: int, layer: Any, other: Any) -> None:
         )
     if kind is PiKVLayer and other.state.evicted:
         raise ValueError(f"layer {index}: tokens were evicted, and which ones dense K/V do not tell")
+    if kind is PiKVLayer and other.state.assigned:
+        raise ValueError(
+            f"layer {index}: {other.state.assigned} tokens were assigned from outside, and their positions are not "
+            "known; use cache.fork()"
+        )
     if kind is PiKVLayer and other.store.is_padded:
         raise ValueError(f"layer {index}: rows are padded, and padding was not stored; use cache.fork()")
     if kind is not DynamicSlidingWindowLayer:

@@ -1,6 +1,6 @@
 """The layers of a cache, paged ones and transformers' own sliding ones, as one: their rows, and cutting them back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,6 +20,17 @@ def row_count(layers: Sequence[Any]) -> int | None:
         if not isinstance(layer, PiKVLayer) and layer.is_initialized:
             return int(layer.keys.shape[0])
     return None
+
+
+def dense_layers(
+    layers: Sequence[Any],
+) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+    """Yield what :meth:`pikv_hf.PiKVCache.__iter__` does."""
+    for index, layer in enumerate(layers):
+        if isinstance(layer, PiKVLayer) and (layer.state.evicted or layer.store.is_padded):
+            what = "tokens were evicted" if layer.state.evicted else "padding was left out"
+            raise ValueError(f"layer {index}: {what}, dense K/V would have zeros in their place")
+        yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
 
 def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
@@ -51,6 +62,10 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
 def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
     """Cut layers that have seen `seen` positions back, all or none; see :meth:`pikv_hf.PiKVCache.crop`."""
     length = cropped_length(seen, max_length)
+    for layer in layers:
+        if isinstance(layer, PiKVLayer):
+            # A call that was interrupted before it brought its tokens will bring none.
+            layer.called = False
     # After an interrupted call some layers have more positions than others, whose length is right already.
     longer = [(index, layer) for index, layer in enumerate(layers) if _positions(layer) > length]
     if not longer:

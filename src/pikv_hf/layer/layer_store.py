@@ -337,7 +337,8 @@ class LayerStore:
             try:
                 yield
             except BaseException:
-                self.state, self.pending = state, pending
+                self.state.become(state)
+                self.pending = pending
                 raise
 
     def enforce(self) -> None:

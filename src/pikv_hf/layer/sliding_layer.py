@@ -22,8 +22,9 @@ def update_sliding(
     layer: DynamicSlidingWindowLayer, keys: torch.Tensor, values: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Let a sliding layer have new K/V, and return with them those that it held, as transformers does."""
-    result = layer.update(keys, values)
-    _trim_to_window(layer)
+    with undone_on_error(layer):
+        result = layer.update(keys, values)
+        _trim_to_window(layer)
     return result
 
 
