@@ -63,7 +63,7 @@ def test_bounded_sliding_layers_count(budget: Any, codec: str) -> None:
     assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
-@pytest.mark.parametrize(("budget", "scheduler"), [(56, "h2o"), ("90KB", "quest"), (0.4, "ada_kv")])
+@pytest.mark.parametrize(("budget", "scheduler"), [(56, "h2o"), ("82KB", "quest"), (0.4, "ada_kv")])
 def test_a_budget_holds_with_routing(budget: Any, scheduler: str) -> None:
     model = shared_model()
     cache = make_cache(model, budget=budget, scheduler=scheduler, routing="page_bound", max_pages=2, key_codec="int4")

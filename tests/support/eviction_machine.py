@@ -10,6 +10,7 @@ from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, V
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from layer_machine import CHANGE
+from padded_masks import going_on
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward
@@ -85,7 +86,8 @@ class EvictionMachine(RuleBasedStateMachine):
         if held:
             twin.layer.edits.begin_press()
         got = twin.layer.update(keys, values)
-        out, _ = pikv_attention_forward(ATTENTION, query, *got, None, scaling=SCALE)
+        mask = going_on(twin.layer, new)
+        out, _ = pikv_attention_forward(ATTENTION, query, *got, mask, scaling=SCALE)
         experts = torch.randint(0, EXPERTS, (1 if identical else batch, new), generator=self.generator)
         twin.layer.record_experts(experts.expand(batch, new).reshape(-1))
         there = torch.ones(batch, HEADS, new, dtype=torch.bool)

@@ -48,7 +48,9 @@ def attend_batched(
     mask.masked_fill_(~shown, torch.finfo(query.dtype).min)
     # As the library chooses for models with attention sinks, which its SDPA leaves out.
     own = ALL_ATTENTION_FUNCTIONS["paged|eager" if hasattr(module, "sinks") else "paged|sdpa"]
-    return own(module, query, key, value, mask, dropout=0.0, scaling=scaling, **given)
+    # The mask says where sequences end. kvpress's wrapper writes into what says it, which later layers need.
+    others = {name: argument for name, argument in given.items() if name != "cu_seq_lens_k"}
+    return own(module, query, key, value, mask, dropout=0.0, scaling=scaling, **others)
 
 
 def packed_causal_mask(
