@@ -71,6 +71,18 @@ def test_a_budget_holds_with_routing(budget: Any, scheduler: str) -> None:
     assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
+@pytest.mark.parametrize("budget", [56, "75KB"])
+def test_every_token_is_counted_where_pages_have_to_go_for_it(budget: Any) -> None:
+    model, ids = shared_model(), ids_of(115)
+    cache = make_cache(model, budget=budget)
+    with torch.no_grad():
+        model(ids[:, :90], past_key_values=cache)
+        for seen in range(90, 115):
+            model(ids[:, seen : seen + 1], past_key_values=cache)
+            assert [layer.seen for layer in paged_layers(cache)] == [seen + 1] * len(paged_layers(cache))
+    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+
+
 @pytest.mark.parametrize("budget", [56, 0.3, "220KB"])
 def test_a_budget_holds_in_padded_batches(budget: Any) -> None:
     model = shared_model()
