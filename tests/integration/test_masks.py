@@ -8,6 +8,7 @@ from families import FAMILIES, VOCAB
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, attach, detach
+from pikv_hf.integration.mask_function import check_mask_of_cache
 
 SMALL: dict[str, Any] = {"page_size": 4, "recent_window": 8, "sink_tokens": 2, "num_shards": 3}
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -188,3 +189,42 @@ def test_padding_cannot_be_shown_to_a_detached_model() -> None:
         read(model, cache, ids(1), goes_on)
     attach(model)
     assert read(model, cache, ids(1), goes_on).isfinite().all()
+
+
+def test_a_mask_that_is_written_into_is_read_again() -> None:
+    model = FAMILIES["olmoe"].build()
+    mine, theirs = both(model, placement="hash")
+    for cache in (mine, theirs):
+        read(model, cache, ids(PROMPT))
+    mask = torch.ones(2, 1, 1, PROMPT + 1, dtype=torch.bool)
+    for hidden in (3, 9):
+        mask[..., hidden] = False
+        ours, other = (read(model, cache, ids(1), mask) for cache in (mine, theirs))
+        assert_close(ours, other)
+        for cache in (mine, theirs):
+            cache.crop(PROMPT)
+
+
+def test_a_2d_mask_of_flash_attention_is_compared_with_the_padding() -> None:
+    model = FAMILIES["olmoe"].build()
+    cache = PiKVCache.for_model(model, **SMALL)
+    mask = torch.ones(2, PROMPT, dtype=torch.long)
+    mask[0, :6] = 0
+    read(model, cache, ids(PROMPT), mask)
+    later = torch.ones(2, PROMPT + 2, dtype=torch.long)
+    with pytest.raises(ValueError, match="was padding"):
+        check_mask_of_cache(cache, later)
+    later[0, :6] = 0
+    check_mask_of_cache(cache, later)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
+def test_dropout_and_caches_of_other_models_are_refused_before_any_layer_has_changed(family: str) -> None:
+    model, other = FAMILIES[family].build(attention_dropout=0.1), FAMILIES[family].build(seed=1)
+    cache = PiKVCache.for_model(model, **SMALL, placement="hash")
+    PiKVCache.for_model(other, placement="hash")
+    read(model, cache, ids(PROMPT))
+    for wrong, message in ((model.train(), "attention dropout is 0.1"), (other, "made for another model")):
+        with pytest.raises(ValueError, match=message):
+            read(wrong, cache, ids(2))
+        assert [layer.get_seq_length() for layer in cache.layers] == [PROMPT] * len(cache.layers)

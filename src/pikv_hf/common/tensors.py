@@ -45,6 +45,11 @@ def resized(tensor: torch.Tensor, size: int, dim: int, kept: torch.Tensor | int)
     return copy
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is lacking: on a CPU torch raises a `RuntimeError` for it."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 def live_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the bytes of the distinct storages behind tensors: a view costs what it keeps alive."""
     storages = {}

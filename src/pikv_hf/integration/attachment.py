@@ -20,6 +20,7 @@ from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
 from .attention_code import changes_cached_keys
 from .attention_function import pikv_attention_forward
+from .call_arguments import check_owner_and_dropout
 from .expert_router import ExpertRouter, Lazy
 from .kvpress_marks import note_reader, take_marks
 from .layer_calls import LayerCalls
@@ -273,6 +274,8 @@ def _before_attention(
 ) -> Any:
     if (alive := attachment()) is not None:
         if alive.is_first(module):
+            # What later layers would refuse when sliding ones before them have changed.
+            check_owner_and_dropout(alive, module, kwargs.get("past_key_values"))
             check_mask_of_cache(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
         if (layer := _layer_of_call(module, args, kwargs)) is not None:
             layer.called = True

@@ -39,6 +39,30 @@ def check_arguments(module: torch.nn.Module, given: dict[str, Any]) -> None:
         )
 
 
+def check_owner_and_dropout(attachment: Any, module: torch.nn.Module, cache: Any) -> None:
+    """Raise `ValueError` if a cache was made for another model, or attention has dropout, before any layer has changed.
+
+    Parameters
+    ----------
+    attachment : Attachment
+        Of the model whose forward has begun.
+    module : torch.nn.Module
+        Its first attention.
+    cache : Cache or None
+        With which it is called.
+    """
+    made_for = getattr(cache, "attachment", None)
+    if made_for is None:
+        return
+    if made_for is not attachment:
+        raise ValueError(
+            f"the cache was made for another model than the one that {type(module).__name__} belongs to; make one with "
+            "PiKVCache.for_model(model)"
+        )
+    if module.training and (dropout := getattr(module, "attention_dropout", 0.0)):
+        raise ValueError(f"attention dropout is {dropout}, but cached attention has none; call model.eval()")
+
+
 def is_causal(module: torch.nn.Module, given: dict[str, Any]) -> bool:
     """Return whether queries without a mask see no later token, as transformers' SDPA decides it."""
     asked = given.get("is_causal")

@@ -179,9 +179,14 @@ def find_expert_router(layer: nn.Module, attention: nn.Module, config: Any) -> E
     experts = _num_experts(layer, config) or 0
     for module in modules:
         # Aria's router is no more than this: the experts take its logits.
-        if isinstance(module, nn.Linear) and module.out_features == experts > 1 and module.in_features != experts:
+        if isinstance(module, nn.Linear) and module.out_features == experts > 1 and _is_beside_experts(module, modules):
             return _expert_router(layer, module, config, reads_inputs=False)
     return None
+
+
+def _is_beside_experts(module: nn.Module, modules: list[nn.Module]) -> bool:
+    """Return whether a module is part of one that has experts, as a router is and an adapter's matrix is not."""
+    return any(hasattr(each, "experts") and any(part is module for part in each.children()) for each in modules)
 
 
 def _expert_router(layer: nn.Module, module: nn.Module, config: Any, reads_inputs: bool) -> ExpertRouter | None:

@@ -28,12 +28,15 @@ class MaskColumns:
     tells_padding : bool
         Whether hidden tokens are padding, as a 2-D mask says of them. Of a 4-D mask nobody knows: it may show a token
         later that no query of this call sees.
+    version : int or None
+        Of the mask's tensor, which its owner may write into between calls; None where torch does not count.
     """
 
     shown: np.ndarray
     new: int
     is_causal: bool = False
     tells_padding: bool = False
+    version: int | None = None
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> "MaskColumns":
@@ -42,10 +45,13 @@ class MaskColumns:
         It is `(B or 1, 1 or Hq, Q, T)`, boolean or additive, or `(B, T)` as flash attention has it.
         """
         known: MaskColumns | None = getattr(mask, COLUMNS_ATTRIBUTE, None)
-        if known is None:
-            shown = mask.bool() if mask.ndim == 2 else _visible(mask).any(dim=1).any(dim=1)
-            known = cls(shown.cpu().numpy(), 0 if mask.ndim == 2 else mask.shape[2])
-            setattr(mask, COLUMNS_ATTRIBUTE, known)
+        version = None if mask.is_inference() else mask._version
+        # Nobody but transformers has what the mask function made; it is not written into.
+        if known is not None and (known.tells_padding or (version is not None and known.version == version)):
+            return known
+        shown = mask.bool() if mask.ndim == 2 else _visible(mask).any(dim=1).any(dim=1)
+        known = cls(shown.cpu().numpy(), 0 if mask.ndim == 2 else mask.shape[2], version=version)
+        setattr(mask, COLUMNS_ATTRIBUTE, known)
         return known
 
     @functools.cached_property

@@ -1,12 +1,12 @@
 """Transformers' own sliding-window layers beside paged ones: what is checked, trimmed and copied of them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from ..common.tensors import detached
+from ..common.tensors import detached, is_out_of_memory
 from ..pages.pool_growth import MAX_FREE
 from .input_checks import KVFormat
 
@@ -49,8 +49,11 @@ def trim_to_tokens(layer: DynamicSlidingWindowLayer) -> None:
     for name in ("keys", "values") if layer.is_initialized else ():
         kept: torch.Tensor = getattr(layer, name)
         if kept.untyped_storage().nbytes() > (1 + MAX_FREE) * kept.numel() * kept.element_size():
-            with suppress(MemoryError, RuntimeError):
+            try:
                 setattr(layer, name, kept.clone())
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
 
 
 @contextmanager

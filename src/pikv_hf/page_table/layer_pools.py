@@ -3,21 +3,22 @@
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import numpy as np
 import torch
 
 from ..codecs.codec import Codec
-from ..common.tensors import live_bytes
+from ..common.tensors import is_out_of_memory, live_bytes
 from ..config import PiKVConfig
 from ..pages.packed_pool import PackedPool
 from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
-from ..tiers.tier_limits import LayerTiers
+from ..tiers.file_records import PageFileError
+from ..tiers.tier_limits import LayerTiers, TierFull
 from ..tiers.tiered_pool import TieredPool
 from .layer_encoders import LayerEncoders
 from .sequence_pages import SequencePages, distinct_sequences
@@ -151,8 +152,11 @@ class LayerPools:
     def _renumber(self, pool_id: PoolId, compact: Callable[[], PageIds | None]) -> None:
         """Compact a pool, and tell all tables the new numbers of its pages."""
         number = None
-        with suppress(MemoryError, RuntimeError):
+        try:
             number = compact()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) and not isinstance(error, (PageFileError, TierFull)):
+                raise
         if number is not None:
             for sequence in distinct_sequences(itertools.chain(*self.holders.values())):
                 sequence.renumber(pool_id, number)
