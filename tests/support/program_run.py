@@ -21,12 +21,15 @@ from program_words import WORDS, ones, tokens
 
 from pikv_hf.layer.layer import PiKVLayer
 
-#: What may be refused where DynamicCache goes on: kind, and what the message says.
-REFUSALS: dict[str, str] = {
-    "padding shown later": "was padding when it came and was never stored",
-    "padded rows, model detached": "rows of this cache are padded, and padding is not stored",
-    "fast memory too small": r"tier 'cpu' may hold \d+ bytes",
-    "another dtype than what is stored": r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
+#: What may be refused where DynamicCache goes on: kind, what the message says, and what the program must have done.
+REFUSALS: dict[str, tuple[str, str]] = {
+    "padding shown later": ("was padding when it came and was never stored", ""),
+    "padded rows, model detached": ("rows of this cache are padded, and padding is not stored", "detach"),
+    "fast memory too small": (r"tier 'cpu' may hold \d+ bytes", ""),
+    "another dtype than what is stored": (
+        r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
+        r"autocast|model\.to\(",
+    ),
 }
 
 #: At the end of every program: that the cache goes on.
@@ -162,7 +165,7 @@ def run(program: Program) -> Report:
             report.why = f"{call.name}: {type(their_error).__name__}: {their_error}"
             return report
         if our_error is not None:
-            kind = refusal(call, our_error)
+            kind = refusal(call, our_error, report.texts)
             if kind is None:
                 return _failed(report, call, f"{type(our_error).__name__}: {our_error}")
             if ours.lengths() != before:
@@ -199,12 +202,15 @@ def _failed(report: Report, call: Call, message: str) -> Report:
     return report
 
 
-def refusal(call: Call, error: Exception) -> str | None:
-    """Return the kind of a refusal that this call may meet, None for other errors."""
+def refusal(call: Call, error: Exception, texts: Sequence[str]) -> str | None:
+    """Return the kind of a refusal that a call may meet after these lines and its own; None for other errors."""
     if not isinstance(error, ValueError | TypeError | NotImplementedError):
         return None
-    kind = next((kind for kind, words in REFUSALS.items() if re.search(words, str(error))), None)
-    return None if kind == "padding shown later" and call.arguments.get("mask") not in ("show", "short") else kind
+    for kind, (words, cause) in REFUSALS.items():
+        if re.search(words, str(error)) and any(re.search(cause, text) for text in texts):
+            shows = call.arguments.get("mask") in ("show", "short")
+            return kind if shows or kind != "padding shown later" else None
+    return None
 
 
 def _replayed(program: Program, texts: Sequence[str]) -> Side:
@@ -260,8 +266,8 @@ def _unsteady(program: Program, texts: Sequence[str], found: Difference, theirs:
         others = [difference(shown[found.index][0], value, where) for shown in _alternatives(program, texts)]
     except ProgramError:
         # Other tokens came out, and what was written for these does not fit.
-        return True
-    if any(other is not None and other.tokens for other in others):
+        return found.tokens
+    if found.tokens and any(other is not None and other.tokens for other in others):
         return True
     noise = max(0.5 * found.allowed, *(0.0 if other is None else other.off for other in others))
     return found.off <= 2 * noise and found.gap <= 4 * noise
