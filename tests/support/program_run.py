@@ -25,6 +25,7 @@ from pikv_hf.layer.layer import PiKVLayer
 REFUSALS: dict[str, tuple[str, str]] = {
     "padding shown later": ("was padding when it came and was never stored", ""),
     "padded rows, model detached": ("rows of this cache are padded, and padding is not stored", "detach"),
+    "padded rows, iterated": ("padding was left out, dense K/V would have zeros in their place", r"list\(cache\)"),
     "fast memory too small": (r"tier 'cpu' may hold \d+ bytes", ""),
     "another dtype than what is stored": (
         r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
