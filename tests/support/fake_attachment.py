@@ -22,6 +22,9 @@ class FakeAttachment:
     def is_active(self, layer_idx: int) -> bool:
         return True
 
+    def changes_keys(self, layer_idx: int) -> bool:
+        return False
+
     def implementation(self, layer_idx: int) -> str:
         return "pikv"
 

@@ -97,6 +97,11 @@ class Attachment:
         config = self._parts.configs.get(layer_idx)
         return config is not None and config._attn_implementation in (ATTENTION_NAME, BATCHED_NAME)
 
+    def changes_keys(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention changes the keys that the cache has returned before it attends."""
+        module = self.attention_of(layer_idx)
+        return module is not None and changes_cached_keys(type(module))
+
     def implementation(self, layer_idx: int) -> str | None:
         """Return the name of the attention that the layer's config asks for."""
         config = self._parts.configs.get(layer_idx)

@@ -49,6 +49,9 @@ class ModelLink(Protocol):
     def check_reads_caches(self, layer_idx: int) -> None:
         """Raise `ValueError` if the model passes over its cache now, as it does with gradient checkpointing."""
 
+    def changes_keys(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention changes the keys that the cache has returned before it attends."""
+
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the model."""
 
