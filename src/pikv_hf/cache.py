@@ -174,8 +174,7 @@ class PiKVCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store the new K/V of a layer; see :meth:`PiKVLayer.update`. Who is not the model's attention gets all K/V."""
         if not 0 <= layer_idx < len(self.layers):
-            made_for = f"the cache was made for a model of {len(self.layers)} layers"
-            raise ValueError(f"layer_idx is {layer_idx}, but {made_for}")
+            raise ValueError(f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self)} layers")
         layer = self.layers[layer_idx]
         # For `save`: others may be active by then. The first layer of a hybrid model may have no keys.
         if (not layer_idx or self.filled_under is None) and not layer.get_seq_length():

@@ -246,12 +246,9 @@ class PiKVLayer(CacheLayerMixin):
         edits.settle()
         if self.table is None:
             self.lazy_initialization(keys, values)
-        if (
-            self.attachment is not None
-            and not (state.seen or in_place)
-            and self.attachment.changes_keys(self.layer_idx)
-        ):
-            # No reference has reached attention yet: the next call gets all K/V, and a reference that may.
+        link = self.attachment
+        if link is not None and not (state.seen or in_place) and link.changes_keys(self.layer_idx):
+            # No reference has reached attention: the next call gets all K/V.
             state.reference_lost = True
         edits.take_requested_snapshot()
         past = layer_reads.dense_history(store) if state.seen and not in_place else None
