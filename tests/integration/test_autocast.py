@@ -136,6 +136,24 @@ def test_wider_tokens_than_are_stored_are_refused(
             model(input_ids=ids[:, :3], past_key_values=cache)
 
 
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("sliding", [True, False])
+def test_cropped_to_nothing_takes_any_tokens(llama: Any, gpt_oss: Any, sliding: bool, attached: bool) -> None:
+    model = gpt_oss if sliding else llama
+    ids = prompts(3, 10)["input_ids"]
+    cache = PiKVCache.for_model(model, **SMALL, placement="hash") if attached else PiKVCache(model.config)
+    fresh = PiKVCache.for_model(model, **SMALL, placement="hash") if attached else PiKVCache(model.config)
+    with torch.no_grad():
+        with autocast(torch.bfloat16):
+            model(input_ids=ids[:2], past_key_values=cache)
+        cache.crop(-10)
+        for given in (ids, ids[:, :1], ids[:, 1:2]):
+            logits = [model(input_ids=given, past_key_values=each).logits for each in (cache, fresh)]
+            assert torch.equal(*logits)
+    assert stored_dtypes(cache) == {torch.float32}
+    assert cache.get_seq_length() == 12
+
+
 def test_beams_forks_and_copies(llama: Any) -> None:
     given, options = prompts(2, 40), {"num_beams": 3, "max_new_tokens": 12, "do_sample": False}
     detach(llama)

@@ -79,6 +79,17 @@ def difference(ours: Any, theirs: Any, where: torch.Tensor | None) -> Difference
     return None
 
 
+def farthest(ours: Any, theirs: Any, where: torch.Tensor | None) -> float:
+    """Return the largest difference of the logits of a shown value, up to where tokens differ."""
+    off = 0.0
+    for name, a, b in pairs(ours, theirs, where):
+        if a.shape != b.shape or (name == "tokens" and not torch.equal(a, b)):
+            break
+        if name != "tokens":
+            off = max(off, distance(a, b))
+    return off
+
+
 def _gap(logits: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return how much lower logits `(B, V)` are at our tokens `(B,)` than at theirs, infinite if those are not best."""
     rows = (ours != theirs).nonzero().squeeze(1)

@@ -13,7 +13,7 @@ import torch
 from families import FAMILIES
 from program_alphabet import ALPHABET
 from program_calls import CONTEXTS
-from program_compare import Difference, difference
+from program_compare import Difference, difference, farthest
 from program_draw import Call, Program
 from program_models import ATTENTION, assistant_of, model_of, new_cache
 from program_operation import View
@@ -239,7 +239,14 @@ def _in_float32(text: str) -> str:
 
 
 def _alternatives(program: Program, texts: Sequence[str]) -> Iterator[list[Any]]:
-    """Yield what DynamicCache's last call shows where rounding differs: in float32, with slightly other weights."""
+    """Yield what DynamicCache's last call shows in transformers' other attention, and where rounding differs.
+
+    Attention differs in what it makes of padding, which a mask may show later to layers that keep it. Rounding differs
+    in float32, and with slightly other weights.
+    """
+    if program.family not in ATTENTION:
+        other = {"eager": "sdpa", "sdpa": "eager"}[program.attention]
+        yield _replayed(dataclasses.replace(program, attention=other), texts).shown
     wide = [_in_float32(text) for text in texts]
     if lower := wide != list(texts):
         yield _replayed(program, wide).shown
@@ -264,11 +271,12 @@ def _unsteady(program: Program, texts: Sequence[str], found: Difference, theirs:
         return True
     value, where = theirs.shown[found.index]
     try:
-        others = [difference(shown[found.index][0], value, where) for shown in _alternatives(program, texts)]
+        others = [shown[found.index][0] for shown in _alternatives(program, texts)]
     except ProgramError:
         # Other tokens came out, and what was written for these does not fit.
         return found.tokens
-    if found.tokens and any(other is not None and other.tokens for other in others):
+    differences = [difference(other, value, where) for other in others]
+    if found.tokens and any(other is not None and other.tokens for other in differences):
         return True
-    noise = max(0.5 * found.allowed, *(0.0 if other is None else other.off for other in others))
+    noise = max(0.5 * found.allowed, *(farthest(other, value, where) for other in others))
     return found.off <= 2 * noise and found.gap <= 4 * noise

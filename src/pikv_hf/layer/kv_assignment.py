@@ -110,8 +110,7 @@ def assign_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, m
             "are padded, so a press has taken padding for tokens. Wrap it: pikv_hf.presses.RowwisePress(press)"
         )
     with store.transaction():
-        if store.table is None:
-            store.begin(KVFormat.of(keys, values))
+        store.begin_if_empty(KVFormat.of(keys, values))
         _replace_tokens(store, keys, values, may_be_picked)
 
 

@@ -86,8 +86,8 @@ class PiKVLayer(CacheLayerMixin):
 
     @layer_operation
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Create the empty pools and page tables for K/V of these shapes."""
-        self.store.begin(KVFormat.of(key_states, value_states))
+        """Create the empty pools and page tables for K/V of these shapes, where the layer has none."""
+        self.store.begin_if_empty(KVFormat.of(key_states, value_states))
 
     @layer_operation
     def reset(self) -> None:
@@ -244,7 +244,7 @@ class PiKVLayer(CacheLayerMixin):
             self.prompt_mark = prompt_mark(keys)
         awaits_press = edits.awaits_press
         edits.settle()
-        if self.table is None:
+        if not state.seen:
             self.lazy_initialization(keys, values)
         link = self.attachment
         if link is not None and not (state.seen or in_place) and link.changes_keys(self.layer_idx):

@@ -79,6 +79,11 @@ class LayerStore:
             part.table = None
         self.state, self.pending, self.shard_map = LayerState(), None, None
 
+    def begin_if_empty(self, kv_format: KVFormat) -> None:
+        """Create pools and page tables unless there are some of this format, or with tokens."""
+        if not self.state.seen and self._format_of_tables() != kv_format:
+            self.begin(kv_format)
+
     def begin(self, kv_format: KVFormat) -> None:
         """Create the empty pools and page tables for K/V of this format."""
         shard_map, shard_of = self.shard_map, self.shard_of()
@@ -132,7 +137,10 @@ class LayerStore:
         return self.state.seen - (0 if self.pending is None else self.pending.tokens)
 
     def kv_format(self) -> KVFormat | None:
-        """Return what new K/V must be like, None before the first."""
+        """Return what new K/V must be like, None while the layer is empty."""
+        return self._format_of_tables() if self.state.seen else None
+
+    def _format_of_tables(self) -> KVFormat | None:
         if (table := self.parts[0].table) is None:
             return None
         pool = table.plain

@@ -23,6 +23,9 @@ def update_sliding(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Let a sliding layer have new K/V, and return with them those that it held, as transformers does."""
     with undone_on_error(layer):
+        if kv_format(layer) is None:
+            # Cropped to nothing it would go on to insist on its rows.
+            layer.lazy_initialization(keys, values)
         result = layer.update(keys, values)
         _trim_to_window(layer)
     return result
