@@ -169,6 +169,10 @@ def run(program: Program) -> Report:
             kind = refusal(call, our_error, report.texts)
             if kind is None:
                 return _failed(report, call, f"{type(our_error).__name__}: {our_error}")
+            if ours.lengths() != before and call.name == "nested":
+                # The inner call was refused, of another cache: that interrupts the outer one, as any error would.
+                report.ends = "interrupted"
+                return report
             if ours.lengths() != before:
                 return _failed(report, call, f"after a refusal (length, rows) {ours.lengths()}, before {before}")
             report.refused.append(kind)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from ..common.tensors import to_device
+from ..common.tensors import is_out_of_memory, to_device
 from ..page_table.page_packing import adopt_pages
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_pages import SequencePages
@@ -69,7 +68,9 @@ def _move_some(here: PageTable, there: PageTable, wanted: int, preferred: np.nda
         if len(taken):
             try:
                 _move(here, there, pool_id, taken)
-            except (MemoryError, torch.OutOfMemoryError, TierFull):
+            except (MemoryError, RuntimeError) as error:
+                if not isinstance(error, TierFull) and not is_out_of_memory(error):
+                    raise
                 # They are well where they are.
                 break
             moved += len(taken)
