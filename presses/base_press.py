@@ -12,6 +12,7 @@ from torch import nn
 from transformers import QuantizedCache, StaticCache
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.transformers_release import cache_of_call
 from pikv_hf.integration.attachment import attach
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.mask_columns import new_tokens_valid
@@ -226,7 +227,7 @@ class ObservingPress(ScorerPress):
     def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Compress the layer of the cache that this attention has just filled; single tokens are decoding."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else input[0]
-        cache = kwargs.get("past_key_values")
+        cache = cache_of_call(kwargs)
         if cache is None or hidden.shape[1] < 2:
             return output
         layer = cache.layers[module.layer_idx]
@@ -281,7 +282,7 @@ class ObservingPress(ScorerPress):
 
 def delay_packing(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Let a layer wait with packing its new tokens until the press has decided."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of_call(kwargs)
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     if isinstance(cache, PiKVCache) and hidden.shape[1] > 1:
         layer = cache.layers[module.layer_idx]

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
+from pikv_hf.common.transformers_release import cache_of_call, with_cache
 from pikv_hf.integration.attachment import ATTENTION_NAME, ensure_attached
 from pikv_hf.layer.mask_columns import new_tokens_valid
 
@@ -154,9 +155,8 @@ def attends_by_pikv(config: Any) -> bool:
 def _observed_again(module: nn.Module, config: Any, call: dict[str, Any]) -> Observer:
     """Run an attention module without a cache, up to where it attends."""
     observer = Observer()
-    past = 0 if call.get("cache_position") is None else int(call["cache_position"][0])
-    arguments = {name: value for name, value in call.items() if name != "pikv_stored"}
-    arguments |= {"past_key_values": None, "pikv_note": partial(_note, observer, past)}
+    known = {name: value for name, value in call.items() if name != "pikv_stored"}
+    arguments = {**with_cache(known, None), "pikv_note": partial(_note, observer, _columns_before(module, call))}
     implementation = config._attn_implementation
     AttentionInterface.register(_NOTING, _note_only)
     config._attn_implementation = _NOTING
@@ -165,6 +165,14 @@ def _observed_again(module: nn.Module, config: Any, call: dict[str, Any]) -> Obs
     finally:
         config._attn_implementation = implementation
     return observer
+
+
+def _columns_before(module: nn.Module, call: dict[str, Any]) -> int:
+    """Return how many columns a layer of a cache has before those of the call that has just been made."""
+    layers = getattr(cache_of_call(call), "layers", None)
+    # A row of a batch, taken out of it, is a prompt and in no cache.
+    count = None if layers is None else getattr(layers[module.layer_idx], "get_seq_length", None)
+    return 0 if count is None else max(0, int(count()) - call["hidden_states"].shape[1])
 
 
 def _note(observer: Observer, past: int, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:

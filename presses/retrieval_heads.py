@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.integration.attachment import attach
 from pikv_hf.presses.observed_queries import attention_mass, is_watched, observed, unwatch, watch
 
@@ -121,5 +122,5 @@ def find_head_scores(
 
 def _read(model: Any, ids: torch.Tensor) -> Any:
     cache = DynamicCache(config=model.config)
-    getattr(model, "model", model)(input_ids=ids, past_key_values=cache)
+    getattr(model, "model", model)(input_ids=ids, **cache_argument(cache))
     return cache

@@ -10,6 +10,7 @@ import torch
 from kvpress import BasePress
 from torch import nn
 
+from pikv_hf.common.transformers_release import cache_of_call, with_cache
 from pikv_hf.layer.kv_assignment import token_hashes
 from pikv_hf.presses.base_press import LayerView, ObservingPress, delay_packing, view_of
 
@@ -59,7 +60,7 @@ class RowwisePress(BasePress):
 
     def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Compress each row of the prompt that this attention has just read."""
-        cache = kwargs["past_key_values"]
+        cache = cache_of_call(kwargs)
         layer, new = cache.layers[module.layer_idx], kwargs["hidden_states"].shape[1]
         if layer.get_seq_length() != new:
             return self.press.forward_hook(module, input, kwargs, output)
@@ -87,7 +88,7 @@ class RowwisePress(BasePress):
         attentions = None if output[1] is None else output[1][row : row + 1][..., columns, :][..., columns]
         # Some presses write into what they are given: they get copies, in a cache of this row and layer alone.
         layer = SimpleNamespace(keys=keys.clone(), values=values.clone())
-        alone = {**of_row(kwargs, row, columns), "past_key_values": SimpleNamespace(layers={view.index: layer})}
+        alone = with_cache(of_row(kwargs, row, columns), SimpleNamespace(layers={view.index: layer}))
         view.module.masked_key_indices = None  # type: ignore[assignment]
         self.press.forward_hook(view.module, [], alone, (output[0][row : row + 1, columns], attentions))
         marks: Any = view.module.masked_key_indices

@@ -12,6 +12,7 @@ from transformers import DynamicCache, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pikv_hf import PiKVCache, detach
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.integration.attention_function import pikv_attention_forward
 
 # The geometry of Qwen3-30B-A3B's attention.
@@ -256,11 +257,11 @@ def run_prefill(tokens: int = 8192, repeats: int = 3) -> Iterator[Comparison]:
     for _ in range(repeats + 1):
         # Attaching is set-up, not prefill; without it the model runs transformers' own SDPA.
         pikv = PiKVCache.for_model(model)
-        spent, our_out = timed(model, ids, past_key_values=pikv, logits_to_keep=1)
+        spent, our_out = timed(model, ids, **cache_argument(pikv), logits_to_keep=1)
         ours.append(spent)
         detach(model)
         dynamic = DynamicCache(config=model.config)
-        spent, their_out = timed(model, ids, past_key_values=dynamic, logits_to_keep=1)
+        spent, their_out = timed(model, ids, **cache_argument(dynamic), logits_to_keep=1)
         theirs.append(spent)
         difference = max(difference, float((our_out.logits - their_out.logits).abs().max()))
     yield _compare("prefill", 1, tokens, ours[1:], theirs[1:], difference)

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, detach
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.bench_table import show
 from pikv_hf.eval.bench.decode import geometry_model, timed
 from pikv_hf.eval.runner.memory_meter import stored_bytes
@@ -110,7 +111,7 @@ def run_generation(
 def _generate(model: Any, name: str, cache: Any, ids: torch.Tensor, tokens: int) -> GenerationTiming:
     prompt, seconds, sizes = ids.shape[1], [], []
     for step in range(tokens):
-        spent, out = timed(model, ids, past_key_values=cache, logits_to_keep=1)
+        spent, out = timed(model, ids, **cache_argument(cache), logits_to_keep=1)
         seconds.append(spent)
         ids = out.logits[:, -1].argmax(dim=-1, keepdim=True)
         if step >= STEPS and step % 32 == 0:
@@ -150,7 +151,7 @@ def run_chunks(
 
 def _read(model: Any, cache: PiKVCache, ids: torch.Tensor, chunk: int) -> None:
     for part in ids.split(chunk, dim=1):
-        model(part, past_key_values=cache, logits_to_keep=1)
+        model(part, **cache_argument(cache), logits_to_keep=1)
         cache.memory_report()
 
 

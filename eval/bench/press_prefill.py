@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, attach
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.decode import Timing, geometry_model, timed
 from pikv_hf.eval.runner.presses import press_factory
 
@@ -109,7 +110,7 @@ def _median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
 
 def _dynamic(model: Any, ids: torch.Tensor) -> tuple[float, int]:
     cache = DynamicCache(config=model.config)
-    spent, _ = timed(model, ids, past_key_values=cache, logits_to_keep=1)
+    spent, _ = timed(model, ids, **cache_argument(cache), logits_to_keep=1)
     return spent, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
@@ -122,6 +123,6 @@ def _paged(model: Any, ids: torch.Tensor, press: Any = None) -> tuple[float, int
 
 def _read(model: Any, ids: torch.Tensor, cache: PiKVCache, press: Any) -> int:
     with nullcontext() if press is None else press(model):
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(cache), logits_to_keep=1)
     # The last layer stores its tokens when they are asked for.
     return cache.nbytes

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.bench_table import _times, show
 from pikv_hf.eval.bench.decode import Timing, geometry_model, timed
 from pikv_hf.reports.fitting_table import FittingTable
@@ -134,7 +135,7 @@ def _case(model: Any, ids: torch.Tensor, codec: str, repeats: int, chunk: int, p
 def _read(model: Any, cache: PiKVCache, ids: torch.Tensor, chunk: int) -> torch.Tensor:
     """Read a context; returns the next token, `(1, 1)`."""
     for part in ids.split(chunk, dim=1):
-        out = model(part, past_key_values=cache, logits_to_keep=1)
+        out = model(part, **cache_argument(cache), logits_to_keep=1)
     # The last layer stores its tokens when they are asked for.
     cache.memory_report()
     return out.logits[:, -1].argmax(dim=-1, keepdim=True)
@@ -144,7 +145,7 @@ def _go_on(model: Any, cache: PiKVCache, token: torch.Tensor) -> torch.Tensor:
     """Return the logits of the next tokens, chosen greedily, `(NEW_TOKENS, V)`."""
     logits = []
     for _ in range(NEW_TOKENS):
-        logits.append(model(token, past_key_values=cache).logits[:, -1])
+        logits.append(model(token, **cache_argument(cache)).logits[:, -1])
         token = logits[-1].argmax(dim=-1, keepdim=True)
     return torch.cat(logits)
 

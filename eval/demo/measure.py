@@ -11,6 +11,7 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from pikv_hf.common.tensors import live_bytes
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.demo.caches import CacheKind
 from pikv_hf.eval.demo.task import DemoTask, Prompt
 from pikv_hf.layer.layer import PiKVLayer
@@ -169,14 +170,14 @@ def first_difference(one: Answer, other: Answer) -> int | None:
 
 def _read(task: DemoTask, kind: CacheKind, cache: Any) -> None:
     with kind.reading():
-        task.model(input_ids=task.context, past_key_values=cache, logits_to_keep=1)
+        task.model(input_ids=task.context, **cache_argument(cache), logits_to_keep=1)
 
 
 def _warm_up(task: DemoTask, kind: CacheKind) -> None:
     """Do once what is timed later: the first call of its size pays for memory that the next ones find ready."""
     cache = kind.make()
     _read(task, kind, cache)
-    task.model(input_ids=task.context[:, :1], past_key_values=cache, logits_to_keep=1)
+    task.model(input_ids=task.context[:, :1], **cache_argument(cache), logits_to_keep=1)
 
 
 def _timed(task: DemoTask, call: Callable[[], Any]) -> tuple[float, Any]:
@@ -199,7 +200,7 @@ def _ask(task: DemoTask, prompt: Prompt, cache: Any, max_new_tokens: int) -> _As
     output = task.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,

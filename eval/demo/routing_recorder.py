@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.demo.caches import CacheKind
 from pikv_hf.eval.demo.task import DemoTask
 from pikv_hf.eval.errors import InputError
@@ -78,13 +79,13 @@ def record_trace(
     recorder = Recorder(routers)
     with recorder.listening():
         context = kind.make()
-        task.model(input_ids=task.context, past_key_values=context, logits_to_keep=1)
+        task.model(input_ids=task.context, **cache_argument(context), logits_to_keep=1)
         for prompt in task.prompts:
             ids = torch.cat([task.context, prompt.ids], dim=1)
             task.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                past_key_values=kind.copy(context),
+                **cache_argument(kind.copy(context)),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.common.tensors import live_bytes
+from pikv_hf.common.transformers_release import cache_argument
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -73,7 +74,7 @@ class DynamicFootprint:
     def of(cls, model: Any) -> "DynamicFootprint":
         """Read two tokens with a `DynamicCache` and look at what it stored: right for any attention layout."""
         cache, tokens = DynamicCache(config=model.config), 2
-        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), past_key_values=cache)
+        model(input_ids=torch.zeros(1, tokens, dtype=torch.long, device=model.device), **cache_argument(cache))
         layers = tuple(
             # A sliding layer keeps what the next token may look back on: the window less that token.
             ((layer.keys.numel() + layer.values.numel()) // tokens, window - 1 if window else None)

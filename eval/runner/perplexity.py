@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.runner.meter import Cost, Meter
 from pikv_hf.eval.tasks.perplexity import Window
 
@@ -44,7 +45,7 @@ def _read(model: Any, ids: torch.Tensor, start: int, cache: Any, keep: int = 0) 
     """Return `(1, n, V)` logits of the last `keep` tokens, of all of them for 0."""
     # Positions count what was read, which is more than what a press has left in the cache.
     positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
-    return model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=keep).logits
+    return model(input_ids=ids, **cache_argument(cache), position_ids=positions, logits_to_keep=keep).logits
 
 
 def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from kvpress import KVPressTextGenerationPipeline
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.runner.meter import Cost, Meter
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
@@ -95,7 +96,7 @@ class Asker(KVPressTextGenerationPipeline):
         position = context_length
         while True:
             positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
-            logits = self.model(input_ids=ids, past_key_values=cache, position_ids=positions, logits_to_keep=1).logits
+            logits = self.model(input_ids=ids, **cache_argument(cache), position_ids=positions, logits_to_keep=1).logits
             position += ids.shape[1]
             ids = logits[:, -1:].argmax(-1)
             if not self._generated:
@@ -127,7 +128,7 @@ class Asker(KVPressTextGenerationPipeline):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                **cache_argument(cache),
                 max_new_tokens=limit,
                 do_sample=False,
                 pad_token_id=self._pad_token,
@@ -144,7 +145,9 @@ class Asker(KVPressTextGenerationPipeline):
         """Answer several samples at once, contexts and questions padded on the left; for caches without a press."""
         self.meter.start()
         contexts, seen = pad_left([encoded.context for encoded in batch], self._pad_token)
-        self.model.model(input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), past_key_values=cache)
+        self.model.model(
+            input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), **cache_argument(cache)
+        )
         self.meter.prefilled(cache)
         ids, mask = pad_left([encoded.question for encoded in batch], self._pad_token)
         limits = torch.tensor([encoded.max_new_tokens for encoded in batch], device=ids.device)
@@ -155,7 +158,7 @@ class Asker(KVPressTextGenerationPipeline):
             seen = torch.cat([seen, mask], dim=1)
             positions = _positions(seen)[:, -ids.shape[1] :]
             logits = self.model(
-                input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, logits_to_keep=1
+                input_ids=ids, attention_mask=seen, position_ids=positions, **cache_argument(cache), logits_to_keep=1
             ).logits
             if not steps:
                 self.meter.decoding()

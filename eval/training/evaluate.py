@@ -20,6 +20,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.provenance import provenance
 from pikv_hf.eval.reference.load import DIGESTS, load_reference_model, reference_model_path
 from pikv_hf.eval.reference.synthetic import Sample, count_tokens, make_sample
@@ -68,7 +69,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, samples: 
     output = model.generate(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
-        past_key_values=DynamicCache(config=model.config),
+        **cache_argument(DynamicCache(config=model.config)),
         max_new_tokens=limit,
         do_sample=False,
     )

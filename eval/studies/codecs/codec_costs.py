@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pikv_hf import PiKVCache
 from pikv_hf.common.tensors import live_bytes
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.decode import HEAD_DIM, filled_pikv, geometry_model
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
@@ -158,7 +159,7 @@ def reference_bytes(choice: Choice, length: int = 1024, samples: int = 1) -> tup
     for sample in reference.generate(length, samples):
         cache = PiKVCache.for_model(model, **choice.options(dim))
         ids = tokenizer(sample.context + sample.question + sample.answer_prefix, return_tensors="pt").input_ids
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **cache_argument(cache), logits_to_keep=1)
         for layer in cache.layers:
             layer.settle()
         found += Packed.of(cache)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.config import PiKVConfig
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
@@ -238,7 +239,7 @@ class Reader:
         return ids
 
     def _next(self, ids: torch.Tensor, cache: PiKVCache) -> torch.Tensor:
-        logits: torch.Tensor = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits: torch.Tensor = self.model(ids, **cache_argument(cache), logits_to_keep=1).logits
         return logits[:, -1:].argmax(-1)
 
     def read(self, sample: EvalSample, layout: Layout) -> PiKVCache:

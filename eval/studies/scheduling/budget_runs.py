@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from pikv_hf import PiKVCache
+from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.reference.synthetic import tasks, text
 from pikv_hf.eval.reference.synthetic.words import FILLERS, KEYS
@@ -147,7 +148,7 @@ class Generator:
         return [Finding(*pair) for pair in shares], most
 
     def _next(self, ids: torch.Tensor, cache: PiKVCache) -> torch.Tensor:
-        logits: torch.Tensor = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits: torch.Tensor = self.model(ids, **cache_argument(cache), logits_to_keep=1).logits
         return logits[:, -1:].argmax(-1)
 
     def _ask(self, needles: Sequence[tuple[str, str]], cache: PiKVCache) -> list[bool]:

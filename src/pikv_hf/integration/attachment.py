@@ -14,6 +14,7 @@ from transformers import AttentionInterface, Cache
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
+from ..common.transformers_release import cache_of_call, warn_if_newer
 from ..distributed.device_layout import attention_device
 from ..layer.cache_lock import new_cache_lock
 from ..layer.layer import PiKVLayer
@@ -255,7 +256,7 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     if getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION_NAME) == ATTENTION_NAME:
         return None
     index, mask = getattr(module, "layer_idx", -1), kwargs.get("attention_mask")
-    layers = getattr(kwargs.get("past_key_values"), "layers", ())
+    layers = getattr(cache_of_call(kwargs), "layers", ())
     if not isinstance(mask, torch.Tensor) or not 0 <= index < len(layers):
         return None
     layer = layers[index]
@@ -266,7 +267,7 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 def _layer_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PiKVLayer | None:
     """Return the layer of a cache that an attention module is called with; None for layers that are not PiKV's."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of_call(kwargs)
     if cache is None:
         cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
     layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", -1)
@@ -280,8 +281,8 @@ def _before_attention(
     if (alive := attachment()) is not None:
         if alive.is_first(module):
             # What later layers would refuse when sliding ones before them have changed.
-            check_owner_and_dropout(alive, module, kwargs.get("past_key_values"))
-            check_mask_of_cache(kwargs.get("past_key_values"), kwargs.get("attention_mask"))
+            check_owner_and_dropout(alive, module, cache_of_call(kwargs))
+            check_mask_of_cache(cache_of_call(kwargs), kwargs.get("attention_mask"))
         if (layer := _layer_of_call(module, args, kwargs)) is not None:
             layer.called = True
         prefetch_next_layer(alive.attention_of, module, args, kwargs)
@@ -330,6 +331,7 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     with _attaching:
         attachment = attachment_of(model)
         if attachment is None:
+            warn_if_newer()
             check_modules(model)
             attachment = Attachment(model)
             _warn_if_read_densely(attachment.attention_modules())

@@ -13,19 +13,18 @@ from typing import Any
 
 from torch import nn
 
+from ..common.transformers_release import CACHE_ARGUMENTS
 from .call_arguments import KNOWN_ARGUMENTS
 
 # What all attention functions have in common.
 _COMMON = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
 _FUNCTION_NAMES = {"attention_interface", "attn_interface", "attention_function"}
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
-# Under which modules of transformers, and of older code for it, take a cache.
-_CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "cache_params", "layer_past")
 
 
 def takes_cache(module: nn.Module) -> bool:
     """Return whether a module is handed the cache."""
-    return any(name in inspect.signature(type(module).forward).parameters for name in _CACHE_ARGUMENTS)
+    return any(name in inspect.signature(type(module).forward).parameters for name in CACHE_ARGUMENTS)
 
 
 def calls_interface(module: nn.Module) -> bool:
@@ -118,7 +117,7 @@ def _names(target: ast.AST | None) -> set[str]:
 
 
 def _is_layers_of_cache(node: ast.Attribute) -> bool:
-    return node.attr == "layers" and isinstance(node.value, ast.Name) and node.value.id in _CACHE_ARGUMENTS
+    return node.attr == "layers" and isinstance(node.value, ast.Name) and node.value.id in CACHE_ARGUMENTS
 
 
 def _is_update(node: ast.AST) -> bool:

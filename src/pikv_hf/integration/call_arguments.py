@@ -6,13 +6,16 @@ import torch
 from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
+from ..common.transformers_release import CACHE_ARGUMENTS
+
 #: Arguments that change what attention computes, and that PiKV's does as asked.
 _HEEDED = {"s_aux", "softcap", "is_causal"}
 #: Arguments of other implementations, or of what is around attention; masks already say what windows hide.
 _OF_OTHERS = {
     *TransformersKwargs.__annotations__,
     *FlashAttentionKwargs.__annotations__,
-    *("sliding_window", "cache_position", "past_key_values", "use_cache", "return_dict"),
+    *CACHE_ARGUMENTS,
+    *("sliding_window", "cache_position", "use_cache", "return_dict"),
     *("logits_to_keep", "num_logits_to_keep"),
     *("target_dtype", "deterministic", "labels", "token_type_ids"),
 }

@@ -7,6 +7,7 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..common.foreign_attributes import COLUMNS_ATTRIBUTE
+from ..common.transformers_release import queries_of_mask
 from ..layer.layer import PiKVLayer
 from ..layer.mask_columns import MaskColumns, check_shows_no_padding, trailing_columns
 
@@ -23,12 +24,13 @@ def pikv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
         and kwargs.get("kv_offset", 0) == 0
         and kwargs.get("allow_is_causal_skip", False)
     )
-    queries, last = _queries(kwargs)
+    queries, last = queries_of_mask(kwargs)
     # One query sees all there is, and a prompt is its own history, wherever the caller says that they are.
     sees_all = queries in (1, kwargs["kv_length"]) or int(last) == kwargs["kv_length"] - 1
     if is_causal and sees_all and (shown is None or bool(shown.all())):
         return None
-    mask = sdpa_mask(*args, **kwargs)
+    # A static cache has columns after the last query, which only a mask hides.
+    mask = sdpa_mask(*args, **kwargs if sees_all else {**kwargs, "allow_is_causal_skip": False})
     if mask is not None:
         is_causal = is_causal and int(last) == kwargs["kv_length"] - 1
         length = kwargs["kv_length"] + kwargs.get("kv_offset", 0)
@@ -45,13 +47,6 @@ def _shown(kwargs: dict[str, Any]) -> torch.Tensor | None:
     # As transformers has it: what a mask does not reach is hidden.
     missing = max(0, length - given.shape[1])
     return torch.nn.functional.pad(given, (0, missing))[:, :length].bool()
-
-
-def _queries(kwargs: dict[str, Any]) -> tuple[int, Any]:
-    """Return the number of queries, and where the caller has the last of them: not always at the end."""
-    if isinstance(positions := kwargs.get("cache_position"), torch.Tensor):
-        return positions.shape[0], positions[-1]
-    return kwargs["q_length"], kwargs.get("q_offset", 0) + kwargs["q_length"] - 1
 
 
 def columns_of_layer(layer: PiKVLayer, mask: torch.Tensor | None) -> torch.Tensor | None:

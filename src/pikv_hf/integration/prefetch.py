@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.transformers_release import cache_of_call
 from ..layer.layer import PiKVLayer
 from ..layer.layer_operation import layer_operation
 from ..page_table.page_table import PageTable
@@ -33,7 +34,7 @@ def prefetch_next_layer(
     args, kwargs
         With which it is called.
     """
-    cache: Any = kwargs.get("past_key_values")
+    cache: Any = cache_of_call(kwargs)
     if getattr(cache, "tiers", None) is None:
         return
     hidden = kwargs.get("hidden_states", args[0] if args else None)

@@ -61,6 +61,7 @@ class PiKVLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = False
+    is_croppable = True
 
     def __init__(
         self,

@@ -2,17 +2,12 @@
 
 import dataclasses
 
-import transformers
-from packaging.version import Version
-
+from ..common.transformers_release import CROP_ZERO_REMOVES_NOTHING
 from ..page_table.cropping import Crop
 from ..page_table.page_table import PageTable
 from ..pages.pool_id import PoolId
 from .layer_store import LayerStore
 from .mask_columns import trimmed
-
-# Up to 5.17 `crop(0)` keeps nothing, from 5.18 on it removes nothing.
-_ZERO_REMOVES_NOTHING = Version(transformers.__version__) >= Version("5.18.0.dev0")
 
 
 def cropped_length(seen: int, argument: int) -> int:
@@ -21,7 +16,7 @@ def cropped_length(seen: int, argument: int) -> int:
     A negative argument is a number of tokens to remove, which all releases of transformers agree on. A positive one is
     the length to keep, as up to 5.17; zero means what the installed release means by it.
     """
-    if argument < 0 or (argument == 0 and _ZERO_REMOVES_NOTHING):
+    if argument < 0 or (argument == 0 and CROP_ZERO_REMOVES_NOTHING):
         return max(0, seen + argument)
     return min(seen, argument)
 

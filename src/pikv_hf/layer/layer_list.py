@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .layer import PiKVLayer
 from .layer_cropping import column_of, cropped_length
-from .sliding_layer import check_can_crop, trim_to_tokens, undone_on_error
+from .sliding_layer import check_can_crop, is_recording, trim_to_tokens, undone_on_error
 
 
 def row_count(layers: Sequence[Any]) -> int | None:
@@ -67,7 +67,7 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
             # A call that was interrupted before it brought its tokens will bring none.
             layer.called = False
     # After an interrupted call some layers have more positions than others, whose length is right already.
-    longer = [(index, layer) for index, layer in enumerate(layers) if _positions(layer) > length]
+    longer = [(i, layer) for i, layer in enumerate(layers) if _positions(layer) > length or is_recording(layer)]
     if not longer:
         return
     for index, layer in longer:
@@ -81,7 +81,7 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
                 stack.enter_context(layer.edits.truncating(column_of(layer.store, length)))
             else:
                 stack.enter_context(undone_on_error(layer))
-                layer.crop(length - layer.get_seq_length())
+                layer.crop(min(0, length - layer.get_seq_length()))
     _give_back(layers)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
@@ -40,7 +41,7 @@ def _trim_to_window(layer: DynamicSlidingWindowLayer) -> None:
         kept = detached(getattr(layer, name))
         setattr(layer, name, kept)
         window = kept[:, :, :1].numel() * kept.element_size() * layer.sliding_window
-        if kept.untyped_storage().nbytes() > window:
+        if kept.untyped_storage().nbytes() > window and not is_recording(layer):
             setattr(layer, name, kept.clone())
 
 
@@ -71,12 +72,21 @@ def undone_on_error(layer: CacheLayerMixin) -> Iterator[None]:
         raise
 
 
+def is_recording(layer: Any) -> bool:
+    """Return whether a layer of transformers keeps what has left its window until the next crop, whatever its length.
+
+    Assisted decoding asks for that from 5.24 on.
+    """
+    return bool(getattr(layer, "record_past", False))
+
+
 def check_can_crop(index: int, layer: DynamicSlidingWindowLayer, length: int) -> None:
     """Raise `ValueError` if sliding layer `index` has already let go of tokens that a crop to `length` would need."""
-    if layer.get_seq_length() >= layer.sliding_window:
+    seen, kept = layer.get_seq_length(), layer.keys.shape[2]
+    if kept - (seen - length) < min(length, layer.sliding_window - 1):
         raise ValueError(
-            f"cannot crop to {length} of {layer.get_seq_length()} tokens: layer {index} only kept the last "
-            f'{layer.sliding_window - 1}; sliding_layers="paged" keeps all, as assisted decoding needs'
+            f"cannot crop to {length} of {seen} tokens: layer {index} only kept the last {kept}; "
+            'sliding_layers="paged" keeps all, as assisted decoding needs'
         )
 
 
