@@ -50,7 +50,8 @@ def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def pairs(ours: Any, theirs: Any, where: torch.Tensor | None) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield what a shown value has to compare, by name: the steps of an answer first."""
     if isinstance(theirs, torch.Tensor):
-        shown = slice(None) if where is None else where.bool()
+        # What is of other tokens has another shape, which is what is to be said of it.
+        shown = slice(None) if where is None or ours.shape != theirs.shape else where.bool()
         yield "tokens" if theirs.dtype == torch.long else "logits", ours[shown], theirs[shown]
         return
     # Of beams, tokens and logits of a step are in different orders.
