@@ -18,7 +18,7 @@ from pikv_hf.eval.runner.protocol import Answer, Asker, Encoded
 from pikv_hf.eval.runner.rows import answer_row, kv_shares, times
 from pikv_hf.eval.tasks.perplexity import Window
 from pikv_hf.eval.tasks.sample import EvalSample, EvalSet
-from pikv_hf.integration.model_modules import check_supported
+from pikv_hf.layer.own_layer import layers_of
 
 #: Tokens of the unrecorded prompt that pays for what only a process's first forward costs.
 _WARM_UP_TOKENS = 64
@@ -85,7 +85,7 @@ def _footprint(model: Any) -> DynamicFootprint:
         if out_of_memory(error):
             raise
         with user_input(f"cannot evaluate {type(model).__name__}"):
-            check_supported(model.config)
+            layers_of(model.config)
         raise InputError(
             f"cannot evaluate {type(model).__name__}: it does not run with DynamicCache: {reason(error)}"
         ) from error

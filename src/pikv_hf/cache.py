@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
 from .integration.attachment import Attachment, ensure_attached
-from .integration.model_modules import check_supported, unwrapped
+from .integration.model_modules import unwrapped
 from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit, check_not_padded
@@ -21,7 +21,8 @@ from .layer.layer import PiKVLayer
 from .layer.layer_list import crop_layers, dense_layers, row_count, select_rows
 from .layer.layer_making import check_without_model, make_layers
 from .layer.layer_operation import layer_operation
-from .layer.sliding_layer import copy_sliding, kv_format, update_sliding
+from .layer.own_layer import copied, has_positions
+from .layer.sliding_layer import kv_format, update_sliding
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
 from .reports.memory_report import MemoryReport
@@ -76,7 +77,6 @@ class PiKVCache(Cache):
             raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
         if attachment is None:
             check_without_model(options)
-            check_supported(config)
         self.model_config = config
         # The adapters in use when the first tokens came; None where that is not known, as after `from_cache`.
         self.filled_under: list[Adapter] | None = None
@@ -86,6 +86,7 @@ class PiKVCache(Cache):
         self.lock = new_cache_lock()
         self._make_layers = functools.partial(make_layers, config, options, attachment, spread, self.lock)
         layers, self.tiers = self._make_layers()
+        self._first = next((index for index, layer in enumerate(layers) if has_positions(layer)), 0)
         super().__init__(layers=layers)
 
     @classmethod
@@ -176,11 +177,11 @@ class PiKVCache(Cache):
         if not 0 <= layer_idx < len(self.layers):
             raise ValueError(f"layer_idx is {layer_idx}, but the cache was made for a model of {len(self)} layers")
         layer = self.layers[layer_idx]
-        # For `save`: others may be active by then. The first layer of a hybrid model may have no keys.
-        if (not layer_idx or self.filled_under is None) and not layer.get_seq_length():
+        # For `save`: others may be active by then.
+        if (layer_idx == self._first or self.filled_under is None) and not layer.get_seq_length():
             self.filled_under = adapters_now(None if self.attachment is None else self.attachment.model)
         if isinstance(layer, DynamicSlidingWindowLayer):
-            if not layer_idx and self.attachment is not None and not self.attachment.active:
+            if layer_idx == self._first and self.attachment is not None and not self.attachment.active:
                 # Before anything has changed: the paged layers, which would say so, come later.
                 for paged in self._paged():
                     check_not_padded(paged.layer_idx, paged.store.is_padded)
@@ -207,8 +208,12 @@ class PiKVCache(Cache):
             if layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], PiKVLayer):
                 layer.edits.request_snapshot()
             return super().get_seq_length(layer_idx)
-        first = self.layers[0] if self.layers else None
+        first = self.layers[self._first] if self.layers else None
         return first.state.positions_seen if isinstance(first, PiKVLayer) else super().get_seq_length()
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Return how many positions come before the next call's, for the masks of later releases of transformers."""
+        return self.get_seq_length()
 
     def get_max_length(self, layer_idx: int = 0) -> int:
         """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
@@ -270,7 +275,7 @@ class PiKVCache(Cache):
     def fork(self) -> "PiKVCache":
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
         twin = copy.copy(self)
-        twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else copy_sliding(layer) for layer in self.layers]
+        twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else copied(layer) for layer in self.layers]
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":

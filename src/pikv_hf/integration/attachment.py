@@ -204,7 +204,9 @@ class Attachment:
 
         # First of all: what ends a call is called even where another hook fails before it begins.
         yield place_hook(router.layer.register_forward_pre_hook, lambda *_: calls.begin(index), prepend=True)
-        yield place_hook(router.layer.register_forward_hook, lambda *_: calls.end(index), always_call=True)
+        # What has begun last ends first, where several layers begin with the same module.
+        ends = router.layer.register_forward_hook
+        yield place_hook(ends, lambda *_: calls.end(index), always_call=True, prepend=True)
         yield router.watch(deliver)
 
     def undo(self) -> None:

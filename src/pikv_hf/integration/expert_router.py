@@ -56,6 +56,10 @@ class ExpertRouter:
         assert module is not None, "the model is gone"
         return module
 
+    def within(self, layer: nn.Module) -> "ExpertRouter":
+        """Return the router as that of another module around attention and router."""
+        return dataclasses.replace(self, _layer=weakref.ref(layer))
+
     def listen(self, deliver: Callable[[torch.Tensor], None]) -> RemovableHandle:
         """Call `deliver` with the primary experts of every forward pass; the handle ends it."""
         return self.watch(lambda experts, _: deliver(experts()))

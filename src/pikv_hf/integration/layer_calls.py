@@ -47,15 +47,19 @@ class LayerCalls(threading.local):
 
     def expect(self, layer: LinkedLayer) -> None:
         """Let a layer of a cache have what the router of the running forward chooses next."""
-        if self._stack and (call := self._stack[-1]).layer_idx == layer.layer_idx:
+        if (call := self._running(layer.layer_idx)) is not None:
             call.waiting = weakref.ref(layer)
 
     def take_waiting(self, layer_idx: int) -> LinkedLayer | None:
         """Return, once, which layer of a cache waits for the router of a layer; None in calls with other caches."""
-        if not self._stack or (call := self._stack[-1]).layer_idx != layer_idx:
+        if (call := self._running(layer_idx)) is None:
             return None
         waiting, call.waiting = call.waiting, None
         return None if waiting is None else waiting()
+
+    def _running(self, layer_idx: int) -> LayerCall | None:
+        """Return the innermost forward of a layer; one whose router is in a later block runs as long as the model."""
+        return next((call for call in reversed(self._stack) if call.layer_idx == layer_idx), None)
 
     def forget(self, layer: LinkedLayer) -> None:
         """Let a layer of a cache wait no longer."""

@@ -7,12 +7,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..layer.own_layer import has_positions, layers_of
 from .attention_code import calls_interface, takes_cache, why_not_in_place
 from .expert_router import ExpertRouter, find_expert_router
 
-_LAYER_KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Fields of configs of models that keep recurrent state, where no list of layers says which of them do.
-_STATE_FIELDS = ("mamba_d_state", "ssm_state_size", "state_size")
 #: Where wrappers have what they wrap: DistributedDataParallel, DataParallel and engines; torch.compile; PEFT, twice.
 _WRAPPED = ("module", "_orig_mod", "base_model", "model")
 
@@ -39,41 +37,18 @@ def unwrapped(model: Any) -> Any:
     )
 
 
-def check_supported(config: Any) -> None:
-    """Raise `ValueError` for configs of models whose state is not a K/V cache of decoder self-attention."""
-    check_layer_kinds(config)
-    text, name = config.get_text_config(decoder=True), type(config).__name__
-    if getattr(text, "layer_types", None) or not (stateful := [key for key in _STATE_FIELDS if hasattr(text, key)]):
-        return
-    raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
-
-
-def check_layer_kinds(config: Any) -> None:
-    """Raise `ValueError` for encoder-decoders, and configs that name other kinds of layers than attention."""
-    name = type(config).__name__
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{name} is an encoder-decoder; PiKVCache holds the K/V of decoder-only models")
-    text = config.get_text_config(decoder=True)
-    kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
-    if unknown := sorted(kinds - _LAYER_KINDS - {"attention"}):
-        raise ValueError(
-            f"{name} has layers of type {', '.join(unknown)}; PiKVCache knows {', '.join(sorted(_LAYER_KINDS))}"
-        )
-    if not hasattr(text, "num_hidden_layers"):
-        raise ValueError(f"{name} does not say how many layers its decoder has (num_hidden_layers)")
-
-
 def check_modules(model: Any) -> None:
     """Raise `ValueError` for models that PiKV's attention cannot be put into, by what their modules do with the cache.
 
     Every module that is handed the cache has to be an attention that PiKV's can stand in for: nothing else keeps its
     state there, whatever fields the config has.
     """
-    check_layer_kinds(model.config)
+    layers = layers_of(model.config)
     name, found = type(model).__name__, find_attention_modules(model)
     advice = "PiKVCache(config=model.config) works with it as it is"
     known = {id(module) for group in _attention_by_layer(model).values() for _, module in group}
-    if others := sorted({type(module).__name__ for module in _state_keepers(model, known)}):
+    keepers = [module for module in _state_keepers(model, known) if not _has_state_layer(module, layers)]
+    if others := sorted({type(module).__name__ for module in keepers}):
         raise ValueError(
             f"{name} hands the cache to {', '.join(others)}, which PiKV's attention cannot stand in for; if it works "
             f"with DynamicCache, {advice}"
@@ -125,6 +100,12 @@ def _state_keepers(model: Any, attention: set[int]) -> Iterator[nn.Module]:
             yield module
 
 
+def _has_state_layer(module: nn.Module, layers: list[Any]) -> bool:
+    """Return whether what a module has in the cache is a state in a layer of transformers' own, or nothing."""
+    index = getattr(module, "layer_idx", None)
+    return isinstance(index, int) and index < len(layers) and not has_positions(layers[index])
+
+
 def _config_of(module: nn.Module, default: Any) -> Any:
     return getattr(module, "config", default)
 
@@ -142,14 +123,20 @@ def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
     """
     modules = find_attention_modules(model)
     paths = [name.split(".") for name, _ in modules.values()]
-    stack = list(itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
+    # The only attention there is has all of the model around it, and is in one of a list of layers.
+    stack = common if len(modules) > 1 else sum(1 for _ in itertools.takewhile(_is_name, paths[0]))
     layers = {}
     for index, (name, attention) in modules.items():
         path = name.split(".")
-        # The only attention there is has all of the model around it.
-        inner = range(len(path) - 1, len(stack) if len(modules) > 1 else 0, -1)
+        inner = range(len(path) - 1, stack, -1)
         layers[index] = [model.get_submodule(".".join(path[:end])) for end in inner], attention
     return layers
+
+
+def _is_name(part: str) -> bool:
+    """Return whether a part of a module's path is a name, not a number in a list."""
+    return not part.isdigit()
 
 
 def find_expert_routers(model: Any) -> dict[int, ExpertRouter]:
@@ -161,10 +148,27 @@ def find_expert_routers(model: Any) -> dict[int, ExpertRouter]:
     routers: dict[int, ExpertRouter] = {}
     for index, (around, attention) in sorted(_decoder_layers(model).items()):
         found = (find_expert_router(layer, attention, text) for layer in around)
-        router = next(filter(None, found), None)
+        router = next(filter(None, found), None) or _router_after(model, index, text)
         if router is not None and all(router.module is not other.module for other in routers.values()):
             routers[index] = router
     return routers
+
+
+def _router_after(model: Any, index: int, text: Any) -> ExpertRouter | None:
+    """Return the router in a block that follows an attention block, before the next attention, as Nemotron-H has it."""
+    modules = find_attention_modules(model)
+    path = modules[index][0].split(".")
+    place = next((place for place, part in enumerate(path) if part.isdigit()), 0)
+    if not place or len(path) != place + 2:
+        return None
+    blocks = model.get_submodule(".".join(path[:place]))
+    attending = {id(attention) for _, attention in modules.values()}
+    for block in list(blocks)[int(path[place]) + 1 :]:
+        if any(id(part) in attending for part in block.modules()):
+            return None
+        if (router := find_expert_router(block, modules[index][1], text)) is not None:
+            return router.within(model.get_submodule(".".join(path[: place - 1])))
+    return None
 
 
 def feed_forward_classes(model: Any) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .layer import PiKVLayer
+from .own_layer import copied, has_positions
 from .sliding_layer import take_over, update_sliding
 
 
@@ -20,19 +21,21 @@ def copy_layers(source: Cache, layers: Sequence[Any]) -> None:
     """
     if not isinstance(source, Cache) or not hasattr(source, "layers"):
         raise TypeError(f"expected a cache of transformers with layers, got {type(source).__name__}")
-    filled = [(layer, other) for layer, other in zip(layers, source.layers, strict=False) if _length(other)]
-    if not filled:
+    pairs = list(zip(layers, source.layers, strict=False))
+    counting = sum(map(has_positions, layers))
+    lengths = [_length(other) for _, other in pairs if has_positions(other)]
+    if not any(lengths):
         return
-    if len(source.layers) != len(layers) or len(filled) != len(layers):
+    if len(source.layers) != len(layers) or len(lengths) != counting or not all(lengths):
         raise ValueError(
-            f"the {type(source).__name__} has {len(source.layers)} layers, {len(filled)} of them with tokens, but the "
-            f"model's cache has {len(layers)}"
+            f"the {type(source).__name__} has {len(source.layers)} layers, {sum(map(bool, lengths))} of them with "
+            f"tokens, but the model's cache has {len(layers)}, {counting} of them for tokens"
         )
-    if len(lengths := sorted({_length(other) for _, other in filled})) > 1:
-        raise ValueError(f"layers of the {type(source).__name__} have different lengths: {lengths}")
-    for index, (layer, other) in enumerate(filled):
+    if len(different := sorted(set(lengths))) > 1:
+        raise ValueError(f"layers of the {type(source).__name__} have different lengths: {different}")
+    for index, (layer, other) in enumerate(pairs):
         _check_copies(index, layer, other)
-    for layer, other in filled:
+    for layer, other in pairs:
         _copy(layer, other)
 
 
@@ -43,6 +46,8 @@ def _length(layer: Any) -> int:
 def _check_copies(index: int, layer: Any, other: Any) -> None:
     """Raise unless all tokens that a layer needs are in another."""
     kind = type(other)
+    if not has_positions(layer) and kind is type(layer):
+        return
     if kind not in (DynamicLayer, DynamicSlidingWindowLayer, PiKVLayer):
         raise TypeError(
             f"layer {index} is of type {kind.__name__}; PiKVCache can copy those of DynamicCache and its own"
@@ -70,6 +75,9 @@ def _check_copies(index: int, layer: Any, other: Any) -> None:
 
 
 def _copy(layer: Any, other: Any) -> None:
+    if not has_positions(layer):
+        vars(layer).update(vars(copied(other)))
+        return
     if isinstance(layer, DynamicSlidingWindowLayer) and isinstance(other, DynamicSlidingWindowLayer):
         take_over(layer, other)
         return

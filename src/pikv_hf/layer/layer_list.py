@@ -1,4 +1,4 @@
-"""The layers of a cache, paged ones and transformers' own sliding ones, as one: their rows, and cutting them back."""
+"""The layers of a cache, paged ones and transformers' own, as one: their rows, and cutting them back."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .layer import PiKVLayer
 from .layer_cropping import column_of, cropped_length
-from .sliding_layer import check_can_crop, is_recording, trim_to_tokens, undone_on_error
+from .own_layer import check_can_crop, crop_layer, has_positions, rows_of, select_rows_of, undone_on_error
+from .sliding_layer import trim_to_tokens
 
 
 def row_count(layers: Sequence[Any]) -> int | None:
@@ -17,8 +18,8 @@ def row_count(layers: Sequence[Any]) -> int | None:
     for layer in layers:
         if isinstance(layer, PiKVLayer) and layer.table is not None:
             return layer.batch
-        if not isinstance(layer, PiKVLayer) and layer.is_initialized:
-            return int(layer.keys.shape[0])
+        if not isinstance(layer, PiKVLayer) and (rows := rows_of(layer)) is not None:
+            return rows
     return None
 
 
@@ -53,9 +54,9 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
         for layer in layers:
             if isinstance(layer, PiKVLayer):
                 stack.enter_context(layer.edits.selecting(chosen))
-            elif layer.is_initialized:
+            else:
                 stack.enter_context(undone_on_error(layer))
-                layer.batch_select_indices(indices.to(layer.keys.device))
+                select_rows_of(layer, indices)
     _give_back(layers)
 
 
@@ -66,27 +67,31 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
         if isinstance(layer, PiKVLayer):
             # A call that was interrupted before it brought its tokens will bring none.
             layer.called = False
-    # After an interrupted call some layers have more positions than others, whose length is right already.
-    longer = [(i, layer) for i, layer in enumerate(layers) if _positions(layer) > length or is_recording(layer)]
-    if not longer:
-        return
-    for index, layer in longer:
-        if isinstance(layer, PiKVLayer):
-            column_of(layer.store, length)
-        elif isinstance(layer, DynamicSlidingWindowLayer):
-            check_can_crop(index, layer, length)
+    # After an interrupted call some layers have more positions than others, whose length is right already. States do
+    # not count any.
+    positions = [_positions(layer) for layer in layers]
+    most = max((count for count in positions if count is not None), default=0)
+    removed = [max(0, (most if count is None else count) - length) for count in positions]
+    cropped = list(zip(layers, removed, strict=True))
+    columns = [column_of(layer.store, length) if isinstance(layer, PiKVLayer) else 0 for layer in layers]
+    for index, (layer, count) in enumerate(cropped):
+        if not isinstance(layer, PiKVLayer):
+            check_can_crop(index, layer, count, length)
     with ExitStack() as stack:
-        for _, layer in longer:
-            if isinstance(layer, PiKVLayer):
-                stack.enter_context(layer.edits.truncating(column_of(layer.store, length)))
-            else:
+        for (layer, count), column in zip(cropped, columns, strict=True):
+            if not isinstance(layer, PiKVLayer):
                 stack.enter_context(undone_on_error(layer))
-                layer.crop(min(0, length - layer.get_seq_length()))
+                crop_layer(layer, count)
+            elif count:
+                stack.enter_context(layer.edits.truncating(column))
     _give_back(layers)
 
 
-def _positions(layer: Any) -> int:
-    return int(layer.state.positions_seen if isinstance(layer, PiKVLayer) else layer.get_seq_length())
+def _positions(layer: Any) -> int | None:
+    """Return how many positions a layer has seen, None if it does not count them."""
+    if isinstance(layer, PiKVLayer):
+        return layer.state.positions_seen
+    return int(layer.get_seq_length()) if has_positions(layer) else None
 
 
 def _give_back(layers: Sequence[Any]) -> None:

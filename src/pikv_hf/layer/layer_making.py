@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout
@@ -12,6 +12,7 @@ from ..tiers.tier_limits import Tiers
 from .layer import PiKVLayer
 from .layer_part import make_parts
 from .model_link import ModelLink
+from .own_layer import layers_of
 
 
 def check_without_model(options: PiKVConfig) -> None:
@@ -40,7 +41,7 @@ def make_layers(
     Parameters
     ----------
     config : PreTrainedConfig
-        The model's: there is a layer for each that `DynamicCache` would make, its sliding ones as they are.
+        The model's: there is a layer for each that `DynamicCache` would make, others than full attention as they are.
     options : PiKVConfig
         Of the cache.
     link : ModelLink, optional
@@ -53,17 +54,15 @@ def make_layers(
     Raises
     ------
     ValueError
-        For layers of other kinds than full and sliding attention, and budgets that are too small.
+        For models as in :func:`~pikv_hf.layer.own_layer.layers_of`, and budgets that are too small.
     """
-    layers: list[Any] = list(DynamicCache(config=config.get_text_config(decoder=True)).layers)
+    layers = layers_of(config)
     layouts = {
-        index: _layout_of(index, link, spread)
-        for index, layer in enumerate(layers)
-        if _is_paged(index, layer, config, options)
+        index: _layout_of(index, link, spread) for index, layer in enumerate(layers) if _is_paged(layer, options)
     }
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
-    bounded = sum(layer.sliding_window for index, layer in enumerate(layers) if index not in layouts)
+    bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
     for index, layout in layouts.items():
         groups = 1 if link is None else link.query_groups(index)
         schedulers = [
@@ -76,14 +75,10 @@ def make_layers(
     return layers, tiers
 
 
-def _is_paged(index: int, layer: Any, config: Any, options: PiKVConfig) -> bool:
-    """Return whether a layer of `DynamicCache` is replaced by a paged one; refuse those of other kinds."""
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise ValueError(
-            f"layer {index} of {type(config).__name__} has a cache of type {type(layer).__name__}; "
-            "PiKVCache knows full and sliding attention"
-        )
-    return type(layer) is DynamicLayer or options.sliding_layers == "paged"
+def _is_paged(layer: Any, options: PiKVConfig) -> bool:
+    """Return whether a layer of `DynamicCache` is replaced by a paged one."""
+    slides = isinstance(layer, DynamicSlidingWindowLayer)
+    return type(layer) is DynamicLayer or (slides and options.sliding_layers == "paged")
 
 
 def _layout_of(index: int, link: ModelLink | None, spread: Devices | PartLayout | None) -> PartLayout:

@@ -1,15 +1,12 @@
-"""Transformers' own sliding-window layers beside paged ones: what is checked, trimmed and copied of them."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+"""Transformers' own sliding-window layers beside paged ones: taking tokens in, and freeing what they let go of."""
 
 import torch
-from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..common.tensors import detached, is_out_of_memory
 from ..pages.pool_growth import MAX_FREE
 from .input_checks import KVFormat
+from .own_layer import is_recording, undone_on_error
 
 
 def kv_format(layer: DynamicSlidingWindowLayer) -> KVFormat | None:
@@ -58,43 +55,6 @@ def trim_to_tokens(layer: DynamicSlidingWindowLayer) -> None:
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-
-
-@contextmanager
-def undone_on_error(layer: CacheLayerMixin) -> Iterator[None]:
-    """Undo what the block does to a layer of transformers if it raises: such layers never write into their tensors."""
-    before = dict(vars(layer))
-    try:
-        yield
-    except BaseException:
-        vars(layer).clear()
-        vars(layer).update(before)
-        raise
-
-
-def is_recording(layer: Any) -> bool:
-    """Return whether a layer of transformers keeps what has left its window until the next crop, whatever its length.
-
-    Assisted decoding asks for that from 5.24 on.
-    """
-    return bool(getattr(layer, "record_past", False))
-
-
-def check_can_crop(index: int, layer: DynamicSlidingWindowLayer, length: int) -> None:
-    """Raise `ValueError` if sliding layer `index` has already let go of tokens that a crop to `length` would need."""
-    seen, kept = layer.get_seq_length(), layer.keys.shape[2]
-    if kept - (seen - length) < min(length, layer.sliding_window - 1):
-        raise ValueError(
-            f"cannot crop to {length} of {seen} tokens: layer {index} only kept the last {kept}; "
-            'sliding_layers="paged" keeps all, as assisted decoding needs'
-        )
-
-
-def copy_sliding(layer: DynamicSlidingWindowLayer) -> DynamicSlidingWindowLayer:
-    """Copy a sliding layer; it never writes into its tensors, so that both may use the same."""
-    twin = DynamicSlidingWindowLayer.__new__(DynamicSlidingWindowLayer)
-    twin.__dict__.update(layer.__dict__)
-    return twin
 
 
 def take_over(layer: DynamicSlidingWindowLayer, other: DynamicSlidingWindowLayer) -> None:

@@ -193,9 +193,9 @@ def shape_of(config: Any, name: str, dtype: str | None = None, weights: str | No
     ValueError
         For an unknown dtype, and models whose state is not a K/V cache.
     """
-    from pikv_hf.integration.model_modules import check_supported
+    from pikv_hf.layer.own_layer import layers_of
 
-    check_supported(config)
+    layers_of(config)
     text = config.get_text_config(decoder=True)
     dtype = _dtype(dtype or str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch."))
     model = _meta_model(config, name)

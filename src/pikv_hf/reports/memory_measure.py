@@ -8,6 +8,7 @@ from ..common.kv import KV
 from ..common.tensors import live_bytes
 from ..layer.layer import PiKVLayer
 from ..layer.layer_reads import storages
+from ..layer.own_layer import has_positions, is_state_layer, state_tensors, tensors_of
 from ..page_table.page_table import PageTable
 from ..pages.packed_pool import PackedPool
 from ..pages.pool_id import PLAIN
@@ -15,9 +16,9 @@ from .memory_report import CodecMemory, LayerMemory
 
 
 def layer_memory(index: int, layer: Any) -> list[LayerMemory]:
-    """Return the bytes and tokens of a layer, a :class:`PiKVLayer` or a bounded sliding one, part by part."""
+    """Return the bytes and tokens of a layer, a :class:`PiKVLayer` part by part, or one of transformers' own."""
     if not isinstance(layer, PiKVLayer):
-        return [_sliding_memory(index, layer)]
+        return [_own_memory(index, layer)]
     if layer.table is None:
         return [LayerMemory(index, "paged", "-", tokens_seen=layer.seen)]
     return [_part_memory(index, layer, number, table) for number, table in enumerate(layer.store.tables())]
@@ -66,22 +67,22 @@ def _part_memory(index: int, layer: PiKVLayer, number: int, table: PageTable) ->
     )
 
 
-def _sliding_memory(index: int, layer: Any) -> LayerMemory:
-    tensors = [layer.keys, layer.values] if layer.is_initialized else []
-    keys, values = (live_bytes([tensor]) for tensor in tensors) if tensors else (0, 0)
-    device = str(tensors[0].device) if tensors else "-"
-    stored = tensors[0].shape[0] * tensors[0].shape[-2] if tensors and tensors[0].numel() else 0
-    total = live_bytes(tensors)
+def _own_memory(index: int, layer: Any) -> LayerMemory:
+    """Return what a layer of transformers' own holds: K/V of a window, states, or nothing."""
+    tensors, states = tensors_of(layer), state_tensors(layer)
+    keys, values = (live_bytes([tensors[name]] if name in tensors else []) for name in ("keys", "values"))
+    counted = tensors.get("keys")
     return LayerMemory(
         layer=index,
-        kind="sliding",
-        device=device,
+        kind="state" if is_state_layer(layer) else "sliding" if has_positions(layer) else "none",
+        device=str(next(iter(tensors.values())).device) if tensors else "-",
         keys=keys,
         values=values,
-        total=total,
-        window=total,
-        tokens_seen=layer.get_seq_length(),
-        tokens_stored=stored,
+        state=live_bytes(states.values()),
+        total=live_bytes(tensors.values()),
+        window=keys + values,
+        tokens_seen=layer.get_seq_length() if has_positions(layer) else 0,
+        tokens_stored=counted.shape[0] * counted.shape[-2] if counted is not None and counted.numel() else 0,
     )
 
 

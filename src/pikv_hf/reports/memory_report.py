@@ -90,11 +90,13 @@ class LayerMemory:
     layer : int
         The model layer.
     kind : str
-        `"paged"` or `"sliding"` (transformers' bounded layer).
+        `"paged"`, or transformers' own: `"sliding"` (bounded), `"state"` (linear attention, convolution), `"none"`.
     device : str
         Where its tensors are.
     keys, values, metadata, total : int
         Live bytes. Metadata is positions, expert ids, page tables, reference counts, errors and observed queries.
+    state : int
+        Bytes of convolution and recurrent states.
     window, free, pending : int
         Bytes of K/V in the sink and recent pages, in unused pages, and waiting for the layer's router.
     shards : tuple of int
@@ -113,6 +115,7 @@ class LayerMemory:
     keys: int = 0
     values: int = 0
     metadata: int = 0
+    state: int = 0
     total: int = 0
     window: int = 0
     free: int = 0
@@ -153,6 +156,11 @@ class MemoryReport:
     def metadata(self) -> int:
         """Bytes of positions, expert ids, page tables and reference counts."""
         return sum(layer.metadata for layer in self.layers)
+
+    @property
+    def state(self) -> int:
+        """Bytes of convolution and recurrent states."""
+        return sum(layer.state for layer in self.layers)
 
     @property
     def window(self) -> int:
@@ -206,6 +214,7 @@ class MemoryReport:
             "keys": self.keys,
             "values": self.values,
             "metadata": self.metadata,
+            "state": self.state,
             "window": self.window,
             "per_shard": list(self.per_shard),
             "per_device": self.per_device,
@@ -229,10 +238,14 @@ class MemoryReport:
 
     def _layer_table(self) -> Table:
         table = FittingTable(title=f"PiKVCache: {format_bytes(self.total)}, {self.tokens_seen} tokens seen")
-        for name in ("layer", "kind", "device", "K", "V", "metadata", "window", "shards", "free", "total", "tokens"):
+        # Most models have no states, and terminals are narrow.
+        state = ["state"] if self.state else []
+        for name in ("layer", "kind", "device", "K", "V", "metadata", *state, "window", "shards", "free", "total"):
             table.add_column(name, justify="left" if name in ("kind", "device") else "right")
+        table.add_column("tokens", justify="right")
         for row in self.layers:
-            amounts = (row.keys, row.values, row.metadata, row.window, sum(row.shards), row.free, row.total)
+            states = [row.state] if state else []
+            amounts = (row.keys, row.values, row.metadata, *states, row.window, sum(row.shards), row.free, row.total)
             cells = [format_bytes(amount) for amount in amounts]
             table.add_row(str(row.layer), row.kind, row.device, *cells, str(row.tokens_stored))
         return table

@@ -21,6 +21,7 @@ from .format import (
     shard_map_prefix,
 )
 from .part_loader import PartLoader, ShardMapLoader
+from .state_loader import StateLayerLoader
 from .table_checks import are_distinct
 from .table_reader import TableReader
 from .tensor_file import Section, Spec, TensorFile, require
@@ -148,7 +149,7 @@ class PagedLayerLoader:
 
     def check_fits(self, layer: PiKVLayer) -> None:
         """Raise unless the model's layer is of this kind, and in as many parts."""
-        require(isinstance(layer, PiKVLayer), "it was saved as a paged layer, and is a sliding one here")
+        require(isinstance(layer, PiKVLayer), f"it was saved as a paged layer, and is a {type(layer).__name__} here")
         there, here = self._has_expert_router, layer.has_expert_router
         require(there == here, f"a router was known: {there} there, {here} here")
         if self._expert_loads is not None:
@@ -248,13 +249,13 @@ class SlidingLayerLoader:
         layer.cumulative_length = self.seen
 
 
-LayerLoader = PagedLayerLoader | SlidingLayerLoader
+LayerLoader = PagedLayerLoader | SlidingLayerLoader | StateLayerLoader
 
 
 def layer_loader(index: int, description: Any, file: TensorFile, overrides: dict[str, Any]) -> LayerLoader:
     """Return the loader of layer `index`, by the kind that its description says; see :class:`PagedLayerLoader`."""
     kind = description["kind"]
-    require(kind in ("paged", "sliding"), f"it is of the kind {kind!r}")
-    if kind == "sliding":
-        return SlidingLayerLoader(index, description, file)
+    require(kind in ("paged", "sliding", "state"), f"it is of the kind {kind!r}")
+    if kind != "paged":
+        return (SlidingLayerLoader if kind == "sliding" else StateLayerLoader)(index, description, file)
     return PagedLayerLoader(index, description, file, overrides)

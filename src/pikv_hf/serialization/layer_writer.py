@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
 from ..layer.layer_state import LayerState
+from ..layer.own_layer import is_state_layer, state_tensors
 from ..scheduling.page_scheduler import PageScheduler
 from .format import (
     LAYER_STATE,
@@ -21,6 +23,7 @@ from .format import (
     SCHEDULER,
     SHARD_MAP_TENSORS,
     SLIDING_LAYER,
+    STATE_LAYER,
     described,
     layer_prefix,
     part_prefix,
@@ -34,7 +37,7 @@ Written = tuple[dict[str, Any], list[Group]]
 
 
 def describe_layer(index: int, layer: Any) -> Written:
-    """Return what is written of layer `index`, a :class:`PiKVLayer` or a bounded sliding layer.
+    """Return what is written of layer `index`, a :class:`PiKVLayer` or one of transformers' own.
 
     Raises
     ------
@@ -42,7 +45,7 @@ def describe_layer(index: int, layer: Any) -> Written:
         If new tokens of the layer wait for a press, a router or their values.
     """
     if not isinstance(layer, PiKVLayer):
-        return _describe_sliding(index, layer)
+        return (_describe_sliding if isinstance(layer, DynamicSlidingWindowLayer) else _describe_states)(index, layer)
     layer.edits.settle_unless_awaited()
     _require_settled(layer)
     groups = _shard_map_tensors(index, layer)
@@ -137,3 +140,16 @@ def _describe_sliding(index: int, layer: Any) -> Written:
     )
     tensors = {"keys": layer.keys, "values": layer.values} if stored else {}
     return description, [Group.of({f"{layer_prefix(index)}.{name}": tensor}) for name, tensor in tensors.items()]
+
+
+def _describe_states(index: int, layer: Any) -> Written:
+    states = state_tensors(layer)
+    description = described(
+        STATE_LAYER,
+        kind="state",
+        **{"class": type(layer).__name__},
+        states=list(states),
+        conv_kernel_sizes=list(layer.conv_kernel_size.values()) if is_state_layer(layer) else [],
+        has_previous_state=list(layer.has_previous_state.values()) if is_state_layer(layer) else [],
+    )
+    return description, [Group.of({f"{layer_prefix(index)}.{name}": tensor}) for name, tensor in states.items()]

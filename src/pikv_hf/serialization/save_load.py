@@ -57,6 +57,9 @@ class SavableCache(Protocol):
     pikv_config: PiKVConfig
     lock: AbstractContextManager[Any]
 
+    def get_seq_length(self, layer_idx: int | None = None) -> int:
+        """Return how many positions it has seen."""
+
 
 _Cache = TypeVar("_Cache", bound=SavableCache)
 
@@ -85,7 +88,7 @@ def _fingerprint(cache: SavableCache, model: Any) -> Fingerprint:
         If other adapters are in use than when the cache was filled.
     """
     fingerprint = Fingerprint.of(model)
-    filled, known = any(layer.get_seq_length() for layer in cache.layers), cache.filled_under
+    filled, known = bool(cache.get_seq_length()), cache.filled_under
     if filled and known is not None and (differences := difference(known, fingerprint.adapters or [])):
         raise ValueError(f"this cache was filled by another model: {differences}; save it as it was filled")
     return fingerprint
