@@ -42,8 +42,11 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
 
 def _heading(plan: Plan) -> Text:
     work, model = plan.layout.workload, plan.layout.workload.model
-    paged = len(model.paged_layers)
-    sliding = f", {len(model.layers) - paged} of them sliding" if paged < len(model.layers) else ""
+    counts = {
+        "sliding": sum(bool(layer.sliding) for layer in model.layers),
+        "with states": sum(bool(layer.state_bytes) for layer in model.layers),
+    }
+    others = "".join(f", {count} of them {kind}" for kind, count in counts.items() if count)
     each = plan.chosen.per_token
     kept = ""
     if each.stored != each.plain:
@@ -52,7 +55,7 @@ def _heading(plan: Plan) -> Text:
     return Text.assemble(
         (f"{title}\n", "bold"),
         f"{model.params / 1e9:.1f}B parameters, {model.active_params() / 1e9:.1f}B of them per token, "
-        f"{format_bytes(model.weight_bytes)}; {len(model.layers)} layers{sliding}. A token takes "
+        f"{format_bytes(model.weight_bytes)}; {len(model.layers)} layers{others}. A token takes "
         f"{_small(each.plain)} per paged layer as it comes{kept}, and {each.bookkeeping:.1f} B of bookkeeping.",
     )
 

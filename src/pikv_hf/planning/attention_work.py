@@ -56,8 +56,9 @@ def layer_work(layer: LayerShape, contents: CacheContents, dtype: str) -> Attent
     tokens, batch, options = contents.tokens, contents.batch, contents.options
     element, size = DTYPE_BYTES[dtype], options.page_size
     if layer.sliding is not None:
-        kept = min(tokens, layer.sliding)
-        return _plain(layer, batch, kept, 0.0, element)
+        work = _plain(layer, batch, min(tokens, layer.sliding), 0.0, element)
+        # States are read and written.
+        return dataclasses.replace(work, bytes_read=work.bytes_read + 2 * batch * layer.state_bytes)
     counts = page_counts(tokens, options, shard_loads(layer, options, contents.loads), layer.experts, contents.share)
     read = chosen_pages(counts.full, options)
     routed = read < counts.full

@@ -126,7 +126,7 @@ def layer_bytes(layer: LayerShape, contents: CacheContents, dtype: str) -> Cache
     element = getattr(torch, dtype).itemsize
     if layer.sliding is not None:
         kept = min(tokens, layer.sliding + bool(generated))
-        return CacheBytes(window=float(batch * kept * layer.width * element))
+        return CacheBytes(window=float(batch * (kept * layer.width * element + layer.state_bytes)))
     shares = shard_loads(layer, options, contents.loads)
     now = page_counts(tokens, options, shares, layer.experts, share)
     first = page_counts(tokens - generated, options, shares, layer.experts, share)

@@ -32,7 +32,9 @@ class LayerShape:
     key_dim, value_dim : int
         Per head; they differ in DeepSeek's latent attention as transformers stores it.
     sliding : int or None
-        Tokens that a bounded sliding layer keeps at most; None for a paged one.
+        Tokens that a bounded sliding layer keeps at most; None for a paged one, 0 for one without K/V.
+    state_bytes : int
+        Of the convolution and recurrent states of a sequence, where there are such.
     experts, top_k : int
         Routed experts, and how many of them a token goes to; 0 without a router.
     expert_params : int
@@ -44,6 +46,7 @@ class LayerShape:
     key_dim: int
     value_dim: int
     sliding: int | None = None
+    state_bytes: int = 0
     experts: int = 0
     top_k: int = 0
     expert_params: int = 0
@@ -195,23 +198,23 @@ def shape_of(config: Any, name: str, dtype: str | None = None, weights: str | No
     """
     from pikv_hf.layer.own_layer import layers_of
 
-    layers_of(config)
     text = config.get_text_config(decoder=True)
     dtype = _dtype(dtype or str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch."))
+    layers = layers_of(config)
     model = _meta_model(config, name)
     experts, routed = _expert_params(model)
-    layers = tuple(
+    shapes = tuple(
         dataclasses.replace(shape, experts=experts[index][0], expert_params=experts[index][1], top_k=_top_k(text))
         if index in experts
         else shape
-        for index, shape in enumerate(_attention_shapes(config, text))
+        for index, shape in enumerate(_layer_shapes(model, layers, text))
     )
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
     dense_bits, routed_bits = _bits(config, dtype, weights)
     return ModelShape(
         name=name,
-        layers=layers,
+        layers=shapes,
         params=sum(parameter.numel() for parameter in model.parameters()),
         routed_params=routed,
         unread_params=0 if tied else embedding.numel(),
@@ -284,14 +287,21 @@ def _top_k(text: Any) -> int:
     raise ValueError(f"{type(text).__name__} does not say how many experts a token goes to (looked for {_TOP_K})")
 
 
-def _attention_shapes(config: Any, text: Any) -> list[LayerShape]:
-    """Return the layers that a `PiKVCache` would make, as its own constructor divides them into sliding and paged."""
-    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
+    """Return the shapes of the layers of a cache, as a `PiKVCache` divides them into paged and transformers' own."""
+    from transformers.cache_utils import DynamicSlidingWindowLayer
 
+    from pikv_hf.layer.own_layer import has_positions
+    from pikv_hf.planning.state_bytes import bytes_of_states
+
+    states = bytes_of_states(model, layers)
     queries = int(text.num_attention_heads)
     heads, keys, values = _head_dims(text, queries)
     shapes = []
-    for layer in DynamicCache(config=text).layers:
+    for index, layer in enumerate(layers):
+        if not has_positions(layer):
+            shapes.append(LayerShape(0, 0, 0, 0, sliding=0, state_bytes=states.get(index, 0)))
+            continue
         # transformers keeps one token less than the window: the query's own is the last of it.
         sliding = int(layer.sliding_window) - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
         shapes.append(LayerShape(heads, queries, keys, values, sliding))
