@@ -169,8 +169,9 @@ def run(program: Program) -> Report:
             kind = refusal(call, our_error, report.texts)
             if kind is None:
                 return _failed(report, call, f"{type(our_error).__name__}: {our_error}")
-            if ours.lengths() != before and call.name == "nested":
-                # The inner call was refused, of another cache: that interrupts the outer one, as any error would.
+            # Refused is a model's call: the outer of two goes no further, and neither does what makes several.
+            is_part = call.name == "nested" or (call.name == "generate" and kind == "fast memory too small")
+            if ours.lengths() != before and is_part:
                 report.ends = "interrupted"
                 return report
             if ours.lengths() != before:
@@ -242,18 +243,18 @@ def _in_float32(text: str) -> str:
     return text
 
 
-def _alternatives(program: Program, texts: Sequence[str]) -> Iterator[list[Any]]:
+def _alternatives(program: Program, texts: Sequence[str]) -> Iterator[list[Any] | None]:
     """Yield what DynamicCache's last call shows in transformers' other attention, and where rounding differs.
 
     Attention differs in what it makes of padding, which a mask may show later to layers that keep it. Rounding differs
-    in float32, and with slightly other weights.
+    in float32, and with slightly other weights. None is of other tokens, for which later lines were not written.
     """
     if program.family not in ATTENTION:
         other = {"eager": "sdpa", "sdpa": "eager"}[program.attention]
-        yield _replayed(dataclasses.replace(program, attention=other), texts).shown
+        yield _shown_again(dataclasses.replace(program, attention=other), texts)
     wide = [_in_float32(text) for text in texts]
     if lower := wide != list(texts):
-        yield _replayed(program, wide).shown
+        yield _shown_again(program, wide)
     for seed in range(4):
         torch.manual_seed(seed)
         model = model_of(program.family, program.all_experts, program.attention, False)
@@ -261,9 +262,16 @@ def _alternatives(program: Program, texts: Sequence[str]) -> Iterator[list[Any]]
         kept = weights.detach().clone()
         weights.data.mul_(1 + (4e-3 if lower else 3e-6) * torch.randn_like(weights))
         try:
-            yield _replayed(program, texts).shown
+            yield _shown_again(program, texts)
         finally:
             weights.data.copy_(kept)
+
+
+def _shown_again(program: Program, texts: Sequence[str]) -> list[Any] | None:
+    try:
+        return _replayed(program, texts).shown
+    except ProgramError:
+        return None
 
 
 def _unsteady(program: Program, texts: Sequence[str], found: Difference, theirs: Side) -> bool:
@@ -274,13 +282,10 @@ def _unsteady(program: Program, texts: Sequence[str], found: Difference, theirs:
         # Drawn, or of beams: rounding to lower precision decides.
         return True
     value, where = theirs.shown[found.index]
-    try:
-        others = [shown[found.index][0] for shown in _alternatives(program, texts)]
-    except ProgramError:
-        # Other tokens came out, and what was written for these does not fit.
-        return found.tokens
+    alternatives = list(_alternatives(program, texts))
+    others = [shown[found.index][0] for shown in alternatives if shown is not None]
     differences = [difference(other, value, where) for other in others]
-    if found.tokens and any(other is not None and other.tokens for other in differences):
+    if found.tokens and (None in alternatives or any(each is not None and each.tokens for each in differences)):
         return True
-    noise = max(0.5 * found.allowed, *(farthest(other, value, where) for other in others))
+    noise = max([0.5 * found.allowed, *(farthest(other, value, where) for other in others)])
     return found.off <= 2 * noise and found.gap <= 4 * noise
