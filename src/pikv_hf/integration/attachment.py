@@ -30,6 +30,7 @@ from .model_hook import place_hook
 from .model_modules import check_modules, feed_forward_classes, unwrapped
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
+from .replaceable_attention import check_may_replace
 
 ATTENTION_NAME = "pikv"
 #: What transformers' continuous batching makes of it, and leaves in the model's config.
@@ -179,6 +180,8 @@ class Attachment:
 
     def activate(self, parts: ModelParts) -> None:
         """Set the attention implementation and place the hooks of these parts, unless they are in place."""
+        for index, config in parts.configs.items():
+            check_may_replace(index, self._previous_of(config))
         _register()
         if parts != self._parts:
             # Caches go on with other modules of the model as transformers' do.
@@ -310,8 +313,9 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
     Raises
     ------
     ValueError
-        For encoder-decoder models, linear-attention layers, models outside of the attention interface and, unless
-        `placement` is `"hash"`, models without a known router.
+        For encoder-decoder models, linear-attention layers, models outside of the attention interface or with an
+        attention function that is not transformers' own and, unless `placement` is `"hash"`, models without a known
+        router.
 
     Examples
     --------
@@ -342,9 +346,9 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
             check_modules(model)
         if placement != "hash":
             _require_expert_routers(parts, model, placement)
-        if not attachment.active:
-            attachment._stays = True
+        was_active = attachment.active
         attachment.activate(parts)
+        attachment._stays |= not was_active
         setattr(model, ATTACHMENT_ATTRIBUTE, attachment)
     return attachment
 
