@@ -14,7 +14,8 @@ from transformers import AttentionInterface
 
 from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
 from pikv_hf.common.transformers_release import cache_of_call, with_cache
-from pikv_hf.integration.attachment import ATTENTION_NAME, ensure_attached
+from pikv_hf.integration.attachment import ensure_attached
+from pikv_hf.integration.attention_implementation import ATTENTION_NAME
 from pikv_hf.layer.mask_columns import new_tokens_valid
 
 #: Queries kept per layer, the latest ones.

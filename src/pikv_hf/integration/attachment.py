@@ -10,51 +10,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import AttentionInterface, Cache
+from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
-from ..common.transformers_release import cache_of_call, warn_if_newer
+from ..common.transformers_release import warn_if_newer
 from ..distributed.device_layout import attention_device
 from ..layer.cache_lock import new_cache_lock
-from ..layer.layer import PiKVLayer
 from ..layer.model_link import LinkedLayer
 from .attention_code import changes_cached_keys
 from .attention_function import pikv_attention_forward
-from .call_arguments import check_owner_and_dropout
+from .attention_hooks import place_attention_hooks
+from .attention_implementation import ATTENTION_NAME, BATCHED_NAME, AttachedImplementation, check_may_replace
 from .expert_router import ExpertRouter, Lazy
 from .kvpress_marks import note_reader, take_marks
 from .layer_calls import LayerCalls
-from .mask_function import check_mask_of_cache, pikv_mask
+from .mask_function import pikv_mask
 from .model_hook import place_hook
 from .model_modules import check_modules, feed_forward_classes, unwrapped
 from .model_parts import ModelParts
-from .prefetch import prefetch_next_layer
-from .replaceable_attention import check_may_replace
-
-ATTENTION_NAME = "pikv"
-#: What transformers' continuous batching makes of it, and leaves in the model's config.
-BATCHED_NAME = f"paged|{ATTENTION_NAME}"
 
 #: Held while a model is attached or detached: threads may do so at the same time.
 _attaching = new_cache_lock()
-
-
-class AttachedImplementation(str):
-    """The name of PiKV's attention, as a config has it; a copy of the config has what was there before, `previous`."""
-
-    __slots__ = ("previous",)
-    previous: Any
-
-    def __new__(cls, previous: Any) -> "AttachedImplementation":
-        """Return :data:`ATTENTION_NAME`."""
-        name = super().__new__(cls, ATTENTION_NAME)
-        name.previous = previous
-        return name
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A copy of the model is not attached, and may be unpickled where PiKV's attention is not registered.
-        return (type(None), ()) if self.previous is None else (str, (self.previous,))
 
 
 class Attachment:
@@ -98,6 +75,11 @@ class Attachment:
         """Return whether the layer's attention calls PiKV's function now."""
         config = self._parts.configs.get(layer_idx)
         return config is not None and config._attn_implementation in (ATTENTION_NAME, BATCHED_NAME)
+
+    def replaced(self) -> set[Any]:
+        """Return the names of the attention implementations that PiKV's is in the place of."""
+        active = (config for index, config in self._parts.configs.items() if self.is_active(index))
+        return {self._previous_of(config) for config in active}
 
     def changes_keys(self, layer_idx: int) -> bool:
         """Return whether the layer's attention changes the keys that the cache has returned before it attends."""
@@ -193,9 +175,7 @@ class Attachment:
                 config._attn_implementation = AttachedImplementation(self._previous[id(config)])
         if not self._handles:
             self._handles = [handle for index in parts.routers for handle in self._follow_router(index)]
-            before = functools.partial(_before_attention, weakref.ref(self))
-            for module in parts.attention_modules().values():
-                self._handles.append(place_hook(module.register_forward_pre_hook, before, with_kwargs=True))
+            self._handles += place_attention_hooks(self, parts)
 
     def _follow_router(self, index: int) -> Iterator[RemovableHandle]:
         """Hook a layer that has a router, and the router."""
@@ -254,44 +234,6 @@ class Attachment:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()
-
-
-def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Cut the mask, one for all layers, to a layer of fewer columns, where another implementation attends."""
-    if getattr(getattr(module, "config", None), "_attn_implementation", ATTENTION_NAME) == ATTENTION_NAME:
-        return None
-    index, mask = getattr(module, "layer_idx", -1), kwargs.get("attention_mask")
-    layers = getattr(cache_of_call(kwargs), "layers", ())
-    if not isinstance(mask, torch.Tensor) or not 0 <= index < len(layers):
-        return None
-    layer = layers[index]
-    dropped = layer.state.dropped if isinstance(layer, PiKVLayer) else 0
-    # What was assigned is all visible, and so is what was seen before: the mask's last columns are the layer's own.
-    return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
-
-
-def _layer_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PiKVLayer | None:
-    """Return the layer of a cache that an attention module is called with; None for layers that are not PiKV's."""
-    cache = cache_of_call(kwargs)
-    if cache is None:
-        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
-    layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", -1)
-    layer = layers[index] if 0 <= index < len(layers) else None
-    return layer if isinstance(layer, PiKVLayer) else None
-
-
-def _before_attention(
-    attachment: "weakref.ref[Attachment]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if (alive := attachment()) is not None:
-        if alive.is_first(module):
-            # What later layers would refuse when sliding ones before them have changed.
-            check_owner_and_dropout(alive, module, cache_of_call(kwargs))
-            check_mask_of_cache(cache_of_call(kwargs), kwargs.get("attention_mask"))
-        if (layer := _layer_of_call(module, args, kwargs)) is not None:
-            layer.called = True
-        prefetch_next_layer(alive.attention_of, module, args, kwargs)
-    return _fit_mask(module, args, kwargs)
 
 
 def attach(model: Any, placement: str = "expert") -> Attachment:

@@ -1,5 +1,8 @@
 """What a model may ask of an attention function: what is not understood is refused, not ignored."""
 
+import inspect
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,6 +67,40 @@ def check_owner_and_dropout(attachment: Any, module: torch.nn.Module, cache: Any
         )
     if module.training and (dropout := getattr(module, "attention_dropout", 0.0)):
         raise ValueError(f"attention dropout is {dropout}, but cached attention has none; call model.eval()")
+
+
+def check_weights_not_asked(
+    module: torch.nn.Module, args: tuple[Any, ...], given: dict[str, Any], replaced: Callable[[], set[Any]]
+) -> None:
+    """Raise `NotImplementedError` if a model is asked for attention weights and had them to give without PiKV.
+
+    Other attention than eager forms no more weights than PiKV's: there it is a warning, as in transformers.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The model.
+    args, given
+        With which it is called.
+    replaced : callable
+        Returns the names of the attention implementations that PiKV's is in the place of, none while it is in none.
+    """
+    if len(args) > 1:
+        given = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **given}
+    asked = given.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False)
+    if not asked or not (names := replaced()):
+        return
+    if names & {None, "eager"}:
+        raise NotImplementedError(
+            f"{type(module).__name__} is asked for attention weights (output_attentions=True), which its own attention "
+            "('eager') forms and PiKV's does not; call detach(model) and use DynamicCache or PiKVCache(model.config)"
+        )
+    warnings.warn(
+        f"output_attentions=True gives no attention weights: neither PiKV's attention forms them nor {names.pop()!r}",
+        stacklevel=2,
+    )
 
 
 def is_causal(module: torch.nn.Module, given: dict[str, Any]) -> bool:

@@ -121,17 +121,28 @@ def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:
 
     They end below what holds all decoder layers: a decoder layer may have several attentions (LongCat).
     """
-    modules = find_attention_modules(model)
-    paths = [name.split(".") for name, _ in modules.values()]
-    common = sum(1 for _ in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False)))
-    # The only attention there is has all of the model around it, and is in one of a list of layers.
-    stack = common if len(modules) > 1 else sum(1 for _ in itertools.takewhile(_is_name, paths[0]))
-    layers = {}
+    modules, layers, stack = find_attention_modules(model), {}, len(_path_to_layers(model))
     for index, (name, attention) in modules.items():
         path = name.split(".")
         inner = range(len(path) - 1, stack, -1)
         layers[index] = [model.get_submodule(".".join(path[:end])) for end in inner], attention
     return layers
+
+
+def find_modules_around(model: Any) -> list[nn.Module]:
+    """Return the modules that are called around all decoder layers, the model first."""
+    path = _path_to_layers(model)
+    around = [model.get_submodule(".".join(path[:end])) for end in range(len(path) + 1)]
+    return [module for module in around if not isinstance(module, nn.ModuleList)]
+
+
+def _path_to_layers(model: Any) -> list[str]:
+    """Return the names of the modules, below the model, that hold all decoder layers."""
+    paths = [name.split(".") for name, _ in find_attention_modules(model).values()]
+    if len(paths) == 1:
+        # The only attention there is has all of the model around it, and is in one of a list of layers.
+        return list(itertools.takewhile(_is_name, paths[0]))
+    return [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
 
 
 def _is_name(part: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .expert_router import ExpertRouter
-from .model_modules import find_attention_configs, find_attention_modules, find_expert_routers
+from .model_modules import find_attention_configs, find_attention_modules, find_expert_routers, find_modules_around
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,12 +26,15 @@ class ModelParts:
         Where each attention module reads which implementation it is to use.
     first : int
         The first layer that attends.
+    around : list of weakref
+        The modules around all decoder layers, the model first.
     """
 
     attention: dict[int, "weakref.ref[nn.Module]"]
     routers: dict[int, ExpertRouter]
     configs: dict[int, Any] = dataclasses.field(compare=False)
     first: int
+    around: list["weakref.ref[nn.Module]"]
     _every: list["weakref.ref[nn.Module]"] = dataclasses.field(compare=False, repr=False)
 
     @classmethod
@@ -45,11 +48,17 @@ class ModelParts:
         """
         configs, routers = find_attention_configs(model), find_expert_routers(model)
         attention = {index: weakref.ref(module) for index, (_, module) in find_attention_modules(model).items()}
-        return cls(attention, routers, configs, min(attention), [weakref.ref(module) for module in model.modules()])
+        around = [weakref.ref(module) for module in find_modules_around(model)]
+        every = [weakref.ref(module) for module in model.modules()]
+        return cls(attention, routers, configs, min(attention), around, every)
 
     def may_be_stale(self, model: Any) -> bool:
         """Return whether the model has other modules than those that it had, of whatever kind: a matter of 1 ms."""
         return [reference() for reference in self._every] != list(model.modules())
+
+    def around_modules(self) -> list[nn.Module]:
+        """Return the modules around all decoder layers that are still there."""
+        return [module for reference in self.around if (module := reference()) is not None]
 
     def attention_modules(self) -> dict[int, nn.Module]:
         """Return the attention modules that are still there."""

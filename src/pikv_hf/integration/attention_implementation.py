@@ -1,10 +1,14 @@
-"""Which attention PiKV's may take the place of: transformers' own, which compute the same function in several ways."""
+"""The names of attention in configs: PiKV's, and which others it may take the place of."""
 
 from collections.abc import Callable
 from typing import Any
 
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+ATTENTION_NAME = "pikv"
+#: What transformers' continuous batching makes of it, and leaves in the model's config.
+BATCHED_NAME = f"paged|{ATTENTION_NAME}"
 
 #: Where transformers has its attention functions, from which hub kernels of flash attention are called too. What else
 #: it has, sparse attention say, computes another function.
@@ -15,6 +19,23 @@ _ATTENTION = {
 _MASKS = {"transformers.masking_utils"}
 #: kvpress puts a function of its own around all that are registered when it is imported.
 _WRAPPER, _WRAPPED = "kvpress.attention_patch", "func"
+
+
+class AttachedImplementation(str):
+    """The name of PiKV's attention, as a config has it; a copy of the config has what was there before, `previous`."""
+
+    __slots__ = ("previous",)
+    previous: Any
+
+    def __new__(cls, previous: Any) -> "AttachedImplementation":
+        """Return :data:`ATTENTION_NAME`."""
+        name = super().__new__(cls, ATTENTION_NAME)
+        name.previous = previous
+        return name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the model is not attached, and may be unpickled where PiKV's attention is not registered.
+        return (type(None), ()) if self.previous is None else (str, (self.previous,))
 
 
 def check_may_replace(layer_idx: int, name: str | None) -> None:
