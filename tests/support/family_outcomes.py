@@ -26,10 +26,11 @@ ROUTED = _names("""
 REFUSED: dict[str, set[str]] = {
     # Attention that the models compute themselves, and mixers that keep other state than K/V.
     "hands the cache to": _names("""
-        big_bird bloom codegen cpmant ctrl diffllama falcon falcon_h1 falcon_mamba git gpt_neo gpt_neox_japanese gptj
-        mamba mamba2 megatron-bert moshi mpt mvp nemotron prophetnet rembert roformer trocr xglm xlstm
+        big_bird bloom codegen cpmant ctrl diffllama falcon falcon_h1 git gpt_neo gpt_neox_japanese gptj
+        megatron-bert moshi mpt mvp nemotron prophetnet rembert roformer trocr xglm xlm xlstm
         """),
-    "has no decoder self-attention": {"openai-gpt", "reformer", "rwkv", "xlm", "xlnet"},
+    "keeps recurrent state": {"falcon_mamba", "mamba", "mamba2"},
+    "has no decoder self-attention": {"openai-gpt", "reformer", "rwkv", "xlnet"},
     "has layers of type": _names("""
         bamba jamba lfm2_moe minimax qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next recurrent_gemma zamba
         zamba2
