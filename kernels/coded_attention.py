@@ -36,6 +36,7 @@ def coded_attention(
     holes: torch.Tensor | None = None,
     softcap: float | None = None,
     page_lse: torch.Tensor | None = None,
+    absorbed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over all given pages.
 
@@ -53,6 +54,8 @@ def coded_attention(
         `(k,)` int64 indices into `n * P` of slots that hold no token.
     page_lse : torch.Tensor, optional
         `(H, M, n)` float32, written to: the LSE of each page alone.
+    absorbed : bool
+        As in :func:`partial_attention`.
 
     Returns
     -------
@@ -71,10 +74,10 @@ def coded_attention(
         cut = bias[..., start * size : stop * size] if bias is not None and bias.shape[-1] > 1 else bias
         pages = None if page_lse is None else page_lse[..., start:stop]
         span_codes = keys.narrow(start, stop), values.narrow(start, stop)
-        part = _attend_span(query, *span_codes, scale, cut, inside, softcap, pages)
+        part = _attend_span(query, *span_codes, scale, cut, inside, softcap, pages, absorbed)
         result = part if result is None else merge_pair(*result, *part)
     if result is None:
-        out = query.new_zeros((lanes, queries, values.width), dtype=torch.float32)
+        out = query.new_zeros((lanes, queries, (keys if absorbed else values).width), dtype=torch.float32)
         return out, out.new_full((lanes, queries), -torch.inf)
     return result
 
@@ -92,11 +95,18 @@ def _attend_span(
     holes: torch.Tensor | None,
     softcap: float | None,
     page_lse: torch.Tensor | None,
+    absorbed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    if query.shape[1] > keys.page_size:
+    if query.shape[1] > keys.page_size or (absorbed and keys.outliers is not None):
         # More queries than tokens in a page: folding steps into the queries would cost more than decoding the keys.
-        return _attend_decoded(query, keys, values, scale, bias, holes, softcap, page_lse)
-    logits = page_logits(query.float() * scale, keys)
+        # Values have no outliers, and latents are values.
+        return _attend_decoded(query, keys, values, scale, bias, holes, softcap, page_lse, absorbed)
+    scaled = query.float() * scale
+    if absorbed:
+        rotary = page_logits(scaled[..., keys.width :], values).clone()
+        logits, values = page_logits(scaled[..., : keys.width], keys).add_(rotary), keys
+    else:
+        logits = page_logits(scaled, keys)
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:
@@ -126,6 +136,7 @@ def _attend_decoded(
     holes: torch.Tensor | None,
     softcap: float | None,
     page_lse: torch.Tensor | None,
+    absorbed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     size, step = keys.page_size, _block_pages(keys, values)
     result: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -135,7 +146,7 @@ def _attend_decoded(
         inside = None if holes is None else holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
         cut = bias[..., slots] if bias is not None and bias.shape[-1] > 1 else bias
         pages = None if page_lse is None else page_lse[..., start : start + step]
-        part = partial_attention(query, next(block), next(block), scale, cut, inside, softcap, pages)
+        part = partial_attention(query, next(block), next(block), scale, cut, inside, softcap, pages, absorbed)
         result = part if result is None else merge_pair(*result, *part)
     assert result is not None
     return result

@@ -26,6 +26,7 @@ def partial_attention(
     holes: torch.Tensor | None = None,
     softcap: float | None = None,
     page_lse: torch.Tensor | None = None,
+    absorbed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of every query over all given keys.
 
@@ -45,6 +46,10 @@ def partial_attention(
         Logits become `softcap * tanh(logits / softcap)` before masking (Gemma-style).
     page_lse : torch.Tensor, optional
         `(N, M, n)` float32, written to: the LSE of each of the n pages of T / n neighbouring keys alone.
+    absorbed : bool
+        Whether tokens are those of latent attention (MLA, DeepSeek-V2, arXiv 2405.04434) with its projections in the
+        queries: `keys` are latents, which are the values too, and `values` the rotary parts of the keys. The queries
+        are `(N, M, D + Dv)`, and the output `(N, M, D)`.
 
     Returns
     -------
@@ -55,17 +60,19 @@ def partial_attention(
     tokens = keys.shape[1]
     block = max(1, MAX_LOGITS // max(1, lanes * queries))
     if tokens <= block:
-        return _attend_block(query, keys, values, scale, bias, holes, softcap, page_lse)
+        return _attend_block(query, keys, values, scale, bias, holes, softcap, page_lse, absorbed)
     size = 1 if page_lse is None else tokens // page_lse.shape[2]
     block = max(size, block // size * size)
-    out = query.new_zeros((lanes, queries, values.shape[-1]), dtype=torch.float32)
+    width = (keys if absorbed else values).shape[-1]
+    out = query.new_zeros((lanes, queries, width), dtype=torch.float32)
     lse = query.new_full((lanes, queries), -torch.inf, dtype=torch.float32)
     for start in range(0, tokens, block):
         end = min(start + block, tokens)
         inside = None if holes is None else holes[(holes >= start) & (holes < end)] - start
         cut = bias[..., start:end] if bias is not None and bias.shape[-1] > 1 else bias
         pages = None if page_lse is None else page_lse[..., start // size : -(-end // size)]
-        part = _attend_block(query, keys[:, start:end], values[:, start:end], scale, cut, inside, softcap, pages)
+        tokens_of_block = keys[:, start:end], values[:, start:end]
+        part = _attend_block(query, *tokens_of_block, scale, cut, inside, softcap, pages, absorbed)
         out, lse = merge_pair(out, lse, *part)
     return out, lse
 
@@ -79,9 +86,13 @@ def _attend_block(
     holes: torch.Tensor | None,
     softcap: float | None,
     page_lse: torch.Tensor | None,
+    absorbed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    unread = query.new_empty((1, 1, 1))
-    logits = torch.baddbmm(unread, query, keys.transpose(1, 2), beta=0, alpha=scale).float()
+    unread, dim = query.new_empty((1, 1, 1)), keys.shape[-1]
+    logits = torch.baddbmm(unread, query[..., :dim], keys.transpose(1, 2), beta=0, alpha=scale)
+    if absorbed:
+        logits, values = logits.baddbmm_(query[..., dim:], values.transpose(1, 2), alpha=scale), keys
+    logits = logits.float()
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:

@@ -28,6 +28,8 @@ class AttentionCall:
         Chooses the full pages that are read; only where there is one query per row and no mask.
     masses : AttentionMass or None
         Told how much of the attention each page takes.
+    absorbed : bool
+        Whether tokens are those of latent attention; see :func:`pikv_hf.kernels.partial_attention`.
     """
 
     scale: float
@@ -35,6 +37,13 @@ class AttentionCall:
     seen: int = 0
     page_router: PageRouter | None = None
     masses: AttentionMass | None = None
+    absorbed: bool = False
+
+    def piece(
+        self, bias: torch.Tensor | None, holes: torch.Tensor | None, page_lse: torch.Tensor | None
+    ) -> "PieceArgs":
+        """Return what the attention over one piece of the pages is told."""
+        return PieceArgs(self.scale, self.softcap, bias, holes, page_lse, self.absorbed)
 
     def new_page_lse(self, lanes: int, queries: int, pages: int, like: torch.Tensor) -> torch.Tensor | None:
         """Return `(lanes, queries, pages)` for the log-sum-exps of pages that a kernel writes; None if not wanted."""
@@ -64,6 +73,8 @@ class PieceArgs:
         `(n,)` int64, the slots among the T that hold no token.
     page_lse : torch.Tensor or None
         `(lanes, M, pages)` float32, written to: the log-sum-exp of each page alone.
+    absorbed : bool
+        That of the call.
     """
 
     scale: float
@@ -71,6 +82,7 @@ class PieceArgs:
     bias: torch.Tensor | None = None
     holes: torch.Tensor | None = None
     page_lse: torch.Tensor | None = None
+    absorbed: bool = False
 
     def of_pages(self, start: int, pages: int, page_size: int) -> "PieceArgs":
         """Return what concerns only `pages` pages from the one at `start`."""
@@ -81,10 +93,10 @@ class PieceArgs:
         if holes is not None:
             holes = holes[(holes >= slots.start) & (holes < slots.stop)] - slots.start
         page_lse = None if self.page_lse is None else self.page_lse[..., start : start + pages]
-        return PieceArgs(self.scale, self.softcap, bias, holes, page_lse)
+        return PieceArgs(self.scale, self.softcap, bias, holes, page_lse, self.absorbed)
 
     def as_kernel_args(
         self,
-    ) -> tuple[float, torch.Tensor | None, torch.Tensor | None, float | None, torch.Tensor | None]:
+    ) -> tuple[float, torch.Tensor | None, torch.Tensor | None, float | None, torch.Tensor | None, bool]:
         """Return the arguments that kernels take after queries, keys and values, in their order."""
-        return self.scale, self.bias, self.holes, self.softcap, self.page_lse
+        return self.scale, self.bias, self.holes, self.softcap, self.page_lse, self.absorbed

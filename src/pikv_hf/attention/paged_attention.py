@@ -11,7 +11,7 @@ from ..page_table.read_plan import ReadPlan, Run
 from ..page_table.sequence_pages import Region
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PoolId
-from .attention_call import AttentionCall, Partial, PieceArgs
+from .attention_call import AttentionCall, Partial
 from .mask_bias import MaskBias, mask_by_lane
 from .page_lookup import look_up, reader_of
 from .pool_readers import PoolReader
@@ -51,8 +51,8 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     bias = None if mask is None else MaskBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
-    # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
-    looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
+    # A kernel that looks pages up needs no plan; it takes one query per row, no mask, and keys and values apart.
+    looks_up = queries == 1 and bias is None and not call.absorbed and choose(query.device) != "torch"
     chosen, whole = _attend_routed(table, query, folded, call)
     partials = [chosen] if chosen is not None else []
     for region in whole:
@@ -60,7 +60,7 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     if call.masses is not None and not table.writer.reads_window:
         # Another part reads the window; what its tokens are worth when they get here is to be known all the same.
         _attend_pool(table, Region.WINDOW, folded, bias, looks_up, call)
-    value_dim = table.plain.values.shape[-1]
+    value_dim = (table.plain.keys if call.absorbed else table.plain.values).shape[-1]
     out, lse = _merged(partials) if partials else _nothing(folded, value_dim)
     return (
         out.transpose(0, 1).reshape(batch, query_heads, queries, value_dim),
@@ -93,12 +93,12 @@ def _attend_pool(
 ) -> list[Partial]:
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, nothing if there are none."""
     reader = reader_of(table.view.pool_of(region))
-    query = reader.query(folded)
+    query = reader.query(folded, call.absorbed)
     if looks_up:
         partial = _attend_entries(reader, query, table.view.entries(region), call)
     else:
         partial = _attend_plan(reader, query, table.view.plan(region), bias, call)
-    return [] if partial is None else [(reader.output(partial[0]), partial[1])]
+    return [] if partial is None else [(reader.output(partial[0], call.absorbed), partial[1])]
 
 
 def _attend_entries(
@@ -146,7 +146,7 @@ def _attend_run(
     hidden = None if bias is None else bias.shared(run.rows, pool.positions[run.start : run.stop].view(-1))
     lanes = mine.reshape(heads, -1, query.shape[-1])
     page_lse = call.new_page_lse(heads, lanes.shape[1], run.stop - run.start, query)
-    args = PieceArgs(call.scale, call.softcap, hidden, _holes(pool, run), page_lse)
+    args = call.piece(hidden, _holes(pool, run), page_lse)
     out, lse = reader.attend_run(lanes, run.start, run.stop, args)
     if page_lse is not None:
         pages = torch.arange(run.start, run.stop, device=query.device)
@@ -184,7 +184,7 @@ def _attend_scattered(
         hidden = of_lanes if hidden is None else hidden + of_lanes
     lanes = query.reshape(heads * batch, queries, -1)
     page_lse = call.new_page_lse(heads * batch, queries, ids.shape[1], query)
-    args = PieceArgs(call.scale, call.softcap, hidden, holes, page_lse)
+    args = call.piece(hidden, holes, page_lse)
     out, lse = reader.attend_gathered(lanes, index, args)
     if page_lse is not None:
         call.note_page_lse(pool, None, index[None], page_lse.view(heads, batch, queries, -1))

@@ -43,11 +43,11 @@ class PoolReader(Protocol):
     def pool(self) -> Any:
         """The pool, a :class:`~pikv_hf.pages.page_pool.PagePool`."""
 
-    def query(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return queries `(H, ..., D)` as the stored keys expect them, `(H, ..., D')`."""
+    def query(self, queries: torch.Tensor, absorbed: bool) -> torch.Tensor:
+        """Return queries `(H, ..., D)`, or `(H, ..., D + Dv)`, as what is stored expects them, `(H, ..., D')`."""
 
-    def output(self, out: torch.Tensor) -> torch.Tensor:
-        """Return outputs `(H, ..., D')` over stored values in the model's own channels, `(H, ..., Dv)`."""
+    def output(self, out: torch.Tensor, absorbed: bool) -> torch.Tensor:
+        """Return outputs `(H, ..., D')` over what is stored in the model's own channels, `(H, ..., Dv)`."""
 
     def attend_run(self, query: torch.Tensor, start: int, stop: int, args: PieceArgs) -> Partial:
         """Attend to the neighbouring pages `start..stop-1` in place; queries are `(H, M, D')`."""
@@ -74,11 +74,11 @@ class PlainReader:
 
     pool: PlainPool
 
-    def query(self, queries: torch.Tensor) -> torch.Tensor:
+    def query(self, queries: torch.Tensor, absorbed: bool) -> torch.Tensor:
         """Return the queries as they are."""
         return queries
 
-    def output(self, out: torch.Tensor) -> torch.Tensor:
+    def output(self, out: torch.Tensor, absorbed: bool) -> torch.Tensor:
         """Return the outputs as they are."""
         return out
 
@@ -116,13 +116,18 @@ class PackedReader:
 
     pool: PackedPool
 
-    def query(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return queries in the keys' code space."""
-        return self.pool.key_codec.to_code_space(queries)
+    def query(self, queries: torch.Tensor, absorbed: bool) -> torch.Tensor:
+        """Return queries in the keys' code space; behind them those for rotary parts, in the values'."""
+        if not absorbed:
+            return self.pool.key_codec.to_code_space(queries)
+        dim = self.pool.key_dim
+        parts = queries[..., :dim].contiguous(), queries[..., dim:].contiguous()
+        codecs = self.pool.key_codec, self.pool.value_codec
+        return torch.cat([codec.to_code_space(part) for codec, part in zip(codecs, parts, strict=True)], dim=-1)
 
-    def output(self, out: torch.Tensor) -> torch.Tensor:
-        """Return outputs in the values' code space in the model's own channels."""
-        return self.pool.value_codec.from_code_space(out)
+    def output(self, out: torch.Tensor, absorbed: bool) -> torch.Tensor:
+        """Return outputs in the code space of the values, or of the latents, in the model's own channels."""
+        return (self.pool.key_codec if absorbed else self.pool.value_codec).from_code_space(out)
 
     def attend_run(self, query: torch.Tensor, start: int, stop: int, args: PieceArgs) -> Partial:
         """Attend to neighbouring pages in place."""

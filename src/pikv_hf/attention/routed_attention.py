@@ -8,7 +8,7 @@ from ..page_table.full_page_index import FullPageIndex
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PoolId
 from ..routing.policy import Choice
-from .attention_call import AttentionCall, Partial, PieceArgs
+from .attention_call import AttentionCall, Partial
 from .page_lookup import attend_located, reader_of
 from .pool_readers import LocatedPages, PoolReader, lane_pages
 
@@ -71,16 +71,17 @@ def _attend_part(
     if taken is not None:
         # What does not count is not fetched from a slower tier either.
         pages = pages.where(taken, pages[..., :1])
-    query = reader.query(folded).reshape(heads * batch, groups, -1)
+    query = reader.query(folded, call.absorbed).reshape(heads * batch, groups, -1)
     page_lse = call.new_page_lse(heads * batch, groups, pages.shape[2], query)
     if choose(folded.device) != "torch":
         out, lse = _attend_looked_up(reader, query, pages, taken, call, page_lse)
     else:
         bias = None if index.full and taken is None else _hidden(index, pool, columns, taken)
-        out, lse = reader.attend_lanes(query, pages, PieceArgs(call.scale, call.softcap, bias, page_lse=page_lse))
+        out, lse = reader.attend_lanes(query, pages, call.piece(bias, None, page_lse))
     if page_lse is not None:
         call.note_page_lse(pool, None, pages, page_lse.view(heads, batch, groups, -1))
-    return reader.output(out.view(heads, batch, groups, -1)), lse.view(heads, batch, groups)
+    out = out.view(heads, batch, groups, -1)
+    return reader.output(out, call.absorbed), lse.view(heads, batch, groups)
 
 
 def _attend_looked_up(

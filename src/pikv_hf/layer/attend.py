@@ -1,5 +1,6 @@
 """Attention over everything that a layer holds: each part where it is, and what is pending, merged by log-sum-exp."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,7 @@ from ..page_table.page_table import PageTable
 from .layer import PiKVLayer
 from .layer_operation import layer_operation
 from .mask_columns import MaskColumns
+from .pending_tokens import PendingTokens
 
 
 @layer_operation
@@ -24,6 +26,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    absorbed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over everything that a layer holds, pending tokens included.
 
@@ -38,6 +41,8 @@ def attend(
         and what caps them.
     sinks : torch.Tensor, optional
         `(Hq,)` attention sinks. The result leaves them out; they lessen the fraction of the attention that pages take.
+    absorbed : bool
+        Whether the layer holds latents, as :func:`pikv_hf.kernels.partial_attention` has it.
 
     Returns
     -------
@@ -48,9 +53,10 @@ def attend(
     assert layer.table is not None
     history_mask = mask if mask is not None and _hides_history(layer, mask) else None
     masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
-    out, lse = _attend_stored(layer, query, history_mask, scale, softcap, masses)
+    calls = [AttentionCall(scale, softcap, layer.seen, None, known, absorbed) for known in masses]
+    out, lse = _attend_stored(layer, query, history_mask, calls)
     if layer.pending is not None:
-        new = attend_dense(query, layer.pending.keys, layer.pending.values, mask, scale, softcap)
+        new = attend_dense(query, *_tokens_of(layer.pending, absorbed), mask, scale, softcap)
         out, lse = merge_pair(out, lse, *new)
     if layer.parts[0].scheduler is not None:
         begin_step(layer)
@@ -58,8 +64,15 @@ def attend(
         for table, known in zip(layer.store.tables(), masses, strict=True):
             if known is not None:
                 known.note(_by_kv_head(total.to(table.plain.device), table))
-        note_queries(layer, query, mask, scale, softcap, total)
+        note_queries(layer, query, mask, scale, softcap, total, absorbed)
     return out, lse
+
+
+def _tokens_of(pending: PendingTokens, absorbed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys and values of new tokens: of latents the keys have their rotary parts behind them."""
+    if not absorbed:
+        return pending.keys, pending.values
+    return torch.cat([pending.keys, pending.values], dim=-1), pending.keys
 
 
 def _hides_history(layer: PiKVLayer, mask: torch.Tensor) -> bool:
@@ -74,19 +87,18 @@ def _attend_stored(
     layer: PiKVLayer,
     query: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    masses: Sequence[AttentionMass | None],
+    calls: Sequence[AttentionCall],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over what is stored, in all processes: `(B, Hq, Q, Dv)` and its LSE `(B, Hq, Q)`, float32."""
     if (exchange := layer.exchange) is None:
-        return _attend_parts(layer, query, mask, scale, softcap, masses)
+        return _attend_parts(layer, query, mask, calls)
     assert layer.table is not None
-    value_dim = layer.table.plain.values.shape[-1]
+    plain = layer.table.plain
+    value_dim = (plain.keys if calls[0].absorbed else plain.values).shape[-1]
     exchange.agree(layer.layer_idx, layer.seen, query, value_dim, layer.prompt_mark, layer.leads)
     layer.prompt_mark = None
     with exchange.joined(layer.layer_idx, query):
-        out, lse = _attend_parts(layer, query, mask, scale, softcap, masses)
+        out, lse = _attend_parts(layer, query, mask, calls)
     return exchange.merge(layer.layer_idx, layer.seen, query, out, lse, layer.leads)
 
 
@@ -94,9 +106,7 @@ def _attend_parts(
     layer: PiKVLayer,
     query: torch.Tensor,
     mask: torch.Tensor | None,
-    scale: float,
-    softcap: float | None,
-    masses: Sequence[AttentionMass | None],
+    calls: Sequence[AttentionCall],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over the parts of this process, each where it is.
 
@@ -115,7 +125,7 @@ def _attend_parts(
         assert table is not None
         # A call with several new tokens has many queries, which together look everywhere.
         page_router = part.page_router if may_choose else None
-        call = AttentionCall(scale, softcap, layer.seen, page_router, masses[index])
+        call = dataclasses.replace(calls[index], page_router=page_router) if page_router else calls[index]
         results.append(attend_pages(table, there[index], hidden[index], call))
     home = [(to_device(out, query.device), to_device(lse, query.device)) for out, lse in results]
     merged = home[0]
@@ -145,6 +155,7 @@ def note_queries(
     scale: float,
     softcap: float | None,
     lse: torch.Tensor | None,
+    absorbed: bool = False,
 ) -> None:
     """Tell the schedulers of a layer the queries of a call, and note how its own tokens are attended to.
 
@@ -152,13 +163,16 @@ def note_queries(
     """
     for part in layer.parts:
         if part.scheduler is not None:
-            part.scheduler.remember_queries(query.to(part.device), scale)
+            assert part.table is not None
+            # Bounds are those of what is stored as keys.
+            known = query[..., : part.table.plain.keys.shape[-1]]
+            part.scheduler.remember_queries(known.to(part.device), scale)
     if (new := layer.pending) is not None:
         batch, heads = new.keys.shape[:2]
         bias = None
         if mask is not None:
             bias = MaskBias(mask, batch, heads, query.shape[1] // heads).new_tokens(new.tokens)
-        new.masses = own_masses(query, new.keys, bias, scale, softcap, lse)
+        new.masses = own_masses(query, _tokens_of(new, absorbed)[0], bias, scale, softcap, lse)
 
 
 def attend_dense(

@@ -48,7 +48,7 @@ class PackedPool(PagePool):
         super().__init__(plain.page_size, plain.device, PACKED_GROWTH, keeps_experts=False)
         heads, dtype = plain.keys.shape[0], plain.keys.dtype
         self.dtype = dtype
-        self._key_dim = plain.keys.shape[-1]
+        self.key_dim = plain.keys.shape[-1]
         self.key_codec, self.value_codec = key_codec, value_codec
         size, device = plain.page_size, plain.device
         self.keys = key_codec.empty(heads, size, plain.keys.shape[-1], dtype, device)
@@ -81,7 +81,7 @@ class PackedPool(PagePool):
     def _new_bounds(self) -> KeyBounds | None:
         if self._codes_have_bounds:
             return None
-        return KeyBounds(self.keys.heads, self._key_dim, self.dtype, self.device)
+        return KeyBounds(self.keys.heads, self.key_dim, self.dtype, self.device)
 
     def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bounds of the keys of all pages; see :meth:`PagePool.key_bounds`."""

@@ -80,7 +80,7 @@ class TieredPool(PackedPool):
 
     def _new_bounds(self) -> KeyBounds | None:
         if self._codes_have_bounds:
-            return CodeBounds(self.keys.heads, self._key_dim, self.device)
+            return CodeBounds(self.keys.heads, self.key_dim, self.device)
         return super()._new_bounds()
 
     def _read_bounds(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
