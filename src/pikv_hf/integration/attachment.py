@@ -162,14 +162,14 @@ class Attachment:
 
     def activate(self, parts: ModelParts) -> None:
         """Set the attention implementation and place the hooks of these parts, unless they are in place."""
-        for index, config in parts.configs.items():
-            check_may_replace(index, self._previous_of(config))
+        for reader, config in parts.every_config():
+            check_may_replace(reader, self._previous_of(config))
         _register()
         if parts != self._parts:
             # Caches go on with other modules of the model as transformers' do.
             self.undo()
         self._parts = parts
-        for config in parts.configs.values():
+        for _, config in parts.every_config():
             if config._attn_implementation != ATTENTION_NAME:
                 self._previous[id(config)] = self._previous_of(config)
                 config._attn_implementation = AttachedImplementation(self._previous[id(config)])
@@ -197,7 +197,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        for config in self._parts.configs.values():
+        for _, config in self._parts.every_config():
             config._attn_implementation = self._previous_of(config)
 
     def _previous_of(self, config: Any) -> Any:

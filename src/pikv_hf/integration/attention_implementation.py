@@ -38,15 +38,15 @@ class AttachedImplementation(str):
         return (type(None), ()) if self.previous is None else (str, (self.previous,))
 
 
-def check_may_replace(layer_idx: int, name: str | None) -> None:
+def check_may_replace(reader: str, name: str | None) -> None:
     """Raise `ValueError` for an attention implementation whose results PiKV's would not have.
 
     Parameters
     ----------
-    layer_idx : int
-        The layer that asks for it.
+    reader : str
+        Who asks for it: a layer, or the model around.
     name : str or None
-        As the layer's config has it. None and names that are not registered, `"eager"` one of them, mean the attention
+        As the config has it. None and names that are not registered, `"eager"` one of them, mean the attention
         in the model's own code.
     """
     for kind, registered, own in (
@@ -56,7 +56,7 @@ def check_may_replace(layer_idx: int, name: str | None) -> None:
         function = registered.get(name)
         if function is not None and (where := _written_in(function)) not in own:
             raise ValueError(
-                f"layer {layer_idx} uses attn_implementation={name!r}, whose {kind} function, from {where}, is not "
+                f"{reader} uses attn_implementation={name!r}, whose {kind} function, from {where}, is not "
                 "transformers' own: PiKV's attention cannot take its place. PiKVCache(config=model.config) works with "
                 'it; or let go of it first: model.set_attn_implementation("sdpa")'
             )

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..layer.own_layer import has_positions, layers_of
 from .attention_code import calls_interface, takes_cache, why_not_in_place
+from .decoder_modules import decoder_modules
 from .expert_router import ExpertRouter, find_expert_router
 
 #: Where wrappers have what they wrap: DistributedDataParallel, DataParallel and engines; torch.compile; PEFT, twice.
@@ -46,7 +47,11 @@ def check_modules(model: Any) -> None:
     layers = layers_of(model.config)
     name, found = type(model).__name__, find_attention_modules(model)
     advice = "PiKVCache(config=model.config) works with it as it is"
-    known = {id(module) for group in _attention_by_layer(model).values() for _, module in group}
+    by_layer = _attention_by_layer(model)
+    # Layers beyond those of the cache read what others have stored, in models that say so.
+    counted = max(len(layers), model.config.get_text_config(decoder=True).num_hidden_layers)
+    _check_one_for_each_layer(name, by_layer, counted)
+    known = {id(module) for group in by_layer.values() for _, module in group}
     keepers = [module for module in _state_keepers(model, known) if not _has_state_layer(module, layers)]
     if others := sorted({type(module).__name__ for module in keepers}):
         raise ValueError(
@@ -78,13 +83,28 @@ def find_attention_modules(model: Any) -> dict[int, tuple[str, nn.Module]]:
     return {index: group[0] for index, group in _attention_by_layer(model).items()}
 
 
+def _check_one_for_each_layer(name: str, by_layer: dict[int, list[tuple[str, nn.Module]]], layers: int) -> None:
+    """Raise `ValueError` where modules share a layer of the cache, as copied ones do, or have none in it."""
+    for index, group in by_layer.items():
+        causal = [path for path, module in group if getattr(module, "is_causal", True)]
+        if len(causal) > 1:
+            raise ValueError(
+                f"{name} has {len(causal)} attention modules with layer_idx={index}: {', '.join(causal)}; each stores "
+                "its tokens in a layer of the cache of its own: number them, and count them in num_hidden_layers"
+            )
+        if index >= layers:
+            raise ValueError(
+                f"{name} has attention with layer_idx={index}, {group[0][0]}, and its config counts {layers} layers; "
+                "set num_hidden_layers (and layer_types, if it has them)"
+            )
+
+
 def _attention_by_layer(model: Any) -> dict[int, list[tuple[str, nn.Module]]]:
     """Return names and modules of the decoder's attention by layer index, causal ones first."""
-    text = model.config.get_text_config(decoder=True)
     found: dict[int, list[tuple[str, nn.Module]]] = {}
-    for name, module in model.named_modules():
+    for name, module in decoder_modules(model):
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and _config_of(module, text) is text and calls_interface(module):
+        if isinstance(index, int) and calls_interface(module):
             found.setdefault(index, []).append((name, module))
     for group in found.values():
         group.sort(key=lambda named: not getattr(named[1], "is_causal", True))
@@ -93,7 +113,7 @@ def _attention_by_layer(model: Any) -> dict[int, list[tuple[str, nn.Module]]]:
 
 def _state_keepers(model: Any, attention: set[int]) -> Iterator[nn.Module]:
     """Yield the modules that are handed the cache for themselves, neither attention nor what is around it."""
-    for module in model.modules():
+    for _, module in decoder_modules(model):
         inside = list(module.modules())[1:]
         passes_on = any(id(part) in attention or takes_cache(part) for part in inside)
         if takes_cache(module) and not passes_on and id(module) not in attention:
@@ -106,14 +126,10 @@ def _has_state_layer(module: nn.Module, layers: list[Any]) -> bool:
     return isinstance(index, int) and index < len(layers) and not has_positions(layers[index])
 
 
-def _config_of(module: nn.Module, default: Any) -> Any:
-    return getattr(module, "config", default)
-
-
 def find_attention_configs(model: Any) -> dict[int, Any]:
-    """Return the config that each decoder layer's attention reads, by layer index."""
+    """Return the config that each decoder layer's attention reads, by layer index; copied layers have their own."""
     text = model.config.get_text_config(decoder=True)
-    return {index: _config_of(module, text) for index, (_, module) in find_attention_modules(model).items()}
+    return {index: getattr(module, "config", text) for index, (_, module) in find_attention_modules(model).items()}
 
 
 def _decoder_layers(model: Any) -> dict[int, tuple[list[nn.Module], nn.Module]]:

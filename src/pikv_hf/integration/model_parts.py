@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -59,6 +60,17 @@ class ModelParts:
     def around_modules(self) -> list[nn.Module]:
         """Return the modules around all decoder layers that are still there."""
         return [module for reference in self.around if (module := reference()) is not None]
+
+    def every_config(self) -> Iterator[tuple[str, Any]]:
+        """Yield all configs that say which attention and which masks are used, each with who reads it.
+
+        Copied layers have configs of their own, apart from that of the model around, which makes the masks.
+        """
+        for index, config in self.configs.items():
+            yield f"layer {index}", config
+        for module in self.around_modules():
+            if (config := getattr(module, "config", None)) is not None:
+                yield type(module).__name__, config.get_text_config(decoder=True)
 
     def attention_modules(self) -> dict[int, nn.Module]:
         """Return the attention modules that are still there."""
