@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from kvpress import ScorerPress
 from torch import nn
 from transformers import QuantizedCache, StaticCache
 
@@ -18,7 +17,9 @@ from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.mask_columns import new_tokens_valid
 from pikv_hf.presses.expert_routing import is_routed, unwatch_routers
 from pikv_hf.presses.observed_queries import is_watched, unwatch, watch
+from pikv_hf.presses.press_base import ScorerPress
 from pikv_hf.presses.press_budget import Given, PressBudget
+from pikv_hf.presses.press_calls import finds_a_cache
 
 logger = logging.getLogger(__name__)
 
@@ -124,7 +125,8 @@ class ObservingPress(ScorerPress):
     def token_scores(self, view: LayerView, kwargs: dict[str, Any] | None = None) -> torch.Tensor:
         """Return what each token is worth, `(B, H, T)`; `kwargs` are those of the attention's call."""
         known = {**(kwargs or {}), "pikv_stored": view.stored}
-        return self.score(view.module, None, view.keys, view.values, None, known)
+        # Presses here take queries from observers instead of hidden states.
+        return self.score(view.module, None, view.keys, view.values, None, known)  # type: ignore[arg-type]
 
     # Budgets
 
@@ -252,7 +254,13 @@ class ObservingPress(ScorerPress):
 
     @contextmanager
     def __call__(self, model: Any) -> Generator[None, None, None]:
-        """Compress what the model reads within the block: prompts, whole or in chunks."""
+        """Compress what the model reads within the block: prompts, whole or in chunks.
+
+        Raises
+        ------
+        RuntimeError
+            At the end of a block in which the model was called, and no attention with a cache.
+        """
         with ExitStack() as stack:
             self._entered += 1
             stack.callback(self.leave)
@@ -268,6 +276,7 @@ class ObservingPress(ScorerPress):
             for module in modules.values():
                 for handle in self.hooks(module):
                     stack.callback(handle.remove)
+            stack.enter_context(finds_a_cache(type(self).__name__, model, modules.values()))
             yield
 
     def leave(self) -> None:

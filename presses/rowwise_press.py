@@ -7,12 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from kvpress import BasePress
 from torch import nn
 
 from pikv_hf.common.transformers_release import cache_of_call, with_cache
 from pikv_hf.layer.kv_assignment import token_hashes
 from pikv_hf.presses.base_press import LayerView, ObservingPress, delay_packing, view_of
+from pikv_hf.presses.press_base import BasePress, decoder_of
+from pikv_hf.presses.press_calls import finds_a_cache
 
 
 @dataclass
@@ -37,7 +38,7 @@ class RowwisePress(BasePress):
         caches with padded rows.
     """
 
-    press: BasePress
+    press: Any
 
     def __post_init__(self) -> None:
         if not isinstance(self.press, BasePress):
@@ -61,6 +62,8 @@ class RowwisePress(BasePress):
     def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
         """Compress each row of the prompt that this attention has just read."""
         cache = cache_of_call(kwargs)
+        if cache is None:
+            return output
         layer, new = cache.layers[module.layer_idx], kwargs["hidden_states"].shape[1]
         if layer.get_seq_length() != new:
             return self.press.forward_hook(module, input, kwargs, output)
@@ -87,7 +90,7 @@ class RowwisePress(BasePress):
         keys, values = (part[row : row + 1, :, columns].contiguous() for part in (view.keys, view.values))
         attentions = None if output[1] is None else output[1][row : row + 1][..., columns, :][..., columns]
         # Some presses write into what they are given: they get copies, in a cache of this row and layer alone.
-        layer = SimpleNamespace(keys=keys.clone(), values=values.clone())
+        layer = SimpleNamespace(keys=keys.clone(), values=values.clone(), get_seq_length=lambda: len(columns))
         alone = with_cache(of_row(kwargs, row, columns), SimpleNamespace(layers={view.index: layer}))
         view.module.masked_key_indices = None  # type: ignore[assignment]
         self.press.forward_hook(view.module, [], alone, (output[0][row : row + 1, columns], attentions))
@@ -100,11 +103,17 @@ class RowwisePress(BasePress):
 
     @contextmanager
     def __call__(self, model: Any) -> Generator[None, None, None]:
-        """Compress what is read within the block; layers wait with packing until the press has seen their tokens."""
-        base = getattr(model.model, "language_model", model.model)
-        handles = [layer.self_attn.register_forward_pre_hook(delay_packing, with_kwargs=True) for layer in base.layers]
+        """Compress what is read within the block; layers wait with packing until the press has seen their tokens.
+
+        Raises
+        ------
+        RuntimeError
+            At the end of a block in which the model was called, and no attention with a cache.
+        """
+        modules = [layer.self_attn for layer in decoder_of(model).layers]
+        handles = [module.register_forward_pre_hook(delay_packing, with_kwargs=True) for module in modules]
         try:
-            with super().__call__(model):
+            with super().__call__(model), finds_a_cache(type(self).__name__, model, modules):
                 yield
         finally:
             for handle in handles:

@@ -4,6 +4,7 @@ From 5.24 on models, their outputs and `generate` call a cache `cache`, before t
 """
 
 import functools
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +21,9 @@ _NAMES = ("cache", "past_key_values")
 
 #: The argument by which models take a cache, and the field of their outputs that has it.
 CACHE_ARGUMENT = _NAMES[0] if _installed >= Version("5.24.0.dev0") else _NAMES[1]
+
+#: What it was called before 5.24: the name that kvpress and other older code knows.
+OLD_CACHE_ARGUMENT = _NAMES[1]
 
 #: Under which arguments modules of transformers, and of older code for it, take a cache.
 CACHE_ARGUMENTS = (*_NAMES, "past_key_value", "cache_params", "layer_past")
@@ -42,6 +46,13 @@ def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """Return the arguments of a call with another cache, under the name that the call has for it."""
     names = [name for name in _NAMES if name in arguments] or [CACHE_ARGUMENT]
     return {**arguments, **dict.fromkeys(names, cache)}
+
+
+def arguments_of_layers() -> set[str]:
+    """Return what decoder layers are called with, by name, and hand on to attention: Llama's stand for all."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    return set(inspect.signature(LlamaDecoderLayer.forward).parameters)
 
 
 def queries_of_mask(arguments: Mapping[str, Any]) -> tuple[int, Any]:
