@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 WITH_TRANSFORMERS = {"huggingface_hub", "jinja2", "tokenizers", "yaml"}
 
 # Heavy or optional: whoever needs one imports it when it runs.
-NOT_AT_IMPORT = (*sorted({*EXTRAS["eval"], *EXTRAS["quanto"]} - WITH_TRANSFORMERS), "psutil", "pytest", "triton")
+NOT_AT_IMPORT = (*sorted(set().union(*EXTRAS.values()) - WITH_TRANSFORMERS), "psutil", "pytest", "triton")
 
 # Loads what any user of transformers' caches loads anyway, then pikv_hf and its cache, and tells the seconds that each
 # took of the processor, and the new modules.

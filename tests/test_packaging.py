@@ -198,7 +198,6 @@ def test_a_bare_install_generates_what_dynamic_cache_does_and_has_all_of_the_cor
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("from pikv_hf.presses import PiKVPress", r'pikv_hf\.presses needs kvpress: pip install "pikv-hf\[kvpress\]"'),
         (
             "from pikv_hf.eval import evaluate_cache",
             r'pikv_hf\.eval\.evaluate_cache needs \w+: pip install "pikv-hf\[eval\]"',

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import kvpress  # noqa: F401  Patches the attention functions it finds; PiKV's is registered later.
 import torch
 from transformers import DynamicCache
 

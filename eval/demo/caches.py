@@ -9,7 +9,6 @@ from typing import Any
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, PiKVConfig
-from pikv_hf.common.extras import extra
 
 #: What PiKVPress may keep, as a share of the bytes that `DynamicCache` takes for the text in the model's dtype.
 PRESS_SHARE = 1 / 16
@@ -54,16 +53,10 @@ def int4_cache(model: Any, config: PiKVConfig, devices: tuple[str, ...] = ()) ->
 
 
 def pressed_cache(model: Any, config: PiKVConfig, devices: tuple[str, ...] = ()) -> CacheKind:
-    """PiKV's cache, of which PiKVPress leaves `PRESS_SHARE` of the bytes when the text has been read.
-
-    Raises
-    ------
-    MissingExtraError
-        Without kvpress.
-    """
-    # Not at the top of the file: kvpress wraps transformers' attention functions, which slows the baseline down.
-    with extra("kvpress", needed_by="PiKVPress"):
-        from pikv_hf.presses import PiKVPress
+    """PiKV's cache, of which PiKVPress leaves `PRESS_SHARE` of the bytes when the text has been read."""
+    # Not at the top of the file: it imports kvpress, which wraps transformers' attention functions, where there is one,
+    # and that slows the baseline down.
+    from pikv_hf.presses import PiKVPress
 
     return dataclasses.replace(
         pikv_cache(model, config, devices),

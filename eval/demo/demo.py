@@ -5,7 +5,6 @@ import transformers
 
 import pikv_hf
 from pikv_hf import attach
-from pikv_hf.common.extras import MissingExtraError
 from pikv_hf.eval.demo.caches import CacheKind, dynamic_cache, int4_cache, make_pikv, pikv_cache, pressed_cache
 from pikv_hf.eval.demo.measure import Measurement, Run, first_difference, largest_difference, measure
 from pikv_hf.eval.demo.options import DemoOptions
@@ -86,11 +85,11 @@ def _save_trace(task: DemoTask, kind: CacheKind, routers: dict[int, ExpertRouter
 
 
 def _measure_pressed(task: DemoTask, options: DemoOptions) -> tuple[Measurement | None, str | None]:
-    """Measure PiKVPress, or say why it cannot be: kvpress is missing, or the model is not for it."""
+    """Measure PiKVPress, or say why the model is not for it."""
     try:
         kind = pressed_cache(task.model, options.pikv, options.cache_devices)
         return measure(task, kind, options.max_new_tokens).measurement, None
-    except (MissingExtraError, ValueError) as error:
+    except ValueError as error:
         return None, str(error)
 
 

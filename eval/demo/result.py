@@ -44,7 +44,7 @@ class DemoResult:
     press : Measurement or None
         A `PiKVCache` of which PiKVPress left a sixteenth.
     press_missing : str or None
-        Why there is no `press`, and what to do about it.
+        Why there is no `press`.
     logit_difference : float
         Largest absolute difference of any logit between `pikv` and `dynamic`, up to where two answers part.
     disagreements : tuple of Disagreement

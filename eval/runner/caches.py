@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import kvpress  # noqa: F401  Patches the attention functions it finds; whoever registers one later is left alone.
 import yaml
 from transformers import DynamicCache, QuantizedCache
 
@@ -17,6 +16,7 @@ from pikv_hf import PiKVCache, PiKVConfig, attach
 from pikv_hf.common.extras import install_command
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.presses.press_base import KVPRESS  # noqa: F401  It wraps the attention functions it finds: before ours.
 
 #: Backends of transformers' QuantizedCache: the module each needs, what installs it, and the widths it knows.
 _BACKENDS = {

@@ -14,6 +14,7 @@ from pikv_hf.eval.runner.meter import Meter
 from pikv_hf.eval.runner.method import Subject
 from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.perplexity import WindowLoss, score_window
+from pikv_hf.eval.runner.press_effect import PressEffect
 from pikv_hf.eval.runner.protocol import Answer, Asker, Encoded
 from pikv_hf.eval.runner.rows import answer_row, kv_shares, times
 from pikv_hf.eval.tasks.perplexity import Window
@@ -46,11 +47,15 @@ def question_job(subject: Subject, eval_set: EvalSet, options: EvalOptions) -> J
     asker = Asker(subject.model, subject.tokenizer)
     _check_decoder(subject.model)
     footprint = _footprint(subject.model)
+    effect = PressEffect(subject, footprint)
 
     def measure(batch: Sequence[EvalSample]) -> list[Row]:
         encoded = [asker.encode(sample, options.max_context) for sample in batch]
         seed_for(options.seed, batch[0].id)
-        answers = _ask(asker, subject, encoded, options.query_aware)
+        cache, together = subject.new_cache(), options.query_aware
+        answers = _ask(asker, subject, cache, encoded, together)
+        kv_bytes = answers[0].cost.kv_bytes_prefill
+        effect.check(cache, kv_bytes, _read_first(answers, together), lambda: asker.prompt(encoded, together))
         shares = _shares(answers, footprint, options.query_aware)
         return [
             answer_row(
@@ -96,8 +101,8 @@ def _beginning(encoded: Encoded) -> Encoded:
     return dataclasses.replace(encoded, context=encoded.context[:, :_WARM_UP_TOKENS], max_new_tokens=2)
 
 
-def _ask(asker: Asker, subject: Subject, encoded: Sequence[Encoded], query_aware: bool) -> list[Answer]:
-    cache, press = subject.new_cache(), subject.method.new_press()
+def _ask(asker: Asker, subject: Subject, cache: Any, encoded: Sequence[Encoded], query_aware: bool) -> list[Answer]:
+    press = subject.method.new_press()
     if query_aware:
         return asker.ask_together(encoded, cache, press)
     if len(encoded) > 1:
@@ -107,21 +112,28 @@ def _ask(asker: Asker, subject: Subject, encoded: Sequence[Encoded], query_aware
 
 def _shares(answers: Sequence[Answer], footprint: DynamicFootprint, query_aware: bool) -> Row:
     """Return the shares of a batch. The last token of an answer is generated, never read."""
-    prompts = [answer.context_tokens + answer.question_tokens for answer in answers]
-    prefill = prompts if query_aware else [answer.context_tokens for answer in answers]
+    prompts, prefill = _read_first(answers, True), _read_first(answers, query_aware)
     end = [prompt + answer.new_tokens - 1 for prompt, answer in zip(prompts, answers, strict=True)]
     return kv_shares(answers[0].cost, len(answers), footprint, prefill, end)
+
+
+def _read_first(answers: Sequence[Answer], query_aware: bool) -> list[int]:
+    """Return how many tokens each row has when a press has compressed it."""
+    return [answer.context_tokens + query_aware * answer.question_tokens for answer in answers]
 
 
 def perplexity_job(subject: Subject, cut: Sequence[Window], options: EvalOptions) -> Job:
     """Prepare a run over windows of a text."""
     footprint, meter = _footprint(subject.model), Meter(subject.model.device)
+    effect = PressEffect(subject, footprint)
 
     def measure(batch: Sequence[Window]) -> list[Row]:
         [window] = batch
         seed_for(options.seed, window.id)
         cache, press = subject.new_cache(), subject.method.new_press()
         loss = score_window(subject.model, window, options.chunk, cache, press, meter)
+        prompt = {"input_ids": window.ids[:, : window.prefill]}
+        effect.check(cache, loss.cost.kv_bytes_prefill, [window.prefill], lambda: prompt)
         return [_window_row(window, loss, subject.method.ratio, footprint)]
 
     def warm_up() -> None:

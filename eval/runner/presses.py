@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import kvpress
-
 import pikv_hf.presses
+from pikv_hf.common.extras import install_command
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.calls import Call, parse_call
+from pikv_hf.presses.press_base import KVPRESS, BasePress
 from pikv_hf.presses.press_budget import PressBudget
 
 #: What `--ratio` sets, by order of preference; the first one that a press has.
@@ -44,14 +44,13 @@ class PressFactory:
 
 
 def press_classes() -> dict[str, type]:
-    """Return all presses by class name: this project's and those kvpress exports, without its base classes."""
-    members = [(name, getattr(package, name)) for package in (pikv_hf.presses, kvpress) for name in package.__all__]
+    """Return all presses by class name: this project's and, where it is, those kvpress exports but its base classes."""
+    packages = (pikv_hf.presses,) if KVPRESS is None else (pikv_hf.presses, KVPRESS)
+    members = [(name, getattr(package, name)) for package in packages for name in package.__all__]
     return {
         name: member
         for name, member in members
-        if inspect.isclass(member)
-        and issubclass(member, kvpress.BasePress)
-        and name not in ("BasePress", "ScorerPress")
+        if inspect.isclass(member) and issubclass(member, BasePress) and name not in ("BasePress", "ScorerPress")
     }
 
 
@@ -93,7 +92,9 @@ def _build(value: Any) -> Any:
         return value
     known = press_classes()
     if value.name not in known:
-        raise InputError(f"unknown press {value.name!r}{did_you_mean(value.name, known)} (known: {', '.join(known)})")
+        more = f"; those of kvpress need it: {install_command('kvpress')}" if KVPRESS is None else ""
+        hint = did_you_mean(value.name, known)
+        raise InputError(f"unknown press {value.name!r}{hint} (known: {', '.join(known)}{more})")
     cls = known[value.name]
     options = [field.name for field in dataclasses.fields(cls) if field.init]
     for name in value.options:
@@ -125,7 +126,7 @@ def _set_ratio(press: Any, ratio: float | None, spec: str) -> None:
 
 def _ratio_holders(press: Any) -> list[tuple[Any, str]]:
     """Return the presses whose ratio `--ratio` sets, and what it is called there."""
-    if isinstance(press, kvpress.ComposedPress):
+    if KVPRESS is not None and isinstance(press, KVPRESS.ComposedPress):
         # Its ratio is the product of theirs; channels are counted apart from tokens.
         return [(inner, "compression_ratio") for inner in press.presses if _settable(inner, "compression_ratio")]
     name = next((name for name in _RATIOS if _settable(press, name)), None)

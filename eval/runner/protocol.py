@@ -1,7 +1,7 @@
 """Ask a question in one of two ways: after the context was compressed without it, or together with it.
 
-The first is kvpress's pipeline: the context is read once and compressed, then the question and the answer's first words
-follow. The second is plain `generate` over the whole prompt; a press then sees the question.
+The first is what kvpress's pipeline does: the context is read once and compressed, then the question and the answer's
+first words follow. The second is plain `generate` over the whole prompt; a press then sees the question.
 """
 
 import contextlib
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kvpress import KVPressTextGenerationPipeline
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.runner.meter import Cost, Meter
+from pikv_hf.eval.runner.press_phases import PressPhases
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 
@@ -52,18 +52,15 @@ class Encoded:
     max_new_tokens: int
 
 
-class Asker(KVPressTextGenerationPipeline):
-    """kvpress's pipeline with a meter in it.
+class Asker:
+    """Asks as kvpress's pipeline does, with a meter: the same prompts, and presses act when they do there.
 
-    Press hooks and the special cases of presses are kvpress's own, and prompts are what it makes of them. Three things
-    differ: a tokenizer may lack a beginning-of-text token, an end token that comes first ends the answer, and nothing
-    is taken out of the cache afterwards, since each cache serves one question.
+    Three things differ: a tokenizer may lack a beginning-of-text token, an end token that comes first ends the answer,
+    and nothing is taken out of the cache afterwards, since each cache serves one question.
     """
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        # Without a device the pipeline would move the model to a GPU, if there is one; one that is spread stays so.
-        device = None if hasattr(model, "hf_device_map") else model.device
-        super().__init__(model=model, tokenizer=tokenizer, device=device)
+        self.model, self.tokenizer = model, tokenizer
         self.meter = Meter(model.device)
         self._frame = frame(tokenizer)
         self._generated: list[int] = []
@@ -82,18 +79,21 @@ class Asker(KVPressTextGenerationPipeline):
     @torch.no_grad()
     def ask(self, encoded: Encoded, cache: Any, press: Any = None) -> Answer:
         """Read the context, compress it, then answer the question."""
-        inputs = {"context_ids": encoded.context, "questions_ids": [encoded.question]}
+        phases = PressPhases.of(press)
         self.meter.start()
-        [text] = self._forward(inputs, max_new_tokens=encoded.max_new_tokens, press=press, cache=cache)
+        with press(self.model) if phases.context else contextlib.nullcontext():
+            # Without the language model's head: nobody asks what follows the context.
+            self.model.model(input_ids=encoded.context, **cache_argument(cache))
+        length = int(cache.get_seq_length()) if phases.renumbers else encoded.context.shape[1]
+        with press(self.model) if phases.answer else contextlib.nullcontext():
+            text = self._continued(encoded.question, cache, length, encoded.max_new_tokens)
         cost = self.meter.finish(cache)
         return Answer(text, encoded.context.shape[1], encoded.question.shape[1], len(self._generated), 1, cost)
 
-    def generate_answer(self, question_ids: torch.Tensor, cache: Any, context_length: int, max_new_tokens: int) -> str:
-        """Continue a compressed context greedily; called by kvpress's pipeline once the context has been read."""
+    def _continued(self, ids: torch.Tensor, cache: Any, position: int, max_new_tokens: int) -> str:
+        """Continue a context that has been read greedily, with a question `(1, Q)` at this position."""
         self.meter.prefilled(cache)
         self._generated = []
-        ids = question_ids
-        position = context_length
         while True:
             positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
             logits = self.model(input_ids=ids, **cache_argument(cache), position_ids=positions, logits_to_keep=1).logits
@@ -106,9 +106,6 @@ class Asker(KVPressTextGenerationPipeline):
                 break
         return str(self.tokenizer.decode(self._generated, skip_special_tokens=True))
 
-    def _remove_answer_from_cache(self, cache: Any, cache_seq_lengths: list[int]) -> None:
-        """Leave the cache as it is, so that its bytes at the end can be counted."""
-
     @property
     def _end_tokens(self) -> tuple[int, ...]:
         end = self.model.generation_config.eos_token_id
@@ -120,8 +117,7 @@ class Asker(KVPressTextGenerationPipeline):
 
         Several samples are padded on the left; the shorter ones then wait for the longest answer.
         """
-        prompts = [torch.cat([encoded.context, encoded.question], dim=1) for encoded in batch]
-        ids, mask = pad_left(prompts, self._pad_token)
+        ids, mask = self._padded(batch, query_aware=True)
         limit = max(encoded.max_new_tokens for encoded in batch)
         self.meter.start()
         with press(self.model) if press is not None else contextlib.nullcontext():
@@ -140,11 +136,22 @@ class Asker(KVPressTextGenerationPipeline):
             for row, encoded in enumerate(batch)
         ]
 
+    def _padded(self, batch: Sequence[Encoded], query_aware: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return contexts, or contexts with their questions, as `(B, T)` ids padded on the left, and their mask."""
+        parts = [[encoded.context, encoded.question] if query_aware else [encoded.context] for encoded in batch]
+        return pad_left([torch.cat(part, dim=1) for part in parts], self._pad_token)
+
+    def prompt(self, batch: Sequence[Encoded], query_aware: bool) -> dict[str, torch.Tensor]:
+        """Return what is read before the first answer begins, as the decoder is called with it."""
+        ids, mask = self._padded(batch, query_aware)
+        padded = {} if bool(mask.all()) else {"attention_mask": mask, "position_ids": _positions(mask)}
+        return {"input_ids": ids, **padded}
+
     @torch.no_grad()
     def ask_batch(self, batch: Sequence[Encoded], cache: Any) -> list[Answer]:
         """Answer several samples at once, contexts and questions padded on the left; for caches without a press."""
         self.meter.start()
-        contexts, seen = pad_left([encoded.context for encoded in batch], self._pad_token)
+        contexts, seen = self._padded(batch, query_aware=False)
         self.model.model(
             input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), **cache_argument(cache)
         )

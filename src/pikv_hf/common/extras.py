@@ -3,9 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_KVPRESS = ("kvpress",)
 _EVAL = (
-    *_KVPRESS,
     "PIL",
     "datasets",
     "evaluate",
@@ -24,7 +22,7 @@ _EVAL = (
 )
 
 #: The modules of each extra, as they are imported; what brings them is in pyproject.toml.
-EXTRAS = {"kvpress": _KVPRESS, "eval": _EVAL, "quanto": ("optimum",)}
+EXTRAS = {"kvpress": ("kvpress",), "eval": _EVAL, "quanto": ("optimum",)}
 
 
 class MissingExtraError(ModuleNotFoundError):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -200,18 +199,6 @@ def test_where_the_answer_is_not_known_caches_are_compared(tiny, text):
     assert "DynamicCache's answer" in shown
     assert re.search(r"the same +1 of 1 +1 of 1 +[01] of 1 +[01] of 1", shown)
     assert re.search(r"\d% of the bytes, [01] of 1 answers the same\.", shown)
-
-
-def test_without_kvpress_a_line_says_how_to_install_it(tiny, monkeypatch):
-    # What the import system does with a package that is not there, for the package that would import it.
-    monkeypatch.setitem(sys.modules, "kvpress", None)
-    monkeypatch.delitem(sys.modules, "pikv_hf.presses", raising=False)
-    found = run_json("--model", tiny, *SHORT)
-    assert found["press"] is None
-    assert found["press_missing"] == 'PiKVPress needs kvpress: pip install "pikv-hf[kvpress]"'
-    shown = run("--model", tiny, *SHORT).stdout
-    assert "3 caches" in shown
-    assert re.search(r'^PiKVPress +needs kvpress: pip install "pikv-hf\[kvpress\]"', shown, flags=re.MULTILINE)
 
 
 def test_disagreement_is_reported_with_status_1(tiny, monkeypatch):

@@ -225,7 +225,9 @@ def test_prompts_are_kvpress_own_with_a_chat_template(reference_model, samples):
     tokenizer.chat_template = template
     try:
         asker, sample = Asker(model, tokenizer), samples[0]
-        theirs = asker.preprocess(sample.context, [sample.question], sample.answer_prefix, 10_000)
+        theirs = pipeline("kv-press-text-generation", model=model, tokenizer=tokenizer, device="cpu").preprocess(
+            sample.context, [sample.question], sample.answer_prefix, 10_000
+        )
         ours = asker.encode(sample)
     finally:
         tokenizer.chat_template = before
