@@ -119,7 +119,7 @@ def _random_kv(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def filled_pikv(model: Any, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> PiKVCache:
     """Return a cache of one layer that holds these K/V, `(B, H, T, D)`, in shards of random experts."""
     cache = PiKVCache.for_model(model, **options)
-    cache.layers[0].update(keys, values)
+    cache.layers[0].update_from_attention(keys, values)
     cache.layers[0].attend_begins(None)
     cache.layers[0].record_experts(_random_experts(keys.shape[0] * keys.shape[2]))
     return cache
@@ -212,7 +212,7 @@ def _decode_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 def _our_step(
     cache: PiKVCache, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    keys, values = cache.layers[0].update(key, value)
+    keys, values = cache.layers[0].update_from_attention(key, value)
     out, _ = pikv_attention_forward(attention, query, keys, values, None, scaling=attention.scaling)
     cache.layers[0].record_experts(_random_experts(query.shape[0]))
     return out

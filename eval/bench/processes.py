@@ -141,7 +141,7 @@ def _measure(rank: int, processes: int, batch: int, tokens: int, seconds: float,
 
 
 def _filled(cache: PiKVCache, keys: torch.Tensor, values: torch.Tensor, experts: torch.Tensor) -> PiKVCache:
-    cache.layers[0].update(keys, values)
+    cache.layers[0].update_from_attention(keys, values)
     cache.layers[0].attend_begins(None)
     cache.layers[0].record_experts(experts)
     return cache
@@ -155,7 +155,7 @@ def _inputs(batch: int) -> tuple[torch.Tensor, ...]:
 def _step(
     cache: PiKVCache, attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, experts: torch.Tensor
 ) -> torch.Tensor:
-    keys, values = cache.layers[0].update(key, value)
+    keys, values = cache.layers[0].update_from_attention(key, value)
     out, _ = pikv_attention_forward(attention, query, keys, values, None, scaling=attention.scaling)
     cache.layers[0].record_experts(experts)
     return out

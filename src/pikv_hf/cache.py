@@ -16,12 +16,20 @@ from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import unwrapped
 from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
-from .layer.input_checks import admit, check_not_padded
+from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
-from .layer.layer_list import crop_layers, dense_layers, row_count, select_rows
+from .layer.layer_list import (
+    check_read_from_outside,
+    crop_layers,
+    dense_layers,
+    format_of,
+    paged_layers,
+    row_count,
+    select_rows,
+)
 from .layer.layer_making import check_without_model, make_layers
 from .layer.layer_operation import layer_operation
-from .layer.own_layer import copied, has_positions
+from .layer.own_layer import copied, has_positions, is_state_layer
 from .layer.sliding_layer import kv_format, update_sliding
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
@@ -180,22 +188,29 @@ class PiKVCache(Cache):
         # For `save`: others may be active by then.
         if (layer_idx == self._first or self.filled_under is None) and not layer.get_seq_length():
             self.filled_under = adapters_now(None if self.attachment is None else self.attachment.model)
+        if layer_idx == self._first and self._is_from_outside(layer):
+            admit(layer_idx, key_states, value_states, format_of(layer), self.attachment)
+            check_read_from_outside(self.layers)
         if isinstance(layer, DynamicSlidingWindowLayer):
-            if layer_idx == self._first and self.attachment is not None and not self.attachment.active:
-                # Before anything has changed: the paged layers, which would say so, come later.
-                for paged in self._paged():
-                    check_not_padded(paged.layer_idx, paged.store.is_padded)
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
         # kvpress puts a layer of its own in place of one for a while.
-        if isinstance(layer, PiKVLayer) and self.attachment is not None:
-            called, layer.called = layer.called, False
-            if not called:
-                return layer.update_from_outside(key_states, value_states)
         result: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         return result
 
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Store the new states of a convolution: transformers' own, beside paged layers."""
+        if self._is_from_outside(self) and not any(is_state_layer(layer) for layer in self.layers[:layer_idx]):
+            check_read_from_outside(self.layers)
+        own: Any = super()
+        result: torch.Tensor = own.update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return result
+
+    def _is_from_outside(self, updated: Any) -> bool:
+        """Return whether there is an attached model that does not make the call which updates the cache or a layer."""
+        return self.attachment is not None and not self.attachment.gives_to(updated)
+
     def _paged(self) -> list[PiKVLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PiKVLayer)]
+        return paged_layers(self.layers)
 
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of positions that the model has seen, padding and evicted tokens included.

@@ -78,7 +78,7 @@ def test_while_tokens_wait_and_where_forks_have_them() -> None:
         model(**prompts(2, 40), past_key_values=cache)
     fork = cache.fork()
     keys = torch.zeros(2, 2, 4, 16)
-    cache.layers[0].update(keys, keys)
+    cache.layers[0].update_from_attention(keys, keys)
     assert cache.layers[0].pending is not None
     cache.reset()
     as_new(cache)

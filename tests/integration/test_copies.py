@@ -129,3 +129,16 @@ def test_saved_weights_are_those_of_a_model_that_was_never_attached(tmp_path: Pa
     assert torch.equal(twin.generate(**INPUTS, **OPTIONS), expected)
     cache = PiKVCache.for_model(twin, **SMALL)
     assert torch.equal(twin.generate(**INPUTS, past_key_values=cache, **OPTIONS), expected)
+
+
+def test_a_copy_whose_first_call_fails_says_why() -> None:
+    """Its hooks go with a call: none while torch goes through those that a failed forward has."""
+    model = FAMILIES["qwen3_moe"].build()
+    PiKVCache.for_model(model)
+    twin = copy.deepcopy(model)
+    twin.model.layers[0].self_attn.q_proj = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        twin(**prompts(2, 8))
+    twin.model.layers[0].self_attn.q_proj = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
+    twin(**prompts(2, 8))
+    assert hooks_of(twin) == 0

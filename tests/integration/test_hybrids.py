@@ -246,3 +246,45 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     for tokens in (ids(2, 60), *(ids(2, 1, seed) for seed in range(9))):
         logits = [read(name, each, tokens) for each in (cache, theirs)]
         torch.testing.assert_close(*logits, atol=tolerance, rtol=0)
+
+
+def unknown_argument(name: str, cache: Any, tokens: torch.Tensor) -> None:
+    model_of(name)(tokens, **cache_argument(cache), foo=1)
+
+
+def not_causal(name: str, cache: Any, tokens: torch.Tensor) -> None:
+    model_of(name)(tokens, **cache_argument(cache), is_causal=False)
+
+
+def another_model(name: str, cache: Any, tokens: torch.Tensor) -> None:
+    other = copy.deepcopy(model_of(name))
+    PiKVCache.for_model(other, placement="hash")
+    other(tokens, **cache_argument(cache))
+
+
+def padding_shown(name: str, cache: Any, tokens: torch.Tensor) -> None:
+    model_of(name)(tokens, **cache_argument(cache))
+
+
+def a_copy_of_the_model(name: str, cache: Any, tokens: torch.Tensor) -> None:
+    copy.deepcopy(model_of(name))(tokens, **cache_argument(cache))
+
+
+@needs_states
+@pytest.mark.parametrize(
+    ("refused", "padding"),
+    [(unknown_argument, 0), (not_causal, 0), (another_model, 0), (padding_shown, 3), (a_copy_of_the_model, 3)],
+)
+@pytest.mark.parametrize("name", HYBRIDS)
+@torch.no_grad()
+def test_a_refused_call_changes_no_state(name: str, refused: Callable[..., None], padding: int) -> None:
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, :padding] = 0
+    given, more = (mask, torch.nn.functional.pad(mask, (0, 3), value=1)) if padding else (None, None)
+    reference, cache = dynamic(name), new_cache(name)
+    for each in (reference, cache):
+        read(name, each, ids(2, 20), given)
+    expected = read(name, reference, ids(2, 3, seed=1), more)
+    with pytest.raises((ValueError, NotImplementedError)):
+        refused(name, cache, ids(2, 3, seed=1))
+    assert (read(name, cache, ids(2, 3, seed=1), more) - expected).abs().max() <= 1e-4

@@ -76,11 +76,11 @@ def pressed_chunk_waits(cache: PiKVCache) -> None:
 
 
 def decode(cache: PiKVCache, seed: int = 0) -> Any:
-    return cache.layers[0].update(*kv(1, seed))
+    return cache.layers[0].update_from_attention(*kv(1, seed))
 
 
 def chunk(cache: PiKVCache) -> Any:
-    return cache.layers[0].update(*kv(13))
+    return cache.layers[0].update_from_attention(*kv(13))
 
 
 def chosen(cache: PiKVCache) -> None:

@@ -187,9 +187,9 @@ def test_unsupported_models_are_left_alone() -> None:
 def test_history_that_attention_never_read(model: Any, filled: PiKVCache) -> None:
     """An interrupted call, or a wrapper that copies the keys, is noticed at the next update."""
     before = snapshot(filled)
-    filled.layers[0].update(kv(), kv())
+    filled.layers[0].update_from_attention(kv(), kv())
     with pytest.raises(RuntimeError, match=r"layer 0: no attention has read the history.*crop"):
-        filled.layers[0].update(kv(), kv())
+        filled.layers[0].update_from_attention(kv(), kv())
     filled.crop(75)
     assert_unchanged(filled, before)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_history_that_attention_never_read(model: Any, filled: PiKVCache) -> Non
 
 
 def test_router_of_another_batch(filled: PiKVCache) -> None:
-    filled.layers[0].update(kv(tokens=4), kv(tokens=4))
+    filled.layers[0].update_from_attention(kv(tokens=4), kv(tokens=4))
     with pytest.raises(RuntimeError, match="layer 0: the router chose experts for 5 tokens, the cache got 12"):
         filled.layers[0].record_experts(torch.zeros(5, dtype=torch.long))
 

@@ -37,6 +37,9 @@ class FakeAttachment:
     def owns(self, module: Any) -> bool:
         return True
 
+    def takes_update(self, layer: PiKVLayer) -> bool:
+        return True
+
     def expect(self, layer: PiKVLayer) -> None:
         pass
 

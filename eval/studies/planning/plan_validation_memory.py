@@ -112,7 +112,7 @@ def filled(model: Any, shape: ModelShape, tokens: int, batch: int, generated: in
             if geometry.sliding is not None:
                 cache.update(keys, values, index)
             else:
-                layer.update(keys, values)
+                layer.update_from_attention(keys, values)
                 layer.attend_begins(None)
                 remember_queries(
                     layer.store,

@@ -18,6 +18,7 @@ from ..common.transformers_release import warn_if_newer
 from ..distributed.device_layout import attention_device
 from ..layer.cache_lock import new_cache_lock
 from ..layer.model_link import LinkedLayer
+from .attention_calls import AttentionCalls
 from .attention_code import changes_cached_keys
 from .attention_function import pikv_attention_forward
 from .attention_hooks import place_attention_hooks
@@ -49,6 +50,8 @@ class Attachment:
         self._model = weakref.ref(model)
         self._parts = ModelParts.of(model)
         self._calls = LayerCalls()
+        #: The forwards of attention that run.
+        self.attention_calls = AttentionCalls()
         self._handles: list[Any] = []
         self._previous: dict[int, Any] = {}
         # A cache that is made while a press has the model attached needs it to stay so.
@@ -103,6 +106,14 @@ class Attachment:
                 "the model is in training mode with gradient checkpointing, in which its layers pass over the cache; "
                 "train without one (use_cache=False), or call model.eval() or model.gradient_checkpointing_disable()"
             )
+
+    def gives_to(self, layer: Any) -> bool:
+        """Return whether the model's running attention has yet to hand its new tokens to this layer of a cache."""
+        return self.attention_calls.gives_to(layer)
+
+    def takes_update(self, layer: Any) -> bool:
+        """Return, once in a call, whether new tokens of a layer of a cache come from the model's running attention."""
+        return self.attention_calls.take(layer)
 
     def expect(self, layer: LinkedLayer) -> None:
         """Deliver the experts that the layer's router chooses in the running call to this layer of a cache."""

@@ -17,7 +17,7 @@ from ..layer.layer import PiKVLayer
 from ..layer.layer_codecs import remember_queries
 from ..layer.layer_reads import with_history
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
-from .call_arguments import check_arguments, is_causal
+from .call_arguments import check_arguments, check_causal, is_causal
 from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
 from .mask_function import columns_of_layer
@@ -211,10 +211,8 @@ def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, 
         )
     if dropout:
         raise ValueError(f"{where}: attention dropout is {dropout}, but cached attention has none; call model.eval()")
-    if call.mask is None and call.query.shape[2] > 1 and not is_causal(call.module, given):
-        raise NotImplementedError(
-            f"{where}: is_causal=False asks for attention to later tokens; give a 4-D mask for it"
-        )
+    if call.query.shape[2] > 1:
+        check_causal(where, call.module, given, call.mask)
 
 
 def _trailing_causal_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

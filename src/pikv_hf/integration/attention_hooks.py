@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Cache
 
 from ..common.transformers_release import cache_of_call
 from ..layer.layer import PiKVLayer
+from .attention_calls import DECODER, AttentionCalls, called_cache, layer_of_call
 from .attention_implementation import ATTENTION_NAME
-from .call_arguments import check_owner_and_dropout, check_weights_not_asked
-from .mask_function import check_mask_of_cache
+from .call_arguments import check_weights_not_asked
+from .call_checks import check_call
 from .model_hook import place_hook
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
@@ -22,6 +22,8 @@ from .prefetch import prefetch_next_layer
 
 class AttachedModel(Protocol):
     """What the hooks ask of :class:`~pikv_hf.integration.attachment.Attachment`."""
+
+    attention_calls: AttentionCalls
 
     def replaced(self) -> set[Any]:
         """Return the names of the attention implementations that PiKV's is in the place of."""
@@ -39,9 +41,18 @@ def place_attention_hooks(attachment: AttachedModel, parts: ModelParts) -> Itera
     for module in parts.around_modules():
         before = functools.partial(_before_model, reference)
         yield place_hook(module.register_forward_pre_hook, before, with_kwargs=True)
-    for module in parts.attention_modules().values():
+    modules, around = parts.attention_modules(), parts.around_modules()
+    if parts.first and around:
+        # Layers with states come first, which nothing can be taken back from.
+        before = functools.partial(_before_layers, reference, parts.first)
+        yield place_hook(around[-1].register_forward_pre_hook, before, with_kwargs=True)
+        after = functools.partial(_after, attachment.attention_calls, DECODER)
+        yield place_hook(around[-1].register_forward_hook, after, always_call=True, prepend=True)
+    for index, module in modules.items():
         before = functools.partial(_before_attention, reference)
         yield place_hook(module.register_forward_pre_hook, before, with_kwargs=True)
+        after = functools.partial(_after, attachment.attention_calls, index)
+        yield place_hook(module.register_forward_hook, after, always_call=True, prepend=True)
 
 
 def _before_model(
@@ -51,18 +62,34 @@ def _before_model(
         check_weights_not_asked(module, args, kwargs, alive.replaced)
 
 
+def _before_layers(
+    attachment: "weakref.ref[AttachedModel]",
+    first: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    if (alive := attachment()) is not None:
+        cache = called_cache(args, kwargs)
+        if (attention := alive.attention_of(first)) is not None:
+            check_call(alive, attention, module, cache, args, kwargs)
+        alive.attention_calls.begin(DECODER, cache)
+
+
 def _before_attention(
     attachment: "weakref.ref[AttachedModel]", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     if (alive := attachment()) is not None:
+        index, cache = getattr(module, "layer_idx", -1), called_cache(args, kwargs)
         if alive.is_first(module):
-            # What later layers would refuse when sliding ones before them have changed.
-            check_owner_and_dropout(alive, module, cache_of_call(kwargs))
-            check_mask_of_cache(cache_of_call(kwargs), kwargs.get("attention_mask"))
-        if (layer := _layer_of_call(module, args, kwargs)) is not None:
-            layer.called = True
+            check_call(alive, module, module, cache, args, kwargs)
+        alive.attention_calls.begin(index, layer_of_call(index, cache))
         prefetch_next_layer(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
+
+
+def _after(calls: AttentionCalls, layer_idx: int, *_: Any) -> None:
+    calls.end(layer_idx)
 
 
 def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -77,13 +104,3 @@ def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     dropped = layer.state.dropped if isinstance(layer, PiKVLayer) else 0
     # What was assigned is all visible, and so is what was seen before: the mask's last columns are the layer's own.
     return (args, {**kwargs, "attention_mask": mask[..., dropped:]}) if dropped else None
-
-
-def _layer_of_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PiKVLayer | None:
-    """Return the layer of a cache that an attention module is called with; None for layers that are not PiKV's."""
-    cache = cache_of_call(kwargs)
-    if cache is None:
-        cache = next((given for given in (*args, *kwargs.values()) if isinstance(given, Cache)), None)
-    layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", -1)
-    layer = layers[index] if 0 <= index < len(layers) else None
-    return layer if isinstance(layer, PiKVLayer) else None

@@ -107,3 +107,11 @@ def is_causal(module: torch.nn.Module, given: dict[str, Any]) -> bool:
     """Return whether queries without a mask see no later token, as transformers' SDPA decides it."""
     asked = given.get("is_causal")
     return bool(getattr(module, "is_causal", True) if asked is None else asked)
+
+
+def check_causal(where: str, module: torch.nn.Module, given: dict[str, Any], mask: torch.Tensor | None) -> None:
+    """Raise `NotImplementedError` if one of several queries without a mask is to see later tokens."""
+    if mask is None and not is_causal(module, given):
+        raise NotImplementedError(
+            f"{where}: is_causal=False asks for attention to later tokens; give a 4-D mask for it"
+        )

@@ -1,5 +1,6 @@
 """Hooks on the modules of a model, which pickled and copied models come without."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,12 +31,13 @@ class ModelHook:
 
 
 class CopiedHook:
-    """What a copied or unpickled module has in place of a :class:`ModelHook`: called once, it is gone."""
+    """What a copied or unpickled module has in place of a :class:`ModelHook`: with its first call it is gone."""
 
     handle: RemovableHandle | None = None
 
     def __call__(self, *call: Any) -> None:
-        if self.handle is not None:
+        # When a forward has failed torch goes through the hooks themselves, not a copy: none may go meanwhile.
+        if self.handle is not None and sys.exc_info()[0] is None:
             self.handle.remove()
 
 

@@ -53,8 +53,6 @@ class PiKVLayer(CacheLayerMixin):
         Settles what is pending and changes tokens for all but the model.
     reference : LayerReference
         Knows whether PiKV's attention finds the layer.
-    called : bool
-        Whether a forward of the layer's attention has begun, which will call :meth:`update`.
     prompt_mark : torch.Tensor or None
         Of a prompt that the processes have not agreed on yet.
     """
@@ -83,7 +81,6 @@ class PiKVLayer(CacheLayerMixin):
         self.edits = LayerEdits(self.store, attachment)
         self.reference = LayerReference(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
-        self.called = False
 
     @layer_operation
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -173,8 +170,8 @@ class PiKVLayer(CacheLayerMixin):
         Returns
         -------
         tuple of torch.Tensor
-            For an attached model the new K/V alone, the keys carrying a reference to this layer, from which PiKV's
-            attention function reads the history. Otherwise all K/V, `(B, H, T, D)` and `(B, H, T, Dv)`.
+            In a forward of the attached model's attention what :meth:`update_from_attention` returns. For all others
+            all K/V, `(B, H, T, D)` and `(B, H, T, Dv)`.
 
         Raises
         ------
@@ -182,6 +179,19 @@ class PiKVLayer(CacheLayerMixin):
             If the tensors do not fit what is stored, or are those of training; nothing has changed then.
         RuntimeError
             If the attention of the call before did not read what it was referred to.
+        """
+        if self.attachment is None or self.attachment.takes_update(self):
+            return self.update_from_attention(key_states, value_states)
+        return self.update_from_outside(key_states, value_states)
+
+    @leave_group_on_error
+    def update_from_attention(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens; return what the layer's attention needs to attend over all; see :meth:`update`.
+
+        With PiKV's attention that is the new K/V alone, the keys carrying a reference to this layer, from which it
+        reads the history; with another it is all K/V.
         """
         keys, values = admit(self.layer_idx, key_states, value_states, self.store.kv_format(), self.attachment)
         in_place, history = self.reference.is_expected(), self.seen > 0

@@ -7,10 +7,40 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from .input_checks import KVFormat, check_not_padded
 from .layer import PiKVLayer
 from .layer_cropping import column_of, cropped_length
+from .layer_reads import check_not_evicted
 from .own_layer import check_can_crop, crop_layer, has_positions, rows_of, select_rows_of, undone_on_error
-from .sliding_layer import trim_to_tokens
+from .sliding_layer import kv_format, trim_to_tokens
+
+
+def paged_layers(layers: Sequence[Any]) -> list[PiKVLayer]:
+    """Return the paged ones of the layers of a cache."""
+    return [layer for layer in layers if isinstance(layer, PiKVLayer)]
+
+
+def format_of(layer: Any) -> KVFormat | None:
+    """Return what new K/V of a layer must be like, None for one that is empty or knows none."""
+    if isinstance(layer, PiKVLayer):
+        return layer.store.kv_format()
+    return kv_format(layer) if isinstance(layer, DynamicSlidingWindowLayer) else None
+
+
+def check_read_from_outside(layers: Sequence[Any]) -> None:
+    """Refuse tokens that the attached model's attention does not bring, before the first layer has got any.
+
+    Raises
+    ------
+    ValueError
+        If padding was left out.
+    RuntimeError
+        If tokens were evicted, or the last call was interrupted.
+    """
+    for layer in paged_layers(layers):
+        check_not_padded(layer.layer_idx, layer.store.is_padded)
+        check_not_evicted(layer.store)
+        layer.reference.check_history_was_read()
 
 
 def row_count(layers: Sequence[Any]) -> int | None:
@@ -64,9 +94,9 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
     """Cut layers that have seen `seen` positions back, all or none; see :meth:`pikv_hf.PiKVCache.crop`."""
     length = cropped_length(seen, max_length)
     for layer in layers:
-        if isinstance(layer, PiKVLayer):
-            # A call that was interrupted before it brought its tokens will bring none.
-            layer.called = False
+        if isinstance(layer, PiKVLayer) and layer.attachment is not None:
+            # A call that Ctrl-C ended before it brought its tokens will bring none.
+            layer.attachment.takes_update(layer)
     # After an interrupted call some layers have more positions than others, whose length is right already. States do
     # not count any.
     positions = [_positions(layer) for layer in layers]

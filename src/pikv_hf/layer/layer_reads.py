@@ -17,19 +17,18 @@ def dense_values(store: LayerStore) -> torch.Tensor:
     return _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
 
 
-def dense_history(store: LayerStore) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return dense keys and values for an attention that is not PiKV's.
-
-    Raises
-    ------
-    RuntimeError
-        If tokens were evicted: it would take the zeros in their place for tokens.
-    """
+def check_not_evicted(store: LayerStore) -> None:
+    """Raise `RuntimeError` if tokens were evicted: other attention would take the zeros in their place for tokens."""
     if store.state.evicted:
         raise RuntimeError(
             f"layer {store.layer_idx}: tokens were evicted, which only attn_implementation='pikv' can pass "
             "over, but this layer's attention is another one or does not see the cache"
         )
+
+
+def dense_history(store: LayerStore) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return dense keys and values for an attention that is not PiKV's; refused as :func:`check_not_evicted` does."""
+    check_not_evicted(store)
     return dense_keys(store), dense_values(store)
 
 

@@ -61,6 +61,9 @@ class ModelLink(Protocol):
     def attention_device(self, layer_idx: int) -> torch.device:
         """Return where the attention of a layer computes."""
 
+    def takes_update(self, layer: Any) -> bool:
+        """Return, once in a call, whether new tokens of a layer of a cache come from the model's running attention."""
+
     def expect(self, layer: LinkedLayer) -> None:
         """Deliver the experts that the layer's router chooses in the running call to this layer of a cache."""
 

@@ -169,7 +169,7 @@ def _tiny_step(options: PiKVConfig) -> Callable[[], None]:
 
     def store(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         key = torch.randn(1, heads, tokens, dim)
-        updated: tuple[torch.Tensor, torch.Tensor] = layer.update(key, torch.randn_like(key))
+        updated: tuple[torch.Tensor, torch.Tensor] = layer.update_from_attention(key, torch.randn_like(key))
         return updated
 
     def step() -> None:

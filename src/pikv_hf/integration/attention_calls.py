@@ -1,0 +1,61 @@
+"""The attention modules whose forward runs now: only what they hand to a cache will be read from its pages."""
+
+import threading
+import weakref
+from typing import Any
+
+from transformers import Cache
+
+from ..common.transformers_release import cache_of_call
+
+#: In place of an attention's layer: the decoder, where layers with states come first, which are given whole caches.
+DECODER = -1
+
+
+class AttentionCalls(threading.local):
+    """The forwards of a model's attention modules that run in this thread, nested ones last; each thread sees its own.
+
+    What is known of a call ends with it, whether it got so far as to give its cache new tokens or not.
+    """
+
+    def __init__(self) -> None:
+        # Of each the layer of the model, and that of its cache until this has got the call's tokens.
+        self._stack: list[tuple[int, weakref.ref[Any] | None]] = []
+
+    def begin(self, layer_idx: int, layer: Any) -> None:
+        """Note that an attention module begins, which will hand new tokens to this layer of a cache, or to None."""
+        if layer is not None:
+            # Ctrl-C ends a call without a word: no layer is in two.
+            self.take(layer)
+        self._stack.append((layer_idx, None if layer is None else weakref.ref(layer)))
+
+    def end(self, layer_idx: int) -> None:
+        """Note that an attention module has ended, or failed, perhaps before it began for :meth:`begin`."""
+        if self._stack and self._stack[-1][0] == layer_idx:
+            self._stack.pop()
+
+    def gives_to(self, layer: Any) -> bool:
+        """Return whether a running call has yet to hand its tokens to this layer of a cache."""
+        return self._place(layer) is not None
+
+    def take(self, layer: Any) -> bool:
+        """Return, once in a call, whether a running one hands its tokens to this layer of a cache."""
+        if (place := self._place(layer)) is None:
+            return False
+        self._stack[place] = self._stack[place][0], None
+        return True
+
+    def _place(self, layer: Any) -> int | None:
+        return next((n for n, (_, given) in enumerate(self._stack) if given is not None and given() is layer), None)
+
+
+def called_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the cache that an attention module is called with, under whatever name, None if with none."""
+    cache = cache_of_call(kwargs)
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None) if cache is None else cache
+
+
+def layer_of_call(layer_idx: int, cache: Any) -> Any:
+    """Return the layer of a cache that belongs to a layer of the model, None if there is none."""
+    layers = getattr(cache, "layers", ())
+    return layers[layer_idx] if 0 <= layer_idx < len(layers) else None
