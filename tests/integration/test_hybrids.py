@@ -28,6 +28,14 @@ HYBRIDS: dict[str, tuple[dict[str, Any], bool]] = {
     "jamba": ({"num_hidden_layers": 4}, True),
     "nemotron_h": ({"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention", "moe"]}, True),
     "lara_mini": ({"num_hidden_layers": 5}, True),
+    # Both in each layer: K/V and states stay transformers' own.
+    "falcon_h1": (
+        {
+            **{"num_hidden_layers": 2, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1},
+            **{"mamba_d_state": 16, "mamba_chunk_size": 8, "mamba_expand": 1},
+        },
+        False,
+    ),
     "lfm2": ({"layer_types": ["conv", "full_attention", "conv"]}, False),
     "olmo_hybrid": ({"num_hidden_layers": 5}, False),
 }
@@ -110,7 +118,7 @@ def test_generates_as_with_dynamic_cache(name: str, padded: bool, attached: bool
 def test_kinds_of_layers(name: str) -> None:
     cache, empty = new_cache(name), layers_of(model_of(name).config)
     assert any(map(is_state_layer, cache.layers))
-    assert any(isinstance(layer, PiKVLayer) for layer in cache.layers)
+    assert any(isinstance(layer, PiKVLayer) for layer in cache.layers) == (name != "falcon_h1")
     assert [type(layer) for layer in cache.layers if not isinstance(layer, PiKVLayer)] == [
         type(theirs) for theirs, layer in zip(empty, cache.layers, strict=True) if not isinstance(layer, PiKVLayer)
     ]

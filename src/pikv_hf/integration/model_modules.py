@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layer.own_layer import has_positions, layers_of
+from ..layer.own_layer import has_positions, is_state_layer, layers_of
 from .attention_code import calls_interface, takes_cache, why_not_in_place
 from .decoder_modules import decoder_modules
 from .expert_router import ExpertRouter, find_expert_router
@@ -123,7 +123,9 @@ def _state_keepers(model: Any, attention: set[int]) -> Iterator[nn.Module]:
 def _has_state_layer(module: nn.Module, layers: list[Any]) -> bool:
     """Return whether what a module has in the cache is a state in a layer of transformers' own, or nothing."""
     index = getattr(module, "layer_idx", None)
-    return isinstance(index, int) and index < len(layers) and not has_positions(layers[index])
+    if not isinstance(index, int) or index >= len(layers):
+        return False
+    return is_state_layer(layers[index]) or not has_positions(layers[index])
 
 
 def find_attention_configs(model: Any) -> dict[int, Any]:

@@ -16,7 +16,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 #: With states that every call changes, beside K/V or without.
 _STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
 #: What a layer may be, beside full attention, which is paged. `DummyLayer` is that of a layer that keeps nothing.
-_NAMES = ("LinearAttentionLayer", "DummyLayer")
+_NAMES = (
+    *("LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
+    "DummyLayer",
+)
 KINDS: tuple[type, ...] = (
     DynamicSlidingWindowLayer,
     *(getattr(cache_utils, name) for name in _NAMES if hasattr(cache_utils, name)),

@@ -27,8 +27,8 @@ ADAPTER = ("name", "merged", "scaling", "modules", "digest")
 #: A layer with a bounded sliding window, as transformers keeps it.
 SLIDING_LAYER = ("kind", "window", "seen", "stored")
 
-#: A layer of transformers' own with convolution or recurrent states, or with nothing in it, and its class.
-STATE_LAYER = ("kind", "class", "states", "conv_kernel_sizes", "has_previous_state")
+#: A layer of transformers' own, and its class: with convolution or recurrent states, beside K/V or not, or nothing.
+STATE_LAYER = ("kind", "class", "seen", "tensors", "conv_kernel_sizes", "has_previous_state")
 
 #: A paged layer.
 PAGED_LAYER = ("kind", "config", "has_expert_router", "state", "num_parts", "has_shard_map", "parts")

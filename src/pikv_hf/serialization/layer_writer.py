@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
 from ..layer.layer_state import LayerState
-from ..layer.own_layer import is_state_layer, state_tensors
+from ..layer.own_layer import has_positions, is_state_layer, tensors_of
 from ..scheduling.page_scheduler import PageScheduler
 from .format import (
     LAYER_STATE,
@@ -45,7 +45,7 @@ def describe_layer(index: int, layer: Any) -> Written:
         If new tokens of the layer wait for a press, a router or their values.
     """
     if not isinstance(layer, PiKVLayer):
-        return (_describe_sliding if isinstance(layer, DynamicSlidingWindowLayer) else _describe_states)(index, layer)
+        return (_describe_sliding if type(layer) is DynamicSlidingWindowLayer else _describe_states)(index, layer)
     layer.edits.settle_unless_awaited()
     _require_settled(layer)
     groups = _shard_map_tensors(index, layer)
@@ -143,13 +143,14 @@ def _describe_sliding(index: int, layer: Any) -> Written:
 
 
 def _describe_states(index: int, layer: Any) -> Written:
-    states = state_tensors(layer)
+    tensors = tensors_of(layer)
     description = described(
         STATE_LAYER,
         kind="state",
         **{"class": type(layer).__name__},
-        states=list(states),
+        seen=layer.get_seq_length() if has_positions(layer) else 0,
+        tensors=list(tensors),
         conv_kernel_sizes=list(layer.conv_kernel_size.values()) if is_state_layer(layer) else [],
         has_previous_state=list(layer.has_previous_state.values()) if is_state_layer(layer) else [],
     )
-    return description, [Group.of({f"{layer_prefix(index)}.{name}": tensor}) for name, tensor in states.items()]
+    return description, [Group.of({f"{layer_prefix(index)}.{name}": tensor}) for name, tensor in tensors.items()]

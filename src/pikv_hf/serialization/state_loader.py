@@ -26,23 +26,24 @@ class StateLayerLoader:
 
     def __init__(self, index: int, description: dict[str, Any], file: TensorFile) -> None:
         layer = read_keys(STATE_LAYER, description, "it")
-        self.name, self.states = layer["class"], layer["states"]
+        self.name, self.seen, self.tensors = layer["class"], layer["seen"], layer["tensors"]
         self.kernels, self.previous = layer["conv_kernel_sizes"], layer["has_previous_state"]
         self._section = Section(file, layer_prefix(index))
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the layer."""
-        return {self._section.name(name): self._section.spec(name) for name in self.states}
+        return {self._section.name(name): self._section.spec(name) for name in self.tensors}
 
     def check(self) -> None:
         """Raise unless the tensors fit one another and what is said of them."""
         count = len(self.previous)
-        known = {f"{kind}.{number}" for kind in (_CONV, _RECURRENT) for number in range(count)}
-        require(set(self.states) <= known, f"it has the states {self.states}, and {count} of each kind")
+        known = {"keys", "values", *(f"{kind}.{number}" for kind in (_CONV, _RECURRENT) for number in range(count))}
+        require(set(self.tensors) <= known, f"it has {self.tensors}, with {count} states of each kind")
+        require(("keys" in self.tensors) == ("values" in self.tensors), f"it has {self.tensors}")
         require(len(self.kernels) == count, f"{len(self.kernels)} kernels for {count} convolutions")
-        shapes = {name: self._section.spec(name).shape for name in self.states}
-        require(all(len(shape) > 1 for shape in shapes.values()), f"states have the shapes {shapes}")
-        require(len({shape[0] for shape in shapes.values()}) <= 1, f"states of {shapes} are of different batches")
+        shapes = {name: self._section.spec(name).shape for name in self.tensors}
+        require(all(len(shape) > 1 for shape in shapes.values()), f"tensors have the shapes {shapes}")
+        require(len({shape[0] for shape in shapes.values()}) <= 1, f"tensors of {shapes} are of different batches")
         for number, kernel in enumerate(self.kernels):
             shape = shapes.get(f"{_CONV}.{number}")
             require((shape is None) == (kernel is None), f"kernel {kernel}, convolution state of shape {shape}")
@@ -56,13 +57,19 @@ class StateLayerLoader:
 
     def restore(self, layer: Any, device: torch.device) -> None:
         """Fill an empty layer, whose states are on `device`."""
-        for name in self.states:
+        for name in self.tensors:
             kind, _, number = name.partition(".")
             # A copy, since what the file has is mapped into memory.
             state = self._section[name].to(device, copy=True)
+            if not number:
+                setattr(layer, kind, state)
+                layer.is_initialized = True
+                continue
             getattr(layer, kind)[int(number)] = state
             getattr(layer, f"is_{kind}_initialized")[int(number)] = True
             if kind == _CONV and layer.device is None:
                 layer.dtype, layer.device = state.dtype, state.device
         for number, (kernel, previous) in enumerate(zip(self.kernels, self.previous, strict=True)):
             layer.conv_kernel_size[number], layer.has_previous_state[number] = kernel, previous
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = self.seen
