@@ -14,6 +14,7 @@ import torch
 from ..distributed.process_exchange import Exchange, ProcessError
 from ..layer.layer import PiKVLayer
 from .tensor_file import CacheFileError
+from .tensor_writer import replaceable
 
 # Bytes of what each process tells the others.
 MESSAGE = 256
@@ -141,10 +142,12 @@ def save_in_step(
     metadata = {"processes": json.dumps({"save": f"{save:016x}", "rank": rank, "ranks": ranks})}
     own = rank_file(path, rank, ranks)
     # Until all are there, those of an earlier save stay.
-    new = path.with_name(f".pikv-{save:016x}.{rank}-of-{ranks}.tmp")
+    target = Path(os.path.realpath(own))
+    new = target.with_name(f".pikv-{save:016x}.{rank}-of-{ranks}.tmp")
 
     def written() -> None:
         try:
+            replaceable(own)
             write(new, metadata)
         except OSError as error:
             error.filename = str(own)
@@ -152,7 +155,7 @@ def save_in_step(
 
     try:
         in_step(exchange, device, "save the cache", written)
-        in_step(exchange, device, "save the cache", lambda: _rename(new, own))
+        in_step(exchange, device, "save the cache", lambda: _rename(new, target))
     finally:
         new.unlink(missing_ok=True)
 

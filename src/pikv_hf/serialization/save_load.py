@@ -67,6 +67,8 @@ _Cache = TypeVar("_Cache", bound=SavableCache)
 @layer_operation
 def save_cache(cache: SavableCache, path: str | os.PathLike[str]) -> None:
     """Write a cache to a file, or to one for each of several processes. See :meth:`PiKVCache.save`."""
+    if not os.fspath(path):
+        raise ValueError(f"save() needs the name of a file, got {path!r}")
     model = None if cache.attachment is None else cache.attachment.model
     if cache.attachment is not None and model is None:
         raise ValueError("this cache has outlived its model, and a saved one is checked against its model")

@@ -1,9 +1,11 @@
 """Writing a file of named tensors as a whole, or not at all. See :mod:`pikv_hf.serialization.tensor_file`."""
 
 import dataclasses
+import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
@@ -14,6 +16,13 @@ import torch
 import xxhash
 
 from .tensor_file import NAMES, NO_CHECKSUM, Spec, bytes_of
+
+#: What may have a file's name without being one.
+_OTHER_KINDS: dict[str, Callable[[int], bool]] = {
+    "a FIFO": stat.S_ISFIFO,
+    "a socket": stat.S_ISSOCK,
+    "a device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +54,8 @@ def write_tensors(path: Path, metadata: Mapping[str, str], groups: Sequence[Grou
     Parameters
     ----------
     path : Path
-        Its folder must exist. The file appears, or is replaced, when all is on disk.
+        Its folder must exist. The file appears, or is replaced, when all is on disk; of a symbolic link, what it
+        points to.
     metadata : dict of str to str
         Goes into `__metadata__`.
     groups : sequence of Group
@@ -54,7 +64,8 @@ def write_tensors(path: Path, metadata: Mapping[str, str], groups: Sequence[Grou
     Raises
     ------
     OSError
-        If anything could not be written. What was there is as it was, and nothing else is left.
+        If anything could not be written, or there is something else than a regular file. What was there is as it was,
+        and nothing else is left.
     """
     specs = {name: spec for group in groups for name, spec in group.specs.items()}
     # Wide numbers first, as safetensors has them: every tensor is then aligned to its own.
@@ -70,7 +81,7 @@ def write_tensors(path: Path, metadata: Mapping[str, str], groups: Sequence[Grou
     }
     # Checksums are known at the end, and take as many digits as these.
     start = len(_header(table, metadata, dict.fromkeys(order, NO_CHECKSUM)))
-    with _named(path), _replacing(path) as file:
+    with _named(path), _replacing(replaceable(path)) as file:
         checksums: dict[str, str] = {}
         for group in groups:
             checksums |= _write_group(file, group, {n: start + ends[n] - specs[n].nbytes for n in group.specs})
@@ -141,6 +152,19 @@ def _replacing(path: Path) -> Iterator[FileIO]:
     # The new name outlives a power failure once the folder is on disk too; not every file system can do that.
     with suppress(OSError), _folder(path) as folder:
         os.fsync(folder)
+
+
+def replaceable(path: Path) -> Path:
+    """Return the file that a path leads to, there or not; raise `OSError` if it is none that can be replaced."""
+    target = Path(os.path.realpath(path))
+    with suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            kind = next((name for name, holds in _OTHER_KINDS.items() if holds(mode)), "no file")
+            raise OSError(errno.EINVAL, f"it is {kind}, not a regular file")
+    return target
 
 
 def _new_file(path: Path) -> FileIO:
