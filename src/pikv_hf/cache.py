@@ -30,6 +30,7 @@ from .layer.layer_list import (
 from .layer.layer_making import check_without_model, make_layers
 from .layer.layer_operation import layer_operation
 from .layer.own_layer import copied, has_positions, is_state_layer
+from .layer.row_choice import beam_rows, rows_at
 from .layer.sliding_layer import kv_format, update_sliding
 from .reports.cache_stats import CacheStats
 from .reports.memory_measure import layer_memory
@@ -271,7 +272,7 @@ class PiKVCache(Cache):
     @layer_operation
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search: page tables change, no token is copied."""
-        select_rows(self.layers, beam_idx)
+        select_rows(self.layers, beam_rows(beam_idx))
 
     @layer_operation
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -279,10 +280,10 @@ class PiKVCache(Cache):
         select_rows(self.layers, torch.arange(row_count(self.layers) or 0).repeat_interleave(repeats))
 
     @layer_operation
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows at `indices`, an integer or boolean tensor."""
+    def batch_select_indices(self, indices: Any) -> None:
+        """Keep the rows at `indices`: integers or bools, in a tensor or list, or a slice."""
         if (rows := row_count(self.layers)) is not None:
-            select_rows(self.layers, torch.arange(rows)[indices.cpu()])
+            select_rows(self.layers, rows_at(indices, rows))
 
     # What is PiKV's own
 
