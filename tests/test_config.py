@@ -52,3 +52,10 @@ def test_is_frozen() -> None:
 def test_json_must_be_an_object() -> None:
     with pytest.raises(TypeError, match="JSON object of options, got list"):
         PiKVConfig.from_json("[]")
+
+
+def test_tiers_are_its_own() -> None:
+    given: dict[str, str | int | None] = {"cpu": "1MiB"}
+    config = PiKVConfig(tiers=given)
+    given["disk"] = None
+    assert config.tiers == {"cpu": "1MiB"}

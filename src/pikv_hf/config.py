@@ -205,6 +205,8 @@ class PiKVConfig:
                 parse_bytes(limit, f"the limit of tier {name!r}")
             elif limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 0):
                 raise ValueError(f"the limit of tier {name!r} must be text with a unit, bytes or None, got {limit!r}")
+        # The caller may go on to change its own.
+        object.__setattr__(self, "tiers", dict(self.tiers))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values."""

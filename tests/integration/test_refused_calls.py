@@ -174,3 +174,11 @@ def test_what_comes_after_a_call_that_failed(family: str, failing: str, error: t
     expected = model(**turns.second(1), **cache_argument(reference)).logits
     for each, given in ((other, cache.fork()), (model, cache)):
         assert (each(**turns.second(1), **cache_argument(given)).logits - expected).abs().max() <= 1e-4
+
+
+def test_a_cache_that_is_not_to_be_used() -> None:
+    """A cache beside `use_cache=False`: `generate` gives it the whole sequence in every step."""
+    model, turns = FAMILIES["mixtral"].build(), Turns(12, 3)
+    cache = PiKVCache.for_model(model, **SMALL)
+    with pytest.raises(ValueError, match="a cache and use_cache=False"):
+        model.generate(**turns.first(), **cache_argument(cache), use_cache=False, max_new_tokens=3)

@@ -9,6 +9,7 @@ from families import FAMILIES
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
+from pikv_hf.layer.layer_cropping import cropped_length
 
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 
@@ -309,3 +310,29 @@ def test_a_crop_into_assigned_tokens_is_refused(model: Any) -> None:
         cache.crop(40)
     cache.crop(61)
     assert cache.get_seq_length() == 61
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("to_nothing", [lambda cache: cache.crop(-100), lambda cache: cache.crop(0)])
+def test_a_crop_to_nothing_after_tokens_were_picked(model: Any, to_nothing: Any, whole: bool) -> None:
+    """Whose positions are not known any more need not be: none of them stays."""
+    cache = filled(model)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, ::2], layer.values[:, :, ::2]
+    twin = cache.fork()
+    assert cache.get_seq_length() == 61
+    if whole:
+        to_nothing(cache)
+    else:
+        for layer in cache.layers:
+            to_nothing(layer)
+    if cropped_length(61, 0) and cache.get_seq_length():
+        # Zero removes nothing in this release.
+        assert cache.get_seq_length() in (31, 61)
+        return
+    assert [cache.get_seq_length(), *(layer.get_seq_length() for layer in cache.layers)] == [0] * 4
+    with torch.no_grad():
+        logits = model(prompt(2), past_key_values=cache).logits
+        expected = model(prompt(2), past_key_values=PiKVCache.for_model(model, **OPTIONS)).logits
+    assert torch.equal(logits, expected)
+    assert twin.get_seq_length() == 61

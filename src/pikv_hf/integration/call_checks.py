@@ -53,7 +53,15 @@ def check_call(
         return
     paged, mask = paged_layers(cache.layers), kwargs.get("attention_mask")
     check_owner_and_dropout(attachment, attention, cache)
-    check_mask_of_cache(cache, mask)
+    try:
+        check_mask_of_cache(cache, mask)
+    except ValueError as error:
+        if kwargs.get("use_cache") is not False:
+            raise
+        raise ValueError(
+            "the model got a cache and use_cache=False, with which generate() has it read all tokens again in every "
+            f"step, into the same cache: leave out one of the two ({error})"
+        ) from error
     if not attachment.is_active(attention.layer_idx):
         for layer in paged:
             check_not_evicted(layer.store)

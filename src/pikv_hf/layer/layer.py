@@ -25,6 +25,7 @@ from .layer_state import LayerState
 from .layer_store import LayerStore
 from .model_link import ModelLink
 from .pending_tokens import PendingTokens
+from .row_choice import beam_rows, rows_at
 
 
 class PiKVLayer(CacheLayerMixin):
@@ -370,7 +371,10 @@ class PiKVLayer(CacheLayerMixin):
         ValueError
             Where K/V were assigned from outside and the length reaches into them: their positions are not known.
         """
-        self.truncate(column_of(self.store, cropped_length(self.state.positions_seen, max_length)))
+        length = cropped_length(self.state.positions_seen, max_length)
+        self.truncate(column_of(self.store, length))
+        if not length:
+            self.state.dropped = 0
 
     def truncate(self, length: int) -> None:
         """Keep the first `length` columns."""
@@ -380,16 +384,16 @@ class PiKVLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search."""
-        self.edits.select(beam_idx.tolist())
+        self.edits.select(beam_rows(beam_idx).tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
         self.edits.select([row for row in range(self.batch) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Any) -> None:
         """Keep the rows at `indices`."""
         if self.table is not None:
-            self.edits.select(torch.arange(self.batch)[indices.cpu()].tolist())
+            self.edits.select(rows_at(indices, self.batch).tolist())
 
     @layer_operation
     def fork(self) -> "PiKVLayer":

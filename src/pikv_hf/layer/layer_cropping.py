@@ -31,6 +31,8 @@ def column_of(store: LayerStore, length: int) -> int:
     """
     state = store.state
     first_known = state.assigned + state.dropped
+    if not length:
+        return 0
     if length >= state.positions_seen or not state.dropped or length >= first_known:
         return max(0, length - state.dropped)
     raise ValueError(
@@ -92,3 +94,4 @@ def shorten_state(store: LayerStore, length: int) -> None:
         state.padding = trimmed(state.padding[:, :length])
     state.seen = length
     state.assigned = min(state.assigned, length)
+    state.evicted &= length > 0

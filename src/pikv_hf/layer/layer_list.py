@@ -114,6 +114,8 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
                 crop_layer(layer, count)
             elif count:
                 stack.enter_context(layer.edits.truncating(column))
+                if not length:
+                    layer.state.dropped = 0
     _give_back(layers)
 
 
