@@ -193,14 +193,14 @@ class Attachment:
         calls, router = self._calls, self.expert_routers[index]
 
         def deliver(experts: Lazy, confidence: Lazy) -> None:
-            if (layer := calls.take_waiting(index)) is not None:
-                layer.record_experts(experts())
+            calls.deliver(index, experts)
 
         # First of all: what ends a call is called even where another hook fails before it begins.
         yield place_hook(router.layer.register_forward_pre_hook, lambda *_: calls.begin(index), prepend=True)
         # What has begun last ends first, where several layers begin with the same module.
         ends = router.layer.register_forward_hook
-        yield place_hook(ends, lambda *_: calls.end(index), always_call=True, prepend=True)
+        # A forward that has failed has no output.
+        yield place_hook(ends, lambda *call: calls.end(index, call[-1] is None), always_call=True, prepend=True)
         yield router.watch(deliver)
 
     def undo(self) -> None:

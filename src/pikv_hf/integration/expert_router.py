@@ -122,7 +122,7 @@ def primary_experts(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
         `(T,)` int64.
     """
     ids = ids.reshape(-1, ids.shape[-1]).long()
-    if weights is None:
+    if weights is None or not len(ids):
         return ids[:, 0]
     weights = weights.reshape(ids.shape[0], -1)
     if weights.shape != ids.shape:

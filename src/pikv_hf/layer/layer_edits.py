@@ -95,16 +95,21 @@ class LayerEdits:
         else:
             self.link.linger(self)
 
+    @property
+    def awaited(self) -> tuple[int, int]:
+        """How many rows the layer has, and how many tokens of each are its newest."""
+        pending = self.store.pending
+        return self.store.batch, 1 if pending is None else pending.tokens
+
     @layer_operation
     @leave_group_on_error
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers, and place what was waiting for them."""
-        store, batch = self.store, self.store.batch
-        expected = batch * (1 if store.pending is None else store.pending.tokens)
-        if experts.numel() != expected:
+        store, (batch, new) = self.store, self.awaited
+        if experts.numel() != batch * new:
             raise RuntimeError(
                 f"layer {self.layer_idx}: the router chose experts for {experts.numel()} tokens, "
-                f"the cache got {expected}"
+                f"the cache got {batch * new}"
             )
         if store.pending is None:
             store.record_experts(experts)

@@ -20,6 +20,10 @@ class LinkedLayer(Protocol):
 
     layer_idx: int
 
+    @property
+    def awaited(self) -> tuple[int, int]:
+        """How many rows the layer has, and how many tokens of each are its newest."""
+
     def record_experts(self, experts: torch.Tensor) -> None:
         """Take the primary experts of the newest tokens, `(B * Q,)` integers."""
 
