@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -57,3 +58,8 @@ def live_bytes(tensors: Iterable[torch.Tensor]) -> int:
         storage = tensor.untyped_storage()
         storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def has_no_data(tensor: object) -> bool:
+    """Return whether something is a tensor of a shape alone: on the meta device, or of torch's `FakeTensorMode`."""
+    return isinstance(tensor, torch.Tensor) and (tensor.is_meta or isinstance(tensor, FakeTensor))

@@ -7,6 +7,7 @@ import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from ..common.foreign_attributes import COLUMNS_ATTRIBUTE
+from ..common.tensors import has_no_data
 from ..common.transformers_release import queries_of_mask
 from ..layer.layer import PiKVLayer
 from ..layer.mask_columns import MaskColumns, check_shows_no_padding, trailing_columns
@@ -18,6 +19,9 @@ def pikv_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     Called by transformers with changing signatures, so that the arguments are only passed on. The mask spans logical
     positions; :class:`~pikv_hf.attention.mask_bias.MaskBias` picks the columns of the tokens that are stored.
     """
+    if any(has_no_data(given) for given in (*args, *kwargs.values())):
+        # Of which nothing can be read; no PiKVCache takes such K/V.
+        return sdpa_mask(*args, **kwargs)
     shown = _shown(kwargs)
     is_causal = (
         kwargs.get("mask_function") is causal_mask_function

@@ -8,7 +8,7 @@ import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
-from ..common.tensors import autocast_dtype
+from ..common.tensors import autocast_dtype, has_no_data
 from .model_link import ModelLink
 
 
@@ -59,8 +59,8 @@ def admit(
     Raises
     ------
     ValueError
-        For K/V of other shapes, dtypes or devices than what is stored, inside of a transform of `torch.func`, and for
-        K/V that require gradients while the attached model is being trained.
+        For K/V of other shapes, dtypes or devices than what is stored, without data, inside of a transform of
+        `torch.func`, and for K/V that require gradients while the attached model is being trained.
     """
     where = f"layer {layer_idx}"
     if keys.ndim != 4 or values.ndim != 4 or keys.shape[:3] != values.shape[:3]:
@@ -72,6 +72,11 @@ def admit(
         raise ValueError(
             f"{where}: the call is inside a transform of torch.func (vmap, grad, jvp, ...) or forward-mode "
             "differentiation, and pages cannot store what belongs to one; use a DynamicCache there"
+        )
+    if has_no_data(keys) or has_no_data(values):
+        raise ValueError(
+            f"{where}: keys and values have shapes and no data (FakeTensorMode, or the meta device), and pages store "
+            "data; use a DynamicCache there, or `pikv plan` for how much memory a PiKVCache will take"
         )
     keys, values = as_stored(keys, values, None if stored is None else stored.dtype)
     if keys.dtype != values.dtype or keys.device != values.device:
