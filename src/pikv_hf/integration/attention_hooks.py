@@ -42,7 +42,7 @@ def place_attention_hooks(attachment: AttachedModel, parts: ModelParts) -> Itera
         before = functools.partial(_before_model, reference)
         yield place_hook(module.register_forward_pre_hook, before, with_kwargs=True)
     modules, around = parts.attention_modules(), parts.around_modules()
-    if parts.first and around:
+    if parts.begins_with_state and around:
         # Layers with states come first, which nothing can be taken back from.
         before = functools.partial(_before_layers, reference, parts.first)
         yield place_hook(around[-1].register_forward_pre_hook, before, with_kwargs=True)

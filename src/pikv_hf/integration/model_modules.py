@@ -1,6 +1,7 @@
 """Finding what PiKV hooks into in a model: its attention modules, their configs, and the expert routers beside them."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,8 +52,7 @@ def check_modules(model: Any) -> None:
     # Layers beyond those of the cache read what others have stored, in models that say so.
     counted = max(len(layers), model.config.get_text_config(decoder=True).num_hidden_layers)
     _check_one_for_each_layer(name, by_layer, counted)
-    known = {id(module) for group in by_layer.values() for _, module in group}
-    keepers = [module for module in _state_keepers(model, known) if not _has_state_layer(module, layers)]
+    keepers = [module for module in _state_keepers(model) if not _has_state_layer(module, layers)]
     if others := sorted({type(module).__name__ for module in keepers}):
         raise ValueError(
             f"{name} hands the cache to {', '.join(others)}, which PiKV's attention cannot stand in for; if it works "
@@ -111,8 +111,14 @@ def _attention_by_layer(model: Any) -> dict[int, list[tuple[str, nn.Module]]]:
     return found
 
 
-def _state_keepers(model: Any, attention: set[int]) -> Iterator[nn.Module]:
+def first_state(model: Any) -> float:
+    """Return the first layer that has something else than attention with a state of its own, infinity if none has."""
+    return min((getattr(module, "layer_idx", 0) for module in _state_keepers(model)), default=math.inf)
+
+
+def _state_keepers(model: Any) -> Iterator[nn.Module]:
     """Yield the modules that are handed the cache for themselves, neither attention nor what is around it."""
+    attention = {id(module) for group in _attention_by_layer(model).values() for _, module in group}
     for _, module in decoder_modules(model):
         inside = list(module.modules())[1:]
         passes_on = any(id(part) in attention or takes_cache(part) for part in inside)

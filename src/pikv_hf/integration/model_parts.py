@@ -8,7 +8,13 @@ from typing import Any
 from torch import nn
 
 from .expert_router import ExpertRouter
-from .model_modules import find_attention_configs, find_attention_modules, find_expert_routers, find_modules_around
+from .model_modules import (
+    find_attention_configs,
+    find_attention_modules,
+    find_expert_routers,
+    find_modules_around,
+    first_state,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,6 +33,8 @@ class ModelParts:
         Where each attention module reads which implementation it is to use.
     first : int
         The first layer that attends.
+    begins_with_state : bool
+        Whether something with a state of its own comes before the first attention.
     around : list of weakref
         The modules around all decoder layers, the model first.
     """
@@ -35,6 +43,7 @@ class ModelParts:
     routers: dict[int, ExpertRouter]
     configs: dict[int, Any] = dataclasses.field(compare=False)
     first: int
+    begins_with_state: bool
     around: list["weakref.ref[nn.Module]"]
     _every: list["weakref.ref[nn.Module]"] = dataclasses.field(compare=False, repr=False)
 
@@ -51,7 +60,8 @@ class ModelParts:
         attention = {index: weakref.ref(module) for index, (_, module) in find_attention_modules(model).items()}
         around = [weakref.ref(module) for module in find_modules_around(model)]
         every = [weakref.ref(module) for module in model.modules()]
-        return cls(attention, routers, configs, min(attention), around, every)
+        first = min(attention)
+        return cls(attention, routers, configs, first, first_state(model) <= first, around, every)
 
     def may_be_stale(self, model: Any) -> bool:
         """Return whether the model has other modules than those that it had, of whatever kind: a matter of 1 ms."""

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from ..common.transformers_release import cache_argument
-from ..integration.attention_code import takes_cache
+from ..integration.attention_code import calls_interface, takes_cache
 from ..layer.own_layer import is_state_layer, state_tensors
 
 
@@ -32,7 +32,9 @@ def bytes_of_states(model: Any, layers: list[Any]) -> dict[int, int]:
     for module in model.modules():
         index = getattr(module, "layer_idx", None)
         inner = any(takes_cache(part) for part in list(module.modules())[1:])
-        if not isinstance(index, int) or inner or not takes_cache(module) or not is_state_layer(layers[index]):
+        if not isinstance(index, int) or inner or not takes_cache(module) or calls_interface(module):
+            continue
+        if not is_state_layer(layers[index]):
             continue
         try:
             module(hidden, **cache_argument(cache))
