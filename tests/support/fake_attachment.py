@@ -25,6 +25,12 @@ class FakeAttachment:
     def changes_keys(self, layer_idx: int) -> bool:
         return False
 
+    def holds_latents(self, layer_idx: int) -> bool:
+        return False
+
+    def refer(self, layer: PiKVLayer) -> None:
+        raise AssertionError("it has no latents")
+
     def implementation(self, layer_idx: int) -> str:
         return "pikv"
 

@@ -73,7 +73,7 @@ def own_masses(
     Parameters
     ----------
     query : torch.Tensor
-        `(B, Hq, Q, D)`; the last :data:`OBSERVED` are looked at.
+        `(B, Hq, n, D)`, the last n <= Q of the call; the last :data:`OBSERVED` are looked at.
     keys : torch.Tensor
         `(B, H, Q, D)`, the new tokens.
     bias : torch.Tensor, optional
@@ -81,16 +81,16 @@ def own_masses(
     scale, softcap
         As in :func:`pikv_hf.kernels.partial_attention`.
     lse : torch.Tensor, optional
-        `(B, Hq, Q)` float32, log-sum-exp over everything that the queries saw, if that is more than the new tokens.
+        `(B, Hq, n)` float32, log-sum-exp over everything that the queries saw, if that is more than the new tokens.
 
     Returns
     -------
     torch.Tensor
         `(B, H, Q)` float32, mean over query heads and queries.
     """
-    batch, _, new, dim = query.shape
-    heads = keys.shape[1]
-    seen_by = min(new, OBSERVED)
+    batch, _, queries, dim = query.shape
+    heads, new = keys.shape[1:3]
+    seen_by = min(queries, OBSERVED)
     recent = query[:, :, -seen_by:].reshape(batch, heads, -1, seen_by, dim)
     masses = query.new_zeros((batch, heads, new), dtype=torch.float32)
     future = torch.ones((seen_by, new), dtype=torch.bool, device=query.device).triu_(new - seen_by + 1)
@@ -104,6 +104,6 @@ def own_masses(
             logits.masked_fill_(future, -torch.inf)
         else:
             logits += bias[:, min(head, bias.shape[1] - 1), :, -seen_by:]
-        total = logits.logsumexp(dim=3) if lse is None else lse.view(batch, heads, -1, new)[:, head, :, -seen_by:]
+        total = logits.logsumexp(dim=3) if lse is None else lse.view(batch, heads, -1, queries)[:, head, :, -seen_by:]
         masses[:, head] = logits.sub_(total.unsqueeze(-1)).exp_().nan_to_num_(0.0).mean(dim=(1, 2))
     return masses

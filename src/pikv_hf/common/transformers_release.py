@@ -16,7 +16,10 @@ from packaging.version import Version
 #: The newest release that this project's tests run with.
 NEWEST_TESTED = "5.24.0"
 
-_installed = Version(transformers.__version__)
+#: The version that is installed.
+INSTALLED: str = transformers.__version__
+
+_installed = Version(INSTALLED)
 _NAMES = ("cache", "past_key_values")
 
 #: The argument by which models take a cache, and the field of their outputs that has it.
@@ -70,7 +73,7 @@ def warn_if_newer() -> None:
     """Warn, once in a process, of a release that is newer than the newest tested one."""
     if _installed > Version(NEWEST_TESTED):
         warnings.warn(
-            f"pikv_hf was tested with transformers up to {NEWEST_TESTED}, and {transformers.__version__} is installed; "
+            f"pikv_hf was tested with transformers up to {NEWEST_TESTED}, and {INSTALLED} is installed; "
             "compare with DynamicCache before you rely on it. (Said once.)",
             stacklevel=3,
         )

@@ -25,6 +25,7 @@ from .attention_hooks import place_attention_hooks
 from .attention_implementation import ATTENTION_NAME, BATCHED_NAME, AttachedImplementation, check_may_replace
 from .expert_router import ExpertRouter, Lazy
 from .kvpress_marks import note_reader, take_marks
+from .latent_attention import absorbs, expands_latents
 from .layer_calls import LayerCalls
 from .mask_function import pikv_mask
 from .model_hook import place_hook
@@ -87,7 +88,20 @@ class Attachment:
     def changes_keys(self, layer_idx: int) -> bool:
         """Return whether the layer's attention changes the keys that the cache has returned before it attends."""
         module = self.attention_of(layer_idx)
-        return module is not None and changes_cached_keys(type(module))
+        return module is not None and _changes_keys(module)
+
+    def holds_latents(self, layer_idx: int) -> bool:
+        """Return whether PiKV's attention reads latents in place, for which the layer's keys carry no reference."""
+        module = self.attention_of(layer_idx)
+        return module is not None and absorbs(module)
+
+    def refer(self, layer: Any) -> None:
+        """Note that the keys of the running call of a layer's attention stand for this layer of a cache."""
+        self.attention_calls.refer(layer)
+
+    def referred_layer(self, layer_idx: int) -> Any:
+        """Return the layer of a cache that :meth:`refer` noted in the running call of a layer's attention, or None."""
+        return self.attention_calls.referred_layer(layer_idx)
 
     def implementation(self, layer_idx: int) -> str | None:
         """Return the name of the attention that the layer's config asks for."""
@@ -187,6 +201,9 @@ class Attachment:
         if not self._handles:
             self._handles = [handle for index in parts.routers for handle in self._follow_router(index)]
             self._handles += place_attention_hooks(self, parts)
+        for module in parts.attention_modules().values():
+            if expands_latents(type(module)):
+                setattr(module, ATTACHMENT_ATTRIBUTE, self)
 
     def _follow_router(self, index: int) -> Iterator[RemovableHandle]:
         """Hook a layer that has a router, and the router."""
@@ -306,10 +323,15 @@ def ensure_attached(model: Any, placement: str) -> Attachment:
     return attachment
 
 
+def _changes_keys(module: nn.Module) -> bool:
+    """Return whether the keys that a cache returns do not reach an attention function as they are, nor absorbed."""
+    kind = type(module)
+    return changes_cached_keys(kind) or (expands_latents(kind) and not absorbs(module))
+
+
 def _warn_if_read_densely(modules: dict[int, nn.Module]) -> None:
     """Warn of attention modules, by layer, that lose the reference which a layer's keys carry."""
-    changing = {kind for kind in {type(module) for module in modules.values()} if changes_cached_keys(kind)}
-    if layers := [index for index, module in modules.items() if type(module) in changing]:
+    if layers := [index for index, module in modules.items() if _changes_keys(module)]:
         warnings.warn(
             f"{type(modules[layers[0]]).__name__} changes keys between the cache and attention: {len(layers)} of "
             f"{len(modules)} layers give it all their K/V, dense, in every step. Results are right; time is that of "

@@ -21,6 +21,8 @@ class AttentionCalls(threading.local):
     def __init__(self) -> None:
         # Of each the layer of the model, and that of its cache until this has got the call's tokens.
         self._stack: list[tuple[int, weakref.ref[Any] | None]] = []
+        # Of each the layer that its keys stand for, though they do not carry a reference to it.
+        self._meant: list[weakref.ref[Any] | None] = []
 
     def begin(self, layer_idx: int, layer: Any) -> None:
         """Note that an attention module begins, which will hand new tokens to this layer of a cache, or to None."""
@@ -28,11 +30,24 @@ class AttentionCalls(threading.local):
             # Ctrl-C ends a call without a word: no layer is in two.
             self.take(layer)
         self._stack.append((layer_idx, None if layer is None else weakref.ref(layer)))
+        self._meant.append(None)
 
     def end(self, layer_idx: int) -> None:
         """Note that an attention module has ended, or failed, perhaps before it began for :meth:`begin`."""
         if self._stack and self._stack[-1][0] == layer_idx:
             self._stack.pop()
+            self._meant.pop()
+
+    def refer(self, layer: Any) -> None:
+        """Note that the keys of the innermost call, if it is of this layer's attention, stand for this layer."""
+        if self._stack and self._stack[-1][0] == layer.layer_idx:
+            self._meant[-1] = weakref.ref(layer)
+
+    def referred_layer(self, layer_idx: int) -> Any:
+        """Return the layer that the keys of the innermost call stand for, None if that is not of this attention."""
+        if not self._stack or self._stack[-1][0] != layer_idx or (meant := self._meant[-1]) is None:
+            return None
+        return meant()
 
     def gives_to(self, layer: Any) -> bool:
         """Return whether a running call has yet to hand its tokens to this layer of a cache."""

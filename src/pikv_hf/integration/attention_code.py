@@ -15,6 +15,7 @@ from torch import nn
 
 from ..common.transformers_release import CACHE_ARGUMENTS
 from .call_arguments import KNOWN_ARGUMENTS
+from .latent_attention import EXPANSION
 
 # What all attention functions have in common.
 _COMMON = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
@@ -75,8 +76,10 @@ def _parsed_forward(kind: type[nn.Module]) -> ast.AST | None:
 def _judge(forward: ast.AST) -> str | None:
     if any(isinstance(node, ast.Attribute) and _is_layers_of_cache(node) for node in ast.walk(forward)):
         return "reads layers of the cache by itself"
-    updates = [node for node in ast.walk(forward) if isinstance(node, ast.Assign) and _is_update(node.value)]
-    held = {name for node in updates for target in node.targets for name in _names(target)}
+    assigned = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]
+    updates = [node for node in assigned if _is_update(node.value)]
+    # What latents are expanded to is of the same tokens.
+    held = {name for node in assigned if _is_update(node.value) or _is_expansion(node.value) for name in _targets(node)}
     after = max((node.lineno for node in updates), default=0)
     statements = [node for node in ast.walk(forward) if isinstance(node, ast.stmt) and node.lineno > after]
     outputs = {name for node in statements if _attention_calls(node) for name in _targets(node)}
@@ -122,6 +125,10 @@ def _is_layers_of_cache(node: ast.Attribute) -> bool:
 
 def _is_update(node: ast.AST) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "update"
+
+
+def _is_expansion(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == EXPANSION
 
 
 def _keywords(node: ast.stmt) -> set[str]:

@@ -7,6 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..attention.attention_mass import OBSERVED
 from ..attention.dense_attention import dense_attention, needs_gradients
 from ..attention.mask_bias import MaskBias
 from ..common.foreign_attributes import LAYER_ATTRIBUTE, OBSERVER_ATTRIBUTE
@@ -20,6 +21,7 @@ from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
 from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
+from .latent_attention import absorbed_queries, expanded_outputs, holds_latents, layer_of_latents
 from .mask_function import columns_of_layer
 
 
@@ -55,7 +57,7 @@ def pikv_attention_forward(
     tuple
         `(B, Q, Hq, Dv)` and None: the attention weights are never formed.
     """
-    layer = getattr(key, LAYER_ATTRIBUTE, None)
+    layer = getattr(key, LAYER_ATTRIBUTE, None) or layer_of_latents(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_batched(kwargs):
         return attend_batched(module, query, key, value, scale, kwargs)
@@ -142,17 +144,23 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`: `(B, Q, Hq, Dv)`."""
     query, mask = call.query, call.mask
     layer.attend_begins(_stored_tokens(mask))
-    remember_queries(layer.store, query, call.scale)
-    pending = layer.pending
-    if pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None:
-        # The prompt: nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
-        output, _ = sdpa_attention_forward(call.module, query, key, value, mask, 0.0, call.scale)
+    pending, absorbed = layer.pending, holds_latents(layer, call.module)
+    is_prompt = pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None
+    if absorbed:
+        # Over the tokens of a prompt alone attention is cheaper as it comes, and few of its queries are looked at.
+        query = absorbed_queries(call.module, query[:, :, -OBSERVED:] if is_prompt else query)
+    remember_queries(layer.store, query[..., : layer.store.key_dim], call.scale)
+    if is_prompt:
+        # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
+        output, _ = sdpa_attention_forward(call.module, call.query, key, value, mask, 0.0, call.scale)
         if layer.parts[0].scheduler is not None:
             begin_step(layer)
-            note_queries(layer, query, mask, call.scale, None, None)
+            note_queries(layer, query, mask, call.scale, None, None, absorbed)
     else:
-        out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks)
+        out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks, absorbed)
         output = call.output(out, lse)
+        if absorbed:
+            output = expanded_outputs(call.module, output)
         if needs_gradients(query, key, value, call.sinks):
             output = _with_gradients(output, layer, call, key, value)
     layer.attend_ends()
@@ -177,9 +185,11 @@ def _with_gradients(
     gradients for the queries and the call's own K/V. What was stored before is a constant.
     """
     keys, values = layer.dense()
-    before = keys.shape[2] - key.shape[2]
+    before, stored = keys.shape[2] - key.shape[2], layer.stored_mask()
     past = keys[:, :, :before], values[:, :, :before]
-    dense = call.dense_output(*with_history(past, key, value), layer.stored_mask())
+    if holds_latents(layer, call.module):
+        past, stored = call.module.expand_kv(*past), stored.expand(-1, key.shape[1], -1)  # type: ignore[operator]
+    dense = call.dense_output(*with_history(past, key, value), stored)
     return output.detach() + (dense - dense.detach())
 
 

@@ -206,6 +206,8 @@ class PiKVLayer(CacheLayerMixin):
                 keys, values = layer_reads.with_history(past, keys, values)
             if in_place or self.state.reference_lost:
                 keys = self.reference.put_on(keys, self)
+                if self.attachment is not None and self.attachment.holds_latents(self.layer_idx):
+                    self.attachment.refer(self)
             if self.has_expert_router and self.attachment is not None:
                 self.attachment.expect(self.edits)
             elif not in_place:

@@ -64,6 +64,7 @@ def make_layers(
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
     for index, layout in layouts.items():
+        _check_can_route(index, options, link)
         groups = 1 if link is None else link.query_groups(index)
         schedulers = [
             make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
@@ -73,6 +74,15 @@ def make_layers(
         layers[index] = PiKVLayer(index, options, link, layout, made, leads=index == min(layouts))
         layers[index].store.lock = lock
     return layers, tiers
+
+
+def _check_can_route(index: int, options: PiKVConfig, link: ModelLink | None) -> None:
+    """Refuse to choose pages by bounds of keys where these lack their rotary parts."""
+    if options.routing != "all" and link is not None and link.holds_latents(index):
+        raise ValueError(
+            f"layer {index} has latent attention, whose pages hold rotary keys apart from latents, which so lack "
+            f'bounds: only routing="all" can be done there, got routing={options.routing!r}'
+        )
 
 
 def _is_paged(layer: Any, options: PiKVConfig) -> bool:

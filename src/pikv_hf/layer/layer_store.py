@@ -120,6 +120,12 @@ class LayerStore:
             part.table = table
 
     @property
+    def key_dim(self) -> int:
+        """Channels of a key as it is stored, once there are pages."""
+        assert self.parts[0].table is not None
+        return self.parts[0].table.plain.keys.shape[-1]
+
+    @property
     def lanes(self) -> int:
         """Rows of the table per sequence: 1, or one per KV head once heads keep different tokens."""
         table = self.parts[0].table

@@ -56,6 +56,12 @@ class ModelLink(Protocol):
     def changes_keys(self, layer_idx: int) -> bool:
         """Return whether the layer's attention changes the keys that the cache has returned before it attends."""
 
+    def holds_latents(self, layer_idx: int) -> bool:
+        """Return whether PiKV's attention reads latents in place, for which the layer's keys carry no reference."""
+
+    def refer(self, layer: Any) -> None:
+        """Note that the keys of the running call of a layer's attention stand for this layer of a cache."""
+
     def owns(self, module: nn.Module) -> bool:
         """Return whether an attention module belongs to the model."""
 

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from ..common.transformers_release import INSTALLED
 
 #: With states that every call changes, beside K/V or without.
 _STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
@@ -62,7 +63,7 @@ def _check_names(name: str, text: Any) -> None:
     kinds = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
     if unknown := sorted(kinds - _ATTENTION):
         raise ValueError(
-            f"{name} has layers of type {', '.join(unknown)}, which transformers {transformers.__version__} keeps in a "
+            f"{name} has layers of type {', '.join(unknown)}, which transformers {INSTALLED} keeps in a "
             "cache of the model's own; newer releases, 5.24 say, keep them beside K/V, where PiKVCache leaves them"
         )
     if not kinds and (stateful := [key for key in _STATE_FIELDS if hasattr(text, key)]):

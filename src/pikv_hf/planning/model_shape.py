@@ -291,12 +291,14 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
     """Return the shapes of the layers of a cache, as a `PiKVCache` divides them into paged and transformers' own."""
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
+    from pikv_hf.integration.latent_attention import expands_latents
     from pikv_hf.layer.own_layer import has_positions
     from pikv_hf.planning.state_bytes import bytes_of_states
 
     states = bytes_of_states(model, layers)
     queries = int(text.num_attention_heads)
-    heads, keys, values = _head_dims(text, queries)
+    latent = any(expands_latents(type(module)) for module in model.modules())
+    heads, keys, values = _head_dims(text, queries, latent)
     shapes = []
     for index, layer in enumerate(layers):
         if not has_positions(layer):
@@ -308,8 +310,10 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
     return shapes
 
 
-def _head_dims(text: Any, queries: int) -> tuple[int, int, int]:
-    """Return KV heads, and the dims of a key and a value."""
+def _head_dims(text: Any, queries: int, latent: bool) -> tuple[int, int, int]:
+    """Return KV heads, and the dims of a key and a value: of latents, one latent and its rotary key."""
+    if latent:
+        return 1, int(text.kv_lora_rank), int(text.qk_rope_head_dim)
     if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
         # Latent attention: transformers stores keys and values of all heads, as they are after the up-projection.
         return queries, int(text.qk_nope_head_dim + text.qk_rope_head_dim), int(text.v_head_dim)
