@@ -46,9 +46,10 @@ def cache_of_call(arguments: Mapping[str, Any]) -> Any:
 
 
 def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
-    """Return the arguments of a call with another cache, under the name that the call has for it."""
-    names = [name for name in _NAMES if name in arguments] or [CACHE_ARGUMENT]
-    return {**arguments, **dict.fromkeys(names, cache)}
+    """Return the arguments of a call with another cache, under the name that the call has for it, or that of today."""
+    names = [name for name in _NAMES if name in arguments]
+    others = {name: value for name, value in arguments.items() if name not in names}
+    return {**others, names[0] if len(names) == 1 else CACHE_ARGUMENT: cache}
 
 
 def arguments_of_layers() -> set[str]:
