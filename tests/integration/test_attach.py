@@ -47,9 +47,9 @@ def test_other_caches_behave_as_with_sdpa(name: str, kind: str) -> None:
 def test_attaching_twice_and_detaching() -> None:
     model = FAMILIES["qwen3_moe"].build()
     assert attach(model) is attach(model)
-    # Per layer one of the layer, one of its router and one of its attention, and one after the layer; two of the models
-    # around them.
-    assert hooks_of(model) == 3 * 5 + 2
+    # Per layer one of the layer, one of its router, one of its attention, one after the layer and two after its
+    # attention; two of the models around them.
+    assert hooks_of(model) == 3 * 6 + 2
     detach(model)
     detach(model)
     assert hooks_of(model) == 0

@@ -4,7 +4,7 @@ They carry what has no other way through code that is not ours: from a cache lay
 mask function to the layers, from a press to the attention that it watches, and from a model to its attachment.
 """
 
-#: On the key tensor that a layer returns: the :class:`~pikv_hf.layer.layer.PiKVLayer` to attend over.
+#: On the tensors of keys and values that a layer returns: the :class:`~pikv_hf.layer.layer.PiKVLayer` to attend over.
 LAYER_ATTRIBUTE = "_pikv_layer"
 
 #: On a mask: the :class:`~pikv_hf.layer.mask_columns.MaskColumns` that all layers share.

@@ -28,6 +28,15 @@ def takes_cache(module: nn.Module) -> bool:
     return any(name in inspect.signature(type(module).forward).parameters for name in CACHE_ARGUMENTS)
 
 
+def running_code(module: nn.Module) -> Any:
+    """Return what runs when a module is called: the code within wrappers that say what they wrap, as accelerate's do.
+
+    It does not keep the module alive.
+    """
+    forward = inspect.unwrap(module.forward)
+    return getattr(forward, "__code__", type(forward))
+
+
 def calls_interface(module: nn.Module) -> bool:
     """Return whether a module leaves its attention to transformers' attention interface."""
     return any(_INTERFACE in code.co_names for code in _forward_codes(type(module)))

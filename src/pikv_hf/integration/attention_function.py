@@ -10,19 +10,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..attention.attention_mass import OBSERVED
 from ..attention.dense_attention import dense_attention, needs_gradients
 from ..attention.mask_bias import MaskBias
-from ..common.foreign_attributes import LAYER_ATTRIBUTE, OBSERVER_ATTRIBUTE
+from ..common.foreign_attributes import OBSERVER_ATTRIBUTE
 from ..common.tensors import autocast_dtype
 from ..kernels.merge_partials import merge_sinks
 from ..layer.attend import attend, attend_dense, begin_step, note_queries
 from ..layer.layer import PiKVLayer
 from ..layer.layer_codecs import remember_queries
 from ..layer.layer_reads import with_history
+from ..layer.layer_reference import LayerReference
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
 from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
 from .latent_attention import absorbed_queries, expanded_outputs, holds_latents, layer_of_latents
 from .mask_function import columns_of_layer
+from .running_attention import check_running_was_read
 
 
 def pikv_attention_forward(
@@ -57,7 +59,7 @@ def pikv_attention_forward(
     tuple
         `(B, Q, Hq, Dv)` and None: the attention weights are never formed.
     """
-    layer = getattr(key, LAYER_ATTRIBUTE, None) or layer_of_latents(module)
+    layer = LayerReference.on(key, value) or layer_of_latents(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if is_batched(kwargs):
         return attend_batched(module, query, key, value, scale, kwargs)
@@ -70,6 +72,7 @@ def pikv_attention_forward(
             # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
             key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
         return _attend_layer(layer, call, key, value).to(autocast_dtype(query)), None
+    check_running_was_read(module)
     check_arguments(module, kwargs)
     call.show_to_observer(key.shape[2])
     if key.shape[2] == query.shape[2]:

@@ -1,4 +1,4 @@
-"""What comes before the forwards of an attached model and of its attention: checks, while nothing has changed."""
+"""What comes before and after the forwards of an attached model and of its attention: checks, above all."""
 
 import functools
 import weakref
@@ -12,12 +12,14 @@ from torch.utils.hooks import RemovableHandle
 from ..common.transformers_release import cache_of_call
 from ..layer.layer import PiKVLayer
 from .attention_calls import DECODER, AttentionCalls, called_cache, layer_of_call
+from .attention_code import running_code
 from .attention_implementation import ATTENTION_NAME
 from .call_arguments import check_weights_not_asked
 from .call_checks import check_call
 from .model_hook import place_hook
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
+from .running_attention import check_was_read, note_running, paged_layer
 
 
 class AttachedModel(Protocol):
@@ -53,6 +55,7 @@ def place_attention_hooks(attachment: AttachedModel, parts: ModelParts) -> Itera
         yield place_hook(module.register_forward_pre_hook, before, with_kwargs=True)
         after = functools.partial(_after, attachment.attention_calls, index)
         yield place_hook(module.register_forward_hook, after, always_call=True, prepend=True)
+        yield place_hook(module.register_forward_hook, _after_attention, with_kwargs=True)
 
 
 def _before_model(
@@ -84,12 +87,19 @@ def _before_attention(
         if alive.is_first(module):
             check_call(alive, module, module, cache, args, kwargs)
         alive.attention_calls.begin(index, layer_of_call(index, cache))
+        if (layer := paged_layer(module, cache)) is not None:
+            layer.reference.attends_with(running_code(module))
+        note_running(cache)
         prefetch_next_layer(alive.attention_of, module, args, kwargs)
     return _fit_mask(module, args, kwargs)
 
 
 def _after(calls: AttentionCalls, layer_idx: int, *_: Any) -> None:
     calls.end(layer_idx)
+
+
+def _after_attention(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _: Any) -> None:
+    check_was_read(module, called_cache(args, kwargs))
 
 
 def _fit_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -191,8 +191,8 @@ class PiKVLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens; return what the layer's attention needs to attend over all; see :meth:`update`.
 
-        With PiKV's attention that is the new K/V alone, the keys carrying a reference to this layer, from which it
-        reads the history; with another it is all K/V.
+        With PiKV's attention that is the new K/V alone, carrying a reference to this layer, from which it reads the
+        history; with another it is all K/V.
         """
         keys, values = admit(self.layer_idx, key_states, value_states, self.store.kv_format(), self.attachment)
         in_place, history = self.reference.is_expected(), self.seen > 0
@@ -205,7 +205,7 @@ class PiKVLayer(CacheLayerMixin):
                 # Out of what is stored no gradient comes, out of the new K/V it may.
                 keys, values = layer_reads.with_history(past, keys, values)
             if in_place or self.state.reference_lost:
-                keys = self.reference.put_on(keys, self)
+                keys, values = self.reference.put_on(keys, values, self)
                 if self.attachment is not None and self.attachment.holds_latents(self.layer_idx):
                     self.attachment.refer(self)
             if self.has_expert_router and self.attachment is not None:
@@ -404,7 +404,7 @@ class PiKVLayer(CacheLayerMixin):
         parts = [part.fork(self.config) for part in self.parts]
         twin = PiKVLayer(self.layer_idx, self.config, self.attachment, self.layout, parts, self.leads)
         twin.store.go_on_from(self.store)
-        twin.prompt_mark = self.prompt_mark
+        twin.prompt_mark, twin.reference.code = self.prompt_mark, self.reference.code
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVLayer":

@@ -1,4 +1,4 @@
-"""The reference by which attention finds a layer: on the keys that `update` returns, if nothing copies these."""
+"""The reference by which attention finds a layer: on the K/V that `update` returns, if nothing copies these."""
 
 from typing import Any
 
@@ -21,10 +21,26 @@ class LayerReference:
         Of the layer.
     link : ModelLink, optional
         The attached model.
+
+    Attributes
+    ----------
+    code : object
+        What ran in the layer's attention when tokens came last, None before.
     """
 
     def __init__(self, store: LayerStore, link: ModelLink | None) -> None:
         self._store, self._link = store, link
+        self.code: Any = None
+
+    def attends_with(self, code: Any) -> None:
+        """Note what runs in the layer's attention. Where it has changed, nobody knows whether references reach PiKV's.
+
+        All K/V are given out then, unless tokens were evicted, which other attention than PiKV's could not pass over.
+        """
+        state = self._store.state
+        if self.code not in (None, code) and state.seen and not state.evicted:
+            state.reference_lost = True
+        self.code = code
 
     def is_expected(self) -> bool:
         """Return whether PiKV's attention will see what `update` returns."""
@@ -37,18 +53,30 @@ class LayerReference:
 
     def check_history_was_read(self) -> None:
         """Raise `RuntimeError` if no attention has read what the last update referred to."""
-        if self._store.state.reference_out and self._store.state.history_out:
+        if self.is_unread:
             raise RuntimeError(
                 f"layer {self._store.layer_idx}: no attention has read the history that the last update referred to. "
                 "Either that call was interrupted, or something between update and attention copies the keys. Take the "
                 "call's tokens back with cache.crop(length)"
             )
 
-    def put_on(self, keys: torch.Tensor, layer: Any) -> torch.Tensor:
-        """Return keys that refer to the layer: a view of their own, since the caller's tensor outlives the call."""
-        keys = keys.view(keys.shape)
-        setattr(keys, LAYER_ATTRIBUTE, layer)
-        return keys
+    @property
+    def is_unread(self) -> bool:
+        """Whether the last update referred to tokens stored before, and no attention has read them yet."""
+        return self._store.state.reference_out and self._store.state.history_out
+
+    def put_on(self, keys: torch.Tensor, values: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return K/V that refer to the layer: views of their own, since the caller's tensors outlive the call."""
+        keys, values = keys.view(keys.shape), values.view(values.shape)
+        for tensor in (keys, values):
+            setattr(tensor, LAYER_ATTRIBUTE, layer)
+        return keys, values
+
+    @staticmethod
+    def on(keys: torch.Tensor, values: torch.Tensor) -> Any:
+        """Return the layer that K/V refer to, None if one of them is not what :meth:`put_on` has returned."""
+        layer = getattr(keys, LAYER_ATTRIBUTE, None)
+        return layer if layer is getattr(values, LAYER_ATTRIBUTE, None) else None
 
     def given_out(self, history: bool) -> None:
         """Note that new keys stand for the layer, with tokens stored before them or without."""
