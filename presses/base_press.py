@@ -16,7 +16,7 @@ from pikv_hf.integration.attachment import attach
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.mask_columns import new_tokens_valid
 from pikv_hf.presses.expert_routing import is_routed, unwatch_routers
-from pikv_hf.presses.observed_queries import is_watched, unwatch, watch
+from pikv_hf.presses.observed_queries import check_has_keys, is_watched, unwatch, watch
 from pikv_hf.presses.press_base import ScorerPress
 from pikv_hf.presses.press_budget import Given, PressBudget
 from pikv_hf.presses.press_calls import finds_a_cache
@@ -267,6 +267,7 @@ class ObservingPress(ScorerPress):
             self._eager = getattr(model.config, "_attn_implementation", None) == "eager"
             attachment = stack.enter_context(attach(model, "hash"))
             modules, made = attachment.attention_modules(), attachment.caches_made
+            check_has_keys(modules)
             stack.callback(lambda: attachment.stay() if attachment.caches_made > made else None)
             if not is_routed(modules):
                 stack.callback(unwatch_routers, modules)

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import AttentionInterface
 
 from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
-from pikv_hf.common.transformers_release import cache_of_call, with_cache
+from pikv_hf.common.transformers_release import INSTALLED, cache_of_call, with_cache
 from pikv_hf.integration.attachment import ensure_attached
 from pikv_hf.integration.attention_implementation import ATTENTION_NAME
+from pikv_hf.integration.latent_attention import expands_latents
 from pikv_hf.layer.mask_columns import new_tokens_valid
 
 #: Queries kept per layer, the latest ones.
@@ -195,8 +196,18 @@ def watch(model: Any) -> None:
     Presses within kvpress's wrappers are told of the model but not when they end; what is kept is small.
     """
     attachment = ensure_attached(model, "hash")
+    check_has_keys(attachment.attention_modules())
     for module in attachment.attention_modules().values():
         Observer.of(module)
+
+
+def check_has_keys(modules: dict[int, nn.Module]) -> None:
+    """Raise `NotImplementedError` for attention whose tokens in a cache are latents, which no press can score yet."""
+    if latent := [type(module).__name__ for module in modules.values() if expands_latents(type(module))]:
+        raise NotImplementedError(
+            f"{latent[0]} is latent attention, of which transformers {INSTALLED} caches latents, not the keys and "
+            "values that presses score; budget= and the codecs of PiKVCache work with them"
+        )
 
 
 def is_watched(modules: dict[int, nn.Module]) -> bool:

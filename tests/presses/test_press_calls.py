@@ -5,9 +5,11 @@ from typing import Any
 import kvpress
 import pytest
 import torch
+from families import FAMILIES
 from press_runs import PRESSES, attached, ids_of, read, shared_model
 from transformers import DynamicCache
 
+from pikv_hf.integration.latent_attention import expands_latents
 from pikv_hf.presses import QueryAwarePress, RowwisePress, base_press, rowwise_press
 
 BLOCKS = {**PRESSES, "rowwise": lambda **given: RowwisePress(kvpress.KnormPress(**given))}
@@ -59,3 +61,12 @@ def test_decoding_is_something(make: Any) -> None:
     cache = read(model, make(model), ids_of(40))
     read(model, cache, ids_of(1), QueryAwarePress(0.5))
     assert cache.get_seq_length() == 41
+
+
+@pytest.mark.parametrize("name", PRESSES)
+def test_latents_are_refused(name: str) -> None:
+    model = FAMILIES["deepseek_v3"].build()
+    if not any(expands_latents(type(module)) for module in model.modules()):
+        pytest.skip("this transformers caches the keys and values of all heads, which presses score")
+    with pytest.raises(NotImplementedError, match="DeepseekV3Attention is latent attention"):
+        without_cache(model, PRESSES[name](compression_ratio=0.5))

@@ -199,8 +199,8 @@ def test_padding_has_no_part_in_importance() -> None:
             torch.testing.assert_close(mine, scores[..., :-8], atol=1e-6, rtol=1e-3)
 
 
-def test_a_dense_first_layer_leaves_the_second_to_its_mass() -> None:
-    model, ids = FAMILIES["deepseek_v2"].build(), ids_of(TOKENS)
+def test_a_dense_first_layer_leaves_the_second_to_its_mass(latent_family: str) -> None:
+    model, ids = FAMILIES[latent_family].build(), ids_of(TOKENS)
     press = Recorded(0.5, window=8, router_weight=1.0)
     with press(model), torch.no_grad():
         modules = [layer.self_attn for layer in model.model.layers]
