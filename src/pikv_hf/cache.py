@@ -20,6 +20,7 @@ from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
 from .layer.layer_list import (
     check_read_from_outside,
+    complete_assignments,
     crop_layers,
     dense_layers,
     format_of,
@@ -189,9 +190,11 @@ class PiKVCache(Cache):
         # For `save`: others may be active by then.
         if (layer_idx == self._first or self.filled_under is None) and not layer.get_seq_length():
             self.filled_under = adapters_now(None if self.attachment is None else self.attachment.model)
-        if layer_idx == self._first and self._is_from_outside(layer):
-            admit(layer_idx, key_states, value_states, format_of(layer), self.attachment)
-            check_read_from_outside(self.layers)
+        if layer_idx == self._first:
+            if self._is_from_outside(layer):
+                admit(layer_idx, key_states, value_states, format_of(layer), self.attachment)
+                check_read_from_outside(self.layers)
+            complete_assignments(self.layers)
         if isinstance(layer, DynamicSlidingWindowLayer):
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
         # kvpress puts a layer of its own in place of one for a while.

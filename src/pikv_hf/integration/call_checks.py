@@ -12,7 +12,7 @@ from torch import nn
 
 from ..common.foreign_attributes import COLUMNS_ATTRIBUTE
 from ..layer.layer import PiKVLayer
-from ..layer.layer_list import paged_layers
+from ..layer.layer_list import complete_assignments, paged_layers
 from ..layer.layer_reads import check_not_evicted
 from ..layer.mask_columns import MaskColumns
 from .call_arguments import KNOWN_ARGUMENTS, check_arguments, check_causal, check_owner_and_dropout
@@ -47,10 +47,11 @@ def check_call(
     NotImplementedError
         For arguments that attention does not know, and `is_causal=False` without a mask.
     RuntimeError
-        For attention that is not PiKV's, where tokens were evicted.
+        For attention that is not PiKV's, where tokens were evicted, and keys assigned without values that fit.
     """
     if not hasattr(cache, "layers"):
         return
+    complete_assignments(cache.layers)
     paged, mask = paged_layers(cache.layers), kwargs.get("attention_mask")
     check_owner_and_dropout(attachment, attention, cache)
     try:

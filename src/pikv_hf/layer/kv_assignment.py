@@ -9,7 +9,7 @@ from ..page_table.compaction import ExactTokens
 from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
 from .input_checks import KVFormat, admit
-from .layer_reads import dense_keys
+from .layer_reads import dense_keys, dense_values
 from .layer_store import LayerStore
 from .model_link import ModelLink
 from .table_rebuild import TableRebuild
@@ -21,7 +21,7 @@ class KVAssignment:
     Attributes
     ----------
     staged : torch.Tensor or None
-        Keys that were assigned; the values are still to come.
+        Keys that were assigned; values may still come, until the layer is used.
     """
 
     def __init__(self) -> None:
@@ -41,11 +41,6 @@ class KVAssignment:
         """Return the keys that were assigned, once."""
         staged, self.staged = self.staged, None
         return staged
-
-    def refuse_incomplete(self, layer_idx: int) -> None:
-        """Forget keys that were assigned without values, and raise `RuntimeError`."""
-        shape = tuple(getattr(self.take_staged(), "shape", ()))
-        raise RuntimeError(f"layer {layer_idx}: keys {shape} were assigned without values; assign both")
 
     def is_crop(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
         """Return whether keys and values are the first tokens of what was handed out, unchanged."""
@@ -84,6 +79,23 @@ class HandedOut:
             # As long as this reference lives, the address is not given to another storage.
             and StorageWeakRef(tensor.untyped_storage()).cdata == self._storage.cdata
         )
+
+
+def begins_with(store: LayerStore, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return whether a layer's first tokens are these, which torch says nobody has written into.
+
+    It does not know of what was written through `.data` or NumPy. Decoding the same codes twice may differ a little.
+    """
+    tokens = keys.shape[2]
+    pairs = (keys, dense_keys(store)), (values, dense_values(store))
+    return all(_is_close(given, there[:, :, :tokens]) for given, there in pairs)
+
+
+def _is_close(given: torch.Tensor, there: torch.Tensor) -> bool:
+    if torch.equal(given, there) or not given.numel():
+        return True
+    error = 16 * torch.finfo(there.dtype).eps * float(there.abs().max())
+    return torch.allclose(given, there, rtol=0, atol=error, equal_nan=True)
 
 
 def assign_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, may_be_picked: bool) -> None:

@@ -322,7 +322,7 @@ class PiKVLayer(CacheLayerMixin):
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """The keys by column, dense; None before the first update. To change them assign keys, then values."""
+        """The keys by column, dense; None before the first update. To change both assign keys, then values."""
         staged = self.edits.assignment.staged
         return self.edits.hand_out(KV.KEYS) if staged is None else staged
 

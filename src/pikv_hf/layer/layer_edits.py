@@ -11,7 +11,7 @@ from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.cropping import Crop
 from . import press_eviction
-from .kv_assignment import KVAssignment, assign_tokens, check_assigned
+from .kv_assignment import KVAssignment, assign_tokens, begins_with, check_assigned
 from .layer_cropping import Snapshot, reserved_crops, shorten_state
 from .layer_operation import layer_operation
 from .layer_reads import dense_keys, dense_values
@@ -73,8 +73,7 @@ class LayerEdits:
     @leave_group_on_error
     def settle(self) -> None:
         """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
-        if self.assignment.staged is not None:
-            self.assignment.refuse_incomplete(self.layer_idx)
+        self.complete_assignment()
         self.settle_marks()
         try:
             self.store.settle()
@@ -178,8 +177,33 @@ class LayerEdits:
         self._assign(*check_assigned(self.store, self.link, keys, values))
 
     @layer_operation
+    def complete_assignment(self) -> None:
+        """Have keys that were assigned alone count, with the values that there are.
+
+        Raises
+        ------
+        RuntimeError
+            If these are of another shape; the keys go on to wait for values of theirs.
+        """
+        if (keys := self.assignment.staged) is None:
+            return
+        values = self.hand_out(KV.VALUES)
+        if values is None or getattr(keys, "shape", ())[:3] != values.shape[:3]:
+            shapes = tuple(getattr(keys, "shape", ())), None if values is None else tuple(values.shape)
+            raise RuntimeError(
+                f"layer {self.layer_idx}: keys {shapes[0]} were assigned without values, and do not fit those that "
+                f"there are, {shapes[1]}; assign both"
+            )
+        self.assignment.staged = None
+        try:
+            self._assign(*check_assigned(self.store, self.link, keys, values))
+        except BaseException:
+            self.assignment.staged = keys
+            raise
+
+    @layer_operation
     def _assign(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self.assignment.is_crop(keys, values):
+        if self.assignment.is_crop(keys, values) and begins_with(self.store, keys, values):
             self.truncate(values.shape[2])
         else:
             assign_tokens(self.store, keys, values, may_be_picked=self.link is not None)

@@ -20,6 +20,12 @@ def paged_layers(layers: Sequence[Any]) -> list[PiKVLayer]:
     return [layer for layer in layers if isinstance(layer, PiKVLayer)]
 
 
+def complete_assignments(layers: Sequence[Any]) -> None:
+    """Have all keys that were assigned alone count before the first layer gets new tokens, or refuse them all."""
+    for layer in paged_layers(layers):
+        layer.edits.complete_assignment()
+
+
 def format_of(layer: Any) -> KVFormat | None:
     """Return what new K/V of a layer must be like, None for one that is empty or knows none."""
     if isinstance(layer, PiKVLayer):
