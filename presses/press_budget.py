@@ -1,14 +1,10 @@
 """How much a press may keep: a share, a number of tokens, or bytes."""
 
-import re
 from dataclasses import dataclass
-from typing import Literal
 
-Kind = Literal["share", "tokens", "bytes"]
+from pikv_hf.common.budget import Unit, parse_amount
+
 Given = float | int | str
-
-_UNITS = {"b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-_TEXT = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(%|[a-zA-Z]+)\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +20,7 @@ class PressBudget:
         Of that kind.
     """
 
-    kind: Kind
+    kind: Unit
     amount: float
 
     @classmethod
@@ -49,24 +45,14 @@ class PressBudget:
         if isinstance(given, bool) or not isinstance(given, int | float | str):
             raise TypeError(f"a budget is a share, a number of tokens or bytes, got {given!r} ({type(given).__name__})")
         if isinstance(given, str):
-            return cls._of_text(given)
+            parsed = parse_amount(given)
+            if parsed is None:
+                raise ValueError(f"a budget is written like '25%', '512 tokens' or '64 MiB', got {given!r}")
+            return cls._checked(parsed[1], parsed[0], given)
         return cls._checked("tokens" if isinstance(given, int) else "share", float(given), given)
 
     @classmethod
-    def _of_text(cls, given: str) -> "PressBudget":
-        match = _TEXT.fullmatch(given)
-        if match is not None:
-            amount, unit = float(match[1]), match[2].lower()
-            if unit == "%":
-                return cls._checked("share", amount / 100, given)
-            if unit in ("token", "tokens"):
-                return cls._checked("tokens", amount, given)
-            if unit in _UNITS:
-                return cls._checked("bytes", amount * _UNITS[unit], given)
-        raise ValueError(f"a budget is written like '25%', '512 tokens' or '64 MiB', got {given!r}")
-
-    @classmethod
-    def _checked(cls, kind: Kind, amount: float, given: Given) -> "PressBudget":
+    def _checked(cls, kind: Unit, amount: float, given: Given) -> "PressBudget":
         if not amount > 0 or (kind == "share" and amount > 1):
             raise ValueError(f"a budget is above 0, and a share at most 1, got {given!r}")
         return cls(kind, amount)

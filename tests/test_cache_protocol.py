@@ -128,3 +128,39 @@ def test_early_initialization_before_the_first_tokens() -> None:
     cache.early_initialization(**ARGUMENTS["early_initialization"])
     assert cache.is_initialized
     assert torch.equal(model.generate(**inputs, past_key_values=cache, **options), expected)
+
+
+# Making one
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: PiKVCache(), r"made by PiKVCache.for_model\(model\), or .* by PiKVCache\(model.config\)"),
+        (lambda model: PiKVCache(model), r"for a Qwen3MoeForCausalLM use PiKVCache.for_model\(model\)"),
+        (
+            lambda model: PiKVCache("some/model"),
+            r"got 'some/model' \(str\); load the model, and use PiKVCache.for_model",
+        ),
+        (lambda model: PiKVCache(model.config, page_size=64), r"PiKVCache\(config, PiKVConfig\(page_size=64\)\); .*"),
+        (lambda model: PiKVCache(model.config, {"page_size": 64}), "pikv_config must be a PiKVConfig, got dict"),
+        (lambda model: PiKVCache.for_model("some/model"), r"AutoModelForCausalLM.from_pretrained\('some/model'\)"),
+        (
+            lambda model: PiKVCache.for_model(model.config),
+            r"its config \(Qwen3MoeConfig\): .* PiKVCache\(config\) makes",
+        ),
+    ],
+)
+def test_what_makes_no_cache_is_told_what_does(make: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        make(FAMILIES["qwen3_moe"].build())
+
+
+def test_what_a_cache_prints() -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    assert repr(PiKVCache(model.config)) == "PiKVCache(3 layers, 3 of them paged, 0 tokens seen, placement='hash')"
+    cache = filled(model, PiKVCache.for_model(model, budget="50%", recent_window=0))
+    assert repr(cache) == (
+        "PiKVCache(3 layers, 3 of them paged, 30 tokens seen, "
+        "placement='expert', scheduler='pikv', recent_window=0, budget='50%')"
+    )

@@ -36,6 +36,9 @@ def test_round_trips(**options: Any) -> None:
         ({"placement": "experts"}, ValueError, "'expert', 'balanced', 'hash', got 'experts', did you mean 'expert'?"),
         ({"sliding_layers": "page"}, ValueError, "did you mean 'paged'?"),
         ({"num_shard": 4}, TypeError, "unknown option 'num_shard', did you mean 'num_shards'?"),
+        ({"max_pages": 4}, ValueError, 'max_pages=4 is of routing, and routing="all" reads every page'),
+        ({"coverage": 0.5, "routing": "all"}, ValueError, "coverage=0.5 is of routing"),
+        ({"budget": "25"}, ValueError, r"a share \(0.25 or '25%'\), tokens .* or bytes .*, got '25'"),
         ({"zzz": 4}, TypeError, r"unknown option 'zzz' \(known: page_size"),
     ],
 )
@@ -59,3 +62,8 @@ def test_tiers_are_its_own() -> None:
     config = PiKVConfig(tiers=given)
     given["disk"] = None
     assert config.tiers == {"cpu": "1MiB"}
+
+
+def test_what_is_not_at_its_default() -> None:
+    assert PiKVConfig().changed() == {}
+    assert PiKVConfig(page_size=32, budget="25%").changed() == {"budget": "25%"}

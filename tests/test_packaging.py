@@ -200,10 +200,16 @@ def test_a_bare_install_generates_what_dynamic_cache_does_and_has_all_of_the_cor
     [
         (
             "from pikv_hf.eval import evaluate_cache",
-            r'pikv_hf\.eval\.evaluate_cache needs \w+: pip install "pikv-hf\[eval\]"',
+            r'pikv_hf\.eval\.evaluate_cache needs \w+: pip install "\.\[eval\]" in a clone of pikv-hf',
         ),
-        ("import pikv_hf.eval.report", r'pikv_hf\.eval\.report needs \w+: pip install "pikv-hf\[eval\]"'),
-        ("import pikv_hf.eval.metrics", r'pikv_hf\.eval\.metrics needs \w+: pip install "pikv-hf\[eval\]"'),
+        (
+            "import pikv_hf.eval.report",
+            r'pikv_hf\.eval\.report needs \w+: pip install "\.\[eval\]" in a clone of pikv-hf',
+        ),
+        (
+            "import pikv_hf.eval.metrics",
+            r'pikv_hf\.eval\.metrics needs \w+: pip install "\.\[eval\]" in a clone of pikv-hf',
+        ),
     ],
 )
 def test_python_says_what_is_missing(bare, code, message):
@@ -215,14 +221,19 @@ def test_python_says_what_is_missing(bare, code, message):
 def test_the_command_says_in_one_line_what_is_missing(bare, command):
     result = run_bare(bare, "pikv", *command)
     assert (result.returncode, result.stdout) == (2, "")
-    assert re.fullmatch(rf'Error: pikv {command[0]} needs \w+: pip install "pikv-hf\[eval\]"\n', result.stderr)
+    assert re.fullmatch(
+        rf'Error: pikv {command[0]} needs \w+: pip install "\.\[eval\]" in a clone of pikv-hf\n', result.stderr
+    )
 
 
 def test_the_command_says_that_even_its_own_library_is_missing(bare):
     # transformers brings typer today; pikv-hf itself does not ask for it.
     code = "import sys; sys.modules['typer'] = None; from pikv_hf.eval.cli.console import main; main()"
     result = run_bare(bare, "python", "-c", code)
-    assert (result.returncode, result.stderr) == (2, 'Error: pikv needs typer: pip install "pikv-hf[eval]"\n')
+    assert (result.returncode, result.stderr) == (
+        2,
+        'Error: pikv needs typer: pip install ".[eval]" in a clone of pikv-hf\n',
+    )
 
 
 def test_a_bare_install_plans(bare):

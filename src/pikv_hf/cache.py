@@ -28,7 +28,7 @@ from .layer.layer_list import (
     row_count,
     select_rows,
 )
-from .layer.layer_making import check_without_model, make_layers
+from .layer.layer_making import checked_options, effective_options, make_layers
 from .layer.layer_operation import layer_operation
 from .layer.own_layer import copied, has_positions, is_state_layer
 from .layer.row_choice import beam_rows, rows_at
@@ -61,8 +61,9 @@ class PiKVCache(Cache):
 
     Raises
     ------
-    ValueError
-        For unsupported architectures, or a placement by experts without an attached model.
+    TypeError, ValueError
+        For a model or single options, with what takes them; for unsupported architectures, or a placement by experts
+        without an attached model.
 
     Examples
     --------
@@ -77,16 +78,13 @@ class PiKVCache(Cache):
 
     def __init__(
         self,
-        config: Any,
+        config: Any = None,
         pikv_config: PiKVConfig | None = None,
         attachment: Attachment | None = None,
         spread: Devices | PartLayout | None = None,
+        **single_options: Any,
     ) -> None:
-        options = pikv_config or PiKVConfig()
-        if not isinstance(options, PiKVConfig):
-            raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
-        if attachment is None:
-            check_without_model(options)
+        options = checked_options(config, pikv_config, single_options, attached=attachment is not None)
         self.model_config = config
         # The adapters in use when the first tokens came; None where that is not known, as after `from_cache`.
         self.filled_under: list[Adapter] | None = None
@@ -421,4 +419,6 @@ class PiKVCache(Cache):
 
     def __repr__(self) -> str:
         layers = f"{len(self.layers)} layers, {len(self._paged())} of them paged"
-        return f"PiKVCache({layers}, {self.get_seq_length()} tokens seen, {self.pikv_config})"
+        effective = effective_options(self.pikv_config, self.attachment is not None)
+        options = "".join(f", {name}={value!r}" for name, value in effective.items())
+        return f"PiKVCache({layers}, {self.get_seq_length():,} tokens seen{options})"

@@ -28,6 +28,8 @@ SCHEDULERS = (
     "pikv",
 )
 TIERS = ("device", "cpu", "disk")
+#: Options that mean something only where `routing` chooses pages.
+OF_ROUTING = frozenset({"max_pages", "coverage", "tier_cost"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +76,8 @@ class PiKVConfig:
         `"adaptive"`, `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with
         several new tokens read everything.
     max_pages : int or float
-        Of these pages, the most that a KV head reads in a step; a float is a share of them.
+        Of these pages, the most that a KV head reads in a step; a float is a share of them. Like `coverage` and
+        `tier_cost` only where a `routing` chooses.
     coverage : float
         Of `"adaptive"`: the share of the attention to full pages that those read are to take, as far as their bounds
         tell. It reads at least a quarter of `max_pages`.
@@ -83,7 +86,7 @@ class PiKVConfig:
         memory.
     budget : str, int or float, optional
         The most that may be stored: bytes (`"2GiB"`), tokens per sequence and layer (`4096`), or a share of the tokens
-        seen (`0.25`). What exceeds it is evicted in whole pages.
+        seen (`0.25`, `"25%"`). What exceeds it is evicted in whole pages.
     budget_scope : {"cache", "layer", "shard"}, optional
         What the budget is of. By default bytes are of the cache, which divides them evenly among its layers; tokens are
         of each layer; a share is the same for all.
@@ -177,6 +180,12 @@ class PiKVConfig:
             raise ValueError(f"coverage must be above 0 and at most 1, got {self.coverage}")
         if not 0 <= self.tier_cost < math.inf:
             raise ValueError(f"tier_cost must be at least 0 and finite, got {self.tier_cost}")
+        if self.routing == "all":
+            for name in OF_ROUTING & self.changed().keys():
+                raise ValueError(
+                    f'{name}={getattr(self, name)} is of routing, and routing="all" reads every page; give one of '
+                    f"{', '.join(map(repr, ROUTINGS[1:]))}"
+                )
 
     def _check_budget(self) -> None:
         if self.scheduler is not None:
@@ -207,6 +216,14 @@ class PiKVConfig:
                 raise ValueError(f"the limit of tier {name!r} must be text with a unit, bytes or None, got {limit!r}")
         # The caller may go on to change its own.
         object.__setattr__(self, "tiers", dict(self.tiers))
+
+    def changed(self) -> dict[str, Any]:
+        """Return the options that are not at their defaults."""
+        return {
+            field.name: value
+            for field in dataclasses.fields(self)
+            if (value := getattr(self, field.name)) != field.default
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as plain values."""

@@ -11,7 +11,7 @@ def test_a_missing_package_of_the_extra_is_named_with_what_installs_it(monkeypat
     monkeypatch.setitem(EXTRAS, "eval", ("no_such_package",))
     with pytest.raises(MissingExtraError) as caught, extra("eval", needed_by="pikv report"):
         import no_such_package.inside  # noqa: F401
-    assert str(caught.value) == 'pikv report needs no_such_package: pip install "pikv-hf[eval]"'
+    assert str(caught.value) == 'pikv report needs no_such_package: pip install ".[eval]" in a clone of pikv-hf'
     assert caught.value.name == "no_such_package"
 
 
@@ -32,5 +32,5 @@ def test_other_errors_pass(error):
 
 def test_a_missing_backend_is_named_with_what_installs_it(monkeypatch):
     monkeypatch.setattr(caches, "_installed", lambda module: False)
-    with pytest.raises(InputError, match=r'needs optimum\.quanto: pip install "pikv-hf\[quanto\]"$'):
+    with pytest.raises(InputError, match=r'needs optimum\.quanto: pip install "\.\[quanto\]" in a clone of pikv-hf$'):
         caches.cache_factory("quantized:quanto:4")

@@ -160,12 +160,24 @@ def test_options_that_may_change(tmp_path: Path) -> None:
     read(model, new_cache(model)).save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model, routing="page_bound", max_pages=7)
     assert (loaded.pikv_config.routing, loaded.layers[1].config.max_pages) == ("page_bound", 7)
+    loaded.save(tmp_path / "routed")
+    assert PiKVCache.load(tmp_path / "routed", model, routing="all").pikv_config.max_pages == 64
+    with pytest.raises(ValueError, match=r"max_pages=7 is of routing"):
+        PiKVCache.load(tmp_path / "cache", model, max_pages=7)
     with pytest.raises(ValueError, match=r"page_size=16 was asked for, but the cache was saved with 8"):
         PiKVCache.load(tmp_path / "cache", model, page_size=16)
     with pytest.raises(ValueError, match="max_pages must be at least 1, got 0"):
         PiKVCache.load(tmp_path / "cache", model, max_pages=0)
     with pytest.raises(TypeError, match="did you mean 'routing'"):
         PiKVCache.load(tmp_path / "cache", model, routin="all")
+
+
+def test_limits_of_no_routing_in_a_file_of_an_earlier_release(tmp_path: Path) -> None:
+    model = shared_model()
+    with pytest.MonkeyPatch.context() as earlier:
+        earlier.setattr("pikv_hf.config.OF_ROUTING", frozenset())
+        read(model, new_cache(model, max_pages=16)).save(tmp_path / "cache")
+    assert PiKVCache.load(tmp_path / "cache", model).pikv_config.max_pages == 64
 
 
 # What cannot be saved

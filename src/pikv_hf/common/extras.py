@@ -57,5 +57,5 @@ def extra(name: str, needed_by: str) -> Iterator[None]:
 
 
 def install_command(name: str) -> str:
-    """Return the command that installs an extra."""
-    return f'pip install "pikv-hf[{name}]"'
+    """Return what installs an extra: pikv-hf is on no package index."""
+    return f'pip install ".[{name}]" in a clone of pikv-hf'

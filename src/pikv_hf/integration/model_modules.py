@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..layer.own_layer import has_positions, is_state_layer, layers_of
 from .attention_code import calls_interface, takes_cache, why_not_in_place
@@ -33,6 +33,16 @@ def unwrapped(model: Any) -> Any:
         return inner
     if isinstance(model, nn.Module) and hasattr(getattr(model, "config", None), "get_text_config"):
         return model
+    if isinstance(model, str):
+        raise TypeError(
+            f"expected a model, got the text {model!r}: load it first, "
+            f"model = AutoModelForCausalLM.from_pretrained({model!r})"
+        )
+    if isinstance(model, PreTrainedConfig):
+        raise TypeError(
+            f"expected a model, got its config ({type(model).__name__}): load the model first; PiKVCache(config) makes "
+            "a cache without attaching one"
+        )
     raise TypeError(
         "expected a transformers model, or one in a wrapper of DistributedDataParallel, torch.compile or PEFT, got "
         f"{type(model).__module__}.{type(model).__qualname__}"

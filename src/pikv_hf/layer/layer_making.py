@@ -3,11 +3,12 @@
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout
-from ..scheduling.page_scheduler import make_scheduler
+from ..scheduling.page_scheduler import make_scheduler, scheduler_name
 from ..tiers.tier_limits import Tiers
 from .layer import PiKVLayer
 from .layer_part import make_parts
@@ -15,7 +16,43 @@ from .model_link import ModelLink
 from .own_layer import layers_of
 
 
-def check_without_model(options: PiKVConfig) -> None:
+def checked_options(config: Any, pikv_config: Any, single_options: dict[str, Any], attached: bool) -> PiKVConfig:
+    """Return the options of a cache from what its constructor was given.
+
+    Raises
+    ------
+    TypeError
+        For what it does not take, with the call that does.
+    ValueError
+        For options that only an attached model can follow, if there is none.
+    """
+    if config is None:
+        raise TypeError(
+            "a cache is made by PiKVCache.for_model(model), or without attaching the model by PiKVCache(model.config)"
+        )
+    if isinstance(config, nn.Module):
+        name = type(config).__name__
+        raise TypeError(f"PiKVCache(...) takes a model's config; for a {name} use PiKVCache.for_model(model)")
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"expected a model's config, got {config!r} ({type(config).__name__}); load the model, and use "
+            "PiKVCache.for_model(model)"
+        )
+    if single_options:
+        given = ", ".join(f"{name}={value!r}" for name, value in single_options.items())
+        raise TypeError(
+            f"PiKVCache(config) takes options as a PiKVConfig: PiKVCache(config, PiKVConfig({given})); "
+            f"PiKVCache.for_model(model, {given}) takes them one by one"
+        )
+    options = PiKVConfig() if pikv_config is None else pikv_config
+    if not isinstance(options, PiKVConfig):
+        raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
+    if not attached:
+        _check_without_model(options)
+    return options
+
+
+def _check_without_model(options: PiKVConfig) -> None:
     """Raise `ValueError` for options of a cache made from a config alone that only an attached model can follow."""
     if options.placement in ("expert", "balanced"):
         raise ValueError(
@@ -27,6 +64,14 @@ def check_without_model(options: PiKVConfig) -> None:
         raise ValueError(
             f"{given} passes over tokens, which only PiKV's attention can do: use PiKVCache.for_model(model)"
         )
+
+
+def effective_options(options: PiKVConfig, attached: bool) -> dict[str, Any]:
+    """Return the options of a cache that are not at their defaults, and what those that depend on others come to."""
+    depending: dict[str, Any] = {"placement": options.placement or ("expert" if attached else "hash")}
+    if (scheduler := scheduler_name(options)) is not None:
+        depending["scheduler"] = scheduler
+    return {**depending, **options.changed()}
 
 
 def make_layers(

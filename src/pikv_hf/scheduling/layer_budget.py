@@ -90,7 +90,7 @@ class LayerBudget:
             return dataclasses.replace(unlimited, total_bytes=int(of_part), sliding_tokens=sliding)
         smallest = size if scope == "shard" else least
         if amount < smallest:
-            named = f"{config.budget} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
+            named = f"{int(budget.amount)} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
             raise ValueError(
                 f"a budget of {named} leaves {int(amount)} tokens, but at least {smallest} are needed"
                 + ("" if scope == "shard" else f": sinks, a window of {config.recent_window} and two pages of {size}")

@@ -273,6 +273,13 @@ class PageScheduler:
         return self.budget.total_bytes // per_page * table.plain.page_size
 
 
+def scheduler_name(config: PiKVConfig) -> str | None:
+    """Return the policy that says which pages go first, None if no page ever has to go."""
+    if config.budget is None and config.tiers is None:
+        return None
+    return config.scheduler or ("lru" if config.budget is None else "pikv")
+
+
 def make_scheduler(
     config: PiKVConfig,
     layers: int,
@@ -288,10 +295,9 @@ def make_scheduler(
     ValueError
         See :meth:`LayerBudget.of`.
     """
-    budget = LayerBudget.of(config, layers, sliding_tokens, parts, part_share)
-    if budget is None and config.tiers is None:
+    budget, name = LayerBudget.of(config, layers, sliding_tokens, parts, part_share), scheduler_name(config)
+    if name is None:
         return None
-    name = config.scheduler or ("lru" if budget is None else "pikv")
     options = BUDGET_OPTIONS if name == "pikv" and budget is not None else {}
     policy = make_policy(name, **options)
     return PageScheduler(policy, budget, config.sink_tokens, config.recent_window, query_groups)

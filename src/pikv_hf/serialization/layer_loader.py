@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_state import LayerState
 from ..layer.mask_columns import trimmed
@@ -21,6 +20,7 @@ from .format import (
     shard_map_prefix,
 )
 from .part_loader import PartLoader, ShardMapLoader
+from .saved_options import loaded_options
 from .state_loader import StateLayerLoader
 from .table_checks import are_distinct
 from .table_reader import TableReader
@@ -73,7 +73,7 @@ class PagedLayerLoader:
     file : TensorFile
         Its tensors.
     overrides : dict
-        Options of :class:`PiKVConfig` in place of what was saved.
+        Options of :class:`~pikv_hf.PiKVConfig` in place of what was saved.
 
     Attributes
     ----------
@@ -83,7 +83,7 @@ class PagedLayerLoader:
 
     def __init__(self, index: int, description: dict[str, Any], file: TensorFile, overrides: dict[str, Any]) -> None:
         layer = read_keys(PAGED_LAYER, description, "it")
-        self.config = PiKVConfig.from_dict({**layer["config"], **overrides})
+        self.config = loaded_options(layer["config"], overrides)
         self.parts = SavedParts.of(layer)
         self._state = read_keys(LAYER_STATE, layer["state"], "its state")
         self._has_expert_router: bool = layer["has_expert_router"]

@@ -29,6 +29,7 @@ from .model_adapters import Adapter, difference
 from .model_fingerprint import Fingerprint
 from .older_versions import OLDER, upgraded, upgraded_model
 from .rank_files import check_is_own, check_same_save, exchange_of, file_to_load, in_step, save_in_step
+from .saved_options import loaded_options
 from .tensor_file import CacheFileError, TensorFile
 from .tensor_writer import Group, write_tensors
 
@@ -174,11 +175,11 @@ class _CacheLoader:
         self.path = path = file_to_load(self.path, exchange)
         file = stack.enter_context(TensorFile(path, {"format": [FORMAT], "layout": READ_VERSIONS}))
         with _file_in_errors(path):
-            saved_config = PiKVConfig.from_json(file.metadata["config"])
+            saved_config = loaded_options(json.loads(file.metadata["config"]), {})
             saved_model = _saved_model(file)
             self.save = check_is_own(file.metadata, exchange)
         _require_changeable(saved_config, self._options)
-        self.config = PiKVConfig.from_dict({**saved_config.to_dict(), **self._options})
+        self.config = loaded_options(saved_config.to_dict(), self._options)
         self._has_model, self._adapters = saved_model.weights is not None, saved_model.adapters or []
         _require_same_model(path, saved_model, model, spread)
         file.verify()

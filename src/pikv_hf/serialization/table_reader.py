@@ -8,7 +8,6 @@ import torch
 
 from ..codecs.codec import Codec
 from ..common.kv import KV
-from ..config import PiKVConfig
 from ..page_table.layer_pools import LayerPools
 from ..page_table.sequence_pages import SequencePages
 from ..pages.plain_pool import PlainPool
@@ -16,6 +15,7 @@ from ..pages.pool_id import PLAIN, PoolId
 from ..tiers.tier_limits import LayerTiers
 from .format import CODEC, ENCODERS, POOL, TABLE, basis_name, pool_prefix, read_keys
 from .pool_records import pool_specs
+from .saved_options import loaded_options
 from .tensor_file import Section, Spec, require
 
 
@@ -29,7 +29,7 @@ class TableReader:
     description : dict
         What :func:`~pikv_hf.serialization.table_writer.describe_table` made.
     overrides : dict
-        Options of :class:`PiKVConfig` in place of what was saved.
+        Options of :class:`~pikv_hf.PiKVConfig` in place of what was saved.
     seen : int
         Columns of the layer.
     is_alone : bool
@@ -62,7 +62,7 @@ class TableReader:
         self._encoders: list[dict[str, int]] = list(encoders.values()) if encoders else []
         self.heads: int = table["heads"]
         self.dtype: torch.dtype = getattr(torch, table["dtype"])
-        self.config = PiKVConfig.from_dict({**table["config"], **overrides})
+        self.config = loaded_options(table["config"], overrides)
         self.lanes = self.heads // table["page_heads"]
 
     def specs(self) -> dict[str, Spec]:

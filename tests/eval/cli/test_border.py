@@ -15,7 +15,7 @@ from pikv_hf.eval.runner.refusals import refusals
 
 KNOWN = [
     (InputError("--x must be 1, got 2"), 2, "Error: --x must be 1, got 2"),
-    (MissingExtraError('pikv plan needs pandas: pip install "pikv-hf[eval]"'), 2, "Error: pikv plan needs pandas: pip"),
+    (MissingExtraError('pikv plan needs pandas: pip install ".[eval]"'), 2, "Error: pikv plan needs pandas: pip"),
     (KeyboardInterrupt(), 130, "Interrupted"),
     (OSError(errno.ENOSPC, "No space left on device", "out/x.json"), 1, "Error: No space left on device: out/x.json"),
     (PermissionError(errno.EACCES, "Permission denied", "x"), 1, "Error: Permission denied: x"),
