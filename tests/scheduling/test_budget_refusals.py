@@ -10,6 +10,7 @@ from families import FAMILIES
 from press_runs import ids_of, read
 
 from pikv_hf import PiKVCache, attach
+from pikv_hf.common.budget import bytes_text, parse_bytes
 from pikv_hf.scheduling.growth_limit import BudgetError
 
 
@@ -29,9 +30,32 @@ def test_too_few_tokens_are_refused_at_once(options: dict[str, Any], message: st
 def test_too_few_bytes_are_refused_before_anything_is_stored() -> None:
     model = shared_model()
     cache = make_cache(model, budget="40KB")
-    with torch.no_grad(), pytest.raises(BudgetError, match=r"20000 bytes per layer leaves 20000 .*may take \d+"):
+    with torch.no_grad(), pytest.raises(BudgetError, match=r"budget='40KB' is too small for 1 sequence: ") as refused:
         model(ids_of(60), past_key_values=cache)
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
+    assert "recent_window=, sink_tokens=, page_size= (now 8) or num_shards= (now " in str(refused.value)
+
+
+@pytest.mark.parametrize("options", [{}, {"budget_scope": "layer"}, {"scheduler": "ada_kv"}, {"key_codec": "int4"}])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_budget_that_a_refusal_names_is_kept(options: dict[str, Any], batch: int) -> None:
+    model = shared_model()
+    with pytest.raises(BudgetError, match=r"need budget='[0-9.]+KiB' at the least") as refused:
+        read(model, make_cache(model, budget="10KB", **options), ids_of(60, batch))
+    smallest = str(refused.value).partition("need budget='")[2].partition("'")[0]
+    cache = make_cache(model, budget=smallest, **options)
+    read(model, cache, ids_of(300, batch))
+    decode(model, cache, ids_of(20, batch))
+    scale = 2 if options.get("budget_scope") == "layer" else 1
+    assert cache.nbytes <= scale * parse_bytes(smallest)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0B"), (1023, "1023B"), (1024, "1.0KiB"), (1025, "1.1KiB"), (5 << 20, "5.0MiB")]
+)
+def test_budgets_in_messages_are_rounded_up(count: int, text: str) -> None:
+    assert bytes_text(count) == text
+    assert parse_bytes(text) >= count
 
 
 def test_too_many_rows_are_refused_and_nothing_changes() -> None:
@@ -39,7 +63,7 @@ def test_too_many_rows_are_refused_and_nothing_changes() -> None:
     cache = make_cache(model, budget="75KB")
     read(model, cache, ids_of(90))
     before = [(layer.stored_mask(), *layer.dense()) for layer in cache.layers]
-    with pytest.raises(BudgetError, match=r"37500 bytes per layer.*of 8 rows may take \d+"):
+    with pytest.raises(BudgetError, match=r"budget='75KB' is too small for 8 sequences"):
         cache.batch_repeat_interleave(8)
     for layer, then in zip(cache.layers, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(then, (layer.stored_mask(), *layer.dense()), strict=True))

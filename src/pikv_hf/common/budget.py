@@ -45,6 +45,13 @@ def parse_bytes(text: str, name: str = "size") -> int:
     return int(parsed[0])
 
 
+def bytes_text(count: float) -> str:
+    """Return a number of bytes as a budget is written, rounded up: `"1.5MiB"`."""
+    unit = next((name for name in ("GiB", "MiB", "KiB") if count >= _UNITS[name.upper()]), "B")
+    tenths = math.ceil(count * 10 / _UNITS[unit.upper()])
+    return f"{math.ceil(count)}B" if unit == "B" else f"{tenths / 10:.1f}{unit}"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Budget:
     """A limit, from :class:`~pikv_hf.PiKVConfig`'s `budget`.

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from ..common.budget import bytes_text
 from ..common.tensors import live_bytes
 from ..page_table.layer_pools import LayerPools
 from ..pages.plain_pool import PlainPool
@@ -49,17 +50,29 @@ class GrowthLimit:
         Raises
         ------
         BudgetError
-            If it is less than what is never evicted of these rows, naming both; nothing has changed then.
+            If it is less than what is never evicted of these rows, naming the smallest that is not; nothing has changed
+            then.
         """
         if self._users.get(user) == rows:
             return
-        most, least = self._budget(rows), self._least(user, rows)
-        if most < least:
-            raise BudgetError(
-                f"a budget of {self._layer_budget.total_bytes} bytes per layer leaves {most} for pages, but sinks, "
-                f"window and what else cannot go of {rows} rows may take {least}"
-            )
+        missing = self._least(user, rows) - self._budget(rows)
+        if missing > 0:
+            raise BudgetError(self._too_small(rows, missing))
         self._users[user] = rows
+
+    def _too_small(self, rows: int, missing: int) -> str:
+        """Return what to say of a budget that is so many bytes too small in this layer."""
+        budget, plain = self._layer_budget, self._layer_pools().plain
+        assert budget.total_bytes is not None
+        # Pages of one head belong to a head's own row.
+        what = "sequence" if plain.keys.shape[0] > 1 else "KV head"
+        needed = bytes_text((budget.total_bytes + missing) * budget.divided_by)
+        return (
+            f"budget={budget.asked_for!r} is too small for {rows} {what}{'s' if rows > 1 else ''}: sinks, recent "
+            f"window and pages that are being filled are never evicted, and need budget={needed!r} at the least; lower "
+            f"recent_window=, sink_tokens=, page_size= (now {plain.page_size}) or num_shards= (now {budget.shards}) "
+            "need less"
+        )
 
     def _layer_pools(self) -> LayerPools:
         pages = self._pages()

@@ -26,6 +26,10 @@ class LayerBudget:
         Shards of the layer, at most.
     sliding_tokens : float
         Tokens of each sequence that bounded layers hold, this layer's part of them.
+    asked_for : str, int or float
+        The budget as the user wrote it.
+    divided_by : int
+        Layers, and their parts, among which bytes were divided.
     part_share : float
         What one device or process of several may hold of the tokens outside of the window. Bytes are its own, an equal
         share: each has a window too.
@@ -38,6 +42,8 @@ class LayerBudget:
     least: int
     shards: int
     sliding_tokens: float
+    asked_for: str | int | float
+    divided_by: int = 1
     part_share: float = 1.0
 
     @classmethod
@@ -79,6 +85,7 @@ class LayerBudget:
             least=least,
             shards=config.num_shards,
             sliding_tokens=0.0,
+            asked_for=config.budget,
             part_share=part_share,
         )
         if budget.unit == "share":
@@ -87,13 +94,16 @@ class LayerBudget:
             sliding = sliding_tokens / layers if scope == "cache" else 0.0
             # A layer's shards have as much each; its window is beside them.
             of_part = amount if scope == "shard" else amount / parts
-            return dataclasses.replace(unlimited, total_bytes=int(of_part), sliding_tokens=sliding)
+            divided_by = (layers if scope == "cache" else 1) * parts
+            return dataclasses.replace(
+                unlimited, total_bytes=int(of_part), sliding_tokens=sliding, divided_by=divided_by
+            )
         smallest = size if scope == "shard" else least
         if amount < smallest:
             named = f"{int(budget.amount)} tokens" + (f" over {layers} layers" if scope == "cache" else f" per {scope}")
             raise ValueError(
                 f"a budget of {named} leaves {int(amount)} tokens, but at least {smallest} are needed"
-                + ("" if scope == "shard" else f": sinks, a window of {config.recent_window} and two pages of {size}")
+                + ("" if scope == "shard" else f": {_never_evicted(config)}")
             )
         return dataclasses.replace(unlimited, tokens=int(amount))
 
@@ -103,3 +113,10 @@ class LayerBudget:
             return self.tokens
         allowed = int(self.share * seen)
         return allowed // shards if self.per_shard else max(allowed, self.least)
+
+
+def _never_evicted(config: PiKVConfig) -> str:
+    return (
+        f"sinks (sink_tokens={config.sink_tokens}), a window (recent_window={config.recent_window}) and two pages "
+        f"(page_size={config.page_size}); less of these need less"
+    )

@@ -205,18 +205,23 @@ class PageScheduler:
             If nothing more can be evicted.
         """
         if not evict_for_pages(self, table, error.pool, error.pages, seen):
+            given = "the budget" if self.budget is None else f"budget={self.budget.asked_for!r}"
             raise BudgetError(
-                f"the budget leaves no room for {error.pages} more pages of {error.pool.page_size} tokens for "
-                f"{len(table.rows)} rows, and of what is stored only sinks, the last {self.recent_window} "
-                "tokens and what other caches share are left, which may not be evicted"
+                f"{given} leaves no room for {error.pages} more pages of {error.pool.page_size} tokens, and all that "
+                f"is left are sinks, the last {self.recent_window} tokens and pages that other caches share, which may "
+                "not be evicted; a larger budget or a smaller recent_window= has room"
             ) from None
 
     def _shrink(self, table: PageTable, seen: int) -> bool:
         """Evict until the pools are within a budget in bytes: a table that replaces another was not made within it."""
+        assert self.budget is not None
         growth_limit, shrunk = table.pools.plain.growth_limit, False
         while growth_limit is not None and (over := -growth_limit()) > 0:
             if not evict_bytes(self, table, list(table.pools.by_id()), over, seen):
-                raise BudgetError(f"{over} bytes too many are stored, and none of them may be evicted")
+                raise BudgetError(
+                    f"a layer stores {over:,} bytes more than budget={self.budget.asked_for!r} leaves it, none of "
+                    "which may be evicted"
+                )
             shrunk = True
         return shrunk
 
