@@ -1,26 +1,18 @@
-"""Show a plan: tables of at most 100 columns that read without colour, or JSON."""
+"""Show a plan: tables of at most 80 columns that read without colour, sentences of at most 100, or JSON."""
 
 import json
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from pikv_hf.planning.plan import Layout, Row
 from pikv_hf.planning.recommend import Plan, describe
-from pikv_hf.reports.fitting_table import FittingTable
+from pikv_hf.reports.fitting_table import light_table
 from pikv_hf.reports.memory_report import format_bytes
 
-WIDTH = 100
-
-
-def table(title: str, *columns: str) -> Table:
-    """Return an empty table whose first column is text and whose other columns are figures."""
-    made = FittingTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(columns):
-        made.add_column(name, justify="right" if index else "left", no_wrap=True)
-    return made
+#: Columns; lines longer than these are hard to read in any terminal.
+MOST = 100
 
 
 def print_plan_json(plan: Plan) -> None:
@@ -32,8 +24,9 @@ def print_plan(plan: Plan, console: Console | None = None) -> None:
     """Print the plan as tables and sentences."""
     if console is None:
         console = Console(highlight=False)
-        console.width = min(console.width, WIDTH) if console.is_terminal else WIDTH
-    parts: list[RenderableType] = [_heading(plan), _memory(plan.chosen), _time(plan.chosen)]
+        # 80 where there is neither a terminal nor COLUMNS.
+        console.width = min(console.width, MOST)
+    parts: list[RenderableType] = [_heading(plan), _memory(plan.chosen), _time(plan.chosen), _traffic(plan.chosen)]
     parts += [_capacity(plan.chosen), _advice(plan)]
     for part in parts:
         console.print(part)
@@ -67,7 +60,7 @@ def _small(size: float) -> str:
 def _memory(layout: Layout) -> Table:
     work = layout.workload
     title = f"Memory of the fullest device ({describe(work.options)}), {format_bytes(work.usable)} usable"
-    shown = table(title, "devices", "weights", "K/V", "together", "fits", "longest context", "largest batch")
+    shown = light_table(title, "devices", "weights", "K/V", "together", "fits", "longest\ncontext", "largest\nbatch")
     for row in layout.rows:
         sizes = format_bytes(row.weight_bytes), format_bytes(row.kv.total), format_bytes(row.needed)
         most = f"{row.max_context:,}" if row.max_context else "-", f"{row.max_batch:,}" if row.max_batch else "-"
@@ -76,14 +69,19 @@ def _memory(layout: Layout) -> Table:
 
 
 def _time(layout: Layout) -> Table:
-    title = "A decoding step, estimated: milliseconds of the whole batch, bytes of a device per token"
-    columns = "weights", "attention", "exchange", "overhead", "step", "tokens/s", "read", "sent"
-    shown = table(title, "devices", *columns)
+    title = "A decoding step of the whole batch, estimated: milliseconds"
+    shown = light_table(title, "devices", "weights", "attention", "exchange", "overhead", "step", "tokens/s")
     for row in layout.rows:
         step = row.step
         spent = [f"{x * 1e3:.1f}" for x in (step.weights, step.attention, step.exchange, step.overhead, step.total)]
-        moved = format_bytes(row.read_bytes), format_bytes(row.sent_bytes)
-        shown.add_row(str(row.devices), *spent, f"{row.tokens_per_second:,.0f}", *moved)
+        shown.add_row(str(row.devices), *spent, f"{row.tokens_per_second:,.0f}")
+    return shown
+
+
+def _traffic(layout: Layout) -> Table:
+    shown = light_table("Bytes of a device per token", "devices", "read", "sent")
+    for row in layout.rows:
+        shown.add_row(str(row.devices), format_bytes(row.read_bytes), format_bytes(row.sent_bytes))
     return shown
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def print_simulation(simulation: Simulation, console: Console) -> None:
         for outcome in simulation.of(placement):
             table.add_row(placement, *_cells(outcome))
         table.add_section()
-    if not console.is_terminal:
+    if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = 150
     console.print(table)
     console.print(_NOTES, highlight=False)

@@ -85,7 +85,9 @@ def _table(title: str, *columns: str) -> Table:
 
 def _listed(title: str, lines: Sequence[tuple[Text, Text]]) -> Table:
     """Return lines behind their names; what is too long for a line goes on below its beginning."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False)
+    table = FittingTable(
+        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=False
+    )
     table.add_column(no_wrap=True)
     table.add_column()
     for line in lines:

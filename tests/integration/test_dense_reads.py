@@ -68,7 +68,7 @@ def test_stats_say_which_layers_are_read_densely_and_why() -> None:
     assert "densely" not in str(cache.stats())
     model.set_attn_implementation("eager")
     assert cache.stats().dense_layers == dict.fromkeys(range(3), "the model's attention is 'eager'")
-    assert "0, 1, 2   the model's attention is 'eager'" in str(cache.stats())
+    assert "0, 1, 2  the model's attention is 'eager'" in str(cache.stats())
     detach(model)
     alone = PiKVCache(model.config)
     model(ids(9), past_key_values=alone)

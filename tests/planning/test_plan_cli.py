@@ -25,7 +25,7 @@ def run(*arguments: str, status: int = 0) -> str:
 
 def test_the_plan_is_tables_and_one_recommendation():
     text = run(*QWEN)
-    assert max(map(len, text.splitlines())) <= 100
+    assert max(map(len, text.splitlines())) <= 80
     assert "Qwen/Qwen3-30B-A3B: context 131,072, batch 8, up to 8 x H200" in text
     words = " ".join(text.split())
     assert "30.5B parameters, 3.0B of them per token, 56.9 GiB; 48 layers" in words
@@ -34,6 +34,14 @@ def test_the_plan_is_tables_and_one_recommendation():
     assert "S = 16,748 (z = 3)" in words
     for name in ("1", "2 processes", "4 processes", "8 processes"):
         assert f"\n {name} " in text
+
+
+@pytest.mark.parametrize(("columns", "most"), [("60", 60), ("100", 100), ("200", 100)])
+def test_the_plan_is_as_wide_as_columns_say(columns, most, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = run(*QWEN).splitlines()
+    assert most - 10 < max(map(len, lines)) <= most
+    assert ("  longest context: 78,528" in lines) == (columns == "60")
 
 
 def test_json_has_the_same_figures():

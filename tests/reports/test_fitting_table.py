@@ -6,7 +6,7 @@ import pytest
 from rich import box
 from rich.console import Console
 
-from pikv_hf.reports.fitting_table import FittingTable
+from pikv_hf.reports.fitting_table import WIDTH, FittingTable, as_text, light_table
 
 ROWS = [("2 processes", "56.9 GiB", "yes"), ("8 processes", "1,234,567", "[bold]no[/]")]
 
@@ -36,3 +36,25 @@ def test_a_table_stays_a_table_while_its_cells_fit() -> None:
     assert "  longest context: 56.9 GiB\n  fits: yes\n" in printed(30)
     # Columns that may wrap need the room of their words alone.
     assert "longest context:" not in printed(32, no_wrap=False)
+
+
+@pytest.mark.parametrize("width", [30, 60])
+def test_lines_end_with_their_text(width: int) -> None:
+    assert all(line == line.rstrip() for line in printed(width).splitlines())
+
+
+def test_headers_of_two_lines_are_one_where_rows_are_blocks() -> None:
+    table = light_table("", "devices", "longest\ncontext")
+    table.add_row("two", "8")
+    shown = {}
+    for width in (40, 12):
+        console = Console(file=io.StringIO(), width=width)
+        console.print(table)
+        shown[width] = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert shown[40].startswith("longest devices context ─")
+    assert shown[12] == "two longest context: 8"
+
+
+def test_text_is_as_wide_as_a_terminal_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert max(map(len, as_text("word " * 100).splitlines())) <= WIDTH

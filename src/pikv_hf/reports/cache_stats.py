@@ -1,15 +1,13 @@
 """What a cache has read, evicted and moved."""
 
 import dataclasses
-import io
 from typing import Any
 
-from rich import box
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from ..layer.layer import PiKVLayer
-from .fitting_table import FittingTable
+from .fitting_table import as_text, light_table
 from .memory_report import format_bytes
 
 
@@ -68,12 +66,10 @@ class CacheStats:
         return {**dataclasses.asdict(self), "read_share": self.read_share}
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=io.StringIO())
-        console.print(self.__rich__())
-        return console.export_text().rstrip()
+        return as_text(self.__rich__())
 
     def __rich__(self) -> Group:
-        table = _table("Routing and budget", show_header=False)
+        table = light_table("Routing and budget", show_header=False)
         share = "-" if self.read_share is None else f"{self.read_share:.1%}"
         table.add_row("pages read, of those held", f"{self.pages_read:,} of {self.pages_held:,} ({share})")
         table.add_row("evicted", f"{self.pages_evicted:,} pages, {self.tokens_evicted:,} tokens")
@@ -83,7 +79,7 @@ class CacheStats:
 
 def _dense_table(layers: dict[int, str]) -> Table:
     """Return a table of the layers that are read densely, those with the same reason in one row."""
-    table = _table("Layers that are read densely")
+    table = light_table("Layers that are read densely")
     table.add_column("layers")
     table.add_column("why")
     for reason in dict.fromkeys(layers.values()):
@@ -91,26 +87,13 @@ def _dense_table(layers: dict[int, str]) -> Table:
     return table
 
 
-def _table(title: str, show_header: bool = True) -> Table:
-    return FittingTable(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        show_header=show_header,
-    )
-
-
 def tier_tables(tiers: dict[str, Any]) -> list[Table]:
     """Return tables of what tiers hold and what moved between them."""
-    tiers_table = _table("Tiers")
-    for name in ("tier", "limit", "bytes", "pages"):
-        tiers_table.add_column(name, justify="left" if name == "tier" else "right")
+    tiers_table = light_table("Tiers", "tier", "limit", "bytes", "pages")
     for name, limit in tiers["limits"].items():
         at_most = "-" if limit is None else format_bytes(limit)
         tiers_table.add_row(name, at_most, format_bytes(tiers["bytes"][name]), f"{tiers['pages'][name]:,}")
-    moved = _table("Pages that attention read", show_header=False)
+    moved = light_table("Pages that attention read", show_header=False)
     rate = "-" if tiers["hit_rate"] is None else f"{tiers['hit_rate']:.1%}"
     moved.add_row("in fast memory", f"{tiers['hits']:,} of {tiers['hits'] + tiers['misses']:,} ({rate})")
     moved.add_row("promoted, demoted", f"{tiers['promoted']:,}, {tiers['demoted']:,}")

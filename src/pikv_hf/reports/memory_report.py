@@ -1,13 +1,15 @@
 """What a cache costs: bytes counted from live storages."""
 
 import dataclasses
-import io
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from .fitting_table import FittingTable
+from .fitting_table import as_text, light_table
 
 
 def format_bytes(count: float) -> str:
@@ -228,35 +230,43 @@ class MemoryReport:
         }
 
     def __str__(self) -> str:
-        console = Console(width=100, record=True, file=io.StringIO())
-        console.print(self.__rich__())
-        return console.export_text().rstrip()
+        return as_text(self.__rich__())
 
     def __rich__(self) -> Group:
         packed = len(self.per_codec) > 1
-        return Group(self._layer_table(), *([self._codec_table()] if packed else []))
+        return Group(self._layer_table(), self._sums(), *([self._codec_table()] if packed else []))
 
     def _layer_table(self) -> Table:
-        table = FittingTable(title=f"PiKVCache: {format_bytes(self.total)}, {self.tokens_seen} tokens seen")
-        # Most models have no states, and terminals are narrow.
-        state = ["state"] if self.state else []
-        for name in ("layer", "kind", "device", "K", "V", "metadata", *state, "window", "shards", "free", "total"):
-            table.add_column(name, justify="left" if name in ("kind", "device") else "right")
-        table.add_column("tokens", justify="right")
+        """Return a table of the layers; what is the same for all of them is in its title."""
+        devices, states = list(self.per_device), bool(self.state)
+        # Of a cache without tokens nothing is anywhere.
+        device = [] if len(devices) > 1 else [f" on {name}" for name in devices if name != "-"]
+        title = f"PiKVCache: {format_bytes(self.total)}{''.join(device)}, {self.tokens_seen:,} tokens seen"
+        shown = [True, len(devices) > 1, True, True, True, True, True, states, True]
+        names = ("layer", "device", "tokens", "window", "shards", "free", "metadata", "state", "total")
+        table = light_table(title, *_picked(names, shown))
         for row in self.layers:
-            states = [row.state] if state else []
-            amounts = (row.keys, row.values, row.metadata, *states, row.window, sum(row.shards), row.free, row.total)
-            cells = [format_bytes(amount) for amount in amounts]
-            table.add_row(str(row.layer), row.kind, row.device, *cells, str(row.tokens_stored))
+            name = f"{row.layer}" if row.kind == "paged" else f"{row.layer} {row.kind}"
+            sizes = (row.window, sum(row.shards), row.free, row.metadata, row.state, row.total)
+            cells = (name, row.device, f"{row.tokens_stored:,}", *map(format_bytes, sizes))
+            table.add_row(*_picked(cells, shown))
         return table
 
+    def _sums(self) -> Text:
+        sizes = {"K": self.keys, "V": self.values, "metadata": self.metadata, "states": self.state}
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items() if size or name != "states")
+        return Text(f"Bytes in memory: {parts}.")
+
     def _codec_table(self) -> Table:
-        table = FittingTable(title="By codec: bytes in use, relative errors, error of recent queries' logits")
-        for name in ("codec", "pages", "tokens", "K", "V", "K error", "V error", "logits"):
-            table.add_column(name, justify="left" if name == "codec" else "right")
+        columns = "codec", "pages", "tokens", "K", "V", "K error", "V error", "logits"
+        table = light_table("\nBy codec: bytes in use, relative errors, error of recent queries' logits", *columns)
         for each in self.per_codec.values():
             errors = [f"{error:.2%}" for error in (each.key_error, each.value_error)]
             logits = "-" if each.logit_error is None else f"{each.logit_error:.3f}"
             cells = [f"{each.pages:,}", f"{each.tokens:,}", format_bytes(each.keys), format_bytes(each.values)]
             table.add_row(each.codec, *cells, *errors, logits)
         return table
+
+
+def _picked(cells: Sequence[str], shown: Sequence[bool]) -> list[str]:
+    return list(itertools.compress(cells, shown))
