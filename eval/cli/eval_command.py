@@ -1,6 +1,8 @@
 """``pikv eval``: accuracy, bytes and speed of a cache."""
 
+import dataclasses
 import inspect
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,7 +76,10 @@ _RUN: dict[str, tuple[Any, Any]] = {
         Annotated[str | None, typer.Option(help="Attention implementation of transformers.")],
         None,
     ),
-    "threads": (Annotated[int | None, typer.Option(help="CPU threads.")], None),
+    "threads": (
+        Annotated[int | None, typer.Option(help="CPU threads; by default 1 for the bundled model, else torch's.")],
+        None,
+    ),
     "output": (Output, RESULTS),
     "overwrite": (Overwrite, False),
     "quiet": (Quiet, False),
@@ -175,6 +180,9 @@ def run_file(
 def _run(suite: str, *, output: Path, overwrite: bool, quiet: bool, **given: Any) -> None:
     """Run one evaluation from a command's options; those left out keep the defaults of `EvalOptions`."""
     options = EvalOptions.from_dict({"suite": suite} | {k: v for k, v in given.items() if v is not None})
+    if options.model == _DEFAULT.model and options.threads is None and "OMP_NUM_THREADS" not in os.environ:
+        # Its matrices are so small that threads mostly wait for one another, for long where a core is busy otherwise.
+        options = dataclasses.replace(options, threads=1)
     _evaluate([options], output, overwrite, quiet)
 
 

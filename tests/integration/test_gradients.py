@@ -194,7 +194,9 @@ def test_stored_tokens_are_constants_and_say_so_once(qwen: Any) -> None:
         cache = PiKVCache.for_model(qwen, **SMALL)
         first = qwen(inputs_embeds=soft[:, :PROMPT], past_key_values=cache).logits
         second = qwen(inputs_embeds=soft[:, PROMPT:], past_key_values=cache).logits
-    assert [str(each.message)[:38] for each in caught] == ["A PiKVCache stores tokens detached: a b"[:38]]
+    # From 5.24 on transformers has warnings of its own.
+    ours = [each for each in caught if str(each.message).startswith("A PiKVCache stores tokens detached: ")]
+    assert [each.filename for each in ours] == [__file__]
     (grad,) = torch.autograd.grad(second.sum(), soft, retain_graph=True)
     assert grad[:, :PROMPT].abs().max() == 0
     assert grad[:, PROMPT:].abs().max() > 1e-2

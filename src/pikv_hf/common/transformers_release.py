@@ -13,6 +13,8 @@ import torch
 import transformers
 from packaging.version import Version
 
+from .user_line import user_stacklevel
+
 #: The newest release that this project's tests run with.
 NEWEST_TESTED = "5.24.0"
 
@@ -76,5 +78,5 @@ def warn_if_newer() -> None:
         warnings.warn(
             f"pikv_hf was tested with transformers up to {NEWEST_TESTED}, and {INSTALLED} is installed; "
             "compare with DynamicCache before you rely on it. (Said once.)",
-            stacklevel=3,
+            stacklevel=user_stacklevel(),
         )

@@ -15,6 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
 from ..common.transformers_release import warn_if_newer
+from ..common.user_line import user_stacklevel
 from ..distributed.device_layout import attention_device
 from ..layer.cache_lock import new_cache_lock
 from ..layer.model_link import LinkedLayer
@@ -336,7 +337,7 @@ def _warn_if_read_densely(modules: dict[int, nn.Module]) -> None:
             f"{type(modules[layers[0]]).__name__} changes keys between the cache and attention: {len(layers)} of "
             f"{len(modules)} layers give it all their K/V, dense, in every step. Results are right; time is that of "
             "DynamicCache or more",
-            stacklevel=5,
+            stacklevel=user_stacklevel(),
         )
 
 

@@ -9,6 +9,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 from ..common.tensors import autocast_dtype, has_no_data
+from ..common.user_line import user_stacklevel
 from .model_link import ModelLink
 
 
@@ -118,7 +119,7 @@ def warn_detached() -> None:
     warnings.warn(
         "A PiKVCache stores tokens detached: a backward pass reaches the tokens of its own call, not those that "
         "earlier calls have stored. Call the model under torch.no_grad() where no gradients are wanted. (Said once.)",
-        stacklevel=2,
+        stacklevel=user_stacklevel(),
     )
 
 
