@@ -68,7 +68,7 @@ class PiKVCache(Cache):
     Examples
     --------
     >>> cache = PiKVCache.for_model(model, page_size=32, num_shards=8)
-    >>> model.generate(**inputs, past_key_values=cache)
+    >>> model.generate(**inputs, past_key_values=cache)  # cache=cache from transformers 5.24 on
     >>> print(cache.memory_report())
     """
 
