@@ -14,7 +14,7 @@ NEWEST_DEVELOPED := $(NEWEST)/dev.stamp
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-newest check format bench gpu-check baseline codecs presses routing budgets plan fuzz test-browser clean
+.PHONY: help demo test test-fast test-newest check format bench gpu-check baseline codecs presses routing budgets plan models fuzz test-browser clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,7 +36,8 @@ test-fast: $(DEVELOPED) ## Run the tests not marked as slow, list the others
 WITH_TRANSFORMERS := tests/integration tests/presses tests/programs tests/serialization tests/reports tests/planning \
   tests/layer tests/common tests/eval/demo tests/eval/runner tests/test_cache_protocol.py tests/test_imports.py
 # What users without kvpress import and run.
-WITHOUT_KVPRESS := tests/test_imports.py tests/test_cache_protocol.py tests/integration/test_attach.py
+WITHOUT_KVPRESS := tests/test_imports.py tests/test_cache_protocol.py tests/integration/test_attach.py \
+  $(addprefix tests/presses/test_,without_kvpress.py press_budgets.py press_utility.py press_experts.py)
 test-newest: $(NEWEST_DEVELOPED) ## Run the tests that meet transformers with the newest one, and without kvpress
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 --dist worksteal --durations=15 $(WITH_TRANSFORMERS)
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -p without_kvpress $(WITHOUT_KVPRESS)
@@ -112,6 +113,11 @@ budgets: $(RUNNABLE) ## Measure what docs/budgets.md shows: schedulers, bytes, t
 	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
 	$(BIN)/pikv bench chunks --output eval/results/bench-chunks-cpu.json
 	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json
+
+models: $(RUNNABLE) $(NEWEST_DEVELOPED) ## Run every decoder of both releases, write docs/models.md
+	$(STUDY).models.run $(FAMILIES)
+	$(subst $(BIN),$(NEWEST)/bin,$(STUDY)).models.run $(FAMILIES)
+	$(BIN)/python -P -m pikv_hf.eval.studies.models.table
 
 test-browser: $(DEVELOPED) ## Test a report page in Chromium, which it installs by apt-get
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)

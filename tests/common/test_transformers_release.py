@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("src/pikv_hf", "kernels", "presses", "eval")
 KNOWS = "src/pikv_hf/common/transformers_release.py"
 #: These write the version into a file or show it, and decide nothing by it.
-RECORD = {"src/pikv_hf/serialization/model_fingerprint.py", "eval/demo/demo.py", "eval/provenance.py"}
+RECORD = {
+    "src/pikv_hf/serialization/model_fingerprint.py",
+    *("eval/demo/demo.py", "eval/provenance.py", "eval/studies/models/run.py", "eval/studies/models/table.py"),
+}
 
 
 def pins(file: str) -> dict[str, str]:

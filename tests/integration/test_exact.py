@@ -273,5 +273,7 @@ def test_error_against_float64_is_at_most_twice_transformers_own(name, seed):
     ours = logits(PiKVCache.for_model(model, num_shards=4, page_size=16, recent_window=32))
     detach(model)
     model.double().set_attn_implementation("eager")
+    # Newer releases multiply grouped matrices by default, which float64 is not known to.
+    model.set_experts_implementation("eager")
     truth = logits(DynamicCache(config=model.config))
     assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max()

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, tiny_model
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from pikv_hf import PiKVCache, PiKVConfig, detach
 from pikv_hf.common.tensors import live_bytes
 from pikv_hf.common.transformers_release import cache_argument
+from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.own_layer import has_positions, is_state_layer, layers_of, tensors_of
 from pikv_hf.planning.state_bytes import bytes_of_states
