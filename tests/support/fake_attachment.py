@@ -28,6 +28,9 @@ class FakeAttachment:
     def holds_latents(self, layer_idx: int) -> bool:
         return False
 
+    def slides(self, layer_idx: int) -> bool:
+        return True
+
     def refer(self, layer: PiKVLayer) -> None:
         raise AssertionError("it has no latents")
 

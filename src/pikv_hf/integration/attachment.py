@@ -96,6 +96,10 @@ class Attachment:
         module = self.attention_of(layer_idx)
         return module is not None and absorbs(module)
 
+    def slides(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention itself looks back over a window, as far as its module says."""
+        return getattr(self.attention_of(layer_idx), "sliding_window", 1) is not None
+
     def refer(self, layer: Any) -> None:
         """Note that the keys of the running call of a layer's attention stand for this layer of a cache."""
         self.attention_calls.refer(layer)

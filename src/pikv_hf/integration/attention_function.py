@@ -68,10 +68,11 @@ def pikv_attention_forward(
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
         call.query, call.mask = query.to(layer.store.dtype), mask
-        if key.shape[2] > query.shape[2]:
-            # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
-            key, value = key[:, :, -query.shape[2] :], value[:, :, -query.shape[2] :]
-        return _attend_layer(layer, call, key, value).to(autocast_dtype(query)), None
+        new = 1 if layer.pending is None else layer.pending.tokens
+        # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
+        key, value = key[:, :, -new:], value[:, :, -new:]
+        attend_layer = _attend_layer if call.is_of(layer) else _attend_shared
+        return attend_layer(layer, call, key, value).to(autocast_dtype(query)), None
     check_running_was_read(module)
     check_arguments(module, kwargs)
     call.show_to_observer(key.shape[2])
@@ -113,6 +114,10 @@ class _Call:
     scale: float
     sinks: torch.Tensor | None
     softcap: float | None
+
+    def is_of(self, layer: PiKVLayer) -> bool:
+        """Return whether the layer is the attention's own, not that of another whose K/V it shares."""
+        return getattr(self.module, "layer_idx", layer.layer_idx) == layer.layer_idx
 
     def show_to_observer(self, tokens: int) -> None:
         """Call what a press has put on the module; `tokens` are those of the layer with the new ones."""
@@ -170,6 +175,21 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     return output
 
 
+def _attend_shared(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attend over another layer's pages and the tokens that it has got in this call, `(B, Q, Hq, Dv)`.
+
+    Gemma does so in later layers, of a prompt for the last queries alone. The layer's own attention has run, so that
+    nothing of it is waited for any more, and its tokens may be stored by now.
+    """
+    queries, seen = call.query.shape[2], layer.seen
+    if call.mask is None and queries > 1 and (layer.pending is None or queries < layer.pending.tokens):
+        call.mask = torch.ones((1, 1, queries, seen), dtype=torch.bool, device=key.device).tril_(seen - queries)
+    output = call.output(*attend(layer, call.query, call.mask, call.scale, call.softcap, call.sinks))
+    if needs_gradients(call.query, key, value, call.sinks):
+        output = _with_gradients(output, layer, call, key, value)
+    return output
+
+
 def _attend_foreign(call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend over all of another cache's K/V, with sinks or a cap, which SDPA does not know: `(B, Q, Hq, Dv)`."""
     dtype = autocast_dtype(call.query)
@@ -209,7 +229,8 @@ def _checked_mask(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str
         _check_call(layer, call, dropout, given)
         return columns_of_layer(layer, call.mask)
     except (ValueError, NotImplementedError):
-        layer.rollback(call.query.shape[2])
+        if call.is_of(layer):
+            layer.rollback(call.query.shape[2])
         raise
 
 

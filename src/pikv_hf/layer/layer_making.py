@@ -110,6 +110,11 @@ def make_layers(
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
     for index, layout in layouts.items():
         _check_can_route(index, options, link)
+        if isinstance(layers[index], DynamicSlidingWindowLayer) and link is not None and not link.slides(index):
+            raise ValueError(
+                f"layer {index} has a window of {layers[index].sliding_window} tokens in the cache alone, which its "
+                'attention does not know of: sliding_layers="paged" would show it more; use "bounded"'
+            )
         groups = 1 if link is None else link.query_groups(index)
         schedulers = [
             make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)

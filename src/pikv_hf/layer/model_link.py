@@ -59,6 +59,9 @@ class ModelLink(Protocol):
     def holds_latents(self, layer_idx: int) -> bool:
         """Return whether PiKV's attention reads latents in place, for which the layer's keys carry no reference."""
 
+    def slides(self, layer_idx: int) -> bool:
+        """Return whether the layer's attention itself looks back over a window, as far as its module says."""
+
     def refer(self, layer: Any) -> None:
         """Note that the keys of the running call of a layer's attention stand for this layer of a cache."""
 
