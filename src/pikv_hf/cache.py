@@ -14,20 +14,11 @@ from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
 from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import unwrapped
+from .layer import layer_list
 from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
-from .layer.layer_list import (
-    check_read_from_outside,
-    complete_assignments,
-    crop_layers,
-    dense_layers,
-    format_of,
-    paged_layers,
-    row_count,
-    select_rows,
-)
 from .layer.layer_making import checked_options, effective_options, make_layers
 from .layer.layer_operation import layer_operation
 from .layer.own_layer import copied, has_positions, is_state_layer
@@ -71,6 +62,9 @@ class PiKVCache(Cache):
     >>> model.generate(**inputs, past_key_values=cache)  # cache=cache from transformers 5.24 on
     >>> print(cache.memory_report())
     """
+
+    #: There is none. PEFT asks for it, and has prefix tuning use a `DynamicCache` of its own.
+    max_cache_len = -1
 
     if not hasattr(Cache, "has_previous_state"):
         #: Set by models with room for recurrent layers; where all of their layers are attention it means nothing.
@@ -190,9 +184,9 @@ class PiKVCache(Cache):
             self.filled_under = adapters_now(None if self.attachment is None else self.attachment.model)
         if layer_idx == self._first:
             if self._is_from_outside(layer):
-                admit(layer_idx, key_states, value_states, format_of(layer), self.attachment)
-                check_read_from_outside(self.layers)
-            complete_assignments(self.layers)
+                admit(layer_idx, key_states, value_states, layer_list.format_of(layer), self.attachment)
+                layer_list.check_read_from_outside(self.layers)
+            layer_list.complete_assignments(self.layers)
         if isinstance(layer, DynamicSlidingWindowLayer):
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
         # kvpress puts a layer of its own in place of one for a while.
@@ -202,7 +196,7 @@ class PiKVCache(Cache):
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Store the new states of a convolution: transformers' own, beside paged layers."""
         if self._is_from_outside(self) and not any(is_state_layer(layer) for layer in self.layers[:layer_idx]):
-            check_read_from_outside(self.layers)
+            layer_list.check_read_from_outside(self.layers)
         own: Any = super()
         result: torch.Tensor = own.update_conv_state(conv_states, layer_idx, *args, **kwargs)
         return result
@@ -211,15 +205,11 @@ class PiKVCache(Cache):
         """Return whether there is an attached model that does not make the call which updates the cache or a layer."""
         return self.attachment is not None and not self.attachment.gives_to(updated)
 
-    def _paged(self) -> list[PiKVLayer]:
-        return paged_layers(self.layers)
-
     def get_seq_length(self, layer_idx: int | None = None) -> int:
         """Return the number of positions that the model has seen, padding and evicted tokens included.
 
-        For a layer given by its index, what the layer itself counts. That differs where K/V were assigned from outside,
-        as kvpress does: the layer then has as many positions as tokens were assigned, and the model goes on where it
-        was.
+        For a layer given by its index, what the layer itself counts: where K/V were assigned from outside, as kvpress
+        does, these tokens alone.
         """
         if layer_idx is not None:
             if layer_idx < len(self.layers) and isinstance(layer := self.layers[layer_idx], PiKVLayer):
@@ -236,11 +226,6 @@ class PiKVCache(Cache):
         """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
         return -1
 
-    @property
-    def max_cache_len(self) -> int:
-        """-1: there is none. PEFT asks for it, and has prefix tuning use a `DynamicCache` of its own."""
-        return -1
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Yield dense keys and values of each layer, and how far it looks back, as transformers' caches do.
 
@@ -249,7 +234,7 @@ class PiKVCache(Cache):
         ValueError
             If tokens were evicted, or padding left out: dense K/V have zeros in their place.
         """
-        return dense_layers(self.layers)
+        return layer_list.dense_layers(self.layers)
 
     def reset(self) -> None:
         """Forget everything, what was counted too, and return the memory: the cache is like a new one."""
@@ -268,23 +253,25 @@ class PiKVCache(Cache):
         ValueError
             If a sliding layer has already dropped tokens that the shorter cache would need; nothing is changed then.
         """
-        crop_layers(self.layers, self.get_seq_length(), max_length)
+        layer_list.crop_layers(self.layers, self.get_seq_length(), max_length)
 
     @layer_operation
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Reorder the rows for beam search: page tables change, no token is copied."""
-        select_rows(self.layers, beam_rows(beam_idx))
+        layer_list.select_rows(self.layers, beam_rows(beam_idx))
 
     @layer_operation
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
-        select_rows(self.layers, torch.arange(row_count(self.layers) or 0).repeat_interleave(repeats))
+        layer_list.select_rows(
+            self.layers, torch.arange(layer_list.row_count(self.layers) or 0).repeat_interleave(repeats)
+        )
 
     @layer_operation
     def batch_select_indices(self, indices: Any) -> None:
         """Keep the rows at `indices`: integers or bools, in a tensor or list, or a slice."""
-        if (rows := row_count(self.layers)) is not None:
-            select_rows(self.layers, rows_at(indices, rows))
+        if (rows := layer_list.row_count(self.layers)) is not None:
+            layer_list.select_rows(self.layers, rows_at(indices, rows))
 
     # What is PiKV's own
 
@@ -310,12 +297,9 @@ class PiKVCache(Cache):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the cache to a file, from which :meth:`load` goes on with the same tokens.
 
-        Only pages in use are written, shared ones once. The file is in the safetensors format, with checksums and a
-        fingerprint of the model and of the adapters that are active in it, or of the config if the cache was made from
-        that alone. It appears, or replaces an older one, when all of it is on disk.
-
-        All devices of a process write into the one file. Of several processes, all of which must call this, each
-        writes one of its own, `<path>.<rank>-of-<processes>`; when it returns all of them are there.
+        Only pages in use are written, shared ones once: in the safetensors format, with checksums and a fingerprint of
+        the model and of its active adapters, or of the config alone. The file appears when all of it is on disk. Of
+        several processes, all of which must call this, each writes its own, `<path>.<rank>-of-<processes>`.
 
         Parameters
         ----------
@@ -348,8 +332,8 @@ class PiKVCache(Cache):
     ) -> "PiKVCache":
         """Attach a model and return the cache that :meth:`save` wrote.
 
-        All checksums and all bookkeeping are checked before anything is built. Each layer comes to its attention's
-        device, or to as many devices, or processes, as it was saved on.
+        Everything is checked before anything is built. Each layer comes to its attention's device, or to as many
+        devices or processes as it was saved on.
 
         Parameters
         ----------
@@ -389,22 +373,19 @@ class PiKVCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Live bytes: every distinct storage that the cache keeps alive, metadata included.
-
-        Forks share their storages; each of them reports the pages of all.
-        """
+        """Live bytes of every distinct storage, metadata included; forks share theirs, and each reports all of them."""
         return self.memory_report().total
 
     @property
     def total_nbytes(self) -> int:
         """:attr:`nbytes` of all processes that keep this cache together; all of them must ask."""
-        exchange = next((layer.exchange for layer in self._paged()), None)
+        exchange = next((layer.exchange for layer in layer_list.paged_layers(self.layers)), None)
         return self.nbytes if exchange is None else exchange.sum(self.nbytes)
 
     @layer_operation
     def memory_report(self) -> MemoryReport:
         """Return where the bytes are: by layer, shard and device, K, V, metadata and window."""
-        for layer in self._paged():
+        for layer in layer_list.paged_layers(self.layers):
             layer.edits.settle_unless_awaited()
             layer.store.release_abandoned()
         layers = tuple(part for index, layer in enumerate(self.layers) for part in layer_memory(index, layer))
@@ -413,12 +394,12 @@ class PiKVCache(Cache):
     @layer_operation
     def stats(self) -> CacheStats:
         """Return what was read, evicted and moved between tiers so far; `print` shows it as tables."""
-        for layer in self._paged():
+        for layer in layer_list.paged_layers(self.layers):
             layer.store.release_abandoned()
-        return CacheStats.of(self._paged(), self.tiers)
+        return CacheStats.of(layer_list.paged_layers(self.layers), self.tiers)
 
     def __repr__(self) -> str:
-        layers = f"{len(self.layers)} layers, {len(self._paged())} of them paged"
+        layers = f"{len(self.layers)} layers, {len(layer_list.paged_layers(self.layers))} of them paged"
         effective = effective_options(self.pikv_config, self.attachment is not None)
         options = "".join(f", {name}={value!r}" for name, value in effective.items())
         return f"PiKVCache({layers}, {self.get_seq_length():,} tokens seen{options})"

@@ -1,7 +1,6 @@
 """One layer of the cache: the protocol that transformers, the attention function and presses speak to it."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from ..common.kv import KV
 from ..common.tensors import detached
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout
-from ..distributed.lockstep import prompt_mark
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.page_table import PageTable
 from . import layer_reads
@@ -26,6 +24,7 @@ from .layer_store import LayerStore
 from .model_link import ModelLink
 from .pending_tokens import PendingTokens
 from .row_choice import beam_rows, rows_at
+from .taking_in import take_in, taken_back_on_error
 
 
 class PiKVLayer(CacheLayerMixin):
@@ -199,8 +198,8 @@ class PiKVLayer(CacheLayerMixin):
         # The layer that was read before may be another cache's.
         if self.attachment is not None and not self.state.reference_lost:
             self.attachment.reads(self.edits, prompt=not history)
-        past = self._take_in(detached(keys), detached(values), in_place)
-        with self._taken_back_on_error(keys.shape[2]):
+        past = take_in(self, detached(keys), detached(values), in_place)
+        with taken_back_on_error(self, keys.shape[2]):
             if past is not None:
                 # Out of what is stored no gradient comes, out of the new K/V it may.
                 keys, values = layer_reads.with_history(past, keys, values)
@@ -221,58 +220,12 @@ class PiKVLayer(CacheLayerMixin):
         keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
         check_not_padded(self.layer_idx, self.store.is_padded)
         self.reference.check_history_was_read()
-        past = self._take_in(detached(keys), detached(values), in_place=False)
-        with self._taken_back_on_error(keys.shape[2]):
+        past = take_in(self, detached(keys), detached(values), in_place=False)
+        with taken_back_on_error(self, keys.shape[2]):
             if past is not None:
                 keys, values = layer_reads.with_history(past, keys, values)
             self.edits.settle()
         return keys, values
-
-    @contextmanager
-    def _taken_back_on_error(self, new: int) -> Iterator[None]:
-        """Undo :meth:`_take_in` of so many tokens if the block raises."""
-        try:
-            yield
-        except BaseException:
-            self._take_back(new)
-            raise
-
-    @layer_operation
-    def _take_back(self, new: int) -> None:
-        if self.store.pending is not None or all(table.take_back_newest() for table in self.store.tables()):
-            self.store.pending = None
-            self.state.seen -= new
-        else:
-            self.edits.truncate(self.seen - new)
-
-    @layer_operation
-    def _take_in(
-        self, keys: torch.Tensor, values: torch.Tensor, in_place: bool
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Store new K/V, or have them wait for their experts.
-
-        Returns the dense history before them, None if there is none or PiKV's attention reads it `in_place`.
-        """
-        store, edits, state, new = self.store, self.edits, self.store.state, keys.shape[2]
-        if self.leads and self.exchange is not None and (new > 1 or not state.seen):
-            self.prompt_mark = prompt_mark(keys)
-        awaits_press = edits.awaits_press
-        edits.settle()
-        if not state.seen:
-            self.lazy_initialization(keys, values)
-        link = self.attachment
-        if link is not None and not (state.seen or in_place) and link.changes_keys(self.layer_idx):
-            # No reference has reached attention: the next call gets all K/V.
-            state.reference_lost = True
-        edits.take_requested_snapshot()
-        past = layer_reads.dense_history(store) if state.seen and not in_place else None
-        if new == 1 and state.seen:
-            store.append(keys, values)
-        else:
-            store.pending = PendingTokens(keys, values)
-            edits.awaits_press = awaits_press
-        state.seen += new
-        return past
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
         """Take, with the reference, which of several new tokens are to be stored, `(B, Q)` bool or None for all."""

@@ -22,7 +22,7 @@ from .layer_part import LayerPart
 from .layer_state import LayerState
 from .mask_columns import joined, trimmed
 from .page_migration import migrate_pages
-from .pending_tokens import PendingTokens
+from .pending_tokens import PendingTokens, rows_by_lane, tokens_by_lane
 from .table_rebuild import part_of_tokens
 
 
@@ -122,8 +122,7 @@ class LayerStore:
     @property
     def key_dim(self) -> int:
         """Channels of a key as it is stored, once there are pages."""
-        assert self.parts[0].table is not None
-        return self.parts[0].table.plain.keys.shape[-1]
+        return self.tables()[0].plain.keys.shape[-1]
 
     @property
     def lanes(self) -> int:
@@ -243,7 +242,7 @@ class LayerStore:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write one decoded token per row into the window; its expert follows from the router."""
         tables, lanes, seen = self.tables(), self.lanes, self.state.seen
-        keys, values = _by_lane(keys, lanes).squeeze(2), _by_lane(values, lanes).squeeze(2)
+        keys, values = tokens_by_lane(keys, lanes).squeeze(2), tokens_by_lane(values, lanes).squeeze(2)
         for part, table in zip(self.parts, tables, strict=True):
             # Until pages change hands again, as many tokens as fit into a page may come.
             part.enforce(lanes, seen, headroom=table.plain.page_size)
@@ -267,7 +266,7 @@ class LayerStore:
 
     def record_experts(self, experts: torch.Tensor) -> None:
         """Note the primary experts `(B,)` of the tokens that :meth:`append` has written."""
-        chosen = _rows_by_lane(experts.view(-1), self.lanes).to(torch.int16)
+        chosen = rows_by_lane(experts.view(-1), self.lanes).to(torch.int16)
         for part in self.parts:
             part.record_experts(chosen)
 
@@ -276,9 +275,9 @@ class LayerStore:
         assert self.pending is not None
         new, start, lanes = self.pending, self.stored, self.lanes
         positions = torch.arange(start, self.state.seen, dtype=torch.int32, device=self.device)
-        by_lane = _rows_by_lane(experts, lanes).to(torch.int16)
-        tokens = TokenBatch(_by_lane(new.keys, lanes), _by_lane(new.values, lanes), positions, by_lane)
-        valid = None if new.valid is None else _rows_by_lane(new.valid, lanes)
+        by_lane = rows_by_lane(experts, lanes).to(torch.int16)
+        tokens = TokenBatch(tokens_by_lane(new.keys, lanes), tokens_by_lane(new.values, lanes), positions, by_lane)
+        valid = None if new.valid is None else rows_by_lane(new.valid, lanes)
         masses = None
         if new.masses is not None:
             masses = new.masses.mean(dim=1) if lanes == 1 else new.masses.flatten(0, 1)
@@ -387,10 +386,8 @@ class LayerStore:
 
     def padding(self) -> list[int]:
         """Return how many columns of each row are padding, pending ones included."""
-        padding = self.padding_columns()
-        return [0] * self.batch if padding is None else padding.sum(axis=1).tolist()
-
-    # Rows
+        columns = self.padding_columns()
+        return [0] * self.batch if columns is None else columns.sum(axis=1).tolist()
 
     def select(self, indices: Sequence[int]) -> None:
         """Replace the rows of the batch by those at `indices`, within a transaction. No token is copied."""
@@ -401,13 +398,3 @@ class LayerStore:
             self.pending = self.pending.select(torch.as_tensor(list(indices), device=self.device))
         if self.state.padding is not None:
             self.state.padding = trimmed(self.state.padding[list(indices)])
-
-
-def _by_lane(tokens: torch.Tensor, lanes: int) -> torch.Tensor:
-    """Return `(B, H, Q, D)` as the table's rows have it, `(B * H, 1, Q, D)` if these are lanes of one KV head."""
-    return tokens if lanes == 1 else tokens.reshape(-1, 1, *tokens.shape[2:])
-
-
-def _rows_by_lane(rows: torch.Tensor, lanes: int) -> torch.Tensor:
-    """Return `(B, ...)` for each row of the table, `(B * lanes, ...)`."""
-    return rows.repeat_interleave(lanes, dim=0)

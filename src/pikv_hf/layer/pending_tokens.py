@@ -48,3 +48,13 @@ class PendingTokens:
         assert keys is not None
         assert values is not None
         return PendingTokens(keys, values, valid, experts, masses)
+
+
+def tokens_by_lane(tokens: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Return `(B, H, Q, D)` as the table's rows have it, `(B * H, 1, Q, D)` if these are lanes of one KV head."""
+    return tokens if lanes == 1 else tokens.reshape(-1, 1, *tokens.shape[2:])
+
+
+def rows_by_lane(rows: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Return `(B, ...)` for each row of the table, `(B * lanes, ...)`."""
+    return rows.repeat_interleave(lanes, dim=0)

@@ -1,0 +1,85 @@
+"""Taking the new tokens of a call into a layer, and giving them back where the call cannot go on."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from ..distributed.lockstep import prompt_mark
+from ..distributed.process_exchange import Exchange
+from . import layer_reads
+from .layer_edits import LayerEdits
+from .layer_operation import layer_operation
+from .layer_store import LayerStore
+from .model_link import ModelLink
+from .pending_tokens import PendingTokens
+
+
+class TakingLayer(Protocol):
+    """A :class:`~pikv_hf.layer.layer.PiKVLayer`, of which this is a part."""
+
+    layer_idx: int
+    store: LayerStore
+    edits: LayerEdits
+    leads: bool
+    attachment: ModelLink | None
+    prompt_mark: torch.Tensor | None
+    exchange: Exchange | None
+
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """The lock of the cache and its forks."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Create the empty pools and page tables for K/V of these shapes, where the layer has none."""
+
+
+@layer_operation
+def take_in(
+    layer: TakingLayer, keys: torch.Tensor, values: torch.Tensor, in_place: bool
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Store new K/V `(B, H, Q, D)` and `(B, H, Q, Dv)`, or have them wait for their experts.
+
+    Returns the dense history before them, None if there is none or PiKV's attention reads it `in_place`.
+    """
+    store, edits, state, new = layer.store, layer.edits, layer.store.state, keys.shape[2]
+    if layer.leads and layer.exchange is not None and (new > 1 or not state.seen):
+        layer.prompt_mark = prompt_mark(keys)
+    awaits_press = edits.awaits_press
+    edits.settle()
+    if not state.seen:
+        layer.lazy_initialization(keys, values)
+    link = layer.attachment
+    if link is not None and not (state.seen or in_place) and link.changes_keys(layer.layer_idx):
+        # No reference has reached attention: the next call gets all K/V.
+        state.reference_lost = True
+    edits.take_requested_snapshot()
+    past = layer_reads.dense_history(store) if state.seen and not in_place else None
+    if new == 1 and state.seen:
+        store.append(keys, values)
+    else:
+        store.pending = PendingTokens(keys, values)
+        edits.awaits_press = awaits_press
+    state.seen += new
+    return past
+
+
+@contextmanager
+def taken_back_on_error(layer: TakingLayer, new: int) -> Iterator[None]:
+    """Undo :func:`take_in` of so many tokens if the block raises."""
+    try:
+        yield
+    except BaseException:
+        _take_back(layer, new)
+        raise
+
+
+@layer_operation
+def _take_back(layer: TakingLayer, new: int) -> None:
+    store = layer.store
+    if store.pending is not None or all(table.take_back_newest() for table in store.tables()):
+        store.pending = None
+        store.state.seen -= new
+    else:
+        layer.edits.truncate(store.state.seen - new)
