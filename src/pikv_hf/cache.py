@@ -170,8 +170,6 @@ class PiKVCache(Cache):
         attachment.count_cache()
         return cls(attachment.model.config, config, attachment, spread)
 
-    # The protocol of transformers
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,8 +271,6 @@ class PiKVCache(Cache):
         if (rows := layer_list.row_count(self.layers)) is not None:
             layer_list.select_rows(self.layers, rows_at(indices, rows))
 
-    # What is PiKV's own
-
     @layer_operation
     def fork(self) -> "PiKVCache":
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
@@ -309,12 +305,11 @@ class PiKVCache(Cache):
         Raises
         ------
         ValueError
-            If new tokens wait for a press or a router, other adapters are active than when the cache was filled, or it
-            has outlived its model.
+            If new tokens wait, other adapters are active than when it was filled, or it has outlived its model.
         OSError
             If the file could not be written; an older one is as it was.
         ProcessError
-            If another process could not write its file; older ones are as they were.
+            If another process could not; older files are as they were.
         """
         save_cache(self, path)
 
