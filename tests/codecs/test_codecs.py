@@ -293,7 +293,7 @@ def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytes
     new = torch.randn(2, 1, 4, 3000, 128)
     with monkeypatch.context() as patch:
         patch.setattr(PackedPool, "put", no_memory)
-        layer.update(*new)
+        layer.update_from_attention(*new)
         layer.attend_begins(None)
         with pytest.raises(torch.OutOfMemoryError):
             layer.record_experts(torch.randint(0, 32, (3000,)))

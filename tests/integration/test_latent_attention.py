@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCAB, tiny_model
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.common.transformers_release import cache_argument
+from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
 from pikv_hf.integration.latent_attention import absorbed_queries, absorbs, expanded_outputs, expands_latents
 
 #: Model types with latent attention, of those that this release of transformers has.

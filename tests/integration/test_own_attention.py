@@ -8,7 +8,8 @@ from families import FAMILIES
 from placed_hooks import hooks_of
 from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pikv_hf import PiKVCache, attach, detach
 
@@ -33,6 +34,9 @@ def wrapped_as_kvpress_does(function: Any) -> Any:
 def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
     for interface in (AttentionInterface, AttentionMaskInterface):
         monkeypatch.setattr(interface, "_global_mapping", dict(interface._global_mapping))
+    # Where kvpress was imported it has put its own before these.
+    for registered in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setattr(registered, "_local_mapping", {})
 
 
 def ids(batch: int, count: int, seed: int = 0) -> torch.Tensor:

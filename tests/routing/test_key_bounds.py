@@ -40,6 +40,10 @@ def test_bounds_bound_every_logit(codec: str) -> None:
                         assert bounds[head, row, column] == pytest.approx(page.bound(head, own), abs=1e-4)
 
 
+def by_routing(name: str) -> dict[str, Any]:
+    return {"routing": name} if name == "all" else {"routing": name, "max_pages": 4}
+
+
 def _lives(layer: PiKVLayer) -> Any:
     """Yield the layer and forks of it at several points of their lives, bounds having been found at each of them."""
     query = queries(layer)
@@ -91,7 +95,7 @@ def test_exact_routing_finds_no_bounds() -> None:
     layers = []
     for name in ("all", "page_bound"):
         torch.manual_seed(0)
-        layers.append(grown(routing=name, max_pages=4))
+        layers.append(grown(**by_routing(name)))
         attend(layers[-1], queries(layers[-1])[:, :, None], scale=SCALE)
     every, routed = layers
     assert every.table.plain.bounds is None
@@ -105,7 +109,7 @@ def test_the_report_counts_bounds() -> None:
     model = FAMILIES["qwen3_moe"].build(num_hidden_layers=1)
     reports = {}
     for name in ("all", "page_bound"):
-        cache = PiKVCache.for_model(model, **SMALL, routing=name, max_pages=4)
+        cache = PiKVCache.for_model(model, **SMALL, **by_routing(name))
         generate(model, prompts(1, 140), cache)
         reports[name] = cache.memory_report()
         ends = [layer.table.plain.bounds for layer in cache.layers]
