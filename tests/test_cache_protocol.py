@@ -88,7 +88,7 @@ def test_everything_that_dynamic_cache_has(family: str, attached: bool) -> None:
         return PiKVCache.for_model(model, page_size=8) if attached else PiKVCache(model.config)
 
     names = set(public(DynamicCache, DynamicCache(config=model.config)))
-    assert {"crop", "is_initialized", "is_sliding", "max_batch_size", "update"} <= names
+    assert {"crop", "is_initialized", "is_sliding", "update"} <= names
     for name in sorted(names - OWN_WAY):
         caches = make(), DynamicCache(config=model.config)
         if name not in FRESH:
@@ -108,7 +108,7 @@ def test_everything_that_its_layers_have(attached: bool) -> None:
         return PiKVCache.for_model(model, page_size=8) if attached else PiKVCache(model.config)
 
     names = set(public(DynamicLayer, filled(model, DynamicCache(config=model.config)).layers[0]))
-    assert {"dtype", "device", "keys", "values", "crop", "update"} <= names
+    assert {"device", "keys", "values", "crop", "update"} <= names
     for name in sorted(names - OWN_WAY):
         caches = make(), DynamicCache(config=model.config)
         if name not in FRESH:

@@ -220,10 +220,6 @@ class PiKVCache(Cache):
         """Return how many positions come before the next call's, for the masks of later releases of transformers."""
         return self.get_seq_length()
 
-    def get_max_length(self, layer_idx: int = 0) -> int:
-        """Return -1: there is no maximum length (transformers' name from 5.14 on)."""
-        return -1
-
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Yield dense keys and values of each layer, and how far it looks back, as transformers' caches do.
 

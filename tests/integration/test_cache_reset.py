@@ -134,7 +134,7 @@ def test_crops_within_the_window(length: int) -> None:
     with torch.no_grad():
         for each in (reference, cache):
             model(ids, past_key_values=each)
-            each.crop(length)
+            each.crop(length - 20 if length > 0 else length)
         assert cache.get_seq_length() == reference.get_seq_length()
         ours, theirs = (model(ids[:, :9], past_key_values=each).logits for each in (cache, reference))
     assert (ours - theirs).abs().max() <= 1e-4

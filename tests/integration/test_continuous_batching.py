@@ -7,9 +7,14 @@ import pytest
 import torch
 from families import FAMILIES, prompts
 from transformers import DynamicCache, GenerationConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from pikv_hf import PiKVCache, attach, detach
 from pikv_hf.integration.continuous_batching import packed_causal_mask
+
+#: Newer releases batch a few implementations of their own, by name.
+BY_NAME = hasattr(ContinuousBatchingManager, "switch_to_cb_friendly_attn")
+takes_any = pytest.mark.skipif(BY_NAME, reason="this transformers refuses to batch models whose attention is another's")
 
 SETTINGS = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
 LENGTHS = (20, 27, 34)
@@ -23,6 +28,7 @@ def batched(model: Any) -> list[list[int]]:
     return [each.generated_tokens for each in sorted(results.values(), key=lambda each: each.request_id)]
 
 
+@takes_any
 @pytest.mark.parametrize(
     ("family", "options"),
     [
@@ -55,6 +61,7 @@ def test_same_tokens_and_the_model_goes_on(family: str, options: dict[str, Any])
     assert torch.equal(model.generate(**turn, past_key_values=reference, **more), second)
 
 
+@takes_any
 def test_a_batch_that_fails_leaves_the_model_attached(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["qwen3_moe"].build()
     implementation = model.config._attn_implementation
@@ -89,3 +96,18 @@ def test_mask_of_packed_sequences(window: int) -> None:
         row, column = row + new, column + held
     expected[row:] = True
     assert torch.equal(mask, expected)
+
+
+@pytest.mark.skipif(not BY_NAME, reason="this transformers batches attached models")
+def test_where_it_is_refused_the_model_goes_on() -> None:
+    model, inputs = FAMILIES["qwen3_moe"].build(), prompts(2, 20)
+    expected = batched(model)
+    cache = PiKVCache.for_model(model)
+    more: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    first = model.generate(**inputs, past_key_values=cache, **more)
+    with pytest.raises(ValueError, match="Implementation pikv is not supported for continuous batching"):
+        batched(model)
+    again = PiKVCache.for_model(model)
+    assert torch.equal(model.generate(**inputs, past_key_values=again, **more), first)
+    detach(model)
+    assert batched(model) == expected

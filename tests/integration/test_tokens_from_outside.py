@@ -7,6 +7,7 @@ import torch
 from exact_runs import assert_same
 from families import FAMILIES, prompts
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft_versions import needs_peft
 from transformers import DynamicCache, QuantizedCache, StaticCache
 
 from pikv_hf import PiKVCache, detach
@@ -150,6 +151,7 @@ def test_iterating_as_dynamic_cache_does() -> None:
     assert list(PiKVCache(model.config))[1] == (None, None, None)
 
 
+@needs_peft
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig, PromptEncoderConfig])
 def test_peft_prompts(kind: type) -> None:
     """PEFT gives the model a DynamicCache with its prefix, in place of any other; prompts as embeddings are paged."""
@@ -164,6 +166,7 @@ def test_peft_prompts(kind: type) -> None:
         assert tuned(**PROMPT, past_key_values=PiKVCache.for_model(tuned)).logits.isfinite().all()
 
 
+@needs_peft
 def test_a_prefix_of_peft_converted() -> None:
     """With it in a cache, the base model goes on as PEFT would have it: its tokens have positions, but no ids."""
     model = FAMILIES["qwen3_moe"].build()

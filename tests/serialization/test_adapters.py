@@ -16,6 +16,7 @@ from adapted_models import KINDS, STATES, adapted_model, base_model, scaled
 from edited_files import rewritten
 from families import FAMILIES
 from golden_caches import GOLDEN, load, model_of
+from peft_versions import needs_peft
 from safetensors import safe_open
 from saved_runs import go_on, new_cache, read
 from transformers import DynamicCache
@@ -24,7 +25,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.serialization.model_fingerprint import Fingerprint
 from pikv_hf.serialization.tensor_file import CacheFileError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"), needs_peft]
 
 #: States in which a model computes the same, whatever lies idle in it.
 NO_ADAPTER = ("never adapted", "disabled", "in transformers, disabled")

@@ -142,7 +142,7 @@ class LayerMachine(RuleBasedStateMachine):
     def crop(self, which: int, share: float, negative: bool) -> None:
         twin = self.pick(which)
         length = int(twin.seen * share)
-        twin.layer.crop(length - twin.seen if negative and length < twin.seen else length)
+        twin.layer.crop(length - twin.seen if length < twin.seen and (negative or not length) else length)
         twin.rows = [row.crop(length) for row in twin.rows]
         twin.seen = min(twin.seen, length)
 
