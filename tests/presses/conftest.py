@@ -19,7 +19,7 @@ def caches_latents() -> bool:
 @pytest.fixture(autouse=True)
 def _tokens_have_keys(request: pytest.FixtureRequest) -> None:
     """Skip latent attention where latents are cached; that presses refuse it then is a test of its own."""
-    given = {*getattr(getattr(request.node, "callspec", None), "params", {}).values()}
+    given = getattr(getattr(request.node, "callspec", None), "params", {}).values()
     asked = LATENT & {each for each in given if isinstance(each, str)} or "latent_family" in request.fixturenames
     if asked and caches_latents():
         pytest.skip("this transformers caches latents, which no press can score yet")

@@ -173,10 +173,9 @@ def find_modules_around(model: Any) -> list[nn.Module]:
 def _path_to_layers(model: Any) -> list[str]:
     """Return the names of the modules, below the model, that hold all decoder layers."""
     paths = [name.split(".") for name, _ in find_attention_modules(model).values()]
-    if len(paths) == 1:
-        # The only attention there is has all of the model around it, and is in one of a list of layers.
-        return list(itertools.takewhile(_is_name, paths[0]))
-    return [parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))]
+    common = [parts[0] for parts in itertools.takewhile(lambda each: len(set(each)) == 1, zip(*paths, strict=False))]
+    # A single layer, with one attention or several, is in a list of layers all the same.
+    return list(itertools.takewhile(_is_name, common))
 
 
 def _is_name(part: str) -> bool:
