@@ -303,7 +303,7 @@ def test_out_of_memory_while_packing_a_prompt_changes_nothing(monkeypatch: pytes
     layer.crop(1500)
     for then, now in zip(before, layer.dense(), strict=True):
         assert torch.allclose(then, now, atol=1e-5)
-    layer.update(*new)
+    layer.update_from_attention(*new)
     layer.attend_begins(None)
     layer.record_experts(torch.randint(0, 32, (3000,)))
     assert layer.table.tokens() == [4500]

@@ -62,7 +62,7 @@ def test_a_wrong_result_is_found_and_made_small(monkeypatch: pytest.MonkeyPatch)
     small = shrunk(program, lambda other: run(other).kind == report.kind)
     assert len(small.calls) <= 2
     text = script(small, run(small).texts, "")
-    assert "cache.crop(" in text if len(small.calls) == 2 else "generate" in text
+    assert "crop" in text if len(small.calls) == 2 else "generate" in text
     compile(text, "script", "exec")
 
 

@@ -61,7 +61,7 @@ def interrupted(view: View, drawn: Any) -> list[str]:
         return []
     return [
         f'during(model, "{drawn.place}", stop, lambda: {_call(view, drawn.new, drawn.seed, "cache")})',
-        f"cache.crop({view.past})",
+        f"crop_to(cache, {view.past})",
     ]
 
 

@@ -12,11 +12,11 @@ def crop(view: View, drawn: Any) -> list[str]:
     if not view.past:
         return []
     if drawn.by in (0, -4):
-        return [f"cache.crop({view.past - drawn.by})"]
+        return [f"crop_to(cache, {view.past - drawn.by})"]
     amount = view.past if drawn.by == "all" else min(drawn.by, view.past)
     left = view.past - amount
-    length = -amount if drawn.sign == "negative" else left
-    return [f"cache.crop({length})", f"ids, mask = ids[:, :{left}], mask[:, :{left}]"]
+    cut = f"cache.crop(-{amount})" if drawn.sign == "negative" else f"crop_to(cache, {left})"
+    return [cut, f"ids, mask = ids[:, :{left}], mask[:, :{left}]"]
 
 
 def _rows(view: View, seed: int, count: int) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from families import VOCAB
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from pikv_hf import PiKVCache, attach, detach
 
@@ -19,6 +20,27 @@ PAD = 0
 def tokens(batch: int, length: int, seed: int) -> torch.Tensor:
     """Return random token ids `(batch, length)`, none of them padding."""
     return torch.randint(2, VOCAB - 1, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _keeps() -> bool:
+    try:
+        DynamicLayer().crop(1)
+    except ValueError:
+        return False
+    return True
+
+
+#: Whether `crop(n)` of transformers' caches keeps n tokens: newer releases only remove some.
+KEEPS = _keeps()
+
+
+def crop_to(cache: Any, length: int) -> None:
+    """Keep the first `length` positions, said as the installed transformers wants it."""
+    seen = cache.get_seq_length()
+    if KEEPS:
+        cache.crop(length)
+    elif length < seen:
+        cache.crop(length - seen)
 
 
 def repeating(length: int, seed: int) -> torch.Tensor:
@@ -148,7 +170,7 @@ def during(model: Any, place: str, what: Callable[[], Any], work: Callable[[], A
 
 #: What the lines of a program see, beside `model`, `cache`, `fresh`, `pikv`, `ids`, `mask`, `kept` and `show`.
 _WORDS = (
-    *(tokens, repeating, ones, padded, hiding, mask_4d),
+    *(crop_to, tokens, repeating, ones, padded, hiding, mask_4d),
     *(fork, saved_and_loaded, in_threads, during, stop, attach, detach, DynamicCache, PiKVCache),
 )
 WORDS: dict[str, Any] = {"torch": torch, "copy": copy, "PAD": PAD, **{word.__name__: word for word in _WORDS}}

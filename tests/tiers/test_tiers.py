@@ -114,7 +114,9 @@ def test_kernels_that_look_pages_up(model: Any, ids: torch.Tensor, monkeypatch: 
     logits = {}
     for backend in ("torch", "triton" if torch.cuda.is_available() else "interpret"):
         for routing in ("all", "page_bound"):
-            cache = PiKVCache.for_model(model, routing=routing, max_pages=3, **options)
+            cache = PiKVCache.for_model(
+                model, routing=routing, **({} if routing == "all" else {"max_pages": 3}), **options
+            )
             monkeypatch.setenv("PIKV_KERNELS", "torch")
             with torch.no_grad():
                 model(ids, past_key_values=cache)

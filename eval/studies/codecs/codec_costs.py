@@ -210,7 +210,7 @@ class Reader:
         cache = PiKVCache.for_model(self._model, **choice.options(dim))
         held = cache.layers[0]
         past = slice(0, tokens - QUERIES)
-        held.update(layer.keys[None, :, past], layer.values[None, :, past])
+        held.update_from_attention(layer.keys[None, :, past], layer.values[None, :, past])
         held.attend_begins(None)
         remember_queries(held.store, layer.observed[None], dim**-0.5)
         held.record_experts(layer.experts[past])
@@ -219,7 +219,7 @@ class Reader:
         for name, memory in cache.memory_report().per_codec.items():
             packed = packed if name == "none" else packed + memory
         new = slice(tokens - QUERIES, tokens)
-        held.update(layer.keys[None, :, new], layer.values[None, :, new])
+        held.update_from_attention(layer.keys[None, :, new], layer.values[None, :, new])
         held.attend_begins(None)
         out, _ = attend(held, layer.query[None])
         exact = subject.output.view_as(out[0])
