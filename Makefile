@@ -38,8 +38,10 @@ WITH_TRANSFORMERS := tests/integration tests/presses tests/programs tests/serial
 # What users without kvpress import and run.
 WITHOUT_KVPRESS := tests/test_imports.py tests/test_cache_protocol.py tests/integration/test_attach.py \
   $(addprefix tests/presses/test_,without_kvpress.py press_budgets.py press_utility.py press_experts.py)
+# `make test-newest NEWEST_FLAGS=` runs the slow ones too.
+NEWEST_FLAGS := --fast
 test-newest: $(NEWEST_DEVELOPED) ## Run the tests that meet transformers with the newest one, and without kvpress
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 --dist worksteal --durations=15 $(WITH_TRANSFORMERS)
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 --dist worksteal --durations=15 $(NEWEST_FLAGS) $(WITH_TRANSFORMERS)
 	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -p without_kvpress $(WITHOUT_KVPRESS)
 
 # As many at a time as there are cores to spare: each draws programs of its own.
