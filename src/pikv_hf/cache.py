@@ -217,8 +217,11 @@ class PiKVCache(Cache):
         return first.state.positions_seen if isinstance(first, PiKVLayer) else super().get_seq_length()
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        """Return how many positions come before the next call's, for the masks of later releases of transformers."""
-        return self.get_seq_length()
+        """Return how many positions a layer has before its next tokens, for the masks of later transformers."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PiKVLayer):
+            return layer.state.positions_seen
+        return int(layer.get_seq_length()) if has_positions(layer) else self.get_seq_length()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
         """Yield dense keys and values of each layer, and how far it looks back, as transformers' caches do.

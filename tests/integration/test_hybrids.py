@@ -301,3 +301,13 @@ def test_a_refused_call_changes_no_state(name: str, refused: Callable[..., None]
 @needs_states
 def test_what_no_layer_understands_is_refused_before_the_first() -> None:
     test_a_refused_call_changes_no_state("falcon_h1", unknown_argument, 0)
+
+
+@needs_states
+@torch.no_grad()
+def test_a_layer_asks_for_its_own_offset() -> None:
+    """Inkling's later layers ask how far the cache is when earlier ones have got the call's tokens already."""
+    model = tiny_model("inkling_text")
+    caches = PiKVCache(model.config), DynamicCache(config=model.config)
+    for tokens in (ids(2, 40), ids(2, 1), ids(2, 5)):
+        torch.testing.assert_close(*(model(tokens, **cache_argument(each)).logits for each in caches))

@@ -137,7 +137,7 @@ def _check_can_route(index: int, options: PiKVConfig, link: ModelLink | None) ->
 
 def _is_paged(layer: Any, options: PiKVConfig) -> bool:
     """Return whether a layer of `DynamicCache` is replaced by a paged one."""
-    slides = isinstance(layer, DynamicSlidingWindowLayer)
+    slides = type(layer) is DynamicSlidingWindowLayer
     return type(layer) is DynamicLayer or (slides and options.sliding_layers == "paged")
 
 
