@@ -8,8 +8,10 @@ import torch
 from families import FAMILIES
 from planned_models import bundled
 from transformers import DynamicCache
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
 from pikv_hf.eval.cli.plan_command import MODEL_CONFIGS
+from pikv_hf.integration.latent_attention import expands_latents
 from pikv_hf.planning.model_shape import expected_experts, load_config, shape_of
 
 # Parameters, layers, paged ones, KV heads, dims of keys and values.
@@ -32,6 +34,9 @@ def test_every_bundled_config_is_tested():
 def test_bundled_models_have_their_parameters_and_heads(name):
     shape = bundled(name)
     params, layers, paged, heads, keys, values = BUNDLED[name]
+    if "DeepSeek" in name and expands_latents(DeepseekV2Attention):
+        # One latent and its rotary key for all heads.
+        heads, keys, values = 1, 512, 64
     assert shape.params == params
     assert (len(shape.layers), len(shape.paged_layers)) == (layers, paged)
     assert {(x.kv_heads, x.key_dim, x.value_dim) for x in shape.layers} == {(heads, keys, values)}

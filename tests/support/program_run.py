@@ -214,7 +214,8 @@ def refusal(call: Call, error: Exception, texts: Sequence[str]) -> str | None:
         return None
     for kind, (words, cause) in REFUSALS.items():
         if re.search(words, str(error)) and any(re.search(cause, text) for text in texts):
-            shows = call.arguments.get("mask") in ("show", "short")
+            # With tokens in the cache, newer releases begin assisted decoding with a mask that ends too early.
+            shows = call.arguments.get("mask") in ("show", "short") or call.arguments.get("how") == "assistant"
             return kind if shows or kind != "padding shown later" else None
     return None
 
