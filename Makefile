@@ -42,7 +42,7 @@ WITHOUT_KVPRESS := tests/test_imports.py tests/test_cache_protocol.py tests/inte
 NEWEST_FLAGS := --fast
 test-newest: $(NEWEST_DEVELOPED) ## Run the tests that meet transformers with the newest one, and without kvpress
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 --dist worksteal --durations=15 $(NEWEST_FLAGS) $(WITH_TRANSFORMERS)
-	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -p without_kvpress $(WITHOUT_KVPRESS)
+	PYTHONPATH=tests/support OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -p without_kvpress $(NEWEST_FLAGS) $(WITHOUT_KVPRESS)
 
 # As many at a time as there are cores to spare: each draws programs of its own.
 MINUTES := 10
