@@ -170,7 +170,8 @@ def run(program: Program) -> Report:
             if kind is None:
                 return _failed(report, call, f"{type(our_error).__name__}: {our_error}")
             # Refused is a model's call: the outer of two goes no further, and neither does what makes several.
-            is_part = call.name == "nested" or (call.name == "generate" and kind == "fast memory too small")
+            half_way = kind == "fast memory too small" or call.arguments.get("how") == "assistant"
+            is_part = call.name == "nested" or (call.name == "generate" and half_way)
             if ours.lengths() != before and is_part:
                 report.ends = "interrupted"
                 return report
