@@ -3,6 +3,7 @@
 from typing import Any
 
 from program_operation import SEEDS, View, operation
+from program_words import KEEPS
 
 _PLACES = ("attention 0", "layer 0", "attention 1", "layer 1")
 
@@ -56,8 +57,8 @@ def nested(view: View, drawn: Any) -> list[str]:
 
 @operation(1, place=_PLACES, new=(1, 4, 9), seed=SEEDS)
 def interrupted(view: View, drawn: Any) -> list[str]:
-    """Stop a call half-way, and take its tokens back."""
-    if not view.past:
+    """Stop a call half-way, and take its tokens back; a crop that only removes takes them from layers without, too."""
+    if not view.past or not KEEPS:
         return []
     return [
         f'during(model, "{drawn.place}", stop, lambda: {_call(view, drawn.new, drawn.seed, "cache")})',
