@@ -25,7 +25,7 @@ class FakeAttachment:
     def changes_keys(self, layer_idx: int) -> bool:
         return False
 
-    def holds_latents(self, layer_idx: int) -> bool:
+    def absorbs(self, layer_idx: int) -> bool:
         return False
 
     def slides(self, layer_idx: int) -> bool:

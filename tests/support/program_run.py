@@ -17,7 +17,7 @@ from program_compare import Difference, difference, farthest
 from program_draw import Call, Program
 from program_models import ATTENTION, assistant_of, model_of, new_cache
 from program_operation import View
-from program_words import WORDS, ones, tokens
+from program_words import KEEPS, WORDS, ones, tokens
 
 from pikv_hf.layer.layer import PiKVLayer
 
@@ -170,7 +170,7 @@ def run(program: Program) -> Report:
             if kind is None:
                 return _failed(report, call, f"{type(our_error).__name__}: {our_error}")
             # Refused is a model's call: the outer of two goes no further, and neither does what makes several.
-            half_way = kind == "fast memory too small" or call.arguments.get("how") == "assistant"
+            half_way = kind == "fast memory too small" or _ends_too_early(call)
             is_part = call.name == "nested" or (call.name == "generate" and half_way)
             if ours.lengths() != before and is_part:
                 report.ends = "interrupted"
@@ -209,14 +209,18 @@ def _failed(report: Report, call: Call, message: str) -> Report:
     return report
 
 
+def _ends_too_early(call: Call) -> bool:
+    """Return whether newer releases may begin a call, assisted decoding with a filled cache, with too short a mask."""
+    return not KEEPS and call.arguments.get("how") == "assistant"
+
+
 def refusal(call: Call, error: Exception, texts: Sequence[str]) -> str | None:
     """Return the kind of a refusal that a call may meet after these lines and its own; None for other errors."""
     if not isinstance(error, ValueError | TypeError | NotImplementedError):
         return None
     for kind, (words, cause) in REFUSALS.items():
         if re.search(words, str(error)) and any(re.search(cause, text) for text in texts):
-            # With tokens in the cache, newer releases begin assisted decoding with a mask that ends too early.
-            shows = call.arguments.get("mask") in ("show", "short") or call.arguments.get("how") == "assistant"
+            shows = call.arguments.get("mask") in ("show", "short") or _ends_too_early(call)
             return kind if shows or kind != "padding shown later" else None
     return None
 

@@ -91,7 +91,7 @@ class Attachment:
         module = self.attention_of(layer_idx)
         return module is not None and _changes_keys(module)
 
-    def holds_latents(self, layer_idx: int) -> bool:
+    def absorbs(self, layer_idx: int) -> bool:
         """Return whether PiKV's attention reads latents in place, for which the layer's keys carry no reference."""
         module = self.attention_of(layer_idx)
         return module is not None and absorbs(module)

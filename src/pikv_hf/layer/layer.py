@@ -205,7 +205,7 @@ class PiKVLayer(CacheLayerMixin):
                 keys, values = layer_reads.with_history(past, keys, values)
             if in_place or self.state.reference_lost:
                 keys, values = self.reference.put_on(keys, values, self)
-                if self.attachment is not None and self.attachment.holds_latents(self.layer_idx):
+                if self.attachment is not None and self.attachment.absorbs(self.layer_idx):
                     self.attachment.refer(self)
             if self.has_expert_router and self.attachment is not None:
                 self.attachment.expect(self.edits)

@@ -128,7 +128,7 @@ def make_layers(
 
 def _check_can_route(index: int, options: PiKVConfig, link: ModelLink | None) -> None:
     """Refuse to choose pages by bounds of keys where these lack their rotary parts."""
-    if options.routing != "all" and link is not None and link.holds_latents(index):
+    if options.routing != "all" and link is not None and link.absorbs(index):
         raise ValueError(
             f"layer {index} has latent attention, whose pages hold rotary keys apart from latents, which so lack "
             f'bounds: only routing="all" can be done there, got routing={options.routing!r}'

@@ -56,7 +56,7 @@ class ModelLink(Protocol):
     def changes_keys(self, layer_idx: int) -> bool:
         """Return whether the layer's attention changes the keys that the cache has returned before it attends."""
 
-    def holds_latents(self, layer_idx: int) -> bool:
+    def absorbs(self, layer_idx: int) -> bool:
         """Return whether PiKV's attention reads latents in place, for which the layer's keys carry no reference."""
 
     def slides(self, layer_idx: int) -> bool:
