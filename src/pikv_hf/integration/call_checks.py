@@ -59,9 +59,10 @@ def check_call(
     except ValueError as error:
         if kwargs.get("use_cache") is not False:
             raise
+        # What matters first: some models have it so by default, whatever their caller said.
         raise ValueError(
-            "the model got a cache and use_cache=False, with which generate() has it read all tokens again in every "
-            f"step, into the same cache: leave out one of the two ({error})"
+            f"{error}. With a cache and use_cache=False generate() reads all tokens again in every step, into the same "
+            "cache: leave out one of the two"
         ) from error
     if not attachment.is_active(attention.layer_idx):
         for layer in paged:
