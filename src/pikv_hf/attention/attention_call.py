@@ -30,6 +30,8 @@ class AttentionCall:
         Told how much of the attention each page takes.
     absorbed : bool
         Whether tokens are those of latent attention; see :func:`pikv_hf.kernels.partial_attention`.
+    columns : torch.Tensor or None
+        `(B, k)` int64, the tokens that are read of full pages; None for all. A mask hides the others.
     """
 
     scale: float
@@ -38,6 +40,7 @@ class AttentionCall:
     page_router: PageRouter | None = None
     masses: AttentionMass | None = None
     absorbed: bool = False
+    columns: torch.Tensor | None = None
 
     def piece(
         self, bias: torch.Tensor | None, holes: torch.Tensor | None, page_lse: torch.Tensor | None

@@ -12,6 +12,7 @@ from ..page_table.sequence_pages import Region
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PoolId
 from .attention_call import AttentionCall, Partial
+from .indexed_attention import attend_columns
 from .mask_bias import MaskBias, mask_by_lane
 from .page_lookup import look_up, reader_of
 from .pool_readers import PoolReader
@@ -53,7 +54,7 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
     # A kernel that looks pages up needs no plan; it takes one query per row, no mask, and keys and values apart.
     looks_up = queries == 1 and bias is None and not call.absorbed and choose(query.device) != "torch"
-    chosen, whole = _attend_routed(table, query, folded, call)
+    chosen, whole = _attend_chosen(table, query, folded, call)
     partials = [chosen] if chosen is not None else []
     for region in whole:
         partials += _attend_pool(table, region, folded, bias, looks_up, call)
@@ -68,10 +69,12 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     )
 
 
-def _attend_routed(
+def _attend_chosen(
     table: PageTable, query: torch.Tensor, folded: torch.Tensor, call: AttentionCall
 ) -> tuple[Partial | None, list[PoolId | Region]]:
-    """Attend to the full pages that a page router chooses; return also which pools are left to read as a whole."""
+    """Attend to what the call or a page router chooses of full pages; return also what is left to read as a whole."""
+    if call.columns is not None:
+        return attend_columns(table.view.full_pages(), call.columns, folded, call), [Region.UNFILLED]
     every: list[PoolId | Region] = [*table.pools.by_id()]
     page_router = call.page_router
     if page_router is None:

@@ -54,6 +54,12 @@ def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     return {**others, names[0] if len(names) == 1 else CACHE_ARGUMENT: cache}
 
 
+def config_of_layer(config: Any, index: int) -> Any:
+    """Return the config of one decoder layer: newer releases have some whose layers differ in more than their type."""
+    each = getattr(config, "per_layer_config", None)
+    return config if each is None else each[index]
+
+
 def arguments_of_layers() -> set[str]:
     """Return what decoder layers are called with, by name, and hand on to attention: Llama's stand for all."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..common.transformers_release import CACHE_ARGUMENTS
+from .attention_implementation import ATTENTION_NAME
 from .call_arguments import KNOWN_ARGUMENTS
 from .latent_attention import EXPANSION
 
@@ -75,6 +76,35 @@ def changes_cached_keys(kind: type[nn.Module]) -> bool:
     return any(node.lineno > first and not _is_update(node.value) and keys & _targets(node) for node in assigned)
 
 
+def only_indexes(kind: type[nn.Module]) -> bool:
+    """Return whether a class of module has no other business with the cache than the keys of an indexer."""
+    if (forward := _parsed_forward(kind)) is None:
+        return False
+    of_cache = [node for node in ast.walk(forward) if isinstance(node, ast.Attribute) and _is_cache(node.value)]
+    updates = [node for node in of_cache if node.attr == "update_indexer"]
+    named = [node for node in ast.walk(forward) if _is_cache(node) and isinstance(getattr(node, "ctx", None), ast.Load)]
+    asked = [node for node in ast.walk(forward) if isinstance(node, ast.Compare) and _is_cache(node.left)]
+    return len(updates) == len(of_cache) == 1 and len(named) == len(of_cache) + len(asked)
+
+
+def _is_cache(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in CACHE_ARGUMENTS
+
+
+class _WithPiKV(ast.NodeTransformer):
+    """Leaves out what a module does with other attention, by the names that it asks for."""
+
+    def visit_If(self, node: ast.If) -> Any:
+        """Take the other branch of a question for the name of the attention that does not name PiKV's."""
+        self.generic_visit(node)
+        test = node.test
+        asks = isinstance(test, ast.Compare) and isinstance(test.left, ast.Attribute)
+        if not asks or test.left.attr != "_attn_implementation" or not isinstance(test.ops[0], ast.In):  # type: ignore[attr-defined]
+            return node
+        names = ast.literal_eval(test.comparators[0])  # type: ignore[attr-defined]
+        return node if ATTENTION_NAME in names else node.orelse or ast.Pass(lineno=node.lineno, col_offset=0)
+
+
 def _parsed_forward(kind: type[nn.Module]) -> ast.AST | None:
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(kind.forward))))
@@ -83,6 +113,7 @@ def _parsed_forward(kind: type[nn.Module]) -> ast.AST | None:
 
 
 def _judge(forward: ast.AST) -> str | None:
+    forward = _WithPiKV().visit(forward)
     if any(isinstance(node, ast.Attribute) and _is_layers_of_cache(node) for node in ast.walk(forward)):
         return "reads layers of the cache by itself"
     assigned = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]
@@ -129,7 +160,7 @@ def _names(target: ast.AST | None) -> set[str]:
 
 
 def _is_layers_of_cache(node: ast.Attribute) -> bool:
-    return node.attr == "layers" and isinstance(node.value, ast.Name) and node.value.id in CACHE_ARGUMENTS
+    return node.attr == "layers" and _is_cache(node.value)
 
 
 def _is_update(node: ast.AST) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layer.own_layer import has_positions, is_state_layer, layers_of
-from .attention_code import calls_interface, takes_cache, why_not_in_place
+from ..layer.own_layer import INDEXED_LAYER, has_positions, is_state_layer, layers_of
+from .attention_code import calls_interface, only_indexes, takes_cache, why_not_in_place
 from .decoder_modules import decoder_modules
 from .expert_router import ExpertRouter, find_expert_router
 
@@ -62,7 +62,7 @@ def check_modules(model: Any) -> None:
     # Layers beyond those of the cache read what others have stored, in models that say so.
     counted = max(len(layers), model.config.get_text_config(decoder=True).num_hidden_layers)
     _check_one_for_each_layer(name, by_layer, counted)
-    keepers = [module for module in _state_keepers(model) if not _has_state_layer(module, layers)]
+    keepers = [module for module in _state_keepers(model) if not _keeps_in_layer(module, layers)]
     if others := sorted({type(module).__name__ for module in keepers}):
         raise ValueError(
             f"{name} hands the cache to {', '.join(others)}, which PiKV's attention cannot stand in for; if it works "
@@ -136,11 +136,16 @@ def _state_keepers(model: Any) -> Iterator[nn.Module]:
             yield module
 
 
-def _has_state_layer(module: nn.Module, layers: list[Any]) -> bool:
-    """Return whether what a module has in the cache is a state in a layer of transformers' own, or nothing."""
+def _keeps_in_layer(module: nn.Module, layers: list[Any]) -> bool:
+    """Return whether what a module has in the cache is a state in a layer of transformers' own, or nothing.
+
+    What is beside K/V in the layer of an indexer is paged with them.
+    """
     index = getattr(module, "layer_idx", None)
     if not isinstance(index, int) or index >= len(layers):
         return False
+    if type(layers[index]) is INDEXED_LAYER and only_indexes(type(module)):
+        return True
     return is_state_layer(layers[index]) or not has_positions(layers[index])
 
 

@@ -27,6 +27,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     absorbed: bool = False,
+    columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend over everything that a layer holds, pending tokens included.
 
@@ -43,6 +44,8 @@ def attend(
         `(Hq,)` attention sinks. The result leaves them out; they lessen the fraction of the attention that pages take.
     absorbed : bool
         Whether the layer holds latents, as :func:`pikv_hf.kernels.partial_attention` has it.
+    columns : torch.Tensor, optional
+        `(B, k)` int64, the only ones that are read of full pages; a mask says the same of all others.
 
     Returns
     -------
@@ -53,7 +56,7 @@ def attend(
     assert layer.table is not None
     history_mask = mask if mask is not None and _hides_history(layer, mask) else None
     masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
-    calls = [AttentionCall(scale, softcap, layer.seen, None, known, absorbed) for known in masses]
+    calls = [AttentionCall(scale, softcap, layer.seen, None, known, absorbed, columns) for known in masses]
     out, lse = _attend_stored(layer, query, history_mask, calls)
     if layer.pending is not None:
         new = attend_dense(query, *_tokens_of(layer.pending, absorbed), mask, scale, softcap)
@@ -126,6 +129,8 @@ def _attend_parts(
         # A call with several new tokens has many queries, which together look everywhere.
         page_router = part.page_router if may_choose else None
         call = dataclasses.replace(calls[index], page_router=page_router) if page_router else calls[index]
+        if call.columns is not None:
+            call = dataclasses.replace(call, columns=to_device(call.columns, part.device))
         results.append(attend_pages(table, there[index], hidden[index], call))
     home = [(to_device(out, query.device), to_device(lse, query.device)) for out, lse in results]
     merged = home[0]

@@ -5,8 +5,9 @@ from typing import Any
 
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .indexed_layer import IndexedLayer
 from .layer import PiKVLayer
-from .own_layer import copied, has_positions
+from .own_layer import INDEXED_LAYER, copied, has_positions
 from .sliding_layer import take_over, update_sliding
 
 
@@ -48,18 +49,21 @@ def _check_copies(index: int, layer: Any, other: Any) -> None:
     kind = type(other)
     if not has_positions(layer) and kind is type(layer):
         return
-    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, PiKVLayer):
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, PiKVLayer, INDEXED_LAYER, IndexedLayer):
         raise TypeError(
             f"layer {index} is of type {kind.__name__}; PiKVCache can copy those of DynamicCache and its own"
         )
-    if kind is PiKVLayer and other.state.evicted:
+    if isinstance(layer, IndexedLayer) and getattr(other, "indexer_keys", None) is None:
+        raise TypeError(f"layer {index} needs the keys of an indexer, which those of type {kind.__name__} lack")
+    paged = isinstance(other, PiKVLayer)
+    if paged and other.state.evicted:
         raise ValueError(f"layer {index}: tokens were evicted, and which ones dense K/V do not tell")
-    if kind is PiKVLayer and other.state.assigned:
+    if paged and other.state.assigned:
         raise ValueError(
             f"layer {index}: {other.state.assigned} tokens were assigned from outside, and their positions are not "
             "known; use cache.fork()"
         )
-    if kind is PiKVLayer and other.store.is_padded:
+    if paged and other.store.is_padded:
         raise ValueError(f"layer {index}: rows are padded, and padding was not stored; use cache.fork()")
     if kind is not DynamicSlidingWindowLayer:
         return
@@ -84,5 +88,8 @@ def _copy(layer: Any, other: Any) -> None:
     keys, values = other.keys.detach(), other.values.detach()
     if isinstance(layer, PiKVLayer):
         layer.update_from_outside(keys, values)
+        if isinstance(layer, IndexedLayer):
+            layer.update_indexer(other.indexer_keys)
+            layer.settle()
     else:
         update_sliding(layer, keys, values)

@@ -36,6 +36,11 @@ class KVFormat(NamedTuple):
         batch, heads, _, dim = keys.shape
         return cls((batch, heads, dim, values.shape[-1]), keys.dtype, keys.device)
 
+    def with_more_values(self, channels: int) -> "KVFormat":
+        """Return the format with so many more channels of values."""
+        batch, heads, dim, value_dim = self.shape
+        return self._replace(shape=(batch, heads, dim, value_dim + channels))
+
 
 def admit(
     layer_idx: int,

@@ -170,8 +170,13 @@ def check_assigned(
     Raises
     ------
     TypeError, ValueError
-        For other objects, and as :func:`~pikv_hf.layer.input_checks.admit`.
+        For other objects, layers with an indexer, and as :func:`~pikv_hf.layer.input_checks.admit`.
     """
+    if store.index_dim:
+        raise ValueError(
+            f"layer {store.layer_idx}: K/V cannot be assigned where each token has an indexer key, which would not be "
+            "theirs"
+        )
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise TypeError(f"layer {store.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
     keys, values = admit(store.layer_idx, keys, values, store.kv_format(), link)

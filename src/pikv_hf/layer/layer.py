@@ -44,6 +44,8 @@ class PiKVLayer(CacheLayerMixin):
         Those of this process, from :func:`~pikv_hf.layer.layer_part.make_parts`; by default without a budget.
     leads : bool
         Whether it is the cache's first, in which processes make sure that they have the same tokens.
+    index_dim : int
+        Channels of the keys of an indexer, 0 without one; see :class:`~pikv_hf.layer.indexed_layer.IndexedLayer`.
 
     Attributes
     ----------
@@ -69,6 +71,7 @@ class PiKVLayer(CacheLayerMixin):
         layout: PartLayout | None = None,
         parts: list[LayerPart] | None = None,
         leads: bool = False,
+        index_dim: int = 0,
     ) -> None:
         self.layer_idx, self.attachment, self.leads = layer_idx, attachment, leads
         self.layout = PartLayout() if layout is None else layout
@@ -77,7 +80,7 @@ class PiKVLayer(CacheLayerMixin):
         routers = {} if attachment is None or config.placement == "hash" else attachment.expert_routers
         self.has_expert_router = layer_idx in routers
         experts = routers[layer_idx].num_experts if self.has_expert_router else 0
-        self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts)
+        self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts, index_dim)
         self.edits = LayerEdits(self.store, attachment)
         self.reference = LayerReference(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
@@ -224,7 +227,8 @@ class PiKVLayer(CacheLayerMixin):
         with taken_back_on_error(self, keys.shape[2]):
             if past is not None:
                 keys, values = layer_reads.with_history(past, keys, values)
-            self.edits.settle()
+            if not self.store.awaits_index:
+                self.edits.settle()
         return keys, values
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
@@ -355,7 +359,8 @@ class PiKVLayer(CacheLayerMixin):
         """Return a copy that shares all pages until either side writes to them."""
         self.settle()
         parts = [part.fork(self.config) for part in self.parts]
-        twin = PiKVLayer(self.layer_idx, self.config, self.attachment, self.layout, parts, self.leads)
+        made = self.layer_idx, self.config, self.attachment, self.layout, parts, self.leads, self.store.index_dim
+        twin = type(self)(*made)
         twin.store.go_on_from(self.store)
         twin.prompt_mark, twin.reference.code = self.prompt_mark, self.reference.code
         return twin

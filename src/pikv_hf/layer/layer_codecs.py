@@ -45,7 +45,8 @@ def recode(
         )
     store.config = dataclasses.replace(store.config, **options)
     if store.pending is not None:
-        store.begin(KVFormat.of(store.pending.keys, store.pending.values))
+        pending = KVFormat.of(store.pending.keys, store.pending.values)
+        store.begin(pending.with_more_values(-store.index_dim))
     for table in store.tables():
         device = table.plain.device
         table.pools.encoders.set_bases(

@@ -84,11 +84,14 @@ class LayerEdits:
         """Store what is pending, unless a router, a press or an assignment has yet to say what."""
         pending = self.store.pending
         awaits_router = pending is not None and pending.experts is None and self.store.num_experts > 0
-        if self.assignment.staged is None and not self.awaits_press and not awaits_router:
+        awaited = self.awaits_press or awaits_router or self.store.awaits_index
+        if self.assignment.staged is None and not awaited:
             self.settle()
 
     def settle_soon(self) -> None:
         """Store what is pending before the next layer's: until then a press may take the tokens as they came."""
+        if self.store.awaits_index:
+            return
         if self.store.pending is None or self.link is None:
             self.settle()
         else:

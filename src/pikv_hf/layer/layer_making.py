@@ -10,10 +10,11 @@ from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout
 from ..scheduling.page_scheduler import make_scheduler, scheduler_name
 from ..tiers.tier_limits import Tiers
+from .indexed_layer import IndexedLayer
 from .layer import PiKVLayer
 from .layer_part import make_parts
 from .model_link import ModelLink
-from .own_layer import layers_of
+from .own_layer import INDEXED_LAYER, index_dims, layers_of
 
 
 def checked_options(config: Any, pikv_config: Any, single_options: dict[str, Any], attached: bool) -> PiKVConfig:
@@ -102,6 +103,7 @@ def make_layers(
         For models as in :func:`~pikv_hf.layer.own_layer.layers_of`, and budgets that are too small.
     """
     layers = layers_of(config)
+    dims = index_dims(config.get_text_config(decoder=True))
     layouts = {
         index: _layout_of(index, link, spread) for index, layer in enumerate(layers) if _is_paged(layer, options)
     }
@@ -110,6 +112,9 @@ def make_layers(
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
     for index, layout in layouts.items():
         _check_can_route(index, options, link)
+        chosen = type(layers[index]) is INDEXED_LAYER
+        if chosen:
+            _check_reads_chosen(index, options)
         if isinstance(layers[index], DynamicSlidingWindowLayer) and link is not None and not link.slides(index):
             raise ValueError(
                 f"layer {index} has a window of {layers[index].sliding_window} tokens in the cache alone, which its "
@@ -121,7 +126,10 @@ def make_layers(
             for location in layout.locations
         ]
         made = make_parts(index, options, layout, schedulers, tiers)
-        layers[index] = PiKVLayer(index, options, link, layout, made, leads=index == min(layouts))
+        if chosen and dims[index]:
+            layers[index] = IndexedLayer(index, options, link, layout, made, index == min(layouts), dims[index])
+        else:
+            layers[index] = PiKVLayer(index, options, link, layout, made, leads=index == min(layouts))
         layers[index].store.lock = lock
     return layers, tiers
 
@@ -135,10 +143,20 @@ def _check_can_route(index: int, options: PiKVConfig, link: ModelLink | None) ->
         )
 
 
+def _check_reads_chosen(index: int, options: PiKVConfig) -> None:
+    """Refuse options that choose tokens where an indexer of the model's own does."""
+    if options.routing != "all" or options.budget is not None:
+        given = f"routing={options.routing!r}" if options.routing != "all" else f"budget={options.budget!r}"
+        raise ValueError(
+            f"layer {index} reads the tokens that an indexer of the model's own chooses among all of them; {given} "
+            "would choose again: codecs, tiers and devices are what such a layer can have"
+        )
+
+
 def _is_paged(layer: Any, options: PiKVConfig) -> bool:
     """Return whether a layer of `DynamicCache` is replaced by a paged one."""
     slides = type(layer) is DynamicSlidingWindowLayer
-    return type(layer) is DynamicLayer or (slides and options.sliding_layers == "paged")
+    return type(layer) in (DynamicLayer, INDEXED_LAYER) or (slides and options.sliding_layers == "paged")
 
 
 def _layout_of(index: int, link: ModelLink | None, spread: Devices | PartLayout | None) -> PartLayout:

@@ -14,7 +14,14 @@ def dense_keys(store: LayerStore) -> torch.Tensor:
 
 def dense_values(store: LayerStore) -> torch.Tensor:
     """Return all values by column, `(B, H, T, Dv)`; zeros for padding and what was evicted."""
-    return _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
+    values = _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
+    return values[..., : values.shape[-1] - store.index_dim]
+
+
+def indexer_keys(store: LayerStore) -> torch.Tensor:
+    """Return the indexer's keys by column, `(B, T, Di)`, of a layer that stores them; zeros for padding."""
+    values = _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
+    return values[:, 0, :, values.shape[-1] - store.index_dim :]
 
 
 def check_not_evicted(store: LayerStore) -> None:

@@ -14,7 +14,7 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.pool_growth import NoRoomError
 from ..pages.tokens import TokenBatch
-from ..sharding.placement import balanced_placement, expert_placement, hash_placement, where_known
+from ..sharding.layer_placement import layer_placement
 from ..sharding.shard_map import ShardMap
 from .cache_lock import new_cache_lock
 from .input_checks import KVFormat
@@ -44,6 +44,8 @@ class LayerStore:
         Those of this process. The first is on the device of the layer's attention.
     num_experts : int
         What the layer's expert router chooses among, 0 where tokens are placed by position.
+    index_dim : int
+        Channels behind those of the values, for the keys of an indexer; 0 without one.
 
     Attributes
     ----------
@@ -64,10 +66,16 @@ class LayerStore:
     device: torch.device
 
     def __init__(
-        self, layer_idx: int, config: PiKVConfig, layout: PartLayout, parts: list[LayerPart], num_experts: int
+        self,
+        layer_idx: int,
+        config: PiKVConfig,
+        layout: PartLayout,
+        parts: list[LayerPart],
+        num_experts: int,
+        index_dim: int = 0,
     ) -> None:
         self.layer_idx, self.config, self.layout = layer_idx, config, layout
-        self.parts, self.num_experts = parts, num_experts
+        self.parts, self.num_experts, self.index_dim = parts, num_experts, index_dim
         self.state = LayerState()
         self.pending: PendingTokens | None = None
         self.shard_map: ShardMap | None = None
@@ -91,7 +99,8 @@ class LayerStore:
             weights, whole = list(self.layout.weights), self.config.budget_scope == "shard"
             shard_map = ShardMap(self.config.num_shards, weights, self.config.page_size, whole=whole)
         # A part whose tiers are too small for a page raises.
-        tables = [part.begin(kv_format, self.config, shard_of, shard_map) for part in self.parts]
+        stored = kv_format.with_more_values(self.index_dim)
+        tables = [part.begin(stored, self.config, shard_of, shard_map) for part in self.parts]
         (_, self.heads, _, _), self.dtype, self.device = kv_format
         self.shard_map = shard_map
         self.replace_tables(tables)
@@ -102,8 +111,6 @@ class LayerStore:
         if other.table is not None:
             self.heads, self.dtype, self.device = other.heads, other.dtype, other.device
         self.state, self.shard_map, self.lock = other.state.copy(), other.shard_map, other.lock
-
-    # Sizes
 
     @property
     def table(self) -> PageTable | None:
@@ -131,6 +138,11 @@ class LayerStore:
         return 1 if table is None else self.heads // table.plain.keys.shape[0]
 
     @property
+    def awaits_index(self) -> bool:
+        """Whether the newest tokens have K/V, but no indexer keys yet."""
+        return self.pending is not None and self.pending.awaits_index
+
+    @property
     def batch(self) -> int:
         """Sequences, 0 before the first tokens."""
         table = self.parts[0].table
@@ -149,25 +161,12 @@ class LayerStore:
         if (table := self.parts[0].table) is None:
             return None
         pool = table.plain
-        return KVFormat((self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3]), self.dtype, self.device)
-
-    # Where tokens go
+        shape = self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3] - self.index_dim
+        return KVFormat(shape, self.dtype, self.device)
 
     def shard_of(self) -> ShardOf:
         """Return the function from positions and experts of tokens to their shards."""
-        config = self.config
-        by_position = hash_placement(config.page_size, config.num_shards)
-        if not self.num_experts:
-            return by_position
-        if config.placement != "balanced":
-            by_expert = expert_placement(self.num_experts, config.num_shards, self.layer_idx)
-        else:
-            known = self.state.expert_loads
-            loads = np.ones(self.num_experts) if known is None else known
-            by_expert = balanced_placement(
-                loads, config.num_shards, config.page_size, self.layer_idx, config.hot_replicas
-            )
-        return where_known(by_expert, by_position)
+        return layer_placement(self.config, self.layer_idx, self.num_experts, self.state.expert_loads)
 
     def own_tokens(self, kept: torch.Tensor) -> list[torch.Tensor | None]:
         """Return for each part of this process which of the tokens `(B, H, T)` are its own; None for all of them."""
@@ -273,6 +272,7 @@ class LayerStore:
     def place(self, experts: torch.Tensor) -> None:
         """Store the pending tokens, whose primary experts are `(B, Q)`, in all parts or in none."""
         assert self.pending is not None
+        self.pending.check_indexed(self.layer_idx)
         new, start, lanes = self.pending, self.stored, self.lanes
         positions = torch.arange(start, self.state.seen, dtype=torch.int32, device=self.device)
         by_lane = rows_by_lane(experts, lanes).to(torch.int16)

@@ -12,7 +12,7 @@ import torch
 from transformers import cache_utils
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from ..common.transformers_release import INSTALLED
+from ..common.transformers_release import INSTALLED, config_of_layer
 
 #: With states that every call changes, beside K/V or without.
 _STATE_LAYER: Any = getattr(cache_utils, "LinearAttentionCacheLayerMixin", ())
@@ -25,6 +25,8 @@ KINDS: tuple[type, ...] = (
     DynamicSlidingWindowLayer,
     *(getattr(cache_utils, name) for name in _NAMES if hasattr(cache_utils, name)),
 )
+#: Whose attention reads the tokens that an indexer chooses; paged where they hold latents.
+INDEXED_LAYER: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
 _STATES = ("conv_states", "recurrent_states")
 #: Names of layers with K/V in the configs of releases whose caches have no others.
 _ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
@@ -49,7 +51,7 @@ def layers_of(config: Any) -> list[Any]:
     if not _STATE_LAYER:
         _check_names(name, text)
     layers = list(DynamicCache(config=text).layers)
-    known = (DynamicLayer, *KINDS)
+    known = (DynamicLayer, *KINDS, *((INDEXED_LAYER,) if index_dims(text) else ()))
     if unknown := [(index, type(layer).__name__) for index, layer in enumerate(layers) if type(layer) not in known]:
         raise ValueError(
             f"layer {unknown[0][0]} of {name} has a cache of type {unknown[0][1]}; PiKVCache knows "
@@ -68,6 +70,21 @@ def _check_names(name: str, text: Any) -> None:
         )
     if not kinds and (stateful := [key for key in _STATE_FIELDS if hasattr(text, key)]):
         raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
+
+
+def index_dims(text: Any) -> list[int]:
+    """Return the channels of each layer's indexer keys, 0 for one without an indexer; empty where no layer has any.
+
+    `text` is the config of a decoder whose layers hold latents. Layers without an indexer of their own read what that
+    of a layer before them chose (GLM-5).
+    """
+    if getattr(text, "index_head_dim", None) is None:
+        return []
+    layers = [config_of_layer(text, index) for index in range(text.num_hidden_layers)]
+    if any(getattr(layer, "kv_lora_rank", None) is None for layer in layers):
+        return []
+    kinds = getattr(text, "indexer_types", None) or ["full"] * len(layers)
+    return [0 if kind == "shared" else layer.index_head_dim for kind, layer in zip(kinds, layers, strict=True)]
 
 
 def is_state_layer(layer: Any) -> bool:

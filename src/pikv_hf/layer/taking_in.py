@@ -56,7 +56,10 @@ def take_in(
         state.reference_lost = True
     edits.take_requested_snapshot()
     past = layer_reads.dense_history(store) if state.seen and not in_place else None
-    if new == 1 and state.seen:
+    if store.index_dim:
+        room = torch.nn.functional.pad(values, (0, store.index_dim))
+        store.pending = PendingTokens(keys, room, awaits_index=True)
+    elif new == 1 and state.seen:
         store.append(keys, values)
     else:
         store.pending = PendingTokens(keys, values)

@@ -54,6 +54,7 @@ class FullPageIndex:
     first: int
     last: int
     _shard_ends: torch.Tensor | None = None
+    _places: torch.Tensor | None = None
     _found: set[PoolId] = dataclasses.field(default_factory=set)
 
     @classmethod
@@ -102,9 +103,26 @@ class FullPageIndex:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
-        ends = [] if self._shard_ends is None else [self._shard_ends]
+        ends = [found for found in (self._shard_ends, self._places) if found is not None]
         columns = [self.pages, self.valid, self.counts, self.oldest, self.newest, self.shards]
         return [*columns, *self.lengths.values(), *ends]
+
+    def places(self) -> torch.Tensor:
+        """Return where the token at each position is, `(B, last + 1)` int64: `column * P + slot`, -1 if in no page."""
+        if self._places is None:
+            # One more position, for slots without a token.
+            places = torch.full((len(self.pages), self.last + 2), -1, dtype=torch.int64, device=self.pages.device)
+            for pool_id, pool in self.pools.items():
+                part = self.columns[pool_id]
+                positions = pool.positions[self.pages[:, part]].long()
+                held = self.valid[:, part, None] & (positions >= 0)
+                positions = positions.masked_fill(~held, self.last + 1).flatten(1)
+                first = part.start * pool.page_size
+                slots = torch.arange(first, first + positions.shape[1], device=positions.device)
+                places.scatter_(1, positions, slots.expand_as(positions))
+            places[:, -1] = -1
+            self._places = places
+        return self._places
 
     def bounds(self, query: torch.Tensor) -> torch.Tensor:
         """Return upper bounds of `q . k` over each page's keys and a KV head's queries.

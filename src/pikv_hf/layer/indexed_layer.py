@@ -1,0 +1,76 @@
+"""A layer whose attention reads only the tokens that an indexer of its own chooses (DeepSeek-V3.2's sparse attention).
+
+The indexer (DeepSeek-V3.2-Exp, arXiv 2512.02556) compares small queries with a small key of each token. These keys are
+stored behind the values, as further channels of the one head that latents have: so whatever happens to a token, in
+pages, codecs, files or copies, happens to both.
+"""
+
+
+import torch
+
+from . import layer_reads
+from .layer import PiKVLayer
+from .layer_operation import layer_operation
+
+
+class IndexedLayer(PiKVLayer):
+    """The paged latents and indexer keys of one attention layer. Parameters are those of :class:`PiKVLayer`."""
+
+    @property
+    def indexer_keys(self) -> torch.Tensor | None:
+        """The indexer's keys by column, `(B, T, Di)`, dense; None before the first update."""
+        return None if self.table is None else self._indexer_keys()
+
+    @property
+    def is_indexer_initialized(self) -> bool:
+        """Whether there are pages for the indexer's keys."""
+        return self.is_initialized
+
+    @layer_operation
+    def _indexer_keys(self) -> torch.Tensor:
+        return layer_reads.indexer_keys(self.store)
+
+    def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
+        """Store the indexer's keys of the tokens whose K/V have just come, and return those of all.
+
+        Parameters
+        ----------
+        indexer_key_states : torch.Tensor
+            `(B, Q, Di)`, of the dtype of the latents.
+
+        Returns
+        -------
+        torch.Tensor
+            `(B, T, Di)`, by column; zeros for padding.
+
+        Raises
+        ------
+        RuntimeError
+            If no K/V wait for them.
+        ValueError
+            If they do not fit these, which are taken back then.
+        """
+        keys, pending = indexer_key_states, self.store.pending
+        if pending is None or not pending.awaits_index:
+            raise RuntimeError(f"layer {self.layer_idx}: indexer keys came before the K/V of their tokens, or twice")
+        expected = (pending.keys.shape[0], pending.tokens, self.store.index_dim), self.dtype, self.device
+        given = tuple(keys.shape), keys.dtype, keys.device
+        if given != expected:
+            self.rollback(pending.tokens)
+            raise ValueError(
+                f"layer {self.layer_idx}: got indexer keys {given[0]} in {given[1]} on {given[2]}, but K/V are for "
+                f"{expected[0]} in {expected[1]} on {expected[2]}; DynamicCache takes them"
+            )
+        return self._index(keys)
+
+    @layer_operation
+    def _index(self, keys: torch.Tensor) -> torch.Tensor:
+        pending = self.store.pending
+        assert pending is not None
+        pending.values[..., -self.store.index_dim :] = keys.detach().unsqueeze(1)
+        pending.awaits_index = False
+        every = layer_reads.indexer_keys(self.store)
+        if not self.state.reference_out and not self.has_expert_router:
+            # Its attention does not come to say that it has read.
+            self.edits.settle_soon()
+        return every
