@@ -5,7 +5,6 @@ stored behind the values, as further channels of the one head that latents have:
 pages, codecs, files or copies, happens to both.
 """
 
-
 import torch
 
 from . import layer_reads

@@ -111,10 +111,10 @@ def make_layers(
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
     for index, layout in layouts.items():
-        _check_can_route(index, options, link)
         chosen = type(layers[index]) is INDEXED_LAYER
         if chosen:
             _check_reads_chosen(index, options)
+        _check_can_route(index, options, link)
         if isinstance(layers[index], DynamicSlidingWindowLayer) and link is not None and not link.slides(index):
             raise ValueError(
                 f"layer {index} has a window of {layers[index].sliding_window} tokens in the cache alone, which its "

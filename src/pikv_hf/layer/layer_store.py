@@ -14,11 +14,11 @@ from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import ShardOf
 from ..pages.pool_growth import NoRoomError
 from ..pages.tokens import TokenBatch
-from ..sharding.layer_placement import layer_placement
 from ..sharding.shard_map import ShardMap
 from .cache_lock import new_cache_lock
 from .input_checks import KVFormat
 from .layer_part import LayerPart
+from .layer_placement import layer_placement
 from .layer_state import LayerState
 from .mask_columns import joined, trimmed
 from .page_migration import migrate_pages

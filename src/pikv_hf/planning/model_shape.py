@@ -30,7 +30,7 @@ class LayerShape:
     kv_heads, query_heads : int
         Heads of the stored keys and values, and of the queries.
     key_dim, value_dim : int
-        Per head; they differ in DeepSeek's latent attention as transformers stores it.
+        Per head; they differ in DeepSeek's latent attention, and behind values may be the keys of an indexer.
     sliding : int or None
         Tokens that a bounded sliding layer keeps at most; None for a paged one, 0 for one without K/V.
     state_bytes : int
@@ -291,14 +291,14 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
     """Return the shapes of the layers of a cache, as a `PiKVCache` divides them into paged and transformers' own."""
     from transformers.cache_utils import DynamicSlidingWindowLayer
 
+    from pikv_hf.common.transformers_release import config_of_layer
     from pikv_hf.integration.latent_attention import expands_latents
-    from pikv_hf.layer.own_layer import has_positions
+    from pikv_hf.layer.own_layer import has_positions, index_dims
     from pikv_hf.planning.state_bytes import bytes_of_states
 
     states = bytes_of_states(model, layers)
-    queries = int(text.num_attention_heads)
     latent = any(expands_latents(type(module)) for module in model.modules())
-    heads, keys, values = _head_dims(text, queries, latent)
+    indexed = index_dims(text) or [0] * len(layers)
     shapes = []
     for index, layer in enumerate(layers):
         if not has_positions(layer):
@@ -306,7 +306,10 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
             continue
         # transformers keeps one token less than the window: the query's own is the last of it.
         sliding = int(layer.sliding_window) - 1 if isinstance(layer, DynamicSlidingWindowLayer) else None
-        shapes.append(LayerShape(heads, queries, keys, values, sliding))
+        own = config_of_layer(text, index)
+        queries = int(own.num_attention_heads)
+        heads, keys, values = _head_dims(own, queries, latent)
+        shapes.append(LayerShape(heads, queries, keys, values + indexed[index], sliding))
     return shapes
 
 

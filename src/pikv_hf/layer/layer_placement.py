@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..config import PiKVConfig
-from .placement import balanced_placement, expert_placement, hash_placement, where_known
+from ..sharding.placement import balanced_placement, expert_placement, hash_placement, where_known
 
 
 def layer_placement(
