@@ -23,6 +23,7 @@ def paged_decode_attention(
     softcap: float | None = None,
     *,
     page_lse: bool = False,
+    absorbed: bool = False,
     backend: str | None = None,
     tuning: dict[str, int] | None = None,
 ) -> tuple[torch.Tensor, ...]:
@@ -46,11 +47,15 @@ def paged_decode_attention(
         Logits become `softcap * tanh(logits / softcap)` (Gemma-style).
     page_lse : bool
         Whether to return the log-sum-exp of each page too.
+    absorbed : bool
+        As in :func:`.partial_attention`: `keys` are latents, which are the values too, and `values` the rotary parts of
+        the keys. The query is `(B, Hq, D + L + Dv + Lv)`, channels of latents first, and the output `(B, Hq, D + L)`.
     backend : str, optional
         See :func:`pikv_hf.kernels.dispatch.choose`.
     tuning : dict, optional
         Launch parameters of the Triton kernel that replace its own choice: `num_warps`, `num_stages`,
-        `programs_per_processor`, or the number of parts of a row, `splits`.
+        `programs_per_processor`, or the number of parts of a row, `splits`. The kernel for latents takes its query
+        heads per program, `heads`, and tokens at a time, `tokens`, too: powers of two of at least 16.
 
     Returns
     -------
@@ -67,13 +72,14 @@ def paged_decode_attention(
     ValueError
         If shapes do not match.
     """
-    _check(query, keys, values, table, lengths, counts)
+    _check(query, keys, values, table, lengths, counts, absorbed)
     how = choose(query.device, backend, coded_dims(keys, values))
     if how != "torch":
+        operation = "absorbed_decode_attention" if absorbed else "paged_decode_attention"
         arguments = (query, keys, values, table, lengths, counts, scale, softcap, page_lse, tuning or {})
-        out, lse, masses = run("paged_decode_attention", how, query.device, *arguments)
+        out, lse, masses = run(operation, how, query.device, *arguments)
         return (out, lse, masses) if page_lse else (out, lse)
-    return _attend(query, keys, values, table, lengths, counts, scale, softcap, page_lse)
+    return _attend(query, keys, values, table, lengths, counts, scale, softcap, page_lse, absorbed)
 
 
 def _attend(
@@ -86,16 +92,19 @@ def _attend(
     scale: float,
     softcap: float | None,
     page_lse: bool,
+    absorbed: bool,
 ) -> tuple[torch.Tensor, ...]:
     batch, query_heads, _ = query.shape
-    out = query.new_zeros((batch, query_heads, values.width), dtype=torch.float32)
+    out = query.new_zeros((batch, query_heads, (keys if absorbed else values).width), dtype=torch.float32)
     lse = out.new_full((batch, query_heads), -torch.inf)
     masses = out.new_full((batch, query_heads, table.shape[1]), -torch.inf)
     for row, length in enumerate(lengths.tolist()):
         grouped = query[row].view(keys.heads, query_heads // keys.heads, -1)
         for start in range(0, length, step := _pages_per_block(grouped, keys, values)):
             block = table[row, start : min(start + step, length)].long()
-            part_out, part_lse, part_masses = _attend_block(grouped, keys, values, block, counts, scale, softcap)
+            part_out, part_lse, part_masses = _attend_block(
+                grouped, keys, values, block, counts, scale, softcap, absorbed
+            )
             out[row], lse[row] = merge_pair(out[row], lse[row], part_out, part_lse)
             masses[row, :, start : start + len(block)] = part_masses
     return (out, lse, masses) if page_lse else (out, lse)
@@ -109,19 +118,20 @@ def _attend_block(
     counts: torch.Tensor,
     scale: float,
     softcap: float | None,
+    absorbed: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend with `(H, G, D + L)` to some pages: `(Hq, Dv + Lv)`, `(Hq,)` and the LSE of each page `(Hq, pages)`."""
     empty = torch.arange(keys.page_size, device=block.device) >= counts[block].unsqueeze(1)
     # (H, pages, P, channels); a slot that holds no token may hold NaN, and neither 0 * NaN nor NaN - inf is a number.
     k, v = (decode_pages(pool.pick(block), query.dtype).masked_fill(empty[..., None], 0) for pool in (keys, values))
     holes = empty.view(-1).nonzero().squeeze(1)
-    out, lse = partial_attention(query, k.flatten(1, 2), v.flatten(1, 2), scale, holes=holes, softcap=softcap)
+    whole = k.flatten(1, 2), v.flatten(1, 2)
+    out, lse = partial_attention(query, *whole, scale, holes=holes, softcap=softcap, absorbed=absorbed)
     heads, groups = query.shape[:2]
     by_page = query.repeat_interleave(len(block), dim=0)
     hidden = torch.zeros(empty.shape, device=block.device).masked_fill_(empty, -torch.inf)
-    _, masses = partial_attention(
-        by_page, k.flatten(0, 1), v.flatten(0, 1), scale, bias=hidden.repeat(heads, 1).unsqueeze(1), softcap=softcap
-    )
+    pages, bias = (k.flatten(0, 1), v.flatten(0, 1)), hidden.repeat(heads, 1).unsqueeze(1)
+    _, masses = partial_attention(by_page, *pages, scale, bias=bias, softcap=softcap, absorbed=absorbed)
     return out.flatten(0, 1), lse.flatten(), masses.view(heads, -1, groups).transpose(1, 2).flatten(0, 1)
 
 
@@ -138,6 +148,7 @@ def _check(
     table: torch.Tensor,
     lengths: torch.Tensor,
     counts: torch.Tensor,
+    absorbed: bool,
 ) -> None:
     heads, pages = keys.codes.shape[:2]
     if (values.heads, values.pages, values.page_size) != (heads, pages, keys.page_size):
@@ -145,8 +156,9 @@ def _check(
             f"keys have {heads} heads of {pages} pages of {keys.page_size} tokens, "
             f"values {values.heads} of {values.pages} of {values.page_size}"
         )
-    if query.dim() != 3 or query.shape[2] != keys.width or query.shape[1] % heads:
-        raise ValueError(f"query of shape {tuple(query.shape)} for {heads} KV heads of {keys.width} channels")
+    width = keys.width + values.width if absorbed else keys.width
+    if query.dim() != 3 or query.shape[2] != width or query.shape[1] % heads:
+        raise ValueError(f"query of shape {tuple(query.shape)} for {heads} KV heads of {width} channels")
     batch = query.shape[0]
     if table.dim() != 2 or table.shape[0] != batch or lengths.shape != (batch,):
         raise ValueError(f"table {tuple(table.shape)} and lengths {tuple(lengths.shape)} for {batch} rows")

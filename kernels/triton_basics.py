@@ -87,3 +87,19 @@ def e4m3(byte):
     """Read bytes 0..255, held as int32, as float8 e4m3, float32. NaN becomes 480: slots without a token may hold it."""
     # Shifted to the fields of a float16 the number is 2**8 times too small: the exponents' biases are 7 and 15.
     return float16_bits(((byte & 0x80) << 8) | ((byte & 0x7F) << 7)) * 256.0
+
+
+@triton.jit
+def capped(logits, scale, softcap, SOFTCAP: tl.constexpr, ASM: tl.constexpr):
+    """Scale logits, cap them if asked to, and turn them into logarithms of base 2."""
+    if SOFTCAP:
+        x = logits * (scale / softcap)
+        grown = exp2(tl.minimum(x * 2.8853900817779268, 126.0), ASM)
+        # Near 0 the digits of 1 - 2 / (1 + e**2x) cancel; a series has them.
+        square = x * x
+        series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
+        tanh = tl.where(square < 0.0625, series, 1.0 - 2.0 / (grown + 1.0))
+        logits = tanh * (softcap * 1.4426950408889634)
+    else:
+        logits = logits * (scale * 1.4426950408889634)
+    return logits

@@ -10,24 +10,19 @@ than the page, and never its codes.
 import triton
 import triton.language as tl
 
-from .triton_basics import exp2, float16_bits, high_byte, low_byte, natural_log, row_max, row_sum, signed, spread_share
-from .triton_unpack import key_products, load_words, value_sums
-
-
-@triton.jit
-def _load_dense(page, first, count, t, c, D: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):
-    """Load channels `first + c` of a page that is stored as it is, 0 in slots that hold no token.
-
-    Tokens and channels are given as a column and a row, or as a row and a column.
-    """
-    d = first + c
-    return tl.load(page + t * D + d, mask=(t < count) & (c < C) & (d < D), other=0.0).to(dtype)
-
-
-@triton.jit
-def _vector(pointer, page, lane, SIZE: tl.constexpr, USED: tl.constexpr):
-    """Load one number per lane of a page's row of SIZE, or nothing where the kind has no such row."""
-    return tl.load(pointer + page * SIZE + lane, mask=lane < SIZE, other=0) if USED else 0
+from .triton_basics import (
+    capped,
+    exp2,
+    float16_bits,
+    high_byte,
+    low_byte,
+    natural_log,
+    row_max,
+    row_sum,
+    signed,
+    spread_share,
+)
+from .triton_unpack import key_products, load_dense, load_vector, load_words, outlier_parts, value_sums
 
 
 @triton.jit
@@ -44,29 +39,6 @@ def _outlier_weights(outliers, spread, query, g_mask, C: tl.constexpr, D: tl.con
     step = spread_share((words >> (channel % 2 * 8)) & 0xFF, 4.0, ASM)
     few = tl.load(query[None, :] + channel[:, None], mask=used[:, None] & g_mask[None, :], other=0.0)
     return (few.to(tl.float32) * step[:, None]).to(few.dtype)
-
-
-@triton.jit
-def _outlier_parts(fine, t, ROWS: tl.constexpr, dtype: tl.constexpr):
-    """Return the finer channels' shares of a step, `(tokens, 16)`; all but four columns mean nothing."""
-    shift = (t // ROWS % 2 * 4)[:, None] + (tl.arange(0, 16) % 4 * 8)[None, :]
-    return (((fine[:, None] >> shift) & 15).to(tl.float32) * 0.0625 - 0.46875).to(dtype)
-
-
-@triton.jit
-def _cap(logits, scale, softcap, SOFTCAP: tl.constexpr, ASM: tl.constexpr):
-    """Scale logits, cap them if asked to, and turn them into logarithms of base 2."""
-    if SOFTCAP:
-        x = logits * (scale / softcap)
-        grown = exp2(tl.minimum(x * 2.8853900817779268, 126.0), ASM)
-        # Near 0 the digits of 1 - 2 / (1 + e**2x) cancel; a series has them.
-        square = x * x
-        series = x * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0 - square * (17.0 / 315.0))))
-        tanh = tl.where(square < 0.0625, series, 1.0 - 2.0 / (grown + 1.0))
-        logits = tanh * (softcap * 1.4426950408889634)
-    else:
-        logits = logits * (scale * 1.4426950408889634)
-    return logits
 
 
 @triton.jit(do_not_specialize=["scale", "softcap", "key_pages", "value_pages", "columns", "splits"])
@@ -140,32 +112,32 @@ def decode_kernel(
         key_page = key_base + page
         value_page = value_base + page
         count = tl.load(counts + page)
-        key_spreads = _vector(key_spread, key_page, c, C, KEY_CODED)
-        key_floors = _vector(key_floor, key_page, c, C, KEY_FLOOR)
-        value_spreads = _vector(value_spread, value_page, cv, CV, VALUE_CODED)
-        value_floors = _vector(value_floor, value_page, cv, CV, VALUE_FLOOR)
-        fine = _vector(key_fine, key_page, t % FINE_ROWS, FINE_ROWS, OUTLIERS)
+        key_spreads = load_vector(key_spread, key_page, c, C, KEY_CODED)
+        key_floors = load_vector(key_floor, key_page, c, C, KEY_FLOOR)
+        value_spreads = load_vector(value_spread, value_page, cv, CV, VALUE_CODED)
+        value_floors = load_vector(value_floor, value_page, cv, CV, VALUE_FLOOR)
+        fine = load_vector(key_fine, key_page, t % FINE_ROWS, FINE_ROWS, OUTLIERS)
         outliers = tl.load(key_outliers + key_page) if OUTLIERS else 0
         if KEY_KIND == "none":
             keys = key_codes + key_page * (P * D)
-            k0 = _load_dense(keys, 0, count, t[:, None], c[None, :], D, C, dtype)
-            k1 = _load_dense(keys, C, count, t[:, None], c[None, :], D, C, dtype)
+            k0 = load_dense(keys, 0, count, t[:, None], c[None, :], D, C, dtype)
+            k1 = load_dense(keys, C, count, t[:, None], c[None, :], D, C, dtype)
         else:
             keys = key_codes + key_page * (KEY_ROWS * C)
             key_words = load_words(keys, tl.arange(0, KEY_TILE)[:, None], c[None, :], KEY_ROWS, C, KEY_BITS)
         if VALUE_KIND == "none":
             values = value_codes + value_page * (P * DV)
-            v0 = _load_dense(values, 0, count, t[None, :], cv[:, None], DV, CV, dtype)
-            v1 = _load_dense(values, CV, count, t[None, :], cv[:, None], DV, CV, dtype)
+            v0 = load_dense(values, 0, count, t[None, :], cv[:, None], DV, CV, dtype)
+            v1 = load_dense(values, CV, count, t[None, :], cv[:, None], DV, CV, dtype)
         else:
             values = value_codes + value_page * (VALUE_ROWS * CV)
             value_t = tl.arange(0, VALUE_TILE)[None, :]
             value_words = load_words(values, value_t, cv[:, None], VALUE_ROWS, CV, VALUE_BITS)
         if L > 0:
-            key_rest = _load_dense(key_latent + key_page * (P * L), 0, P, t[:, None], l_index[None, :], L, L, dtype)
+            key_rest = load_dense(key_latent + key_page * (P * L), 0, P, t[:, None], l_index[None, :], L, L, dtype)
         if LV > 0:
             latents = value_latent + value_page * (P * LV)
-            value_rest = _load_dense(latents, 0, count, t[None, :], lv_index[:, None], LV, LV, dtype)
+            value_rest = load_dense(latents, 0, count, t[None, :], lv_index[:, None], LV, LV, dtype)
 
         if OUTLIERS:
             outlier_weights = _outlier_weights(outliers, key_spread + key_page * C, heads, g_mask, C, D, ASM)
@@ -181,7 +153,7 @@ def decode_kernel(
                 KEY_CENTRE, ASM,
             )  # fmt: skip
             if OUTLIERS:
-                parts = _outlier_parts(fine, t, FINE_ROWS, dtype)
+                parts = outlier_parts(fine, t, FINE_ROWS, dtype)
                 logits = tl.dot(parts, outlier_weights, logits, input_precision="ieee")
             logits *= KEY_SCALE
             if KEY_FLOOR:
@@ -195,7 +167,7 @@ def decode_kernel(
             logits = tl.dot(k1, tl.trans(q1), logits, input_precision="ieee")
         if L > 0:
             logits = tl.dot(key_rest, tl.trans(latent_query), logits, input_precision="ieee")
-        logits = _cap(logits, scale, softcap, SOFTCAP, ASM)
+        logits = capped(logits, scale, softcap, SOFTCAP, ASM)
         logits = tl.where((t < count)[:, None], logits, float("-inf"))
 
         page_peak = row_max(logits, 0)

@@ -38,7 +38,7 @@ def paged_decode_attention(
     columns = table.shape[1]
     launch = launch_parameters(keys, values, groups, query.dtype, tuning)
     blocks = batch * keys.heads * -(-groups // launch.heads)
-    splits = launch.splits or split_count(blocks, columns, launch.programs * _processors(query.device))
+    splits = launch.splits or split_count(blocks, columns, launch.programs * processors(query.device))
     out = query.new_empty((splits, batch, query_heads, values.width), dtype=torch.float32)
     lse = out.new_empty((splits, batch, query_heads))
     masses = out.new_full((batch, query_heads, columns), -torch.inf) if page_lse else None
@@ -50,7 +50,7 @@ def paged_decode_attention(
             float(scale), 1.0 if softcap is None else float(softcap), k.pages, v.pages, columns, splits,
             HEADS=keys.heads, G=groups, BLOCK_G=launch.heads,
             P=keys.page_size, BLOCK_P=block_tokens(keys.page_size), **key_constants(keys), **value_constants(values),
-            SOFTCAP=softcap is not None, PAGE_LSE=page_lse, ASM=_takes_ptx(query), STAGES=launch.stages,
+            SOFTCAP=softcap is not None, PAGE_LSE=page_lse, ASM=takes_ptx(query), STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
     if splits == 1:
@@ -95,8 +95,7 @@ def launch_parameters(
     ValueError
         If `tuning` holds anything but :data:`TUNABLE`.
     """
-    if unknown := set(tuning) - set(TUNABLE):
-        raise ValueError(f"unknown tuning {sorted(unknown)}; there are {', '.join(TUNABLE)}")
+    check_tuning(tuning)
     plain = keys.kind == values.kind == "none"
     # With 16 heads, packed pages would spend more on their steps than a second visit costs.
     heads = min(16 if plain else MIN_HEADS, max(MIN_HEADS, power_of_2(groups)))
@@ -109,6 +108,12 @@ def launch_parameters(
     return Launch(
         heads, warps, stages, tuning.get("programs_per_processor", max(1, 8 // warps)), tuning.get("splits", 0)
     )
+
+
+def check_tuning(tuning: dict[str, int], tunable: tuple[str, ...] = TUNABLE) -> None:
+    """Raise ValueError if `tuning` holds anything but launch parameters of these names."""
+    if unknown := set(tuning) - set(tunable):
+        raise ValueError(f"unknown tuning {sorted(unknown)}; there are {', '.join(tunable)}")
 
 
 def split_count(blocks: int, columns: int, programs: int) -> int:
@@ -148,7 +153,8 @@ def value_constants(values: PageCodes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _takes_ptx(query: torch.Tensor) -> bool:
+def takes_ptx(query: torch.Tensor) -> bool:
+    """Return whether kernels that multiply in a query's dtype may use PTX for it."""
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _has_bfloat16_ptx(query.device)
 
 
@@ -158,6 +164,6 @@ def _has_bfloat16_ptx(device: torch.device) -> bool:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Return the multiprocessors of a GPU; the interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -145,6 +145,29 @@ def load_words(codes, t, c, ROWS: tl.constexpr, C: tl.constexpr, BITS: tl.conste
 
 
 @triton.jit
+def load_dense(page, first, count, t, c, D: tl.constexpr, C: tl.constexpr, dtype: tl.constexpr):
+    """Load channels `first + c` of a page that is stored as it is, 0 in slots that hold no token.
+
+    Tokens and channels are given as a column and a row, or as a row and a column.
+    """
+    d = first + c
+    return tl.load(page + t * D + d, mask=(t < count) & (c < C) & (d < D), other=0.0).to(dtype)
+
+
+@triton.jit
+def load_vector(pointer, page, lane, SIZE: tl.constexpr, USED: tl.constexpr):
+    """Load one number per lane of a page's row of SIZE, or nothing where the kind has no such row."""
+    return tl.load(pointer + page * SIZE + lane, mask=lane < SIZE, other=0) if USED else 0
+
+
+@triton.jit
+def outlier_parts(fine, t, ROWS: tl.constexpr, dtype: tl.constexpr):
+    """Return the finer channels' shares of a step, `(tokens, 16)`; all but four columns mean nothing."""
+    shift = (t // ROWS % 2 * 4)[:, None] + (tl.arange(0, 16) % 4 * 8)[None, :]
+    return (((fine[:, None] >> shift) & 15).to(tl.float32) * 0.0625 - 0.46875).to(dtype)
+
+
+@triton.jit
 def _key_plane(words, q0, q1, start, SHIFT: tl.constexpr, KIND: tl.constexpr, CENTRE: tl.constexpr, ASM: tl.constexpr):
     even, odd = unpack(words, SHIFT, KIND, CENTRE, q0.dtype, ASM)
     logits = tl.dot(even, q0, start, input_precision="ieee")

@@ -4,9 +4,14 @@ import importlib.util
 
 import pytest
 import torch
+from budgeted_layer import budgeted_layer
+from fake_attachment import EXPERTS
 from families import FAMILIES
 
 from pikv_hf import PiKVCache
+from pikv_hf.config import PiKVConfig
+from pikv_hf.kernels import dispatch
+from pikv_hf.layer.attend import attend
 
 pytestmark = pytest.mark.slow
 
@@ -74,3 +79,38 @@ def test_heads_of_different_lengths_and_widths(monkeypatch: pytest.MonkeyPatch) 
             monkeypatch.setenv("PIKV_KERNELS", backend)
             logits[backend] = torch.stack([model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(2)])
     torch.testing.assert_close(logits[BACKEND], logits["torch"], atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize(("key_codec", "value_codec"), [("none", "none"), ("int8", "none"), ("int4", "int8")])
+@torch.no_grad()
+def test_a_layer_of_latents(key_codec: str, value_codec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents and rotary keys in pages of several pools, a window beside them, and the masses that budgets ask for."""
+    options = {"page_size": 16, "recent_window": 16, "num_shards": 2, "budget": "1 MiB"}
+    config = PiKVConfig(key_codec=key_codec, value_codec=value_codec, **options)
+    rank, rotary, heads, tokens = 40, 16, 6, 130
+    launched: list[str] = []
+    real = dispatch.load
+
+    def load(operation: str, how: dispatch.Backend) -> object:
+        launched.append(operation)
+        return real(operation, how)
+
+    monkeypatch.setattr(dispatch, "load", load)
+    results, shares = {}, {}
+    for backend in ("torch", BACKEND):
+        monkeypatch.setenv("PIKV_KERNELS", "torch")
+        torch.manual_seed(0)
+        layer = budgeted_layer(config)
+        layer.update(torch.randn(2, 1, tokens, rank, device=DEVICE), torch.randn(2, 1, tokens, rotary, device=DEVICE))
+        layer.record_experts(torch.randint(0, EXPERTS, (2 * tokens,)))
+        layer.settle()
+        monkeypatch.setenv("PIKV_KERNELS", backend)
+        launched.clear()
+        results[backend] = attend(layer, torch.randn(2, heads, 1, rank + rotary, device=DEVICE), absorbed=True)
+        assert ("absorbed_decode_attention" in launched) == (backend != "torch")
+        shares[backend] = [pool.usage.shares for pool in layer.table.pools.by_id().values()]
+    assert any(each.sum() > 0 for each in shares["torch"])
+    for part in (results, shares):
+        for ours, expected in zip(part[BACKEND], part["torch"], strict=True):
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)

@@ -29,6 +29,18 @@ DECODE: dict[str, dict[str, Any]] = {
     "int4 float32": {"dtype": torch.float32, "dims": (64, 64)},
     "int4 odd page, latent, softcap, page_lse": {"size": 5, "latents": (16, 8), "softcap": 30.0, "page_lse": True},
 }
+#: Of latents: sizes of DeepSeek-V3 but for what is named.
+LATENTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "none 16 heads": {"groups": 16},
+    "none float32": {"dtype": torch.float32, "groups": 16},
+    "int4 int8": {"kinds": ("int4", "int8")},
+    "none 40 8, odd page, latent, softcap, page_lse": {
+        "dims": (40, 8), "groups": 3, "size": 5, "latents": (5, 3), "softcap": 30.0, "page_lse": True,
+    },
+}  # fmt: skip
+#: Shared memory that a program may have on compute capability 9.0.
+MOST_SHARED = 227 * 1024
 
 
 def decode(
@@ -39,23 +51,30 @@ def decode(
     latents: tuple[int, int] = (0, 0),
     softcap: float | None = None,
     page_lse: bool = False,
+    *,
+    heads: int = HEADS,
+    groups: int = GROUPS,
+    absorbed: bool = False,
 ) -> None:
     """Launch the decode step on a table long enough to be cut, so that its merge is launched too."""
     from pikv_hf.kernels.encode_pages import encode_pages
     from pikv_hf.kernels.page_codes import PageCodes
 
-    launcher = importlib.import_module("pikv_hf.kernels.triton_paged_decode_attention")
+    operation = "absorbed_decode_attention" if absorbed else "paged_decode_attention"
+    launcher = importlib.import_module(f"pikv_hf.kernels.triton_{operation}")
     pools = []
     for keys, kind, dim, latent in zip((True, False), kinds, dims, latents, strict=True):
         pool: PageCodes = encode_pages(
-            torch.zeros(HEADS, PAGES, size, dim, dtype=dtype), kind, keys=keys, backend="torch"
+            torch.zeros(heads, PAGES, size, dim, dtype=dtype), kind, keys=keys, backend="torch"
         )
         parts = (pool.codes, pool.spread, pool.floor, pool.outliers, pool.fine)
-        rest = torch.zeros(HEADS, PAGES, size, latent, dtype=dtype) if latent else None
+        rest = torch.zeros(heads, PAGES, size, latent, dtype=dtype) if latent else None
         pools.append(PageCodes(pool.kind, size, *parts, rest))
-    query = torch.zeros(2, HEADS * GROUPS, dims[0] + latents[0], dtype=dtype)
+    width = pools[0].width + (pools[1].width if absorbed else 0)
+    query = torch.zeros(2, heads * groups, width, dtype=dtype)
     table, lengths, counts = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 64), (2,), (PAGES,)))
-    launcher.paged_decode_attention(query, *pools, table, lengths, counts, 0.1, softcap, page_lse, {"splits": 4})
+    launch = getattr(launcher, operation)
+    launch(query, *pools, table, lengths, counts, 0.1, softcap, page_lse, {"splits": 4})
 
 
 def others() -> None:
@@ -100,10 +119,14 @@ def compile_all() -> None:
         return run
 
     JITFunction.__getitem__ = launch
-    launcher = importlib.import_module("pikv_hf.kernels.triton_paged_decode_attention")
-    launcher._takes_ptx = lambda query: query.dtype != torch.float32
+    modules = ("paged_decode_attention", "absorbed_decode_attention")
+    plain, absorbed = (importlib.import_module(f"pikv_hf.kernels.triton_{name}") for name in modules)
+    plain.takes_ptx = absorbed.takes_ptx = lambda query: query.dtype != torch.float32
+    absorbed.shared_bytes = lambda device: MOST_SHARED
     for label, case in DECODE.items():  # noqa: B007
         decode(**case)
+    for label, case in LATENTS.items():  # noqa: B007
+        decode(**{"dims": (512, 64), "kinds": ("none", "none"), "heads": 1, "groups": 128} | case, absorbed=True)
     label = ""
     others()
 
@@ -125,6 +148,7 @@ def compiled(kernel: Any, values: dict[str, Any], options: dict[str, int]) -> di
         "signature": str((sorted(signature.items()), sorted((n, str(values[n])) for n in constant))),
         "cubin": len(binary.asm["cubin"]),
         "shared_bytes": binary.metadata.shared,
+        "products": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync", binary.asm["ptx"]))),
         **options,
         **usage(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", binary.asm["cubin"]),
     }
@@ -170,20 +194,43 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles(lines: list[dict[str, Any]]) -> None:
-    names = {"decode_kernel", "_merge_kernel", "_gather_kernel", "_scores_kernel", "_append_kernel"}
+    names = {"decode_kernel", "absorbed_kernel", "_merge_kernel", "_gather_kernel", "_scores_kernel", "_append_kernel"}
     names |= {"_encode_keys_kernel", "_encode_values_kernel", "_encode_fp8_kernel"}
     assert {line["kernel"] for line in lines} == names
-    assert {line["case"] for line in lines if line["kernel"] == "decode_kernel"} == set(DECODE)
+    for kernel, cases in (("decode_kernel", DECODE), ("absorbed_kernel", LATENTS)):
+        assert {line["case"] for line in lines if line["kernel"] == kernel} == set(cases)
     assert all(line["cubin"] > 0 for line in lines)
 
 
 def test_kernels_fit_on_a_multiprocessor(lines: list[dict[str, Any]]) -> None:
     """Four programs at least of the decode step must find room, or its loads leave the memory idle (but in float32)."""
     for line in lines:
+        if line["kernel"] == "absorbed_kernel":
+            continue
         assert line["shared_bytes"] <= 48 * 1024, line
         if line["kernel"] == "decode_kernel" and "registers" in line and "float32" not in line["case"]:
             assert 4 * line["registers"] * 32 * line["num_warps"] <= 64 * 1024, line
             assert 4 * line["shared_bytes"] <= 228 * 1024, line
+
+
+def test_latents_fit_on_a_multiprocessor(lines: list[dict[str, Any]]) -> None:
+    """One program at least; without codes to be decoded its registers hold nearly all."""
+    found = {line["case"]: line for line in lines if line["kernel"] == "absorbed_kernel"}
+    for case, line in found.items():
+        assert line["shared_bytes"] <= MOST_SHARED, line
+        assert line.get("registers", 0) * 32 * line["num_warps"] <= 64 * 1024, line
+        # A few words are spilt before and after the loop.
+        assert line.get("stack_bytes", 0) <= (64 if case.startswith("none") else 1024), line
+    # Sixteen heads leave room for a second program, and other GPUs have no more shared memory than this.
+    assert found["none 16 heads"]["shared_bytes"] <= 99 * 1024
+
+
+def test_tensor_cores_multiply_latents(lines: list[dict[str, Any]]) -> None:
+    """By what Hopper has for 64 rows of queries, where there are so many heads."""
+    for line in lines:
+        if line["kernel"] == "absorbed_kernel" and "float32" not in line["case"]:
+            wide = not any(few in line["case"] for few in ("16 heads", "40 8"))
+            assert ("wgmma.mma_async" if wide else "mma.sync") in line["products"], line
 
 
 if __name__ == "__main__":

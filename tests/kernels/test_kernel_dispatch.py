@@ -136,10 +136,12 @@ def operations() -> dict[str, Callable[[str], Any]]:
     pool = torch.zeros(1, 2, 4, 8, device=DEVICE)
     summary = torch.zeros(2, len(counts), 32, device=DEVICE)
     page = torch.zeros(2, 3, 4, 32, device=DEVICE)
+    latents = random_case(lengths=(1,), heads=1, absorbed=True).arguments()
     none = poisoned(2, 16, 32, "none", counts.cpu(), torch.float32, keys=True)
     slots, tokens = torch.arange(2, device=DEVICE), torch.ones(1, 2, 8, device=DEVICE)
     return {
         "paged_decode_attention": lambda how: kernels.paged_decode_attention(*case.arguments(), backend=how),
+        "absorbed_decode_attention": lambda how: kernels.paged_decode_attention(*latents, absorbed=True, backend=how),
         "gather_pages": lambda how: kernels.gather_pages(none, table, lengths, counts, torch.float32, backend=how),
         "page_scores": lambda how: kernels.page_scores(case.query, summary, None, table, lengths, backend=how),
         "merge_partials": lambda how: kernels.merge_partials(pool, pool[..., 0], backend=how),
@@ -150,7 +152,15 @@ def operations() -> dict[str, Callable[[str], Any]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["append_tokens", "gather_pages", "merge_partials", "page_scores", "paged_decode_attention", "encode_pages"],
+    [
+        "append_tokens",
+        "gather_pages",
+        "merge_partials",
+        "page_scores",
+        "paged_decode_attention",
+        "absorbed_decode_attention",
+        "encode_pages",
+    ],
 )
 def test_the_backend_decides_which_code_runs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = operations()[name]

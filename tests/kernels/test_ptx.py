@@ -144,23 +144,9 @@ def interpret_ptx(asm: str, handles: list[Any], result_types: list[Any]) -> Any:
     return types.SimpleNamespace(get_result=outputs.__getitem__)
 
 
-@pytest.mark.skipif(GPU, reason="a GPU runs the PTX itself, in test_triton_decode.py")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("kinds", "size"),
-    [
-        (("int8", "int8"), 16),
-        (("int4", "int4"), 32),
-        (("int4", "int2"), 5),
-        (("int2", "int4"), 32),
-        (("int2", "int2"), 64),
-        (("fp8", "fp8"), 16),
-        (("none", "int4"), 32),
-    ],
-)
-def test_decode_as_a_gpu_would(
-    kinds: tuple[Kind, Kind], size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Let the interpreter follow PTX, and multiply and round bfloat16; return a list of the PTX that is followed."""
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -189,8 +175,49 @@ def test_decode_as_a_gpu_would(
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", cast)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
     monkeypatch.setattr(InterpreterBuilder, "create_inline_asm", asm)
-    launcher = dispatch.load("paged_decode_attention", BACKEND)
-    monkeypatch.setattr(launcher, "_takes_ptx", lambda query: True)
+    for operation in ("paged_decode_attention", "absorbed_decode_attention"):
+        monkeypatch.setattr(dispatch.load(operation, BACKEND), "takes_ptx", lambda query: True)
+    return calls
+
+
+followed = pytest.mark.skipif(GPU, reason="a GPU runs the PTX itself, in test_triton_decode.py")
+
+
+@followed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kinds", "size"),
+    [
+        (("int8", "int8"), 16),
+        (("int4", "int4"), 32),
+        (("int4", "int2"), 5),
+        (("int2", "int4"), 32),
+        (("int2", "int2"), 64),
+        (("fp8", "fp8"), 16),
+        (("none", "int4"), 32),
+    ],
+)
+def test_decode_as_a_gpu_would(kinds: tuple[Kind, Kind], size: int, dtype: torch.dtype, as_on_a_gpu: list[str]) -> None:
     check(random_case(kinds, dtype, heads=1, groups=8, size=size, lengths=(2, 3)))
-    assert any("prmt" in text for text in calls)
-    assert any("ex2" in text for text in calls)
+    assert any("prmt" in text for text in as_on_a_gpu)
+    assert any("ex2" in text for text in as_on_a_gpu)
+
+
+@followed
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kinds", "size"),
+    [
+        (("none", "none"), 16),
+        (("int8", "none"), 16),
+        (("int4", "int8"), 32),
+        (("int2", "int2"), 5),
+        (("fp8", "int4"), 32),
+    ],
+)
+def test_latents_as_a_gpu_would(
+    kinds: tuple[Kind, Kind], size: int, dtype: torch.dtype, as_on_a_gpu: list[str]
+) -> None:
+    check(random_case(kinds, dtype, heads=1, groups=5, size=size, lengths=(2, 3), absorbed=True), absorbed=True)
+    assert any("prmt" in text for text in as_on_a_gpu) or kinds == ("none", "none")
+    assert any("ex2" in text for text in as_on_a_gpu)

@@ -86,10 +86,11 @@ def random_case(
     counts: Sequence[int] | None = None,
     seed: int = 0,
     factor: float = 1.0,
+    absorbed: bool = False,
 ) -> Case:
     """Return a decode step over a pool of poisoned pages, some of them partly filled and one empty.
 
-    Keys are multiplied by `factor`, and queries divided by it.
+    Keys are multiplied by `factor`, and queries divided by it. Keys are latents and values rotary keys if `absorbed`.
     """
     torch.manual_seed(seed)
     if counts is None:
@@ -103,7 +104,8 @@ def random_case(
     table = torch.tensor(NOWHERE, dtype=torch.int32).repeat(len(lengths), columns)[:, :columns].contiguous()
     for row, length in enumerate(lengths):
         table[row, :length] = torch.randperm(len(counts))[:length].int()
-    query = (torch.randn(len(lengths), heads * groups, dims[0] + latents[0]) / factor).to(dtype)
+    width = dims[0] + latents[0] + (dims[1] + latents[1] if absorbed else 0)
+    query = (torch.randn(len(lengths), heads * groups, width) / factor).to(dtype)
     return Case(
         query.to(DEVICE),
         pools[0],
@@ -111,13 +113,17 @@ def random_case(
         table.to(DEVICE),
         torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
         held.to(DEVICE),
-        (dims[0] + latents[0]) ** -0.5,
+        width**-0.5,
     )
 
 
-def naive_attention(case: Case, softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def naive_attention(
+    case: Case, softcap: float | None = None, *, absorbed: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend token by token: `out`, `lse` and the LSE of each page, float64 on the CPU."""
     keys, values = (decode_pages(pages, torch.float32).double().cpu() for pages in (case.keys, case.values))
+    if absorbed:
+        keys, values = torch.cat([keys, values], dim=-1), keys
     query, table, counts = case.query.double().cpu(), case.table.tolist(), case.counts.tolist()
     batch, query_heads, _ = query.shape
     groups = query_heads // keys.shape[0]
@@ -170,12 +176,18 @@ def assert_as_exact(
                 assert error <= limit * allowed + floor, f"error {error:.3g}, torch's {allowed:.3g}"
 
 
-def check(case: Case, softcap: float | None = None, tuning: dict[str, int] | None = None) -> None:
+def check(
+    case: Case, softcap: float | None = None, tuning: dict[str, int] | None = None, *, absorbed: bool = False
+) -> None:
     """Compare the three results of the Triton version, and those of the torch version, with a float64 reference."""
     arguments = (*case.arguments(), softcap)
-    actual = paged_decode_attention(*arguments, page_lse=True, backend=BACKEND, tuning=tuning)
-    yardstick = paged_decode_attention(*arguments, page_lse=True, backend="torch")
-    exact = naive_attention(case, softcap)
+    actual = paged_decode_attention(*arguments, page_lse=True, absorbed=absorbed, backend=BACKEND, tuning=tuning)
+    yardstick = paged_decode_attention(*arguments, page_lse=True, absorbed=absorbed, backend="torch")
+    exact = naive_attention(case, softcap, absorbed=absorbed)
+    if absorbed:
+        # Without the LSEs of pages a tile may be of several of them.
+        plain = paged_decode_attention(*arguments, absorbed=True, backend=BACKEND, tuning=tuning)
+        assert_as_exact(plain, yardstick[:2], exact[:2])
     assert all(result.dtype == torch.float32 and result.device == case.query.device for result in actual)
     assert_as_exact(actual, yardstick, exact)
     # The torch version, too, is only a computation in that dtype: with half the digits, half the digits right.

@@ -42,7 +42,7 @@ def look_up(
     entries, lengths : torch.Tensor
         `(B, n)` int32 page numbers, of which `lengths` `(B,)` int32 count.
     call : AttentionCall
-        Scale and soft cap.
+        Scale, soft cap and whether tokens are latents.
     page_lse : torch.Tensor, optional
         `(B, Hq, n)` float32, written to.
 
@@ -80,6 +80,7 @@ def attend_located(
         call.scale,
         call.softcap,
         page_lse=page_lse is not None,
+        absorbed=call.absorbed,
     )
     if page_lse is not None:
         page_lse.copy_(of_pages[0])

@@ -52,8 +52,8 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     bias = None if mask is None else MaskBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
-    # A kernel that looks pages up needs no plan; it takes one query per row, no mask, and keys and values apart.
-    looks_up = queries == 1 and bias is None and not call.absorbed and choose(query.device) != "torch"
+    # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
+    looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
     chosen, whole = _attend_chosen(table, query, folded, call)
     partials = [chosen] if chosen is not None else []
     for region in whole:
