@@ -18,7 +18,7 @@ LATENT_TUNABLE = (*TUNABLE, "heads", "tokens")
 #: of 512 latent channels take half of the registers of its eight warps.
 MOST_HEADS, MOST_TOKENS = 64, 64
 
-#: Bytes of a tile of tokens, two of which are in shared memory beside the queries.
+#: Bytes of a tile of tokens. Beside the queries there are up to two in shared memory, three with 64 heads.
 TILE_BYTES = 40 * 1024
 
 #: Shared memory that a program may have where it is not known: of the smallest of today's GPUs.
@@ -88,8 +88,8 @@ def launch_parameters(
     heads = tuning.get("heads", _most_heads(latents, rotary, groups, dtype, shared))
     warps = tuning.get("num_warps", 4 if plain and heads == 16 and dtype != torch.float32 else 8)
     # With 3 stages one tile is on its way while another is multiplied.
-    stages = tuning.get("num_stages", 3)
-    programs = tuning.get("programs_per_processor", max(1, 48 // heads))
+    stages = tuning.get("num_stages", 3 if _fits(heads, latents, rotary, dtype, shared) else 2)
+    programs = tuning.get("programs_per_processor", 3 if plain and heads == 16 else 1)
     return Launch(heads, warps, stages, programs, tuning.get("splits", 0))
 
 
@@ -98,11 +98,17 @@ def _most_heads(latents: PageCodes, rotary: PageCodes, groups: int, dtype: torch
     if dtype == torch.float32:
         # Not multiplied by tensor cores.
         return 16
-    token = _token_bytes(latents, rotary, dtype)
     heads = max(16, min(MOST_HEADS, power_of_2(groups)))
-    while heads > 16 and (heads + 2 * tile_tokens(latents, rotary, dtype)) * token > shared - 4096:
+    while heads > 16 and not _fits(heads, latents, rotary, dtype, shared):
         heads //= 2
     return heads
+
+
+def _fits(heads: int, latents: PageCodes, rotary: PageCodes, dtype: torch.dtype, shared: int) -> bool:
+    """Return whether shared memory has room for queries and tiles, as Triton 3.3 keeps them; newer ones need less."""
+    tiles = 3 if heads > 32 else 2
+    rows = heads + tiles * tile_tokens(latents, rotary, dtype)
+    return rows * _token_bytes(latents, rotary, dtype) <= shared - 4096
 
 
 def _token_bytes(latents: PageCodes, rotary: PageCodes, dtype: torch.dtype) -> int:

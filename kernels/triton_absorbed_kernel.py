@@ -60,10 +60,11 @@ def _add_outliers(
 
 @triton.jit
 def _stored(
-    codes, page, t, count, c, first, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, dtype: tl.constexpr
+    codes, page, t, count, c, first, C: tl.constexpr, D: tl.constexpr, P: tl.constexpr, SEVERAL: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    """Load channels `first + c` of tokens that are stored as they are, of one page or of a page each."""
-    if page.type.is_block():
+    """Load channels `first + c` of tokens that are stored as they are, of one page or, if SEVERAL, of a page each."""
+    if SEVERAL:
         tokens = load_dense(
             codes + (page * (P * D))[:, None], first, count[:, None], t[:, None], c[None, :], D, C, dtype
         )
@@ -76,13 +77,13 @@ def _stored(
 def _decoded(
     codes, spread, floor, outliers, fine, page, t, count, c, KIND: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
     ROWS: tl.constexpr, BITS: tl.constexpr, LOG_LEVELS: tl.constexpr, CENTRE: tl.constexpr, FLOOR: tl.constexpr,
-    OUTLIERS: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr,
+    OUTLIERS: tl.constexpr, SEVERAL: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """Read tokens t of a page, `(tokens, BLOCK_C)` each: even and odd channels, or two halves if stored as they are."""
     C: tl.constexpr = (D + 1) // 2
     if KIND == "none":
-        even = _stored(codes, page, t, count, c, 0, C, D, P, dtype)
-        odd = _stored(codes, page, t, count, c, C, C, D, P, dtype)
+        even = _stored(codes, page, t, count, c, 0, C, D, P, SEVERAL, dtype)
+        odd = _stored(codes, page, t, count, c, C, C, D, P, SEVERAL, dtype)
     else:
         words = tl.load(codes + page * (ROWS * C) + (t % ROWS * C)[:, None] + c[None, :], mask=c[None, :] < C, other=0)
         spreads = load_vector(spread, page, c, C, True)
@@ -139,6 +140,8 @@ def absorbed_kernel(
 ):  # fmt: skip
     """Attend with up to BLOCK_H query heads of one KV head to one of `splits` parts of a row's pages."""
     HEAD_BLOCKS: tl.constexpr = (G + BLOCK_H - 1) // BLOCK_H
+    # Pages that are shorter than a tile, none of them packed.
+    SEVERAL: tl.constexpr = BLOCK_N > BLOCK_P
     split = tl.program_id(0) // HEAD_BLOCKS % splits
     lane = tl.program_id(0) // HEAD_BLOCKS // splits
     # Programs that read the same pages run side by side, so that all but one find them in the L2 cache.
@@ -178,7 +181,7 @@ def absorbed_kernel(
 
     for i in tl.range(0, ((last - first) * BLOCK_P + BLOCK_N - 1) // BLOCK_N, num_stages=STAGES):
         slot = first * BLOCK_P + i * BLOCK_N
-        if BLOCK_N > BLOCK_P:
+        if SEVERAL:
             column = (slot + tl.arange(0, BLOCK_N)) // BLOCK_P
             page = tl.load(table + column, mask=column < last, other=0).to(tl.int64)
             count = tl.load(counts + page, mask=column < last, other=0)
@@ -192,22 +195,22 @@ def absorbed_kernel(
         k0, k1 = _decoded(
             latent_codes, latent_spread, latent_floor, latent_outliers, latent_fine, latent_page, t, count, c,
             LATENT_KIND, R, P, LATENT_ROWS, LATENT_BITS, LATENT_LOG_LEVELS, LATENT_CENTRE, LATENT_FLOOR,
-            LATENT_OUTLIERS, dtype, ASM,
+            LATENT_OUTLIERS, SEVERAL, dtype, ASM,
         )  # fmt: skip
         p0, p1 = _decoded(
             rotary_codes, rotary_spread, rotary_floor, rotary_outliers, rotary_fine, rotary_page, t, count, cr,
             ROTARY_KIND, DR, P, ROTARY_ROWS, ROTARY_BITS, ROTARY_LOG_LEVELS, ROTARY_CENTRE, ROTARY_FLOOR,
-            ROTARY_OUTLIERS, dtype, ASM,
+            ROTARY_OUTLIERS, SEVERAL, dtype, ASM,
         )  # fmt: skip
         logits = tl.dot(q0, tl.trans(k0), input_precision="ieee")
         logits = tl.dot(q1, tl.trans(k1), logits, input_precision="ieee")
         logits = tl.dot(r0, tl.trans(p0), logits, input_precision="ieee")
         logits = tl.dot(r1, tl.trans(p1), logits, input_precision="ieee")
         if L > 0:
-            rest = _stored(latent_rest, latent_page, t, count, l_index, 0, L, L, P, dtype)
+            rest = _stored(latent_rest, latent_page, t, count, l_index, 0, L, L, P, SEVERAL, dtype)
             logits = tl.dot(rest_query, tl.trans(rest), logits, input_precision="ieee")
         if LR > 0:
-            more = _stored(rotary_rest, rotary_page, t, count, lr_index, 0, LR, LR, P, dtype)
+            more = _stored(rotary_rest, rotary_page, t, count, lr_index, 0, LR, LR, P, SEVERAL, dtype)
             logits = tl.dot(rotary_query, tl.trans(more), logits, input_precision="ieee")
         logits = capped(logits, scale, softcap, SOFTCAP, ASM)
         logits = tl.where((t < count)[None, :], logits, float("-inf"))

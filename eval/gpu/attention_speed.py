@@ -28,6 +28,7 @@ class Problem:
     values: PageCodes
     page_table: PageTable
     scale: float
+    absorbed: bool = False
 
     def run(self, backend: str, tuning: dict[str, int] | None = None) -> tuple[torch.Tensor, ...]:
         """Call the kernel."""
@@ -39,9 +40,14 @@ class Problem:
             self.page_table.lengths,
             self.page_table.counts,
             self.scale,
+            absorbed=self.absorbed,
             backend=backend,
             tuning=tuning,
         )
+
+    def operands(self) -> tuple[torch.Tensor, PageCodes, PageCodes, PageTable, float]:
+        """Return the query, keys, values, page table and scale."""
+        return self.query, self.keys, self.values, self.page_table, self.scale
 
     def lane(self, row: int, head: int) -> "Problem":
         """Return the part of one row and one KV head, views of this."""
@@ -50,7 +56,7 @@ class Problem:
         keys, values = (codes.map(lambda part: part[head : head + 1]) for codes in (self.keys, self.values))
         page_table = self.page_table
         rows = PageTable(page_table.entries[row : row + 1], page_table.lengths[row : row + 1], page_table.counts)
-        return Problem(query, keys, values, rows, self.scale)
+        return Problem(query, keys, values, rows, self.scale, self.absorbed)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +127,7 @@ def lane_error(problem: Problem, out: torch.Tensor, lse: torch.Tensor) -> tuple[
     for row, head in ((0, 0), (len(problem.query) - 1, problem.keys.heads - 1)):
         lane = problem.lane(row, head)
         exact, yardstick = (
-            attended(lane.query, lane.keys, lane.values, lane.page_table, lane.scale, None, operands)
+            attended(*lane.operands(), None, operands, absorbed=lane.absorbed)
             for operands in (torch.float64, problem.query.dtype)
         )
         heads = slice(head * group, (head + 1) * group)

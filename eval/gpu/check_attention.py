@@ -1,8 +1,8 @@
-"""Check `paged_decode_attention` against attention in float64, on pages of every kind."""
+"""Check `paged_decode_attention` against attention in float64, on pages of every kind, of latents too."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -13,6 +13,8 @@ from pikv_hf.kernels import paged_decode_attention
 from pikv_hf.kernels.page_codes import KINDS, Kind
 
 OPERATION = "paged_decode_attention"
+#: The same over latents, which has a kernel of its own.
+LATENT_OPERATION = "absorbed_decode_attention"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,6 +40,8 @@ class AttentionCase:
         Whether the log-sum-exp of each page is asked for and checked.
     full : bool
         Whether every row has all columns, instead of rows of different lengths.
+    absorbed : bool
+        Whether keys are latents and values their rotary keys.
     """
 
     keys: Kind = "none"
@@ -55,6 +59,7 @@ class AttentionCase:
     softcap: float | None = None
     page_lse: bool = False
     full: bool = False
+    absorbed: bool = False
 
     @property
     def kind(self) -> str:
@@ -71,10 +76,12 @@ def attention_outcomes(case: AttentionCase, platform: Platform) -> Iterator[Outc
     )
     keys = pool(case.keys, case.kv_heads, case.dim, keys=True, rank=case.key_rank)
     values = pool(case.values, case.kv_heads, case.value_dim, keys=False, rank=case.value_rank)
-    query = torch.randn(case.batch, case.kv_heads * case.group, keys.width, generator=generator).to(case.dtype)
+    width = keys.width + (values.width if case.absorbed else 0)
+    query = torch.randn(case.batch, case.kv_heads * case.group, width, generator=generator).to(case.dtype)
     # No power of two, by which nothing would be rounded.
-    scale = 0.9 * keys.width**-0.5
-    expected = functools.partial(attended, query, keys, values, page_table, scale, case.softcap)
+    scale = 0.9 * width**-0.5
+    operands = (query, keys, values, page_table, scale, case.softcap)
+    expected = functools.partial(attended, *operands, absorbed=case.absorbed)
     exact, yardstick = expected(torch.float64), expected(case.dtype)
     there = page_table.to(platform.device)
     result = paged_decode_attention(
@@ -87,6 +94,7 @@ def attention_outcomes(case: AttentionCase, platform: Platform) -> Iterator[Outc
         scale,
         case.softcap,
         page_lse=case.page_lse,
+        absorbed=case.absorbed,
         backend=platform.backend,
     )
     yield Outcome("out", result[0], exact[0], yardstick[0])
@@ -97,7 +105,8 @@ def attention_outcomes(case: AttentionCase, platform: Platform) -> Iterator[Outc
 
 def attention_plan(name: str, case: AttentionCase) -> PlannedCheck:
     """Return the check of a case."""
-    return PlannedCheck(OPERATION, name, case.dtype, case.kind, functools.partial(attention_outcomes, case))
+    operation = LATENT_OPERATION if case.absorbed else OPERATION
+    return PlannedCheck(operation, name, case.dtype, case.kind, functools.partial(attention_outcomes, case))
 
 
 #: Rows long enough to be split over many programs.
@@ -116,12 +125,26 @@ GEOMETRIES = (
 )
 
 
+#: Latents of DeepSeek-V3: 128 query heads, rank 512, rotary keys of 64 channels.
+LATENTS = AttentionCase(kv_heads=1, group=128, dim=512, value_dim=64, absorbed=True)
+
+#: Smaller ones, which compile in less than half of the time.
+SMALL_LATENTS = dataclasses.replace(LATENTS, group=20, dim=96, value_dim=32)
+
+#: Query heads, rank and channels of rotary keys: a share of DeepSeek-V3's heads, and what needs padding.
+LATENT_GEOMETRIES = ((16, 512, 64), (20, 256, 32), (3, 40, 8), (5, 33, 5))
+
+#: Kinds of latents and of rotary keys where they differ.
+LATENT_MIXES: tuple[tuple[Kind, Kind], ...] = (("int8", "none"), ("int4", "none"), ("int2", "int8"), ("fp8", "int4"))
+
+
 def attention_plans(*, quick: bool = False) -> list[PlannedCheck]:
     """Return the checks to run on a GPU, the ones that benchmarks rest on first."""
     dtypes = DTYPES[:1] if quick else DTYPES
     plans = [attention_plan("ragged rows", AttentionCase(kind, kind, dtype)) for dtype in dtypes for kind in KINDS]
     plans.append(attention_plan("long rows", LONG))
-    return plans if quick else [*plans, *_geometry_plans(), *_option_plans()]
+    plans += _latent_plans(dtypes)
+    return plans if quick else [*plans, *_geometry_plans(), *_option_plans(), *_latent_option_plans()]
 
 
 def _geometry_plans() -> Iterator[PlannedCheck]:
@@ -143,3 +166,28 @@ def _option_plans() -> Iterator[PlannedCheck]:
     yield attention_plan("one page", AttentionCase(batch=1, columns=1))
     for page_size in (5, 8, 16, 64):
         yield attention_plan(f"pages of {page_size}", AttentionCase("int4", "int8", page_size=page_size))
+
+
+def _latent_plans(dtypes: Iterable[torch.dtype]) -> Iterator[PlannedCheck]:
+    for dtype in dtypes:
+        for kind in KINDS:
+            case = LATENTS if dtype == torch.bfloat16 else SMALL_LATENTS
+            yield attention_plan("ragged rows", dataclasses.replace(case, keys=kind, values=kind, dtype=dtype))
+    for kind in ("none", "int4"):
+        case = dataclasses.replace(LATENTS, keys=kind, batch=2, columns=301, full=True)
+        yield attention_plan("long rows", case)
+
+
+def _latent_option_plans() -> Iterator[PlannedCheck]:
+    for heads, rank, rotary in LATENT_GEOMETRIES:
+        case = dataclasses.replace(LATENTS, group=heads, dim=rank, value_dim=rotary)
+        yield attention_plan(f"{heads} heads, {rank} and {rotary} channels", case)
+    for keys, values in LATENT_MIXES:
+        yield attention_plan("two kinds", dataclasses.replace(SMALL_LATENTS, keys=keys, values=values))
+    for kind in ("none", "int4"):
+        both = dataclasses.replace(SMALL_LATENTS, keys=kind, values=kind)
+        yield attention_plan("page_lse", dataclasses.replace(both, page_lse=True))
+        yield attention_plan("further channels", dataclasses.replace(both, key_rank=16, value_rank=8))
+        yield attention_plan("softcap", dataclasses.replace(both, softcap=5.0))
+        for page_size in (5, 16, 64):
+            yield attention_plan(f"pages of {page_size}", dataclasses.replace(both, page_size=page_size))

@@ -28,7 +28,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         dest="time_limit",
         metavar="SECONDS",
         type=float,
-        default=420.0,
+        default=330.0,
         help="no check or measurement begins after these (default: %(default)s); what is left out is listed",
     )
     parser.add_argument("--sweep", action="store_true", help="also try other launch parameters of the attention kernel")

@@ -6,10 +6,14 @@ from typing import Any
 
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed
 from pikv_hf.eval.gpu.checks import Check, PlannedCheck, dtype_name
+from pikv_hf.eval.gpu.latent_speed import LatentSpeed
 from pikv_hf.eval.gpu.page_speed import PageSpeed
 from pikv_hf.eval.gpu.sweep import SweepRow
 
 ATTENTION_HEADER = "geometry       batch x tokens  kind         ms   GB/s  of copy  dense ms  times as fast"
+LATENT_HEADER = (
+    "latents        batch x tokens  kind             ms   GB/s  of copy  TFLOPS  matmuls ms, x     expanded ms, x"
+)
 PAGE_HEADER = "operation     kind  case                                        ms   GB/s  of copy"
 
 
@@ -51,6 +55,19 @@ def attention_line(speed: AttentionSpeed) -> str:
     if speed.sdpa_ms is not None:
         dense = f"{speed.sdpa_ms:9.3f} {speed.sdpa_ratio:13.2f}x"
     return f"{case} {speed.timing.p50_ms:9.3f} {speed.gb_per_s:6.0f} {speed.copy_share:8.0%} {dense}"
+
+
+def latent_line(speed: LatentSpeed) -> str:
+    """Return the line of a measurement of latent attention."""
+    case = f"{speed.geometry:<14} {f'{speed.batch} x {speed.tokens}':>14}  {speed.kind:<9}"
+    if speed.timing is None:
+        return f"{case} {speed.note}"
+    rates = f"{speed.timing.p50_ms:9.3f} {speed.gb_per_s:6.0f} {speed.copy_share:8.0%} {speed.tflops:7.0f}"
+    return f"{case} {rates} {_peer(speed.matmul_ms, speed.matmul_ratio)} {_peer(speed.sdpa_ms, speed.sdpa_ratio)}"
+
+
+def _peer(spent: float | None, ratio: float | None) -> str:
+    return f"{'-':>18}" if spent is None else f"{spent:10.3f} {ratio:6.2f}x"
 
 
 def page_line(speed: PageSpeed) -> str:

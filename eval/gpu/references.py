@@ -63,6 +63,8 @@ def attended(
     scale: float,
     softcap: float | None,
     operands: torch.dtype,
+    *,
+    absorbed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of one query per row and query head over the row's pages.
 
@@ -80,6 +82,8 @@ def attended(
         Logits become `softcap * tanh(logits / softcap)`.
     operands : torch.dtype
         See the module.
+    absorbed : bool
+        Whether `keys` are latents, values too, and `values` the rotary parts of keys; queries are as wide as both.
 
     Returns
     -------
@@ -89,7 +93,7 @@ def attended(
     compute = _computed_in(operands)
     batch, heads, _ = query.shape
     columns = page_table.entries.shape[1]
-    out = torch.zeros(batch, heads, values.width, dtype=compute, device=query.device)
+    out = torch.zeros(batch, heads, (keys if absorbed else values).width, dtype=compute, device=query.device)
     lse = torch.full((batch, heads), -torch.inf, dtype=compute, device=query.device)
     page_lse = torch.full((batch, heads, columns), -torch.inf, dtype=compute, device=query.device)
     for row in range(batch):
@@ -98,13 +102,15 @@ def attended(
             continue
         # The scaled query is rounded, as flash-attention's own reference does: kernels round it with other factors.
         scaled = (query[row].to(compute) * scale).to(operands).to(compute).unflatten(0, (keys.heads, -1))
-        logits = torch.einsum("hgd,hptd->hgpt", scaled, _decoded(keys, index, operands))
+        parts = tuple(_decoded(pages, index, operands) for pages in (keys, values))
+        scored, read = (torch.cat(parts, dim=-1), parts[0]) if absorbed else parts
+        logits = torch.einsum("hgd,hptd->hgpt", scaled, scored)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
         logits = logits.masked_fill(~seen, -torch.inf)
         weights = (logits - logits.amax(dim=(2, 3), keepdim=True)).exp()
         # Unused slots may hold NaN, which a weight of 0 would not hide.
-        shown = _decoded(values, index, operands).masked_fill(~seen.unsqueeze(-1), 0.0)
+        shown = read.masked_fill(~seen.unsqueeze(-1), 0.0)
         total = weights.sum(dim=(2, 3)).unsqueeze(-1)
         mean = torch.einsum("hgpt,hptd->hgd", weights.to(operands).to(compute), shown) / total
         out[row] = mean.flatten(0, 1)

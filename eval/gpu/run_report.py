@@ -26,7 +26,11 @@ DEFINITIONS = {
     "bytes_read": "All tensors of the pages of keys and values, scales included, the page table, counts and lengths.",
     "copy_share": "Bytes per second at the median, divided by the copy bandwidth measured in this run.",
     "sdpa_ratio": "Median milliseconds of torch's scaled_dot_product_attention on dense bf16 keys and values of the "
-    "same shape, enable_gqa, in its fastest backend (sdpa_backend), divided by the kernel's.",
+    "same shape, enable_gqa, in its fastest backend (sdpa_backend), divided by the kernel's. Of latent attention: on "
+    "keys and values of every head, as they are expanded from latents beforehand; the projections are not in it.",
+    "matmul_ratio": "Median milliseconds of two bf16 matmuls and a float32 softmax over dense latents and rotary keys, "
+    "queries having the projection absorbed, divided by the kernel's.",
+    "tflops": "10**12 multiplications and additions of both products of latent attention per second at the median.",
 }
 
 

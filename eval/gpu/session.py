@@ -15,18 +15,21 @@ from pikv_hf.eval.gpu.check_pages import page_plans
 from pikv_hf.eval.gpu.checks import Check, PlannedCheck, Platform, reason, red_operations, run_checks
 from pikv_hf.eval.gpu.console import (
     ATTENTION_HEADER,
+    LATENT_HEADER,
     PAGE_HEADER,
     attention_line,
     check_lines,
+    latent_line,
     page_line,
     sweep_line,
     target_line,
 )
 from pikv_hf.eval.gpu.copy_speed import Bench, as_row, copy_speed
 from pikv_hf.eval.gpu.geometry import Shape, attention_cases
+from pikv_hf.eval.gpu.latent_speed import LatentCase, latent_cases, latent_speeds
 from pikv_hf.eval.gpu.page_speed import Sizes, page_speeds
 from pikv_hf.eval.gpu.run_report import Report, checks_part, gpu_facts, not_run
-from pikv_hf.eval.gpu.sweep import sweep_rows
+from pikv_hf.eval.gpu.sweep import latent_sweep_rows, sweep_rows
 from pikv_hf.eval.gpu.targets import TARGET_BATCH, TARGET_TOKENS, TARGETS, judged
 from pikv_hf.eval.gpu.time_limit import TimeLimit
 from pikv_hf.eval.gpu.timing import CudaStopwatch, Stopwatch
@@ -50,18 +53,22 @@ class Agenda:
         Of the other operations' measurements.
     sweep : bool
         Whether launch parameters are tried.
+    latents : sequence of LatentCase
+        What latent attention is measured with, by importance.
     """
 
     plans: Sequence[PlannedCheck]
     cases: Sequence[tuple[Shape, Kind]]
     sizes: Sizes
     sweep: bool
+    latents: Sequence[LatentCase] = ()
 
 
 def full_agenda(*, quick: bool, sweep: bool) -> Agenda:
     """Return what to do on a GPU."""
     plans = [*attention_plans(quick=quick), *page_plans(quick=quick)]
-    return Agenda(plans, list(attention_cases(quick=quick)), Sizes(), sweep)
+    latents = list(latent_cases(quick=quick))
+    return Agenda(plans, list(attention_cases(quick=quick)), Sizes(), sweep, latents)
 
 
 class Session:
@@ -128,13 +135,18 @@ class Session:
         rest = [case for case in agenda.cases if case not in important]
         print(ATTENTION_HEADER)
         failed = self._attention(bench, important, red)
+        print(f"\n{LATENT_HEADER}")
+        for latent in latent_speeds(bench, agenda.latents, red, self._time_limit):
+            failed |= latent.failed
+            self._row("latent_attention", latent, latent_line(latent))
         print(f"\n{PAGE_HEADER}")
         for speed in page_speeds(bench, red, self._time_limit, agenda.sizes):
             failed |= speed.failed
             self._row("other_kernels", speed, page_line(speed))
         if agenda.sweep:
-            for row in sweep_rows(bench, red, self._time_limit):
-                self._row("sweep", row, sweep_line(row))
+            for rows in (sweep_rows, latent_sweep_rows):
+                for row in rows(bench, red, self._time_limit):
+                    self._row("sweep", row, sweep_line(row))
         print(f"\n{ATTENTION_HEADER}")
         return self._attention(bench, rest, red) or failed
 

@@ -1,13 +1,16 @@
 """Try other launch parameters of `paged_decode_attention`, beside those it chooses by itself."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from pikv_hf.eval.gpu.attention_speed import OPERATION, Problem, lane_error, random_problem
+from pikv_hf.eval.gpu.check_attention import LATENT_OPERATION
 from pikv_hf.eval.gpu.checks import reason, why_red
 from pikv_hf.eval.gpu.copy_speed import Bench, obstacle
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, Shape
+from pikv_hf.eval.gpu.latent_speed import LatentCase, latent_cases, random_latents
 from pikv_hf.eval.gpu.time_limit import NO_TIME, TimeLimit
 from pikv_hf.kernels.page_codes import Kind
 
@@ -16,6 +19,11 @@ Step = dict[str, tuple[int, ...]]
 STEPS: tuple[Step, ...] = (
     {"num_warps": (1, 2, 4), "num_stages": (2, 3, 4)},
     {"programs_per_processor": (2, 4, 8, 16, 32)},
+)
+LATENT_STEPS: tuple[Step, ...] = (
+    {"heads": (16, 32, 64), "tokens": (32, 64)},
+    {"num_warps": (4, 8), "num_stages": (2, 3, 4)},
+    {"programs_per_processor": (1, 2, 4)},
 )
 
 #: Timed calls of a trial.
@@ -30,6 +38,7 @@ CASES: tuple[tuple[Shape, Kind], ...] = (
     (Shape(QWEN, TOKENS, BATCH), "int8"),
     (Shape(GPT_OSS, TOKENS, BATCH), "int4"),
 )
+LATENT_CASES = tuple(case for case in latent_cases(quick=True) if case.kind != "int8")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +72,7 @@ class SweepRow:
     """
 
     geometry: str
-    kind: Kind
+    kind: str
     tokens: int
     batch: int
     default_ms: float | None = None
@@ -85,13 +94,34 @@ def sweep_rows(
     for shape, kind in cases:
         row = SweepRow(shape.geometry.name, kind, shape.tokens, shape.batch)
         note = why_red(red, OPERATION, kind) or obstacle(bench, shape.packed_bytes(kind), time_limit)
-        if note:
-            yield dataclasses.replace(row, note=note)
-            continue
-        try:
-            yield _swept(bench, row, random_problem(bench, shape, kind), steps, time_limit)
-        except RuntimeError as error:  # Launch parameters tried before may have left the device unusable.
-            yield dataclasses.replace(row, note=reason(error))
+        prepare = functools.partial(random_problem, bench, shape, kind)
+        yield _row(bench, dataclasses.replace(row, note=note), prepare, steps, time_limit)
+
+
+def latent_sweep_rows(
+    bench: Bench,
+    red: set[tuple[str, str]],
+    time_limit: TimeLimit,
+    cases: Sequence[LatentCase] = LATENT_CASES,
+    steps: Sequence[Step] = LATENT_STEPS,
+) -> Iterator[SweepRow]:
+    """Try launch parameters of the kernel for latents on each case."""
+    for case in cases:
+        row = SweepRow(case.expanded.name, case.name, case.tokens, case.batch)
+        note = why_red(red, LATENT_OPERATION, case.kind) or obstacle(bench, case.packed_bytes, time_limit)
+        prepare = functools.partial(random_latents, bench, case)
+        yield _row(bench, dataclasses.replace(row, note=note), prepare, steps, time_limit)
+
+
+def _row(
+    bench: Bench, row: SweepRow, prepare: Callable[[], Problem], steps: Sequence[Step], time_limit: TimeLimit
+) -> SweepRow:
+    if row.note:
+        return row
+    try:
+        return _swept(bench, row, prepare(), steps, time_limit)
+    except RuntimeError as error:  # Launch parameters tried before may have left the device unusable.
+        return dataclasses.replace(row, note=reason(error))
 
 
 def _swept(bench: Bench, row: SweepRow, problem: Problem, steps: Sequence[Step], time_limit: TimeLimit) -> SweepRow:

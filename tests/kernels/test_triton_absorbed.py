@@ -175,14 +175,16 @@ def test_launch_parameters_are_those_of_the_geometry() -> None:
     launcher = dispatch.load("absorbed_decode_attention", BACKEND)
     wide, narrow = latent_case(dims=(512, 64), lengths=(1,)), latent_case(lengths=(1,))
 
-    def heads(case: Case, groups: int, kibibytes: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    def chosen(case: Case, groups: int, kibibytes: int, dtype: torch.dtype = torch.bfloat16) -> tuple[int, int]:
         pools = case.keys, case.values
-        return launcher.launch_parameters(*pools, groups, dtype, kibibytes * 1024, {}).heads
+        launch = launcher.launch_parameters(*pools, groups, dtype, kibibytes * 1024, {})
+        return launch.heads, launch.stages
 
-    assert [heads(wide, 128, memory) for memory in (227, 163, 99)] == [64, 64, 16]
-    assert [heads(wide, groups, 227) for groups in (1, 16, 20, 64)] == [16, 16, 32, 64]
-    assert heads(wide, 128, 227, torch.float32) == 16
-    assert heads(narrow, 128, 99) == 64
+    # Hopper, Ampere, and a GPU for games.
+    assert [chosen(wide, 128, memory) for memory in (227, 163, 99)] == [(64, 3), (32, 3), (16, 3)]
+    assert [chosen(wide, groups, 227)[0] for groups in (1, 16, 20, 64)] == [16, 16, 32, 64]
+    assert [chosen(wide, 128, memory, torch.float32) for memory in (227, 99)] == [(16, 3), (16, 2)]
+    assert chosen(narrow, 128, 99) == (64, 3)
     assert launcher.tile_tokens(wide.keys, wide.values, torch.bfloat16) == 32
     assert launcher.tile_tokens(wide.keys, wide.values, torch.float32) == 16
     assert launcher.tile_tokens(narrow.keys, narrow.values, torch.bfloat16) == 64

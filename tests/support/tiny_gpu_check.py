@@ -26,6 +26,8 @@ ON_GPU = torch.cuda.is_available()
 PLATFORM = Platform(torch.device("cuda" if ON_GPU else "cpu"), "triton" if ON_GPU else "interpret")
 TORCH = Platform(CPU, "torch")
 TINY = Geometry("tiny", 4, 2, 16, 24)
+#: Expanded, rank and rotary channels of latent attention.
+TINY_LATENTS = Geometry("tiny", 3, 3, 24, 16), 32, 16
 
 
 def forever() -> TimeLimit:

@@ -32,6 +32,10 @@ ATTENTION = [
     attention_plan("half", tiny_case(dtype=torch.float16, keys="int8", values="int2")),
     attention_plan("latent", tiny_case(key_rank=16, value_rank=16, page_lse=True)),
     attention_plan("softcap", tiny_case(softcap=2.0)),
+    *(
+        attention_plan("latents", tiny_case(keys=keys, values=values, kv_heads=1, group=3, absorbed=True))
+        for keys, values in (("none", "none"), ("int4", "none"), ("fp8", "int2"))
+    ),
 ]
 HALF, SINGLE = torch.float16, torch.float32
 TINY_PAGES = {"dim": 16, "page_size": 8}
@@ -89,7 +93,7 @@ def test_torch_passes_every_check_of_a_gpu() -> None:
 def test_every_kernel_kind_and_dtype_is_checked() -> None:
     asked = {(plan.operation, plan.kind, plan.dtype) for plan in [*attention_plans(), *page_plans()]}
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
-    for operation in ("paged_decode_attention", "gather_pages", "encode_pages"):
+    for operation in ("paged_decode_attention", "absorbed_decode_attention", "gather_pages", "encode_pages"):
         kinds = KINDS[1:] if operation == "encode_pages" else KINDS
         assert {(operation, kind, dtype) for kind in kinds for dtype in dtypes} <= asked
     assert {("page_scores", "-", dtype) for dtype in dtypes} <= asked
@@ -150,6 +154,24 @@ def test_reference_attention_sees_tokens_alone() -> None:
             logits = 5 * torch.tanh(keys.double() @ query[row, head].double() * 0.3 / 5)
             torch.testing.assert_close(out[row, head], torch.softmax(logits, 0) @ values.double())
             torch.testing.assert_close(lse[row, head], logits.logsumexp(0))
+
+
+def test_reference_attention_to_latents_is_that_to_keys_with_rotary_parts() -> None:
+    query, keys, values, page_table = dense_pool()
+    latents = keys.map(lambda part: part[:1])
+    rotary = values.map(lambda part: part[:1])
+    query = torch.cat([query, torch.randn(2, 4, 24, generator=torch.Generator().manual_seed(2))], dim=-1)
+    parts = (
+        decode_pages(codes, torch.float64)[:, page_table.entries.long()].transpose(0, 1).flatten(2, 3)
+        for codes in (latents, rotary)
+    )
+    read, turned = parts
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.double().unsqueeze(2), torch.cat([read, turned], dim=-1), read, scale=0.3, enable_gqa=True
+    ).squeeze(2)
+    out, lse, page_lse = attended(query, latents, rotary, page_table, 0.3, None, torch.float64, absorbed=True)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(page_lse.logsumexp(2), lse)
 
 
 # Verdicts.
@@ -225,5 +247,8 @@ MISTAKES: dict[str, Callable[..., Any]] = {
 def test_mistakes_of_a_kernel_are_red(mistake: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = tiny_case(keys=kind, values=kind, softcap=1.0)
     assert all(check.ok for check in checked([attention_plan("right", case)], TORCH))
+    latents = dataclasses.replace(case, kv_heads=1, absorbed=True)
+    assert all(check.ok for check in checked([attention_plan("right", latents)], TORCH))
     monkeypatch.setattr(check_attention, "paged_decode_attention", spoiled(MISTAKES[mistake]))
-    assert not all(check.ok for check in checked([attention_plan("wrong", case)], TORCH))
+    for spoilt in (case, latents):
+        assert not all(check.ok for check in checked([attention_plan("wrong", spoilt)], TORCH))

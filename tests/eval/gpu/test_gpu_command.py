@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_gpu_check import ROOT, TINY, TORCH, forever, once, plan_of, tiny_case
+from tiny_gpu_check import ROOT, TINY, TINY_LATENTS, TORCH, forever, once, plan_of, tiny_case
 
 from pikv_hf.eval.gpu import (
     command,
@@ -20,6 +20,7 @@ from pikv_hf.eval.gpu import (
 from pikv_hf.eval.gpu.check_attention import attention_plan
 from pikv_hf.eval.gpu.checks import PlannedCheck
 from pikv_hf.eval.gpu.geometry import Shape
+from pikv_hf.eval.gpu.latent_speed import LatentCase
 from pikv_hf.eval.gpu.page_speed import Sizes
 from pikv_hf.eval.gpu.time_limit import TimeLimit
 
@@ -32,7 +33,8 @@ def run_tiny(
     folder: Path, plans: list[PlannedCheck], time_limit: TimeLimit | None = None, **changes: Any
 ) -> tuple[bool, dict[str, Any]]:
     cases = [(Shape(TINY, tokens, batch), kind) for tokens, batch in ((64, 2), (32768, 8)) for kind in ("none", "int4")]
-    agenda = session.Agenda(plans, cases, Sizes(1, 64, 1, 128), sweep=False)
+    latents = [LatentCase(*TINY_LATENTS, 64, 2, "int4")]
+    agenda = session.Agenda(plans, cases, Sizes(1, 64, 1, 128), sweep=False, latents=latents)
     writer = report.Report(folder, {"name": "NVIDIA Test (1)"})
     run = session.Session(writer, TORCH, time_limit or forever())
     wrong = run.run(agenda, lambda: 1 << 26, lambda: once)
@@ -58,6 +60,10 @@ def test_a_run_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (64, "int4"),
     ]
     assert all(row["gb_per_s"] > 0 and row["sdpa_ratio"] > 0 for row in found["attention"])
+    [latents] = found["latent_attention"]
+    assert (latents["kind"], latents["note"]) == ("int4/none", "")
+    assert latents["matmul_ratio"] > 0
+    assert latents["sdpa_ratio"] > 0
     assert [row["operation"] for row in found["other_kernels"]] == ["encode_pages"] * 8 + ["gather_pages"] * 5 + [
         "page_scores",
         "append_tokens",
@@ -89,7 +95,7 @@ def test_a_run_without_time_names_everything(tmp_path: Path) -> None:
     # Checks that were not made are no green ones.
     assert wrong
     assert found["correctness"]["not_run"] == ["gather_pages, case, bfloat16, int8"]
-    assert len(found["not_run"]) == 4 + 16
+    assert len(found["not_run"]) == 4 + 1 + 16
     assert all(target["met"] is None for target in found["targets"])
 
 

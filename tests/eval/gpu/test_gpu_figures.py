@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_gpu_check import CPU, ROOT, TINY, TORCH, FakeClock, bench, forever, in_single, plan_of
+from tiny_gpu_check import CPU, ROOT, TINY, TINY_LATENTS, TORCH, FakeClock, bench, forever, in_single, plan_of
 
 from pikv_hf.eval.gpu import (
     attention_speed,
+    console,
     sweep,
     targets,
     timing,
@@ -23,6 +24,7 @@ from pikv_hf.eval.gpu.checks import Check, run_checks
 from pikv_hf.eval.gpu.copy_speed import as_row, copy_speed
 from pikv_hf.eval.gpu.dense import dense_speed
 from pikv_hf.eval.gpu.geometry import GEOMETRIES, Shape, attention_cases
+from pikv_hf.eval.gpu.latent_speed import DEEPSEEK_V3, LatentCase, latent_cases, latent_speeds, random_latents
 from pikv_hf.eval.gpu.time_limit import NO_TIME, TimeLimit
 from pikv_hf.eval.gpu.timing import Timing
 from pikv_hf.kernels.decode_pages import decode_pages
@@ -114,6 +116,40 @@ def test_figures_follow_from_bytes_and_milliseconds() -> None:
     assert (row["p20_ms"], row["p50_ms"], row["p80_ms"], row["calls"]) == (1.0, 2.0, 3.0, 9)
     copied = copy_speed(fixed.arena, fixed.stopwatch, most=1000)
     assert (copied.bytes_copied, copied.gb_per_s) == (1000, pytest.approx(2000 / 2e-3 / 1e9))
+
+
+def test_bytes_and_operations_of_latents_by_hand() -> None:
+    case = LatentCase(*DEEPSEEK_V3, 32768, 8, "none")
+    pages = 8 * 1024
+    assert case.packed_bytes == pages * 32 * (512 + 64) * 2
+    assert case.read_bytes == case.packed_bytes + pages * 8 + 32
+    assert case.operations == 2 * 8 * 128 * 32768 * (512 + 64 + 512)
+    tiny = LatentCase(*TINY_LATENTS, 64, 2, "int4")
+    problem = random_latents(bench(), tiny)
+    held = [*problem.keys.tensors(), *problem.values.tensors(), *dataclasses.astuple(problem.page_table)]
+    assert tiny.read_bytes == sum(part.nbytes for part in held)
+    assert [case.kind for case in latent_cases(quick=True)] == ["none", "int8", "int4"]
+    assert len(list(latent_cases())) == 9
+
+
+@pytest.mark.usefixtures("single_precision")
+def test_figures_of_latents_follow_from_milliseconds() -> None:
+    fixed = dataclasses.replace(bench(), stopwatch=lambda call, most=0: (call(), Timing(1.0, 2.0, 3.0, 9))[1])
+    cases = [LatentCase(*TINY_LATENTS, 64, 2, kind) for kind in ("none", "int8", "int4")]
+    speeds = list(latent_speeds(fixed, cases, {("absorbed_decode_attention", "int8")}, forever()))
+    assert [speed.kind for speed in speeds] == ["none", "int8/none", "int4/none"]
+    assert (speeds[1].failed, speeds[1].timing) == (True, None)
+    for case, speed in zip(cases[::2], speeds[::2], strict=True):
+        assert speed.note == ""
+        assert speed.tflops == pytest.approx(case.operations / 2e-3 / 1e12)
+        assert speed.gb_per_s == pytest.approx(case.read_bytes / 2e-3 / 1e9)
+        assert (speed.matmul_ms, speed.matmul_ratio, speed.sdpa_ms, speed.sdpa_ratio) == (2.0, 1.0, 2.0, 1.0)
+        assert speed.bound > speed.max_error > 0
+        assert "1.00x" in console.latent_line(speed)
+    assert "is red" in console.latent_line(speeds[1])
+    large = LatentCase(*TINY_LATENTS, 1 << 20, 32, "none")
+    [untimed] = latent_speeds(bench(), [large], set(), forever())
+    assert (untimed.failed, untimed.note.startswith("needs")) == (False, True)
 
 
 def test_a_result_that_is_wrong_at_size_has_no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,9 +260,19 @@ def test_a_sweep_keeps_the_fastest_that_is_right(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_sweep_tries_what_the_kernel_takes() -> None:
-    source = (ROOT / "kernels" / "triton_paged_decode_attention.py").read_text()
-    [tunable] = (line for line in source.splitlines() if line.startswith("TUNABLE ="))
-    assert all(f'"{name}"' in tunable for step in sweep.STEPS for name in step)
+    tunable: list[str] = []
+    for module, steps in (("paged", sweep.STEPS), ("absorbed", sweep.LATENT_STEPS)):
+        source = (ROOT / "kernels" / f"triton_{module}_decode_attention.py").read_text()
+        tunable += (line for line in source.splitlines() if "TUNABLE = (" in line)
+        assert all(f'"{name}"' in " ".join(tunable) for step in steps for name in step)
+    assert len(tunable) == 2
+    [row] = sweep.latent_sweep_rows(
+        bench(),
+        {("absorbed_decode_attention", "none")},
+        forever(),
+        [LatentCase(*TINY_LATENTS, 64, 2, "none")],
+    )
+    assert (row.trials, row.note) == ((), "a check of absorbed_decode_attention on none pages is red")
 
 
 # Targets.
