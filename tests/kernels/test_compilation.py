@@ -33,7 +33,7 @@ DECODE: dict[str, dict[str, Any]] = {
 LATENTS: dict[str, dict[str, Any]] = {
     "none": {},
     "none 16 heads": {"groups": 16},
-    "none float32": {"dtype": torch.float32, "groups": 16},
+    "none float32": {"dtype": torch.float32, "groups": 16, "dims": (256, 32)},
     "int4 int8": {"kinds": ("int4", "int8")},
     "none 40 8, odd page, latent, softcap, page_lse": {
         "dims": (40, 8), "groups": 3, "size": 5, "latents": (5, 3), "softcap": 30.0, "page_lse": True,

@@ -60,8 +60,7 @@ def test_kinds_in_bfloat16(kinds: tuple[Kind, Kind]) -> None:
         ((40, 8), ("int4", "none")),
         ((33, 5), ("none", "none")),
         ((72, 24), ("int8", "int4")),
-        ((512, 64), ("none", "none")),
-        ((512, 64), ("int4", "int8")),
+        ((512, 64), ("int4", "none")),
     ],
 )
 def test_widths(dims: tuple[int, int], kinds: tuple[Kind, Kind]) -> None:
@@ -69,7 +68,7 @@ def test_widths(dims: tuple[int, int], kinds: tuple[Kind, Kind]) -> None:
     check(latent_case(kinds, HALF, dims=dims, groups=3, lengths=(2,)), absorbed=True)
 
 
-@pytest.mark.parametrize("groups", [1, 3, 5, 16, 21, 128])
+@pytest.mark.parametrize("groups", [1, 3, 21, 128])
 def test_heads(groups: int) -> None:
     """Rows of a program that no head fills, and more heads than a program takes."""
     check(latent_case(("int4", "none"), HALF, groups=groups, lengths=(2,)), absorbed=True)
@@ -88,7 +87,7 @@ def test_page_sizes(kinds: tuple[Kind, Kind], size: int, tokens: int) -> None:
     check(latent_case(kinds, groups=2, size=size, lengths=lengths), tuning={"tokens": tokens}, absorbed=True)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(
     lengths=st.lists(st.integers(0, 4), min_size=1, max_size=4),
     counts=st.lists(st.integers(0, 8), min_size=4, max_size=6),
