@@ -31,7 +31,7 @@ class AttentionCall:
     absorbed : bool
         Whether tokens are those of latent attention; see :func:`pikv_hf.kernels.partial_attention`.
     columns : torch.Tensor or None
-        `(B, k)` int64, the tokens that are read of full pages; None for all. A mask hides the others.
+        `(B, 1 or H, k)` int64, the tokens that are read of full pages; None for all. A mask hides the others.
     """
 
     scale: float

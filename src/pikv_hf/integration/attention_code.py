@@ -22,6 +22,8 @@ from .latent_attention import EXPANSION
 _COMMON = {"query", "key", "value", "attention_mask", "dropout", "scaling"}
 _FUNCTION_NAMES = {"attention_interface", "attn_interface", "attention_function"}
 _INTERFACE = "ALL_ATTENTION_FUNCTIONS"
+#: By which an indexer hands its keys to the cache, or to its layer.
+INDEXER_UPDATES = {"update_indexer", "update_index"}
 
 
 def takes_cache(module: nn.Module) -> bool:
@@ -80,11 +82,12 @@ def only_indexes(kind: type[nn.Module]) -> bool:
     """Return whether a class of module has no other business with the cache than the keys of an indexer."""
     if (forward := _parsed_forward(kind)) is None:
         return False
-    of_cache = [node for node in ast.walk(forward) if isinstance(node, ast.Attribute) and _is_cache(node.value)]
-    updates = [node for node in of_cache if node.attr == "update_indexer"]
-    named = [node for node in ast.walk(forward) if _is_cache(node) and isinstance(getattr(node, "ctx", None), ast.Load)]
-    asked = [node for node in ast.walk(forward) if isinstance(node, ast.Compare) and _is_cache(node.left)]
-    return len(updates) == len(of_cache) == 1 and len(named) == len(of_cache) + len(asked)
+    nodes = list(ast.walk(forward))
+    calls = [node.func for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    updates = [func for func in calls if func.attr in INDEXER_UPDATES and any(map(_is_cache, ast.walk(func)))]
+    named = [node for node in nodes if _is_cache(node) and isinstance(getattr(node, "ctx", None), ast.Load)]
+    asked = [node for node in nodes if isinstance(node, ast.Compare) and _is_cache(node.left)]
+    return len(updates) == 1 and len(named) == 1 + len(asked)
 
 
 def _is_cache(node: ast.AST) -> bool:
@@ -92,12 +95,17 @@ def _is_cache(node: ast.AST) -> bool:
 
 
 class _WithPiKV(ast.NodeTransformer):
-    """Leaves out what a module does with other attention, by the names that it asks for."""
+    """Leaves out what a module does with other attention, by the names that it asks for, and without positions.
+
+    Models say the positions of all tokens; attention whose tokens a block's indexer chooses is refused without them.
+    """
 
     def visit_If(self, node: ast.If) -> Any:
         """Take the other branch of a question for the name of the attention that does not name PiKV's."""
         self.generic_visit(node)
         test = node.test
+        if isinstance(test, ast.Compare) and ast.unparse(test) == "position_ids is None":
+            return node.orelse or ast.Pass(lineno=node.lineno, col_offset=0)
         asks = isinstance(test, ast.Compare) and isinstance(test.left, ast.Attribute)
         if not asks or test.left.attr != "_attn_implementation" or not isinstance(test.ops[0], ast.In):  # type: ignore[attr-defined]
             return node

@@ -20,7 +20,7 @@ from ..layer.layer_reads import with_history
 from ..layer.layer_reference import LayerReference
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
-from .chosen_tokens import INDICES, check_indices, chosen_columns, only_chosen
+from .chosen_tokens import BLOCK_INDICES, chosen_columns, chosen_positions, only_chosen
 from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
 from .latent_attention import absorbed_queries, expanded_outputs, holds_latents, layer_of_latents
@@ -53,8 +53,8 @@ def pikv_attention_forward(
     scaling : float, optional
         Factor on the logits, by default `D ** -0.5`.
     **kwargs
-        `s_aux` (attention sinks, `(Hq,)`), `softcap`, and `indices` (the only positions that each query reads,
-        `(B, Q, k)`) are handled; the rest concerns other implementations.
+        `s_aux` (attention sinks, `(Hq,)`), `softcap`, and what each query reads of all tokens (`indices`, `(B, Q, k)`
+        positions, or `block_indices`, `(B, Hi, Q, n)`) are handled; the rest concerns other implementations.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def pikv_attention_forward(
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
         call.query, call.mask = query.to(layer.store.dtype), mask
-        call.indices = kwargs.get(INDICES)
+        call.keeps_padding = kwargs.get(BLOCK_INDICES) is not None
         new = 1 if layer.pending is None else layer.pending.tokens
         # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
         key, value = key[:, :, -new:], value[:, :, -new:]
@@ -81,8 +81,8 @@ def pikv_attention_forward(
     call.show_to_observer(key.shape[2])
     if key.shape[2] == query.shape[2]:
         forget_reader(module)
-    if (indices := check_indices(module, kwargs.pop(INDICES, None), query)) is not None:
-        call.mask = only_chosen(attention_mask, indices, key.shape[2])
+    if (positions := chosen_positions(module, query, key.shape[2], kwargs)) is not None:
+        call.mask = only_chosen(attention_mask, positions, query.shape[1], key.shape[2])
     elif attention_mask is None and 1 < query.shape[2] < key.shape[2] and is_causal(module, kwargs):
         call.mask = _trailing_causal_mask(query, key)
     if call.sinks is None and call.softcap is None:
@@ -111,8 +111,10 @@ class _Call:
         `(Hq,)` attention sinks.
     softcap : float or None
         Caps the logits.
-    indices : torch.Tensor or None
-        `(B, Q, k)`, the positions that each query reads, None for all.
+    positions : torch.Tensor or None
+        `(B, 1 or Hi, Q, k)`, those that each query reads, None for all.
+    keeps_padding : bool
+        Whether padding is stored like other tokens, since an indexer that is told of no masks compares it, too.
     """
 
     module: torch.nn.Module
@@ -121,7 +123,8 @@ class _Call:
     scale: float
     sinks: torch.Tensor | None
     softcap: float | None
-    indices: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    keeps_padding: bool = False
 
     def is_of(self, layer: PiKVLayer) -> bool:
         """Return whether the layer is the attention's own, not that of another whose K/V it shares."""
@@ -159,19 +162,19 @@ class _Call:
 def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`: `(B, Q, Hq, Dv)`."""
     query, mask = call.query, call.mask
-    layer.attend_begins(_stored_tokens(mask))
+    layer.attend_begins(None if call.keeps_padding else _stored_tokens(mask))
     pending, absorbed = layer.pending, holds_latents(layer, call.module)
     is_prompt = pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None
     if absorbed:
         # Over the tokens of a prompt alone attention is cheaper as it comes, and few of its queries are looked at.
         query = absorbed_queries(call.module, query[:, :, -OBSERVED:] if is_prompt else query)
         # Behind rotary keys are those of an indexer, which attention has no part of.
-        query = torch.nn.functional.pad(query, (0, layer.store.index_dim))
+        query = torch.nn.functional.pad(query, (0, layer.store.index_width))
     columns = None
-    if call.indices is not None:
-        columns = chosen_columns(mask, call.indices)
-        call.mask = mask = only_chosen(mask, call.indices, layer.seen)
-    remember_queries(layer.store, query[..., : layer.store.key_dim], call.scale)
+    if call.positions is not None:
+        columns = chosen_columns(mask, call.positions, layer.store.heads)
+        call.mask = mask = only_chosen(mask, call.positions, query.shape[1], layer.seen)
+    remember_queries(layer.store, query, call.scale)
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         output, _ = sdpa_attention_forward(call.module, call.query, key, value, mask, 0.0, call.scale)
@@ -180,6 +183,8 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
             note_queries(layer, query, mask, call.scale, None, None, absorbed)
     else:
         out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks, absorbed, columns)
+        if not absorbed:
+            out = out[..., : out.shape[-1] - layer.store.index_width]
         output = call.output(out, lse)
         if absorbed:
             output = expanded_outputs(call.module, output)
@@ -252,7 +257,12 @@ def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, 
     """Refuse a call of another model, and what attention would have to do otherwise than asked."""
     where = f"layer {layer.layer_idx}"
     check_arguments(call.module, given)
-    check_indices(call.module, given.get(INDICES), call.query)
+    call.positions = chosen_positions(call.module, call.query, layer.seen, given)
+    if call.positions is not None and (layer.state.dropped or layer.state.assigned or not call.is_of(layer)):
+        raise NotImplementedError(
+            f"{where}: attention reads chosen positions, and those of tokens from outside, or of another layer, are "
+            "not known"
+        )
     if layer.attachment is not None and not layer.attachment.owns(call.module):
         raise ValueError(
             f"{where}: the cache was made for another model than the one that {type(call.module).__name__} "

@@ -10,10 +10,10 @@ from transformers.modeling_flash_attention_utils import FlashAttentionKwargs
 from transformers.utils import TransformersKwargs
 
 from ..common.transformers_release import CACHE_ARGUMENTS
-from .chosen_tokens import INDICES
+from .chosen_tokens import BLOCK_INDICES, INDICES
 
 #: Arguments that change what attention computes, and that PiKV's does as asked.
-_HEEDED = {"s_aux", "softcap", "is_causal", INDICES}
+_HEEDED = {"s_aux", "softcap", "is_causal", INDICES, BLOCK_INDICES}
 #: Arguments of other implementations, or of what is around attention; masks already say what windows hide.
 _OF_OTHERS = {
     *TransformersKwargs.__annotations__,

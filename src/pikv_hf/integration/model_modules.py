@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..layer.own_layer import INDEXED_LAYER, has_positions, is_state_layer, layers_of
+from ..layer.own_layer import has_positions, is_indexed, is_state_layer, layers_of
 from .attention_code import calls_interface, only_indexes, takes_cache, why_not_in_place
 from .decoder_modules import decoder_modules
 from .expert_router import ExpertRouter, find_expert_router
@@ -144,7 +144,7 @@ def _keeps_in_layer(module: nn.Module, layers: list[Any]) -> bool:
     index = getattr(module, "layer_idx", None)
     if not isinstance(index, int) or index >= len(layers):
         return False
-    if type(layers[index]) is INDEXED_LAYER and only_indexes(type(module)):
+    if is_indexed(layers[index]) and only_indexes(type(module)):
         return True
     return is_state_layer(layers[index]) or not has_positions(layers[index])
 

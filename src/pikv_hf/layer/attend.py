@@ -45,7 +45,7 @@ def attend(
     absorbed : bool
         Whether the layer holds latents, as :func:`pikv_hf.kernels.partial_attention` has it.
     columns : torch.Tensor, optional
-        `(B, k)` int64, the only ones that are read of full pages; a mask says the same of all others.
+        `(B, 1 or H, k)` int64, the only ones that are read of full pages; a mask hides all others, too.
 
     Returns
     -------

@@ -7,7 +7,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from .indexed_layer import IndexedLayer
 from .layer import PiKVLayer
-from .own_layer import INDEXED_LAYER, copied, has_positions
+from .own_layer import copied, has_positions, indexer_keys_of, is_indexed
 from .sliding_layer import take_over, update_sliding
 
 
@@ -49,13 +49,13 @@ def _check_copies(index: int, layer: Any, other: Any) -> None:
     kind = type(other)
     if not has_positions(layer) and kind is type(layer):
         return
-    if kind not in (DynamicLayer, DynamicSlidingWindowLayer, PiKVLayer, INDEXED_LAYER, IndexedLayer):
+    paged = isinstance(other, PiKVLayer)
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer) and not paged and not is_indexed(other):
         raise TypeError(
             f"layer {index} is of type {kind.__name__}; PiKVCache can copy those of DynamicCache and its own"
         )
-    if isinstance(layer, IndexedLayer) and getattr(other, "indexer_keys", None) is None:
+    if isinstance(layer, IndexedLayer) and indexer_keys_of(other) is None:
         raise TypeError(f"layer {index} needs the keys of an indexer, which those of type {kind.__name__} lack")
-    paged = isinstance(other, PiKVLayer)
     if paged and other.state.evicted:
         raise ValueError(f"layer {index}: tokens were evicted, and which ones dense K/V do not tell")
     if paged and other.state.assigned:
@@ -88,8 +88,8 @@ def _copy(layer: Any, other: Any) -> None:
     keys, values = other.keys.detach(), other.values.detach()
     if isinstance(layer, PiKVLayer):
         layer.update_from_outside(keys, values)
-        if isinstance(layer, IndexedLayer):
-            layer.update_indexer(other.indexer_keys)
+        if isinstance(layer, IndexedLayer) and (indexer_keys := indexer_keys_of(other)) is not None:
+            layer.update_indexer(indexer_keys)
             layer.settle()
     else:
         update_sliding(layer, keys, values)

@@ -1,8 +1,8 @@
-"""A layer whose attention reads only the tokens that an indexer of its own chooses (DeepSeek-V3.2's sparse attention).
+"""A layer whose attention reads only the tokens that an indexer of its own chooses (DeepSeek-V3.2, MiniMax-M3).
 
-The indexer (DeepSeek-V3.2-Exp, arXiv 2512.02556) compares small queries with a small key of each token. These keys are
-stored behind the values, as further channels of the one head that latents have: so whatever happens to a token, in
-pages, codecs, files or copies, happens to both.
+The indexer (DeepSeek-V3.2, arXiv 2512.02556) compares small queries with a small key of each token. These keys are
+stored behind the values, as further channels of their heads: so whatever happens to a token, in pages, codecs, files or
+copies, happens to both.
 """
 
 import torch
@@ -28,6 +28,15 @@ class IndexedLayer(PiKVLayer):
     @layer_operation
     def _indexer_keys(self) -> torch.Tensor:
         return layer_reads.indexer_keys(self.store)
+
+    def update_index(self, idx_k: torch.Tensor) -> torch.Tensor:
+        """Do what :meth:`update_indexer` does, with keys `(B, 1, Q, Di)`, as MiniMax-M3 has them: `(B, 1, T, Di)`."""
+        return self.update_indexer(idx_k.squeeze(1)).unsqueeze(1)
+
+    @property
+    def idx_keys(self) -> torch.Tensor | None:
+        """The indexer's keys as MiniMax-M3 has them, `(B, 1, T, Di)`."""
+        return None if (keys := self.indexer_keys) is None else keys.unsqueeze(1)
 
     def update_indexer(self, indexer_key_states: torch.Tensor) -> torch.Tensor:
         """Store the indexer's keys of the tokens whose K/V have just come, and return those of all.
@@ -66,7 +75,9 @@ class IndexedLayer(PiKVLayer):
     def _index(self, keys: torch.Tensor) -> torch.Tensor:
         pending = self.store.pending
         assert pending is not None
-        pending.values[..., -self.store.index_dim :] = keys.detach().unsqueeze(1)
+        width, heads = self.store.index_width, self.store.heads
+        shares = torch.nn.functional.pad(keys.detach(), (0, width * heads - self.store.index_dim))
+        pending.values[..., -width:] = shares.unflatten(2, (heads, width)).transpose(1, 2)
         pending.awaits_index = False
         every = layer_reads.indexer_keys(self.store)
         if not self.state.reference_out and not self.has_expert_router:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from ..page_table.layer_encoders import MAX_ERROR_QUERIES
-from .input_checks import KVFormat
 from .layer_operation import layer_operation
 from .layer_store import LayerStore
 
@@ -45,8 +44,9 @@ def recode(
         )
     store.config = dataclasses.replace(store.config, **options)
     if store.pending is not None:
-        pending = KVFormat.of(store.pending.keys, store.pending.values)
-        store.begin(pending.with_more_values(-store.index_dim))
+        known = store.kv_format()
+        assert known is not None
+        store.begin(known)
     for table in store.tables():
         device = table.plain.device
         table.pools.encoders.set_bases(
@@ -56,17 +56,21 @@ def recode(
 
 @layer_operation
 def remember_queries(store: LayerStore, query: torch.Tensor, scale: float) -> None:
-    """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged."""
+    """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged.
+
+    Behind their channels for keys may be others, of latents' rotary parts.
+    """
     if store.lanes > 1:
         # A page of a lane is of any head: no queries are those of all pages.
         return
-    batch, _, new, dim = query.shape
+    batch, _, new, _ = query.shape
     for table in store.tables():
+        dim = table.plain.keys.shape[-1]
         encoders = table.pools.encoders
         in_page = new == 1 and encoders.queries is not None and store.state.seen % store.config.page_size
         if not encoders.packs or in_page:
             # Pages fill now and then: looking at every decoded token would only cost time.
             continue
-        recent = query[:, :, -ERROR_QUERY_POSITIONS:].reshape(batch, store.heads, -1, dim).transpose(0, 1)
+        recent = query[:, :, -ERROR_QUERY_POSITIONS:, :dim].reshape(batch, store.heads, -1, dim).transpose(0, 1)
         few = recent.reshape(store.heads, -1, dim)[:, :MAX_ERROR_QUERIES].clone()
         encoders.remember_queries(few.to(table.plain.device), scale)

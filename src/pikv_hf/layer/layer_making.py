@@ -14,7 +14,7 @@ from .indexed_layer import IndexedLayer
 from .layer import PiKVLayer
 from .layer_part import make_parts
 from .model_link import ModelLink
-from .own_layer import INDEXED_LAYER, index_dims, layers_of
+from .own_layer import index_dims, layers_of
 
 
 def checked_options(config: Any, pikv_config: Any, single_options: dict[str, Any], attached: bool) -> PiKVConfig:
@@ -103,16 +103,14 @@ def make_layers(
         For models as in :func:`~pikv_hf.layer.own_layer.layers_of`, and budgets that are too small.
     """
     layers = layers_of(config)
-    dims = index_dims(config.get_text_config(decoder=True))
-    layouts = {
-        index: _layout_of(index, link, spread) for index, layer in enumerate(layers) if _is_paged(layer, options)
-    }
+    dims = index_dims(config.get_text_config(decoder=True), layers)
+    paged = [index for index, layer in enumerate(layers) if _is_paged(layer, options) or dims[index] is not None]
+    layouts = {index: _layout_of(index, link, spread) for index in paged}
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
     for index, layout in layouts.items():
-        chosen = type(layers[index]) is INDEXED_LAYER
-        if chosen:
+        if dims[index] is not None:
             _check_reads_chosen(index, options)
         _check_can_route(index, options, link)
         if isinstance(layers[index], DynamicSlidingWindowLayer) and link is not None and not link.slides(index):
@@ -126,10 +124,8 @@ def make_layers(
             for location in layout.locations
         ]
         made = make_parts(index, options, layout, schedulers, tiers)
-        if chosen and dims[index]:
-            layers[index] = IndexedLayer(index, options, link, layout, made, index == min(layouts), dims[index])
-        else:
-            layers[index] = PiKVLayer(index, options, link, layout, made, leads=index == min(layouts))
+        kind = IndexedLayer if dims[index] else PiKVLayer
+        layers[index] = kind(index, options, link, layout, made, index == min(layouts), dims[index] or 0)
         layers[index].store.lock = lock
     return layers, tiers
 
@@ -156,7 +152,7 @@ def _check_reads_chosen(index: int, options: PiKVConfig) -> None:
 def _is_paged(layer: Any, options: PiKVConfig) -> bool:
     """Return whether a layer of `DynamicCache` is replaced by a paged one."""
     slides = type(layer) is DynamicSlidingWindowLayer
-    return type(layer) in (DynamicLayer, INDEXED_LAYER) or (slides and options.sliding_layers == "paged")
+    return type(layer) is DynamicLayer or (slides and options.sliding_layers == "paged")
 
 
 def _layout_of(index: int, link: ModelLink | None, spread: Devices | PartLayout | None) -> PartLayout:

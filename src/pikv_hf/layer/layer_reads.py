@@ -15,13 +15,14 @@ def dense_keys(store: LayerStore) -> torch.Tensor:
 def dense_values(store: LayerStore) -> torch.Tensor:
     """Return all values by column, `(B, H, T, Dv)`; zeros for padding and what was evicted."""
     values = _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
-    return values[..., : values.shape[-1] - store.index_dim]
+    return values[..., : values.shape[-1] - store.index_width]
 
 
 def indexer_keys(store: LayerStore) -> torch.Tensor:
     """Return the indexer's keys by column, `(B, T, Di)`, of a layer that stores them; zeros for padding."""
     values = _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
-    return values[:, 0, :, values.shape[-1] - store.index_dim :]
+    shares = values[..., values.shape[-1] - store.index_width :]
+    return shares.transpose(1, 2).flatten(2)[..., : store.index_dim]
 
 
 def check_not_evicted(store: LayerStore) -> None:

@@ -45,7 +45,7 @@ class LayerStore:
     num_experts : int
         What the layer's expert router chooses among, 0 where tokens are placed by position.
     index_dim : int
-        Channels behind those of the values, for the keys of an indexer; 0 without one.
+        Channels of the keys of an indexer, which lie behind the values of the heads; 0 without one.
 
     Attributes
     ----------
@@ -99,7 +99,7 @@ class LayerStore:
             weights, whole = list(self.layout.weights), self.config.budget_scope == "shard"
             shard_map = ShardMap(self.config.num_shards, weights, self.config.page_size, whole=whole)
         # A part whose tiers are too small for a page raises.
-        stored = kv_format.with_more_values(self.index_dim)
+        stored = kv_format.with_index(self.index_dim)
         tables = [part.begin(stored, self.config, shard_of, shard_map) for part in self.parts]
         (_, self.heads, _, _), self.dtype, self.device = kv_format
         self.shard_map = shard_map
@@ -127,15 +127,15 @@ class LayerStore:
             part.table = table
 
     @property
-    def key_dim(self) -> int:
-        """Channels of a key as it is stored, once there are pages."""
-        return self.tables()[0].plain.keys.shape[-1]
-
-    @property
     def lanes(self) -> int:
         """Rows of the table per sequence: 1, or one per KV head once heads keep different tokens."""
         table = self.parts[0].table
         return 1 if table is None else self.heads // table.plain.keys.shape[0]
+
+    @property
+    def index_width(self) -> int:
+        """Channels behind those of a head's values for its share of the indexer's keys, once there are pages."""
+        return -(-self.index_dim // self.heads) if self.index_dim else 0
 
     @property
     def awaits_index(self) -> bool:
@@ -161,7 +161,7 @@ class LayerStore:
         if (table := self.parts[0].table) is None:
             return None
         pool = table.plain
-        shape = self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3] - self.index_dim
+        shape = self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3] - self.index_width
         return KVFormat(shape, self.dtype, self.device)
 
     def shard_of(self) -> ShardOf:

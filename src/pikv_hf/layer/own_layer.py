@@ -4,7 +4,7 @@ Sliding windows and convolutions never write into their tensors, so that copies 
 its states in place. Where a release lacks one of these kinds, no layer is of it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,8 +25,9 @@ KINDS: tuple[type, ...] = (
     DynamicSlidingWindowLayer,
     *(getattr(cache_utils, name) for name in _NAMES if hasattr(cache_utils, name)),
 )
-#: Whose attention reads the tokens that an indexer chooses; paged where they hold latents.
+#: Whose attention reads the tokens that an indexer chooses: DeepSeek's, of latents, and MiniMax-M3's.
 INDEXED_LAYER: Any = getattr(cache_utils, "DynamicIndexedLayer", None)
+_BLOCK_INDEXED = "minimax_m3_sparse"
 _STATES = ("conv_states", "recurrent_states")
 #: Names of layers with K/V in the configs of releases whose caches have no others.
 _ATTENTION = {"attention", "full_attention", "sliding_attention", "chunked_attention"}
@@ -51,8 +52,10 @@ def layers_of(config: Any) -> list[Any]:
     if not _STATE_LAYER:
         _check_names(name, text)
     layers = list(DynamicCache(config=text).layers)
-    known = (DynamicLayer, *KINDS, *((INDEXED_LAYER,) if index_dims(text) else ()))
-    if unknown := [(index, type(layer).__name__) for index, layer in enumerate(layers) if type(layer) not in known]:
+    known = (DynamicLayer, *KINDS)
+    dims = index_dims(text, layers)
+    of_no_kind = [index for index, layer in enumerate(layers) if type(layer) not in known and dims[index] is None]
+    if unknown := [(index, type(layers[index]).__name__) for index in of_no_kind]:
         raise ValueError(
             f"layer {unknown[0][0]} of {name} has a cache of type {unknown[0][1]}; PiKVCache knows "
             f"{', '.join(kind.__name__ for kind in known)}"
@@ -72,19 +75,39 @@ def _check_names(name: str, text: Any) -> None:
         raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
 
 
-def index_dims(text: Any) -> list[int]:
-    """Return the channels of each layer's indexer keys, 0 for one without an indexer; empty where no layer has any.
+def index_dims(text: Any, layers: Sequence[Any]) -> list[int | None]:
+    """Return the channels of each layer's indexer keys, None for a layer whose attention reads all tokens.
 
-    `text` is the config of a decoder whose layers hold latents. Layers without an indexer of their own read what that
-    of a layer before them chose (GLM-5).
+    Parameters
+    ----------
+    text : PreTrainedConfig
+        Of the decoder.
+    layers : sequence
+        That `DynamicCache` makes for it. Those of indexers that this package does not know have None, too, and those
+        that read what the indexer of a layer before them has chosen (GLM-5) have 0.
     """
-    if getattr(text, "index_head_dim", None) is None:
-        return []
-    layers = [config_of_layer(text, index) for index in range(text.num_hidden_layers)]
-    if any(getattr(layer, "kv_lora_rank", None) is None for layer in layers):
-        return []
     kinds = getattr(text, "indexer_types", None) or ["full"] * len(layers)
-    return [0 if kind == "shared" else layer.index_head_dim for kind, layer in zip(kinds, layers, strict=True)]
+    return [_index_dim(config_of_layer(text, index), layers[index], kinds[index]) for index in range(len(layers))]
+
+
+def _index_dim(config: Any, layer: Any, kind: str) -> int | None:
+    holds_latents = getattr(config, "kv_lora_rank", None) is not None
+    if not is_indexed(layer) or (type(layer) is INDEXED_LAYER and not holds_latents):
+        return None
+    return 0 if kind == "shared" else int(config.index_head_dim)
+
+
+def is_indexed(layer: Any) -> bool:
+    """Return whether a layer of transformers has room for the keys of an indexer."""
+    return type(layer) is INDEXED_LAYER or getattr(layer, "_layer_type", None) == _BLOCK_INDEXED
+
+
+def indexer_keys_of(layer: Any) -> torch.Tensor | None:
+    """Return the keys `(B, T, Di)` of an indexer that a layer holds, None if it holds none."""
+    keys: torch.Tensor | None = getattr(layer, "indexer_keys", None)
+    if keys is None and (by_head := getattr(layer, "idx_keys", None)) is not None:
+        keys = by_head.squeeze(1)
+    return keys
 
 
 def is_state_layer(layer: Any) -> bool:

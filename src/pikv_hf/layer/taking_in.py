@@ -57,7 +57,7 @@ def take_in(
     edits.take_requested_snapshot()
     past = layer_reads.dense_history(store) if state.seen and not in_place else None
     if store.index_dim:
-        room = torch.nn.functional.pad(values, (0, store.index_dim))
+        room = torch.nn.functional.pad(values, (0, store.index_width))
         store.pending = PendingTokens(keys, room, awaits_index=True)
     elif new == 1 and state.seen:
         store.append(keys, values)

@@ -298,7 +298,7 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
 
     states = bytes_of_states(model, layers)
     latent = any(expands_latents(type(module)) for module in model.modules())
-    indexed = index_dims(text) or [0] * len(layers)
+    indexed = index_dims(text, layers)
     shapes = []
     for index, layer in enumerate(layers):
         if not has_positions(layer):
@@ -309,7 +309,9 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
         own = config_of_layer(text, index)
         queries = int(own.num_attention_heads)
         heads, keys, values = _head_dims(own, queries, latent)
-        shapes.append(LayerShape(heads, queries, keys, values + indexed[index], sliding))
+        # What an indexer compares lies behind the values, divided among the heads.
+        share = -(-(indexed[index] or 0) // heads)
+        shapes.append(LayerShape(heads, queries, keys, values + share, sliding))
     return shapes
 
 
