@@ -19,11 +19,14 @@ from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
 from pikv_hf.integration.attention_code import only_indexes, why_not_in_place
 from pikv_hf.layer.indexed_layer import IndexedLayer
-from pikv_hf.layer.own_layer import INDEXED_LAYER
+from pikv_hf.layer.own_layer import INDEXED_LAYER, indexer_keys_of
 
 #: Tokens that each query reads.
 TOP = 16
-NAMES = sorted({"deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4"} & set(CLASSES))
+LATENT = ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "mistral_large4")
+#: Chooses blocks of tokens, for each group of heads others, without a look at masks.
+BLOCKS = "minimax_m3_vl_text"
+NAMES = sorted({*LATENT, BLOCKS} & set(CLASSES))
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 2, "num_shards": 3}
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -40,7 +43,7 @@ pytestmark = pytest.mark.skipif(INDEXED_LAYER is None, reason="this transformers
 def model_of(name: str) -> Any:
     # Layers that have no indexer read what the layer before them has chosen.
     shared = {"indexer_types": ["full", "shared", "full"]} if name in ("glm_moe_dsa", "hy_v4") else {}
-    return tiny_model(name, index_topk=TOP, **shared)
+    return tiny_model(name, **({} if name == BLOCKS else {"index_topk": TOP}), **shared)
 
 
 def new_cache(name: str, **options: Any) -> PiKVCache:
@@ -66,7 +69,7 @@ def assert_same_tokens(ours: PiKVCache, theirs: Any) -> None:
     """Compare all that layers hold of tokens; what both have computed differs by rounding."""
     for mine, other in zip(ours.layers, theirs.layers, strict=True):
         pairs = [(mine.keys, other.keys), (mine.values, other.values)]
-        pairs += [(mine.indexer_keys, other.indexer_keys)] if isinstance(mine, IndexedLayer) else []
+        pairs += [(mine.indexer_keys, indexer_keys_of(other))] if isinstance(mine, IndexedLayer) else []
         for left, right in pairs:
             torch.testing.assert_close(left, right, atol=1e-3, rtol=0)
 
@@ -78,7 +81,8 @@ def test_generates_as_with_dynamic_cache(name: str, strategy: str) -> None:
     rows = 1 if strategy == "lookup" else 3
     prompt = ids(rows, 45)
     mask = torch.ones_like(prompt)
-    mask[rows // 2, : 9 * (rows > 1)] = 0
+    if rows > 1 and (name, strategy) != (BLOCKS, "chunks"):
+        mask[rows // 2, :9] = 0
     detach(model)
     expected = model.generate(prompt, attention_mask=mask, **options, **cache_argument(dynamic(name)))
     cache = new_cache(name)
@@ -115,8 +119,8 @@ def test_logits_with_lossless_options(name: str, options: dict[str, Any], tmp_pa
         {"key_codec": "int8", "value_codec": "int8", "tiers": {"cpu": "1 MiB"}},
     ],
 )
-def test_packed_tokens_are_read_as_what_they_are_decoded_to(codecs: dict[str, Any]) -> None:
-    name = "deepseek_v32"
+@pytest.mark.parametrize("name", ["deepseek_v32", BLOCKS])
+def test_packed_tokens_are_read_as_what_they_are_decoded_to(name: str, codecs: dict[str, Any]) -> None:
     cache = new_cache(name, **codecs)
     read(name, cache, ids(2, 90))
     for step in range(10):
@@ -124,14 +128,19 @@ def test_packed_tokens_are_read_as_what_they_are_decoded_to(codecs: dict[str, An
         for index, layer in enumerate(cache.layers):
             layer.settle()
             theirs.update(layer.keys, layer.values, index)
-            theirs.update_indexer(layer.indexer_keys, index)
+            if name == BLOCKS and index:
+                theirs.layers[index].update_index(layer.idx_keys)
+            elif name != BLOCKS:
+                theirs.update_indexer(layer.indexer_keys, index)
         token = ids(2, 1, step)
         torch.testing.assert_close(read(name, cache, token), read(name, theirs, token), atol=1e-3, rtol=0)
     assert len(cache.layers[0].table.pools.by_id()) > 1
 
 
-def test_a_step_reads_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    name, gathered = "deepseek_v32", []
+# Of both heads four blocks of four tokens each.
+@pytest.mark.parametrize(("name", "chosen"), [("deepseek_v32", TOP), (BLOCKS, 2 * 4 * 4)])
+def test_a_step_reads_what_is_chosen(name: str, chosen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = []
     gather = indexed_attention.gather_tokens
 
     def note(codes: Any, numbers: torch.Tensor, *rest: Any) -> torch.Tensor:
@@ -141,13 +150,14 @@ def test_a_step_reads_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = new_cache(name)
     read(name, cache, ids(1, 300))
     monkeypatch.setattr(indexed_attention, "gather_tokens", note)
-    cache.layers[0].settle()
-    in_full_pages = int(cache.layers[0].table.view.full_pages().counts.sum())
+    cache.layers[1].settle()
+    in_full_pages = int(cache.layers[1].table.view.full_pages().counts.sum())
     assert in_full_pages > 200
     for _ in range(3):
         read(name, cache, ids(1, 1))
     # Of keys and values, in each layer and step.
-    assert gathered == [TOP] * (2 * 3 * len(cache.layers))
+    indexed = sum(isinstance(layer, IndexedLayer) for layer in cache.layers)
+    assert gathered == [chosen] * (2 * 3 * indexed)
 
 
 OPERATIONS = st.lists(
@@ -167,7 +177,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=25, deadline=None)
 @given(operations=OPERATIONS, seed=st.integers(0, 99))
 def test_programs(operations: list[tuple[str, Any]], seed: int) -> None:
-    name = ("deepseek_v32", "glm_moe_dsa")[seed % 2]
+    name = ("deepseek_v32", "glm_moe_dsa", BLOCKS)[seed % 3]
     ours, theirs = new_cache(name), dynamic(name)
     for cache in (ours, theirs):
         read(name, cache, ids(2, 30, seed))
@@ -193,18 +203,20 @@ def test_programs(operations: list[tuple[str, Any]], seed: int) -> None:
         assert_same_tokens(ours, theirs)
 
 
-def test_bytes_are_those_of_dynamic_cache() -> None:
-    name = "deepseek_v32"
+@pytest.mark.parametrize("name", ["deepseek_v32", BLOCKS])
+def test_bytes_are_those_of_dynamic_cache(name: str) -> None:
     cache, theirs = new_cache(name, recent_window=0, sink_tokens=0), dynamic(name)
     for each in (cache, theirs):
         read(name, each, ids(1, 400))
-    held = sum(x.nbytes for layer in theirs.layers for x in (layer.keys, layer.values, layer.indexer_keys))
+    of_layers = [(layer.keys, layer.values, indexer_keys_of(layer)) for layer in theirs.layers]
+    held = sum(x.nbytes for tensors in of_layers for x in tensors if x is not None)
     report = cache.memory_report()
     assert held <= report.keys + report.values < 1.25 * held
 
 
-def test_gradients_are_those_of_dynamic_cache() -> None:
-    name, gradients = "deepseek_v32", []
+@pytest.mark.parametrize("name", ["deepseek_v32", BLOCKS])
+def test_gradients_are_those_of_dynamic_cache(name: str) -> None:
+    gradients: list[Any] = []
     model = model_of(name)
     for tokens in (1, 4):
         for cache in (new_cache(name), dynamic(name)):
@@ -297,6 +309,18 @@ def test_indices_that_are_no_positions_are_refused() -> None:
     indexer.register_forward_hook(lambda _, args, out: out.float())
     with pytest.raises(NotImplementedError, match=r"indices that are no integers \(2, 1, 'k'\)"), torch.no_grad():
         model(ids(2, 1), **cache_argument(cache))
+
+
+def test_padding_that_comes_later_is_refused_where_it_is_compared() -> None:
+    cache, theirs = new_cache(BLOCKS), dynamic(BLOCKS)
+    for each in (cache, theirs):
+        read(BLOCKS, each, ids(2, 30))
+    mask = torch.ones(2, 33, dtype=torch.long)
+    mask[0, 30:32] = 0
+    with pytest.raises(NotImplementedError, match="compares padding, too"):
+        read(BLOCKS, cache, ids(2, 3), mask)
+    cache.crop(30)
+    torch.testing.assert_close(read(BLOCKS, cache, ids(2, 1)), read(BLOCKS, theirs, ids(2, 1)), atol=1e-3, rtol=0)
 
 
 class Indexer(torch.nn.Module):

@@ -97,6 +97,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "llama4_text": {"no_rope_layers": [1, 1, 0], "num_hidden_layers": 3},
     "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {
+        **{"layer_types": ["full_attention", "minimax_m3_sparse", "minimax_m3_sparse"], "index_n_heads": 2},
+        **{"index_head_dim": 16, "index_block_size": 4, "index_topk_blocks": 4, "index_local_blocks": 1},
+    },
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16] * 4, "depths": [1] * 4},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 120},
     "reformer": {"attn_layers": ["local", "lsh", "local"], "axial_pos_embds": False},

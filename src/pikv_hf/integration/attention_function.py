@@ -20,7 +20,7 @@ from ..layer.layer_reads import with_history
 from ..layer.layer_reference import LayerReference
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
-from .chosen_tokens import BLOCK_INDICES, chosen_columns, chosen_positions, only_chosen
+from .chosen_tokens import BLOCK_INDICES, as_averages, chosen_columns, chosen_positions, only_chosen
 from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
 from .latent_attention import absorbed_queries, expanded_outputs, holds_latents, layer_of_latents
@@ -66,11 +66,11 @@ def pikv_attention_forward(
     if is_batched(kwargs):
         return attend_batched(module, query, key, value, scale, kwargs)
     call = _Call(module, query, attention_mask, scale, kwargs.get("s_aux"), kwargs.get("softcap"))
+    call.keeps_padding = kwargs.get(BLOCK_INDICES) is not None
     if isinstance(layer, PiKVLayer):
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
         call.query, call.mask = query.to(layer.store.dtype), mask
-        call.keeps_padding = kwargs.get(BLOCK_INDICES) is not None
         new = 1 if layer.pending is None else layer.pending.tokens
         # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
         key, value = key[:, :, -new:], value[:, :, -new:]
@@ -82,7 +82,8 @@ def pikv_attention_forward(
     if key.shape[2] == query.shape[2]:
         forget_reader(module)
     if (positions := chosen_positions(module, query, key.shape[2], kwargs)) is not None:
-        call.mask = only_chosen(attention_mask, positions, query.shape[1], key.shape[2])
+        shown = only_chosen(attention_mask, positions, query.shape[1], key.shape[2])
+        call.mask = as_averages(shown, query.dtype) if call.keeps_padding else shown
     elif attention_mask is None and 1 < query.shape[2] < key.shape[2] and is_causal(module, kwargs):
         call.mask = _trailing_causal_mask(query, key)
     if call.sinks is None and call.softcap is None:
@@ -177,7 +178,8 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     remember_queries(layer.store, query, call.scale)
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
-        output, _ = sdpa_attention_forward(call.module, call.query, key, value, mask, 0.0, call.scale)
+        seen = as_averages(mask, query.dtype) if call.keeps_padding and mask is not None else mask
+        output, _ = sdpa_attention_forward(call.module, call.query, key, value, seen, 0.0, call.scale)
         if layer.parts[0].scheduler is not None:
             begin_step(layer)
             note_queries(layer, query, mask, call.scale, None, None, absorbed)
@@ -262,6 +264,11 @@ def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, 
         raise NotImplementedError(
             f"{where}: attention reads chosen positions, and those of tokens from outside, or of another layer, are "
             "not known"
+        )
+    if call.keeps_padding and layer.seen > call.query.shape[2] and _stored_tokens(call.mask) is not None:
+        raise NotImplementedError(
+            f"{where}: {type(call.module).__name__} compares padding, too, which can come with a row's first tokens "
+            "alone; give prompts with padding in one piece"
         )
     if layer.attachment is not None and not layer.attachment.owns(call.module):
         raise ValueError(

@@ -112,3 +112,13 @@ def chosen_columns(mask: torch.Tensor | None, positions: torch.Tensor, heads: in
         return None
     shown = mask[:, :, 0].expand(*columns.shape[:2], -1).gather(2, columns.clamp_min(0))
     return columns.where(shown, -1)
+
+
+def as_averages(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a mask as MiniMax-M3 adds a boolean one to logits: who sees nothing gets the average of all tokens.
+
+    What comes of padding so is what later layers compare of it.
+    """
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
