@@ -7,11 +7,11 @@ import pytest
 import torch
 from families import FAMILIES
 from planned_models import bundled
-from transformers import DynamicCache
-from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention
 
+from pikv_hf import PiKVCache
 from pikv_hf.eval.cli.plan_command import MODEL_CONFIGS
-from pikv_hf.integration.latent_attention import expands_latents
+from pikv_hf.layer.input_checks import KVFormat
+from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.planning.model_shape import expected_experts, load_config, shape_of
 
 # Parameters, layers, paged ones, KV heads, dims of keys and values.
@@ -21,7 +21,8 @@ BUNDLED = {
     "allenai/OLMoE-1B-7B-0924": (6_919_161_856, 16, 16, 16, 128, 128),
     "openai/gpt-oss-20b": (20_914_757_184, 24, 12, 8, 64, 64),
     "openai/gpt-oss-120b": (116_829_156_672, 36, 18, 8, 64, 64),
-    "deepseek-ai/DeepSeek-V2-Lite": (15_706_484_224, 27, 27, 16, 192, 128),
+    # One latent and its rotary key for all heads.
+    "deepseek-ai/DeepSeek-V2-Lite": (15_706_484_224, 27, 27, 1, 512, 64),
 }
 
 
@@ -34,9 +35,6 @@ def test_every_bundled_config_is_tested():
 def test_bundled_models_have_their_parameters_and_heads(name):
     shape = bundled(name)
     params, layers, paged, heads, keys, values = BUNDLED[name]
-    if "DeepSeek" in name and expands_latents(DeepseekV2Attention):
-        # One latent and its rotary key for all heads.
-        heads, keys, values = 1, 512, 64
     assert shape.params == params
     assert (len(shape.layers), len(shape.paged_layers)) == (layers, paged)
     assert {(x.kv_heads, x.key_dim, x.value_dim) for x in shape.layers} == {(heads, keys, values)}
@@ -72,11 +70,11 @@ def test_mxfp4_experts_are_counted_as_they_are_stored():
 def test_shapes_are_those_of_the_cache_that_the_model_fills(family):
     model = FAMILIES[family].build()
     shape = shape_of(model.config, family, dtype="float32")
-    cache = DynamicCache(config=model.config)
+    cache = PiKVCache.for_model(model, placement="hash")
     model(torch.randint(2, 99, (1, 40)), past_key_values=cache)
     for layer, expected in zip(cache.layers, shape.layers, strict=True):
-        assert (layer.keys.shape[1], layer.keys.shape[3]) == (expected.kv_heads, expected.key_dim)
-        assert layer.values.shape[3] == expected.value_dim
+        stored = layer.store.kv_format() if isinstance(layer, PiKVLayer) else KVFormat.of(layer.keys, layer.values)
+        assert stored.shape[1:] == (expected.kv_heads, expected.key_dim, expected.value_dim)
         assert layer.keys.shape[2] == min(40, expected.sliding or 40)
     assert shape.params == sum(parameter.numel() for parameter in model.parameters())
     assert any(layer.experts for layer in shape.layers) == FAMILIES[family].routed

@@ -8,6 +8,7 @@ from families import FAMILIES
 
 from pikv_hf import PiKVCache
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.layer_reads import stored_mask
 
 SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "num_shards": 4}
 #: Of families whose layers differ from one to the next.
@@ -45,7 +46,8 @@ def assert_spread(cache: PiKVCache) -> None:
         layer.settle()
         held = sum(table.view.stored_mask(layer.seen).long() for table in layer.store.tables())
         assert torch.equal(
-            held.view(layer.batch, layer.store.lanes, -1).expand(-1, layer.store.heads, -1), layer.stored_mask().long()
+            held.view(layer.batch, layer.store.lanes, -1).expand(-1, layer.store.heads, -1),
+            stored_mask(layer.store).long(),
         )
         # Heads that keep different tokens have more pages than devices have.
         assert len({id(table.plain) for table in layer.store.tables()}) == layer.layout.parts

@@ -19,6 +19,10 @@ class FakeAttachment:
     def __init__(self) -> None:
         self.expert_routers = {0: SimpleNamespace(num_experts=EXPERTS)}
 
+    @property
+    def latents(self) -> Any:
+        return SimpleNamespace(expansion=lambda layer_idx: None)
+
     def is_active(self, layer_idx: int) -> bool:
         return True
 

@@ -11,6 +11,7 @@ import transformers
 
 from pikv_hf import PiKVCache, PiKVConfig
 from pikv_hf.layer.layer_codecs import remember_queries
+from pikv_hf.layer.taking_in import take_in
 from pikv_hf.planning.cache_contents import CacheContents
 from pikv_hf.planning.cache_memory import cache_bytes, part_bytes
 from pikv_hf.planning.model_shape import ModelShape, shape_of
@@ -108,11 +109,11 @@ def filled(model: Any, shape: ModelShape, tokens: int, batch: int, generated: in
         for index, (layer, geometry) in enumerate(zip(cache.layers, shape.layers, strict=True)):
             keys = torch.randn(batch, geometry.kv_heads, new, geometry.key_dim, dtype=dtype)
             values = torch.randn(batch, geometry.kv_heads, new, geometry.value_dim, dtype=dtype)
-            # Of the cache's own `update` all that no forward of the model calls is stored by position.
+            # Of the cache's own `update` all that no forward of the model calls is stored by position, and expanded.
             if geometry.sliding is not None:
                 cache.update(keys, values, index)
             else:
-                layer.update_from_attention(keys, values)
+                take_in(layer, keys, values, in_place=True)
                 layer.attend_begins(None)
                 remember_queries(
                     layer.store,

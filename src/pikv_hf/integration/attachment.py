@@ -27,6 +27,7 @@ from .attention_implementation import ATTENTION_NAME, BATCHED_NAME, AttachedImpl
 from .expert_router import ExpertRouter, Lazy
 from .kvpress_marks import note_reader, take_marks
 from .latent_attention import absorbs, expands_latents
+from .latent_calls import LatentCalls
 from .layer_calls import LayerCalls
 from .mask_function import pikv_mask
 from .model_hook import place_hook
@@ -54,6 +55,8 @@ class Attachment:
         self._calls = LayerCalls()
         #: The forwards of attention that run.
         self.attention_calls = AttentionCalls()
+        #: What they expand before they cache it.
+        self.latents = LatentCalls(self.attention_calls)
         self._handles: list[Any] = []
         self._previous: dict[int, Any] = {}
         # A cache that is made while a press has the model attached needs it to stay so.
@@ -206,6 +209,7 @@ class Attachment:
         if not self._handles:
             self._handles = [handle for index in parts.routers for handle in self._follow_router(index)]
             self._handles += place_attention_hooks(self, parts)
+            self._handles += self.latents.follow(parts.attention_modules())
         for module in parts.attention_modules().values():
             if expands_latents(type(module)):
                 setattr(module, ATTACHMENT_ATTRIBUTE, self)

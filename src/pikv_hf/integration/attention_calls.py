@@ -4,6 +4,7 @@ import threading
 import weakref
 from typing import Any
 
+import torch
 from transformers import Cache
 
 from ..common.transformers_release import cache_of_call
@@ -23,6 +24,8 @@ class AttentionCalls(threading.local):
         self._stack: list[tuple[int, weakref.ref[Any] | None]] = []
         # Of each the layer that its keys stand for, though they do not carry a reference to it.
         self._meant: list[weakref.ref[Any] | None] = []
+        # Of each the latents that it has expanded.
+        self._latents: list[torch.Tensor | None] = []
 
     def begin(self, layer_idx: int, layer: Any) -> None:
         """Note that an attention module begins, which will hand new tokens to this layer of a cache, or to None."""
@@ -31,12 +34,14 @@ class AttentionCalls(threading.local):
             self.take(layer)
         self._stack.append((layer_idx, None if layer is None else weakref.ref(layer)))
         self._meant.append(None)
+        self._latents.append(None)
 
     def end(self, layer_idx: int) -> None:
         """Note that an attention module has ended, or failed, perhaps before it began for :meth:`begin`."""
         if self._stack and self._stack[-1][0] == layer_idx:
             self._stack.pop()
             self._meant.pop()
+            self._latents.pop()
 
     def refer(self, layer: Any) -> None:
         """Note that the keys of the innermost call, if it is of this layer's attention, stand for this layer."""
@@ -48,6 +53,18 @@ class AttentionCalls(threading.local):
         if not self._stack or self._stack[-1][0] != layer_idx or (meant := self._meant[-1]) is None:
             return None
         return meant()
+
+    def note_latents(self, layer_idx: int, latents: Any) -> None:
+        """Note what the innermost call, if it is of this attention and has yet to give a cache its tokens, expands."""
+        if self._stack and self._stack[-1][0] == layer_idx and self._stack[-1][1] is not None:
+            self._latents[-1] = latents
+
+    def take_latents(self, layer_idx: int) -> torch.Tensor | None:
+        """Return, once, what the innermost call has expanded, None if that is not of this attention."""
+        if not self._stack or self._stack[-1][0] != layer_idx:
+            return None
+        latents, self._latents[-1] = self._latents[-1], None
+        return latents
 
     def gives_to(self, layer: Any) -> bool:
         """Return whether a running call has yet to hand its tokens to this layer of a cache."""

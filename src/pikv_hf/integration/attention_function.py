@@ -23,7 +23,7 @@ from .call_arguments import check_arguments, check_causal, is_causal
 from .chosen_tokens import BLOCK_INDICES, as_averages, chosen_columns, chosen_positions, only_chosen
 from .continuous_batching import attend_batched, is_batched
 from .kvpress_marks import forget_reader, without_marked
-from .latent_attention import absorbed_queries, expanded_outputs, holds_latents, layer_of_latents
+from .latent_attention import absorbed_queries, expanded_outputs, expands_latents, holds_latents, layer_of_latents
 from .mask_function import columns_of_layer
 from .running_attention import check_running_was_read
 
@@ -231,7 +231,7 @@ def _with_gradients(
     keys, values = layer.dense()
     before, stored = keys.shape[2] - key.shape[2], layer.stored_mask()
     past = keys[:, :, :before], values[:, :, :before]
-    if holds_latents(layer, call.module):
+    if expands_latents(type(call.module)):
         past, stored = call.module.expand_kv(*past), stored.expand(-1, key.shape[1], -1)  # type: ignore[operator]
     dense = call.dense_output(*with_history(past, key, value), stored)
     return output.detach() + (dense - dense.detach())

@@ -1,8 +1,8 @@
 """Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): all heads share a token's latent and rotary key.
 
 Newer releases of transformers cache these two, and expand all of them to keys and values of every head before they
-attend. Over pages nothing is expanded: what makes keys of latents goes into the queries, and what makes values of them
-comes after attention, as in the authors' own decoding.
+attend; older ones expand first, and cache what comes of it. Over pages nothing is expanded: what makes keys of latents
+goes into the queries, and what makes values of them comes after attention, as in the authors' own decoding.
 """
 
 import ast
@@ -16,6 +16,8 @@ from torch import nn
 
 from ..common.foreign_attributes import ATTACHMENT_ATTRIBUTE
 from ..layer.layer import PiKVLayer
+from .latent_code import caches_expanded_latents
+from .model_hook import CopiedHook, ModelHook
 
 #: The method that expands latents `(B, 1, T, R)` and rotary keys `(B, 1, T, Dr)` to keys and values of all heads.
 EXPANSION = "expand_kv"
@@ -35,13 +37,28 @@ def absorbs(module: nn.Module) -> bool:
     kind: Any = type(module)
     if not expands_latents(kind) or _code_of_expansion(kind) != _known_code():
         return False
-    projection: Any = module.kv_b_proj
+    return is_plain(module.kv_b_proj)
+
+
+def expands_before_caching(module: Any) -> bool:
+    """Return whether an attention module hands a cache what it expands of latents, by no more than a projection."""
+    forward = getattr(inspect.unwrap(module.forward), "__code__", None)
+    # Not one that was put in its place, of which nothing is known.
+    own = forward is inspect.unwrap(type(module).forward).__code__
+    kind: Any = type(module)
+    return own and caches_expanded_latents(kind) and is_plain(module.kv_b_proj)
+
+
+def is_plain(projection: Any) -> bool:
+    """Return whether a projection is no more than a matrix that is there, and that nothing is added to."""
     if type(projection) is not nn.Linear or projection.bias is not None:
         return False
     weight = projection.weight
     plain = type(weight.data) is torch.Tensor and weight.is_floating_point() and not weight.is_meta
     # Its matrix may come and go with each call, as accelerate's hooks have it, or its output be changed by hooks.
-    return plain and not (projection._forward_hooks or projection._forward_pre_hooks or hasattr(projection, "_hf_hook"))
+    hooks = (*projection._forward_hooks.values(), *projection._forward_pre_hooks.values())
+    watched = all(isinstance(hook, ModelHook | CopiedHook) for hook in hooks)
+    return plain and watched and not vars(projection).keys() & {"_hf_hook", "forward"}
 
 
 @functools.cache
@@ -96,4 +113,6 @@ def layer_of_latents(module: nn.Module) -> Any:
 
 def holds_latents(layer: PiKVLayer, module: nn.Module) -> bool:
     """Return whether a layer of a cache holds the latents of an attention module."""
-    return expands_latents(type(module)) and layer.store.heads == 1
+    if expands_latents(type(module)):
+        return layer.store.heads == 1
+    return layer.edits.latents.expansion() is not None

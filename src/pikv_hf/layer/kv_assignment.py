@@ -1,5 +1,7 @@
 """K/V assigned from outside, as kvpress does: what was handed out before, and what becomes of what comes back."""
 
+from collections.abc import Iterable
+
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -9,7 +11,7 @@ from ..page_table.compaction import ExactTokens
 from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
 from .input_checks import KVFormat, admit
-from .layer_reads import dense_keys, dense_values
+from .layer_reads import dense_keys
 from .layer_store import LayerStore
 from .model_link import ModelLink
 from .table_rebuild import TableRebuild
@@ -81,14 +83,13 @@ class HandedOut:
         )
 
 
-def begins_with(store: LayerStore, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Return whether a layer's first tokens are these, which torch says nobody has written into.
+def begins_with(dense: Iterable[torch.Tensor], keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Return whether the first tokens of dense K/V are these, which torch says nobody has written into.
 
     It does not know of what was written through `.data` or NumPy. Decoding the same codes twice may differ a little.
     """
     tokens = keys.shape[2]
-    pairs = (keys, dense_keys(store)), (values, dense_values(store))
-    return all(_is_close(given, there[:, :, :tokens]) for given, there in pairs)
+    return all(_is_close(given, there[:, :, :tokens]) for given, there in zip((keys, values), dense, strict=True))
 
 
 def _is_close(given: torch.Tensor, there: torch.Tensor) -> bool:
@@ -134,20 +135,17 @@ def _replace_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor,
     if state.evicted:
         # What was evicted was handed out as zeros, and comes back as such: it is no token now either.
         stored = (keys != 0).any(dim=-1) | (values != 0).any(dim=-1)
-    tables = _assigned_tables(store, ExactTokens(keys, values, stored))
+    tables = replaced_tables(store, ExactTokens(keys, values, stored))
     store.drop_pending()
     store.replace_tables(tables)
-    if store.shard_map is not None:
-        store.shard_map.rescale(0)
-        store.shard_map.add_evenly(float(stored.sum()) / store.heads)
     state.evicted = state.evicted and not bool(stored.all())
     state.seen = state.assigned = keys.shape[2]
     state.dropped = positions - state.seen if picked else 0
     store.note_evictions()
 
 
-def _assigned_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
-    """Return a table of each part for tokens from outside; the old ones stay as they are."""
+def replaced_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
+    """Return a table of each part for tokens of all columns, within a transaction; the old ones stay as they are."""
     stored = tokens.stored
     leaders = equal_rows([tokens.keys[:, :, -1:]], [tokens.keys, tokens.values])
     # Where the tokens' experts were known they are not any more: they are spread over the shards page by page.
@@ -159,11 +157,14 @@ def _assigned_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
         table = part.assigned_table(ExactTokens(tokens.keys, tokens.values, mine), rebuild)
         part.fit(table, store.heads // table.plain.keys.shape[0], stored.shape[2])
         tables.append(table)
+    if store.shard_map is not None:
+        store.shard_map.rescale(0)
+        store.shard_map.add_evenly(float(stored.sum()) / store.heads)
     return tables
 
 
 def check_assigned(
-    store: LayerStore, link: ModelLink | None, keys: object, values: object
+    store: LayerStore, kv_format: KVFormat | None, link: ModelLink | None, keys: object, values: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is assigned to a layer as keys and values, refused unless they are tensors that fit it.
 
@@ -179,7 +180,7 @@ def check_assigned(
         )
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise TypeError(f"layer {store.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
-    keys, values = admit(store.layer_idx, keys, values, store.kv_format(), link)
+    keys, values = admit(store.layer_idx, keys, values, kv_format, link)
     return detached(keys), detached(values)
 
 

@@ -147,15 +147,19 @@ class PiKVLayer(CacheLayerMixin):
         """What the first part stores: everything but shards on other devices."""
         return self.parts[0].table
 
+    def kv_format(self) -> KVFormat | None:
+        """Return what new K/V must be like, None while the layer is empty."""
+        return self.edits.latents.kv_format()
+
     @layer_operation
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all K/V by column, `(B, H, T, D)` and `(B, H, T, Dv)`; zeros for padding and what was evicted."""
-        return layer_reads.dense_keys(self.store), layer_reads.dense_values(self.store)
+        return self.edits.latents.dense(KV.KEYS), self.edits.latents.dense(KV.VALUES)
 
     @layer_operation
     def stored_mask(self) -> torch.Tensor:
         """Return `(B, H, T)` bool, which columns hold a token of a KV head: neither padding nor evicted."""
-        return layer_reads.stored_mask(self.store)
+        return self.edits.latents.stored_mask()
 
     # One call of the model: update, attention, the expert router's choice
 
@@ -196,12 +200,13 @@ class PiKVLayer(CacheLayerMixin):
         With PiKV's attention that is the new K/V alone, carrying a reference to this layer, from which it reads the
         history; with another it is all K/V.
         """
-        keys, values = admit(self.layer_idx, key_states, value_states, self.store.kv_format(), self.attachment)
+        keys, values = admit(self.layer_idx, key_states, value_states, self.kv_format(), self.attachment)
         in_place, history = self.reference.is_expected(), self.seen > 0
         # The layer that was read before may be another cache's.
         if self.attachment is not None and not self.state.reference_lost:
             self.attachment.reads(self.edits, prompt=not history)
-        past = take_in(self, detached(keys), detached(values), in_place)
+        stored = self.edits.latents.of_call(keys, values, in_place and not self.edits.awaits_press)
+        past = take_in(self, detached(stored[0]), detached(stored[1]), in_place)
         with taken_back_on_error(self, keys.shape[2]):
             if past is not None:
                 # Out of what is stored no gradient comes, out of the new K/V it may.
@@ -220,9 +225,10 @@ class PiKVLayer(CacheLayerMixin):
 
     def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store K/V that no forward of the attached model brings, by position, and return all; see :meth:`update`."""
-        keys, values = admit(self.layer_idx, keys, values, self.store.kv_format(), self.attachment)
+        keys, values = admit(self.layer_idx, keys, values, self.kv_format(), self.attachment)
         check_not_padded(self.layer_idx, self.store.is_padded)
         self.reference.check_history_was_read()
+        self.edits.latents.expand()
         past = take_in(self, detached(keys), detached(values), in_place=False)
         with taken_back_on_error(self, keys.shape[2]):
             if past is not None:
@@ -362,6 +368,7 @@ class PiKVLayer(CacheLayerMixin):
         made = self.layer_idx, self.config, self.attachment, self.layout, parts, self.leads, self.store.index_dim
         twin = type(self)(*made)
         twin.store.go_on_from(self.store)
+        twin.edits.latents.go_on_from(self.edits.latents)
         twin.prompt_mark, twin.reference.code = self.prompt_mark, self.reference.code
         return twin
 

@@ -12,9 +12,9 @@ from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.cropping import Crop
 from . import press_eviction
 from .kv_assignment import KVAssignment, assign_tokens, begins_with, check_assigned
+from .latent_tokens import LatentTokens
 from .layer_cropping import Snapshot, reserved_crops, shorten_state
 from .layer_operation import layer_operation
-from .layer_reads import dense_keys, dense_values
 from .layer_store import LayerStore
 from .model_link import ModelLink
 
@@ -34,6 +34,8 @@ class LayerEdits:
 
     Attributes
     ----------
+    latents : LatentTokens
+        The tokens as the model has them, where the layer stores latents.
     assignment : KVAssignment
         Of keys and values from outside.
     snapshot : Snapshot or None
@@ -44,6 +46,7 @@ class LayerEdits:
 
     def __init__(self, store: LayerStore, link: ModelLink | None) -> None:
         self.store, self.link = store, link
+        self.latents = LatentTokens(store, link)
         self.layer_idx, self.exchange = store.layer_idx, store.layout.exchange
         self.reset()
 
@@ -152,6 +155,9 @@ class LayerEdits:
     def keep(self, kept: torch.Tensor) -> None:
         """Evict tokens and keep the others in the widths given; see :meth:`PiKVLayer.keep`."""
         press_eviction.check_evicts(self.store, self.link is not None)
+        if (expansion := self.latents.expansion()) is not None:
+            press_eviction.check_kept(self.store, expansion.expanded[0], kept)
+            self.latents.expand()
         press_eviction.keep_tokens(self.store, kept)
         self._tokens_changed()
         self.awaits_press = False
@@ -160,6 +166,7 @@ class LayerEdits:
         """Evict the tokens that kvpress's head-wise presses have marked on the attention module."""
         marks = None if self.link is None else self.link.take_marks(self)
         if marks is not None and self.store.table is not None:
+            self.latents.expand()
             self.keep(press_eviction.kept_by_marks(self.store, marks))
 
     # K/V assigned from outside
@@ -170,14 +177,16 @@ class LayerEdits:
         if self.store.table is None:
             return None
         self.settle_marks()
-        dense = dense_keys(self.store) if which is KV.KEYS else dense_values(self.store)
-        return self.assignment.hand_out(which, dense)
+        return self.assignment.hand_out(which, self.latents.dense(which))
 
     def assign_values(self, values: object) -> None:
         """Complete an assignment of keys and values; the first tokens of what was handed out are a crop."""
         staged = self.assignment.take_staged()
         keys = self.hand_out(KV.KEYS) if staged is None else staged
-        self._assign(*check_assigned(self.store, self.link, keys, values))
+        self._assign(*self._checked(keys, values))
+
+    def _checked(self, keys: object, values: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return check_assigned(self.store, self.latents.kv_format(), self.link, keys, values)
 
     @layer_operation
     def complete_assignment(self) -> None:
@@ -199,16 +208,17 @@ class LayerEdits:
             )
         self.assignment.staged = None
         try:
-            self._assign(*check_assigned(self.store, self.link, keys, values))
+            self._assign(*self._checked(keys, values))
         except BaseException:
             self.assignment.staged = keys
             raise
 
     @layer_operation
     def _assign(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self.assignment.is_crop(keys, values) and begins_with(self.store, keys, values):
+        if self.assignment.is_crop(keys, values) and begins_with(map(self.latents.dense, KV), keys, values):
             self.truncate(values.shape[2])
         else:
+            self.latents.expand()
             assign_tokens(self.store, keys, values, may_be_picked=self.link is not None)
             self._tokens_changed()
 

@@ -29,7 +29,7 @@ def complete_assignments(layers: Sequence[Any]) -> None:
 def format_of(layer: Any) -> KVFormat | None:
     """Return what new K/V of a layer must be like, None for one that is empty or knows none."""
     if isinstance(layer, PiKVLayer):
-        return layer.store.kv_format()
+        return layer.kv_format()
     return kv_format(layer) if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 

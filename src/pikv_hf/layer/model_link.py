@@ -34,12 +34,41 @@ class LinkedLayer(Protocol):
         """Evict the tokens that kvpress's head-wise presses have marked on the attention module."""
 
 
+class Expansion(Protocol):
+    """How latents and rotary keys become keys and values of all heads."""
+
+    @property
+    def stored(self) -> tuple[int, int, int]:
+        """Return `(1, R, Dr)`, heads, latent and rotary channels as they are stored."""
+
+    @property
+    def expanded(self) -> tuple[int, int, int]:
+        """Return `(H, D, Dv)`, heads and channels of keys and values."""
+
+    def expand(self, latents: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `(B, H, T, D)` and `(B, H, T, Dv)` of `(B, 1, T, R)` and `(B, 1, T, Dr)`."""
+
+
+class Latents(Protocol):
+    """What attention that expands latents before it caches them has of them."""
+
+    def expansion(self, layer_idx: int) -> Expansion | None:
+        """Return how the latents of a layer are expanded, None where there are none to be had from its attention."""
+
+    def of_call(self, layer_idx: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return, once, `(B, 1, Q, R)` and `(B, 1, Q, Dr)` of the running call's keys `(B, H, Q, D)`, or None."""
+
+
 class ModelLink(Protocol):
     """The model that a cache is made for; :class:`~pikv_hf.integration.attachment.Attachment` is one."""
 
     @property
     def expert_routers(self) -> Mapping[int, ExpertCount]:
         """The expert routers of the model, by layer index."""
+
+    @property
+    def latents(self) -> Latents:
+        """What attention that expands latents before it caches them has of them."""
 
     def is_active(self, layer_idx: int) -> bool:
         """Return whether the layer's attention calls PiKV's function now."""

@@ -20,6 +20,11 @@ def check_evicts(store: LayerStore, is_attached: bool) -> None:
         )
 
 
+def check_kept(store: LayerStore, heads: int, kept: torch.Tensor) -> None:
+    """Refuse what is to be kept of so many heads as :func:`~pikv_hf.layer.table_rebuild.checked_widths` does."""
+    checked_widths(kept, (store.batch, heads, store.state.seen), f"layer {store.layer_idx}")
+
+
 def keep_tokens(store: LayerStore, kept: torch.Tensor) -> None:
     """Evict tokens and keep the others in the widths given; see :meth:`PiKVLayer.keep`."""
     state = store.state

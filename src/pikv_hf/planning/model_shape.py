@@ -30,7 +30,7 @@ class LayerShape:
     kv_heads, query_heads : int
         Heads of the stored keys and values, and of the queries.
     key_dim, value_dim : int
-        Per head; they differ in DeepSeek's latent attention, and behind values may be the keys of an indexer.
+        Per head; of latent attention (DeepSeek) a latent and a rotary key. Behind values may be the keys of an indexer.
     sliding : int or None
         Tokens that a bounded sliding layer keeps at most; None for a paged one, 0 for one without K/V.
     state_bytes : int
@@ -293,11 +293,14 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
 
     from pikv_hf.common.transformers_release import config_of_layer
     from pikv_hf.integration.latent_attention import expands_latents
+    from pikv_hf.integration.latent_code import caches_expanded_latents
     from pikv_hf.layer.own_layer import has_positions, index_dims
     from pikv_hf.planning.state_bytes import bytes_of_states
 
     states = bytes_of_states(model, layers)
-    latent = any(expands_latents(type(module)) for module in model.modules())
+    kinds: set[Any] = {type(module) for module in model.modules()}
+    # Where transformers caches what latents are expanded to, a cache of an attached model stores the latents.
+    latent = any(expands_latents(kind) or caches_expanded_latents(kind) for kind in kinds)
     indexed = index_dims(text, layers)
     shapes = []
     for index, layer in enumerate(layers):
@@ -320,7 +323,7 @@ def _head_dims(text: Any, queries: int, latent: bool) -> tuple[int, int, int]:
     if latent:
         return 1, int(text.kv_lora_rank), int(text.qk_rope_head_dim)
     if getattr(text, "kv_lora_rank", None) and getattr(text, "qk_nope_head_dim", None):
-        # Latent attention: transformers stores keys and values of all heads, as they are after the up-projection.
+        # Latent attention of code that is not known: keys and values of all heads, as they are after the up-projection.
         return queries, int(text.qk_nope_head_dim + text.qk_rope_head_dim), int(text.v_head_dim)
     heads = getattr(text, "num_key_value_heads", None) or getattr(
         getattr(text, "attn_config", None), "kv_n_heads", None

@@ -1,0 +1,152 @@
+"""The latents of attention that expands them before it caches: what its projection is given in the running call."""
+
+import dataclasses
+import functools
+import inspect
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from .attention_calls import AttentionCalls
+from .latent_attention import expands_before_caching, is_plain
+from .latent_code import PROJECTION
+from .model_hook import place_hook
+
+_PACKAGE = __name__.partition(".")[0] + "."
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LatentExpansion:
+    """How latents and rotary keys become keys and values of all heads: by a projection that a model has, or had.
+
+    Attributes
+    ----------
+    stored : tuple of int
+        `(1, R, Dr)`: heads, latent and rotary channels as they are stored.
+    expanded : tuple of int
+        `(H, Dn + Dr, Dv)`: heads and channels of keys and values.
+    """
+
+    stored: tuple[int, int, int]
+    expanded: tuple[int, int, int]
+    _projection: "weakref.ref[nn.Linear]"
+
+    @classmethod
+    def of(cls, module: Any) -> "LatentExpansion | None":
+        """Return that of an attention module, None with a single head: latents would have to be told from its keys."""
+        projection = getattr(module, PROJECTION)
+        rotary, values = module.qk_rope_head_dim, module.v_head_dim
+        heads = projection.out_features // (module.qk_nope_head_dim + values)
+        expanded = heads, module.qk_nope_head_dim + rotary, values
+        return None if heads == 1 else cls((1, projection.in_features, rotary), expanded, weakref.ref(projection))
+
+    def is_by(self, projection: object) -> bool:
+        """Return whether this projection does it."""
+        return self._projection() is projection
+
+    def expand(self, latents: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of all heads as the attention module makes them of the same latents.
+
+        Parameters
+        ----------
+        latents, rotary : torch.Tensor
+            `(B, 1, T, R)` and `(B, 1, T, Dr)`.
+
+        Returns
+        -------
+        tuple of torch.Tensor
+            `(B, H, T, Dn + Dr)` and `(B, H, T, Dv)`.
+
+        Raises
+        ------
+        RuntimeError
+            If the model is gone, with its projection.
+        """
+        if (projection := self._projection()) is None:
+            raise RuntimeError(
+                "the cache holds latents, and the model whose projection makes keys and values of them is gone"
+            )
+        heads, key_dim, value_dim = self.expanded
+        weight = projection.weight.to(latents.device, latents.dtype)
+        halves = nn.functional.linear(latents[:, 0], weight).unflatten(-1, (heads, -1)).transpose(1, 2)
+        plain, values = halves.split([key_dim - rotary.shape[-1], value_dim], dim=-1)
+        return torch.cat([plain, rotary.expand(-1, heads, -1, -1)], dim=-1), values.contiguous()
+
+
+def _is_called_by(code: Any) -> bool:
+    """Return whether this code has called into the package, with nothing in between."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_PACKAGE):
+        frame = frame.f_back
+    return frame.f_code is code
+
+
+class LatentCalls:
+    """Notes what the projections of a model's attention modules are given, for the layer of a cache that comes next.
+
+    Parameters
+    ----------
+    calls : AttentionCalls
+        The forwards of the model's attention that run.
+    """
+
+    def __init__(self, calls: AttentionCalls) -> None:
+        self._calls = calls
+        self._modules: dict[int, weakref.ref[nn.Module]] = {}
+        self._expansions: dict[int, LatentExpansion] = {}
+
+    def follow(self, modules: dict[int, nn.Module]) -> Iterator[RemovableHandle]:
+        """Hook the projections of attention modules, by layer, that expand latents before they are cached."""
+        for index, module in modules.items():
+            if not expands_before_caching(module) or (expansion := LatentExpansion.of(module)) is None:
+                continue
+            self._modules[index], self._expansions[index] = weakref.ref(module), expansion
+            before = functools.partial(self._note, index)
+            yield place_hook(getattr(module, PROJECTION).register_forward_pre_hook, before)
+
+    def _note(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self._calls.note_latents(index, args[0] if args else None)
+
+    def expansion(self, layer_idx: int) -> LatentExpansion | None:
+        """Return how the latents of a layer are expanded, None where there are none to be had from its attention."""
+        return self._expansions.get(layer_idx)
+
+    def of_call(self, layer_idx: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the latents and rotary keys of the running call of a layer's attention.
+
+        Parameters
+        ----------
+        layer_idx : int
+            Of the layer.
+        keys : torch.Tensor
+            `(B, H, Q, Dn + Dr)`, what has become of them.
+
+        Returns
+        -------
+        tuple of torch.Tensor or None
+            `(B, 1, Q, R)` and `(B, 1, Q, Dr)`, in the dtype of the keys; None where nothing is known of them, or where
+            attention could not do by them.
+        """
+        latents, reference = self._calls.take_latents(layer_idx), self._modules.get(layer_idx)
+        if latents is None or reference is None or (module := reference()) is None:
+            return None
+        if not _is_called_by(inspect.unwrap(type(module).forward).__code__):
+            # What wraps a cache's `update` may have changed the keys and values.
+            return None
+        expansion = self._expansions[layer_idx]
+        projection: Any = getattr(module, PROJECTION, None)
+        _, rank, rotary = expansion.stored
+        if not expansion.is_by(projection) or not is_plain(projection):
+            return None
+        if latents.shape != (keys.shape[0], keys.shape[2], rank) or keys.shape[1] != expansion.expanded[0]:
+            return None
+        autocast = torch.is_autocast_enabled(keys.device.type)
+        if latents.dtype != keys.dtype and not autocast:
+            return None
+        # Those of all heads, which would live as long as a view of theirs.
+        return latents[:, None].to(keys.dtype), keys[:, :1, :, -rotary:].clone()
