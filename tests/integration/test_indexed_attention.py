@@ -323,6 +323,21 @@ def test_padding_that_comes_later_is_refused_where_it_is_compared() -> None:
     torch.testing.assert_close(read(BLOCKS, cache, ids(2, 1)), read(BLOCKS, theirs, ids(2, 1)), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["deepseek_v32", BLOCKS])
+def test_in_inference_mode(name: str, dtype: torch.dtype) -> None:
+    model = copy.deepcopy(model_of(name)).to(dtype)
+    cache, theirs = PiKVCache.for_model(model, **SMALL), DynamicCache(config=model.config)
+    with torch.inference_mode():
+        for tokens in (ids(2, 40), ids(2, 1), ids(2, 3), ids(2, 1, 2)):
+            logits = [model(tokens, **cache_argument(each)).logits for each in (cache, theirs)]
+            # Rounding to bfloat16 has another token chosen now and then.
+            if dtype is torch.float32:
+                torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
+            assert not logits[0].isnan().any()
+    assert cache.layers[1].indexer_keys.dtype is dtype
+
+
 class Indexer(torch.nn.Module):
     """Has the cache for its keys alone."""
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..common.foreign_attributes import COLUMNS_ATTRIBUTE
 from ..layer.mask_columns import MaskColumns
 
 #: What attention functions are called with: the positions of each query's tokens, `(B, Q, k)` integers.
@@ -91,9 +90,7 @@ def only_chosen(mask: torch.Tensor | None, positions: torch.Tensor, heads: int, 
     if mask is None:
         return shown.tril(tokens - queries)
     both = mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, -torch.inf)
-    # A token that no query has chosen is no padding.
-    columns = MaskColumns.of(mask)
-    setattr(both, COLUMNS_ATTRIBUTE, MaskColumns(columns.shown, queries, False, columns.tells_padding, both._version))
+    MaskColumns.of(mask).carried_to(both)
     return both
 
 

@@ -54,6 +54,11 @@ class MaskColumns:
         setattr(mask, COLUMNS_ATTRIBUTE, known)
         return known
 
+    def carried_to(self, narrower: torch.Tensor) -> None:
+        """Have a mask that hides more of some queries say the same of padding: what none of them reads is none."""
+        version = None if narrower.is_inference() else narrower._version
+        setattr(narrower, COLUMNS_ATTRIBUTE, dataclasses.replace(self, is_causal=False, version=version))
+
     @functools.cached_property
     def hidden_until(self) -> int:
         """The columns before the call's own, up to the last one that is hidden in any row."""
