@@ -6,6 +6,7 @@ import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from families import FAMILIES, prompts
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from pikv_hf import PiKVCache
+from pikv_hf import PiKVCache, attach
 from pikv_hf.common import transformers_release
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.runner.meter import Meter
@@ -110,6 +111,15 @@ def test_a_newer_release_is_warned_of_once_with_both_versions(newest: str, monke
     told = [str(warning.message) for warning in caught]
     assert len(told) == (newest == "5.0.0")
     assert all(newest in text and transformers.__version__ in text for text in told)
+
+
+@pytest.mark.parametrize("begin", [attach, lambda model: PiKVCache(model.config)])
+def test_whoever_begins_is_warned(begin: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    monkeypatch.setattr(transformers_release, "NEWEST_TESTED", "5.0.0")
+    transformers_release.warn_if_newer.cache_clear()
+    with pytest.warns(UserWarning, match="tested with transformers up to 5.0.0"):
+        begin(model)
 
 
 def test_the_newest_tested_release_is_that_of_the_newest_environment() -> None:

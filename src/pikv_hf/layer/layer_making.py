@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from ..common.transformers_release import warn_if_newer
 from ..config import PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout
 from ..scheduling.page_scheduler import make_scheduler, scheduler_name
@@ -45,6 +46,7 @@ def checked_options(config: Any, pikv_config: Any, single_options: dict[str, Any
             f"PiKVCache(config) takes options as a PiKVConfig: PiKVCache(config, PiKVConfig({given})); "
             f"PiKVCache.for_model(model, {given}) takes them one by one"
         )
+    warn_if_newer()
     options = PiKVConfig() if pikv_config is None else pikv_config
     if not isinstance(options, PiKVConfig):
         raise TypeError(f"pikv_config must be a PiKVConfig, got {type(options).__name__}")
