@@ -1,32 +1,18 @@
 """Latent attention (MLA) where transformers caches latents: read in place, with the projections in the queries."""
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from latent_models import LATENT, SMALL, attention_of, ids, model_of, needs_latents, new_cache, read
 from torch import nn
 from transformers import DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
-from pikv_hf.integration.latent_attention import absorbed_queries, absorbs, expanded_outputs, expands_latents
-
-#: Model types with latent attention, of those that this release of transformers has.
-LATENT = sorted(
-    {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu", "mistral4", "axk1"} & set(CLASSES)
-)
-
-
-def attention_of(model: Any) -> list[nn.Module]:
-    return [module for module in model.modules() if expands_latents(type(module))]
-
-
-caches_latents = bool(attention_of(tiny_model("deepseek_v3")))
-needs_latents = pytest.mark.skipif(not caches_latents, reason="this transformers caches expanded keys and values")
+from pikv_hf.integration.latent_attention import absorbed_queries, absorbs, expanded_outputs
 
 
 @needs_latents
@@ -64,7 +50,6 @@ def test_what_is_added_to_the_projection_is_not_absorbed() -> None:
     assert not absorbs(module.to("meta"))
 
 
-SMALL: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 2, "num_shards": 3}
 #: No model ends by itself: the end is a token that there is none of.
 GREEDY: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCAB}
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -73,27 +58,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "chunks": {"prefill_chunk_size": 13},
     "lookup": {"prompt_lookup_num_tokens": 3},
 }
-
-
-@functools.cache
-def model_of(name: str) -> Any:
-    return tiny_model(name, num_key_value_heads=4)
-
-
-def new_cache(name: str, **options: Any) -> PiKVCache:
-    # Youtu has no experts, and so no router.
-    dense = {"placement": "hash"} if name == "youtu" else {}
-    return PiKVCache.for_model(model_of(name), **{**SMALL, **options, **dense})
-
-
-def ids(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(seed))
-
-
-def read(name: str, cache: Any, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the logits of a call, `(B, Q, V)`."""
-    logits: torch.Tensor = model_of(name)(tokens, attention_mask=mask, **cache_argument(cache)).logits
-    return logits
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -186,9 +150,3 @@ def test_gradients_are_those_of_dynamic_cache() -> None:
         gradients.append(embeddings.grad)
         model.zero_grad()
     torch.testing.assert_close(*gradients, atol=1e-4 * float(gradients[1].abs().max()), rtol=0)
-
-
-@needs_latents
-def test_routing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"latent attention.*got routing='page_bound'"):
-        new_cache("deepseek_v3", routing="page_bound")

@@ -32,6 +32,9 @@ class FakeAttachment:
     def absorbs(self, layer_idx: int) -> bool:
         return False
 
+    def caches_latents(self, layer_idx: int) -> bool:
+        return False
+
     def slides(self, layer_idx: int) -> bool:
         return True
 

@@ -99,6 +99,12 @@ class Attachment:
         module = self.attention_of(layer_idx)
         return module is not None and absorbs(module)
 
+    def caches_latents(self, layer_idx: int) -> bool:
+        """Return whether the layer of a cache may hold latents: one KV head of them, with rotary keys as its values."""
+        module = self.attention_of(layer_idx)
+        expands = module is not None and expands_latents(type(module))
+        return expands or self.latents.expansion(layer_idx) is not None
+
     def slides(self, layer_idx: int) -> bool:
         """Return whether the layer's attention itself looks back over a window, as far as its module says."""
         return getattr(self.attention_of(layer_idx), "sliding_window", 1) is not None

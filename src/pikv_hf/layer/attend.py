@@ -169,8 +169,8 @@ def note_queries(
     for part in layer.parts:
         if part.scheduler is not None:
             assert part.table is not None
-            # Bounds are those of what is stored as keys.
-            known = query[..., : part.table.plain.keys.shape[-1]]
+            # As wide as what bounds are kept of.
+            known = query[..., : part.table.plain.bounds_dim]
             part.scheduler.remember_queries(known.to(part.device), scale)
     if (new := layer.pending) is not None:
         batch, heads = new.keys.shape[:2]

@@ -76,7 +76,10 @@ class PiKVLayer(CacheLayerMixin):
         self.layer_idx, self.attachment, self.leads = layer_idx, attachment, leads
         self.layout = PartLayout() if layout is None else layout
         self.exchange = self.layout.exchange
-        self.parts = make_parts(layer_idx, config, self.layout) if parts is None else parts
+        if parts is None:
+            latent = attachment is not None and attachment.caches_latents(layer_idx)
+            parts = make_parts(layer_idx, config, self.layout, latent=latent)
+        self.parts = parts
         routers = {} if attachment is None or config.placement == "hash" else attachment.expert_routers
         self.has_expert_router = layer_idx in routers
         experts = routers[layer_idx].num_experts if self.has_expert_router else 0

@@ -114,7 +114,6 @@ def make_layers(
     for index, layout in layouts.items():
         if dims[index] is not None:
             _check_reads_chosen(index, options)
-        _check_can_route(index, options, link)
         if isinstance(layers[index], DynamicSlidingWindowLayer) and link is not None and not link.slides(index):
             raise ValueError(
                 f"layer {index} has a window of {layers[index].sliding_window} tokens in the cache alone, which its "
@@ -125,20 +124,12 @@ def make_layers(
             make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
             for location in layout.locations
         ]
-        made = make_parts(index, options, layout, schedulers, tiers)
+        latent = link is not None and link.caches_latents(index) and dims[index] is None
+        made = make_parts(index, options, layout, schedulers, tiers, latent)
         kind = IndexedLayer if dims[index] else PiKVLayer
         layers[index] = kind(index, options, link, layout, made, index == min(layouts), dims[index] or 0)
         layers[index].store.lock = lock
     return layers, tiers
-
-
-def _check_can_route(index: int, options: PiKVConfig, link: ModelLink | None) -> None:
-    """Refuse to choose pages by bounds of keys where these lack their rotary parts."""
-    if options.routing != "all" and link is not None and link.absorbs(index):
-        raise ValueError(
-            f"layer {index} has latent attention, whose pages hold rotary keys apart from latents, which so lack "
-            f'bounds: only routing="all" can be done there, got routing={options.routing!r}'
-        )
 
 
 def _check_reads_chosen(index: int, options: PiKVConfig) -> None:

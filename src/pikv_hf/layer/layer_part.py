@@ -46,6 +46,8 @@ class LayerPart:
         Chooses what decoding steps read of it.
     tiers : LayerTiers or None
         Where its full pages may go.
+    latent : bool
+        Whether the layer's only KV head is of latents, with rotary keys as values.
     table : PageTable or None
         What is stored. Its rows are sequences, or lanes of one KV head once heads keep different tokens.
     """
@@ -54,6 +56,7 @@ class LayerPart:
     scheduler: PageScheduler | None = None
     page_router: PageRouter | None = None
     tiers: LayerTiers | None = None
+    latent: bool = False
     table: PageTable | None = None
 
     @property
@@ -70,6 +73,7 @@ class LayerPart:
         per_head = self.scheduler is not None and self.scheduler.policy.per_head
         device = home if self.location.device is None else self.location.device
         pool = PlainPool(1 if per_head else heads, dim, value_dim, config.page_size, dtype, device)
+        pool.rotary_values = self.latent and heads == 1
         pages = LayerPools(pool, config_of_lanes(config) if per_head else config, self.tiers)
         writer = SequenceWriter(pages, config.num_shards, config.recent_window, config.sink_tokens, shard_of)
         self.assign_shards(writer, shard_map)
@@ -163,6 +167,7 @@ class LayerPart:
         assert self.table is not None
         new = None if pending is None else pending.to(self.device)
         table = rebuild.kept_table(self.table, new, widths.to(self.device))
+        table.pools.set_rotary_values(self.table.plain.rotary_values)
         self.assign_shards(table.writer, rebuild.shard_map)
         return table
 
@@ -170,6 +175,7 @@ class LayerPart:
         """Return a table of K/V from outside; see :meth:`TableRebuild.assigned_table`."""
         here = ExactTokens(*(tensor.to(self.device) for tensor in (tokens.keys, tokens.values, tokens.stored)))
         table = rebuild.assigned_table(here, self.tiers)
+        table.pools.set_rotary_values(self.latent and tokens.keys.shape[1] == 1)
         self.assign_shards(table.writer, rebuild.shard_map)
         return table
 
@@ -188,7 +194,7 @@ class LayerPart:
         scheduler = None if self.scheduler is None else self.scheduler.fork()
         if scheduler is not None and table is not None:
             scheduler.prepare(table)
-        return LayerPart(self.location, scheduler, make_page_router(config), self.tiers, table)
+        return LayerPart(self.location, scheduler, make_page_router(config), self.tiers, self.latent, table)
 
 
 def make_parts(
@@ -197,6 +203,7 @@ def make_parts(
     layout: PartLayout,
     schedulers: Sequence[PageScheduler | None] | None = None,
     tiers: Tiers | None = None,
+    latent: bool = False,
 ) -> list[LayerPart]:
     """Return the parts of a layer in this process, without tokens.
 
@@ -212,6 +219,8 @@ def make_parts(
         What evicts their pages, part by part; nothing by default.
     tiers : Tiers, optional
         Those of the cache, whose layers share limits and counters; by default the layer has some of its own.
+    latent : bool
+        Whether the layer's attention is latent.
     """
     if tiers is None and config.tiers is not None:
         tiers = Tiers(config, layout.parts)
@@ -221,6 +230,7 @@ def make_parts(
             None if schedulers is None else schedulers[index],
             make_page_router(config),
             None if tiers is None else tiers.layer(layer_idx, location.number),
+            latent,
         )
         for index, location in enumerate(layout.locations)
     ]

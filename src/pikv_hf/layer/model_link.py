@@ -88,6 +88,9 @@ class ModelLink(Protocol):
     def absorbs(self, layer_idx: int) -> bool:
         """Return whether PiKV's attention reads latents in place, for which the layer's keys carry no reference."""
 
+    def caches_latents(self, layer_idx: int) -> bool:
+        """Return whether the layer of a cache may hold latents: one KV head of them, with rotary keys as its values."""
+
     def slides(self, layer_idx: int) -> bool:
         """Return whether the layer's attention itself looks back over a window, as far as its module says."""
 

@@ -188,6 +188,12 @@ class LayerPools:
         for pool in self.packed.values():
             self._prepare(pool)
 
+    def set_rotary_values(self, are_rotary: bool) -> None:
+        """Say whether values are the rotary parts of the keys, before any bounds are kept."""
+        for pool in self.by_id().values():
+            assert pool.bounds is None
+            pool.rotary_values = are_rotary
+
     def keep_bounds(self) -> None:
         """Keep bounds of the keys of all pages from now on."""
         for pool in self.by_id().values():

@@ -10,7 +10,7 @@ from ..codecs.codec import Codec
 from ..common.kv import KV
 from ..kernels import gather_pages
 from ..kernels.page_codes import BITS, PageCodes
-from .key_bounds import KeyBounds
+from .key_bounds import KeyBounds, beside_rotary
 from .page_pool import PagePool
 from .plain_pool import PlainPool
 from .pool_id import PoolId
@@ -48,7 +48,8 @@ class PackedPool(PagePool):
         super().__init__(plain.page_size, plain.device, PACKED_GROWTH, keeps_experts=False)
         heads, dtype = plain.keys.shape[0], plain.keys.dtype
         self.dtype = dtype
-        self.key_dim = plain.keys.shape[-1]
+        self.key_dim, self.value_dim = plain.keys.shape[-1], plain.values.shape[-1]
+        self.rotary_values = plain.rotary_values
         self.key_codec, self.value_codec = key_codec, value_codec
         size, device = plain.page_size, plain.device
         self.keys = key_codec.empty(heads, size, plain.keys.shape[-1], dtype, device)
@@ -81,14 +82,26 @@ class PackedPool(PagePool):
     def _new_bounds(self) -> KeyBounds | None:
         if self._codes_have_bounds:
             return None
-        return KeyBounds(self.keys.heads, self.key_dim, self.dtype, self.device)
+        parts = (KV.KEYS, KV.VALUES) if self.rotary_values else (KV.KEYS,)
+        dim = self.key_dim + (self.value_dim if self.rotary_values else 0)
+        return KeyBounds(self.keys.heads, dim, self.dtype, self.device, parts)
+
+    def keep_bounds(self) -> None:
+        """Have a place for the bounds of all pages from now on; see :meth:`PagePool.keep_bounds`."""
+        super().keep_bounds()
+        if self.rotary_values and self._codes_have_bounds and self.rotary_bounds is None:
+            # What packing values does to their least and largest is not bounded by their codes.
+            rotary = KeyBounds(self.keys.heads, self.value_dim, self.dtype, self.device, (KV.VALUES,))
+            self.rotary_bounds = rotary.resized(self.capacity, np.arange(0), 0)
 
     def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the bounds of the keys of all pages; see :meth:`PagePool.key_bounds`."""
         self.keep_bounds()
-        if self.bounds is not None:
-            return super().key_bounds(ids)
-        return bounds_of_codes(self.keys)
+        low, high = bounds_of_codes(self.keys) if self.bounds is None else super().key_bounds(ids)
+        if self.rotary_bounds is None:
+            return low, high
+        self.rotary_bounds.find(self, ids)
+        return beside_rotary(low, high, self.rotary_bounds)
 
     def put(self, ids: PageIds, keys: list[torch.Tensor], values: list[torch.Tensor], errors: np.ndarray) -> None:
         """Store encoded pages.

@@ -11,7 +11,7 @@ import torch
 
 from ..common.kv import KV
 from ..common.tensors import resized
-from .key_bounds import KeyBounds
+from .key_bounds import KeyBounds, read_bounds
 from .page_allocator import PageAllocator
 from .pool_growth import NoRoomError, growth_of, kept_free
 from .types import PageIds
@@ -19,9 +19,6 @@ from .usage_counters import UsageCounters
 
 #: The most bytes that the host keeps of a page: counts, errors, and its number in a table.
 HOST_BYTES_PER_PAGE = 48
-
-#: Keys are read in blocks of this many bytes to find their bounds.
-BOUNDS_BLOCK_BYTES = 32 << 20
 
 
 class PagePool(ABC):
@@ -54,8 +51,12 @@ class PagePool(ABC):
         `(N, P)` int16, the token's primary expert, -1 where unknown; `(N, 0)` where it is not kept.
     count, shard, used : numpy.ndarray
         `(N,)` int16 / int16 / bool: tokens in the page, its shard (-1: window), whether it ever held tokens.
+    rotary_values : bool
+        Whether values are the rotary parts of the keys, as in latent attention: bounds are then of both, side by side.
     bounds : KeyBounds, optional
         The least and largest keys of each page, for routing; see :meth:`keep_bounds`.
+    rotary_bounds : KeyBounds, optional
+        Those of the rotary parts, where `bounds` have not got them, since codes tell the others.
     usage : UsageCounters, optional
         The attention that each page took, for scheduling; see :meth:`keep_usage`.
     """
@@ -80,7 +81,9 @@ class PagePool(ABC):
         self.allocator = PageAllocator()
         self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
         self.experts = torch.full((0, page_size if keeps_experts else 0), -1, dtype=torch.int16, device=device)
+        self.rotary_values = False
         self.bounds: KeyBounds | None = None
+        self.rotary_bounds: KeyBounds | None = None
         self.usage: UsageCounters | None = None
         # Running transactions, and what they have wiped: pages, their positions and experts before.
         self._transactions = 0
@@ -128,7 +131,7 @@ class PagePool(ABC):
 
     def _kept_beside(self) -> list[KeyBounds | UsageCounters]:
         """Return what is kept of pages for routing and scheduling, which follows whatever happens to the pages."""
-        return [each for each in (self.bounds, self.usage) if each is not None]
+        return [each for each in (self.bounds, self.rotary_bounds, self.usage) if each is not None]
 
     def keep_usage(self, now: int) -> None:
         """Count the attention that pages take from step `now` on."""
@@ -155,19 +158,13 @@ class PagePool(ABC):
         """
         self.keep_bounds()
         assert self.bounds is not None
-        missing = self.bounds.missing(ids)
-        step = max(1, BOUNDS_BLOCK_BYTES // max(1, self.page_bytes))
-        for start in range(0, len(missing), step):
-            block = missing[start : start + step]
-            index = self.index(block)
-            self.bounds.set(index, block, *self._read_bounds(index))
+        self.bounds.find(self, ids, self._read_bounds)
         return self.bounds.low, self.bounds.high
 
     def _read_bounds(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the bounds of the keys of pages `(n,)`, `(H, n, D)` each; slots without a token do not count."""
-        keys = self.decoded(index, KV.KEYS).unflatten(1, (len(index), self.page_size))
-        empty = (self.positions[index] < 0)[..., None]
-        return keys.masked_fill(empty, torch.inf).amin(dim=2), keys.masked_fill(empty, -torch.inf).amax(dim=2)
+        """Return the bounds of the keys of pages `(n,)`; see :func:`read_bounds`."""
+        assert self.bounds is not None
+        return read_bounds(self, index, self.bounds.parts)
 
     # Memory
 
@@ -214,7 +211,9 @@ class PagePool(ABC):
         tokens = [resized(tensor, pages, 1, index) for tensor in self._page_tensors()]
         positions, experts = (resized(each, pages, 0, index) for each in (self.positions, self.experts))
         positions[first:], experts[first:] = -1, -1
-        bounds = None if self.bounds is None else self.bounds.resized(pages, kept, index)
+        bounds, rotary_bounds = (
+            None if each is None else each.resized(pages, kept, index) for each in (self.bounds, self.rotary_bounds)
+        )
         usage = None if self.usage is None else self.usage.resized(pages, kept, index)
         arrays = {}
         for name, entry in self.new_page.items():
@@ -222,7 +221,8 @@ class PagePool(ABC):
             arrays[name] = np.append(getattr(self, name)[kept], new, axis=0)
         if tokens:
             self._replace_tokens(tokens)
-        self.positions, self.experts, self.bounds, self.usage = positions, experts, bounds, usage
+        self.positions, self.experts, self.usage = positions, experts, usage
+        self.bounds, self.rotary_bounds = bounds, rotary_bounds
         for name, array in arrays.items():
             setattr(self, name, array)
         self._resize_beside(pages, kept)
@@ -345,9 +345,10 @@ class PagePool(ABC):
     def wipe(self, ids: PageIds) -> None:
         """Forget the tokens of pages `(n,)` beyond their counts; within a transaction, which can undo it."""
         assert self._transactions
-        if self.bounds is not None:
-            # Other tokens may come in their place.
-            self.bounds.reset(ids)
+        for bounds in (self.bounds, self.rotary_bounds):
+            if bounds is not None:
+                # Other tokens may come in their place.
+                bounds.reset(ids)
         index = self.index(ids)
         positions, experts = self.positions[index], self.experts[index]
         beyond = self._beyond(ids)

@@ -62,7 +62,13 @@ class PlainPool(PagePool):
         self.keys, self.values = tensors
 
     def _new_bounds(self) -> KeyBounds:
-        return KeyBounds(self.keys.shape[0], self.keys.shape[-1], self.keys.dtype, self.device)
+        parts = (KV.KEYS, KV.VALUES) if self.rotary_values else (KV.KEYS,)
+        return KeyBounds(self.keys.shape[0], self.bounds_dim, self.keys.dtype, self.device, parts)
+
+    @property
+    def bounds_dim(self) -> int:
+        """Channels of the bounds of keys, rotary parts included."""
+        return self.keys.shape[-1] + (self.values.shape[-1] if self.rotary_values else 0)
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
         """Take free pages; see :meth:`PagePool.allocate`."""

@@ -6,7 +6,7 @@ import math
 from pikv_hf.config import PiKVConfig
 
 from .cache_contents import CacheContents
-from .cache_memory import is_packed, packed_page_bytes, uses_bounds
+from .cache_memory import is_packed, kept_bounds, packed_page_bytes
 from .model_shape import DTYPE_BYTES, LayerShape
 from .page_counts import page_counts, shard_loads
 
@@ -72,11 +72,12 @@ def layer_work(layer: LayerShape, contents: CacheContents, dtype: str) -> Attent
     if not routed:
         return work
     ranked = batch * counts.full
-    bounds = ranked * layer.kv_heads * layer.key_dim * (2 * element if uses_bounds(options) else 3)
+    kept = kept_bounds(layer, options)
+    bounds = ranked * layer.kv_heads * (kept * 2 * element + (layer.bounds_dim - kept) * 3)
     return dataclasses.replace(
         work,
         bytes_read=work.bytes_read + bounds,
-        flops=work.flops + 4 * ranked * layer.query_heads * layer.key_dim,
+        flops=work.flops + 4 * ranked * layer.query_heads * layer.bounds_dim,
     )
 
 

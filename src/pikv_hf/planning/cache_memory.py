@@ -224,9 +224,12 @@ def is_packed(options: PiKVConfig) -> bool:
     return options.key_codec != "none" or options.value_codec != "none"
 
 
-def uses_bounds(options: PiKVConfig) -> bool:
-    """Return whether routing keeps bounds beside pages: integer codes of keys tell them."""
-    return options.routing != "all" and options.key_codec not in ("int8", "int4", "int2", "auto")
+def kept_bounds(layer: LayerShape, options: PiKVConfig) -> int:
+    """Return of how many channels routing keeps bounds beside pages: integer codes of keys tell theirs."""
+    if options.routing == "all":
+        return 0
+    told = layer.key_dim if options.key_codec in ("int8", "int4", "int2", "auto") else 0
+    return layer.bounds_dim - told
 
 
 def _packs(options: PiKVConfig, layer: LayerShape, counts: PageCounts) -> bool:
@@ -247,8 +250,8 @@ def _metadata(
     total = plain * (6 * size + _PLAIN_NOTES) + packed * (4 * size + _PACKED_NOTES) + in_use * _TABLE_ENTRY
     if options.budget is not None:
         total += (plain + packed) * _USAGE
-    if uses_bounds(options):
-        total += (packed or plain) * (2 * layer.key_dim * layer.kv_heads * element + 1)
+    if channels := kept_bounds(layer, options):
+        total += (packed or plain) * (2 * channels * layer.kv_heads * element + 1)
     if is_packed(options):
         # Those of the prompt's end, later those of the steps that filled a page.
         seen = 1 if contents.generated > size else _ERROR_QUERY_POSITIONS

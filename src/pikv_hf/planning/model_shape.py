@@ -39,6 +39,8 @@ class LayerShape:
         Routed experts, and how many of them a token goes to; 0 without a router.
     expert_params : int
         Parameters of one routed expert.
+    rotary_values : bool
+        Whether values are the rotary parts of the keys, as where latents are cached.
     """
 
     kv_heads: int
@@ -50,6 +52,12 @@ class LayerShape:
     experts: int = 0
     top_k: int = 0
     expert_params: int = 0
+    rotary_values: bool = False
+
+    @property
+    def bounds_dim(self) -> int:
+        """Channels of the bounds of keys that routing compares."""
+        return self.key_dim + (self.value_dim if self.rotary_values else 0)
 
     @property
     def width(self) -> int:
@@ -314,7 +322,8 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
         heads, keys, values = _head_dims(own, queries, latent)
         # What an indexer compares lies behind the values, divided among the heads.
         share = -(-(indexed[index] or 0) // heads)
-        shapes.append(LayerShape(heads, queries, keys, values + share, sliding))
+        rotary = latent and indexed[index] is None
+        shapes.append(LayerShape(heads, queries, keys, values + share, sliding, rotary_values=rotary))
     return shapes
 
 

@@ -78,7 +78,7 @@ class PageScheduler:
 
     def most_beside(self, pool: PlainPool, rows: int) -> int:
         """Return the most bytes that are kept beside the pages of a table of so many rows."""
-        heads, _, _, dim = pool.keys.shape
+        heads, dim = pool.keys.shape[0], pool.bounds_dim
         queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.reads_bounds else 0
         return queries * dim * pool.keys.element_size()
 

@@ -159,6 +159,9 @@ class PagedLayerLoader:
         parts, numbers = layer.layout.parts, [part.location.number for part in layer.parts]
         fits = (parts, numbers) == (self.parts.total, self.parts.numbers)
         require(fits, f"it was saved in {self.parts} and has the parts {numbers} of {parts} here")
+        for table, part in zip(self._tables, layer.parts, strict=False):
+            saved, latent = table.rotary_values, part.latent and table.heads == 1
+            require(saved in (None, latent), f"bounds of keys have rotary parts: {saved} there, {latent} here")
 
     # Restoring
 

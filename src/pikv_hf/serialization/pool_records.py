@@ -106,9 +106,13 @@ def note_records(pool: PagePool) -> Records:
 
 def bounds_records(pool: PagePool) -> Records:
     """Return the bounds of the keys of each page, where they are kept and do not follow from their codes."""
-    if pool.bounds is None or isinstance(pool.bounds, CodeBounds):
-        return {}
-    return {"bounds.ends": PagedTensor(pool.bounds.ends, 1), "bounds.known": PagedTensor.of_array(pool.bounds.known)}
+    bounds = None if isinstance(pool.bounds, CodeBounds) else pool.bounds
+    records: Records = {}
+    for name, kept in (("bounds", bounds), ("rotary_bounds", pool.rotary_bounds)):
+        if kept is not None:
+            records[f"{name}.ends"] = PagedTensor(kept.ends, 1)
+            records[f"{name}.known"] = PagedTensor.of_array(kept.known)
+    return records
 
 
 def usage_records(pool: PagePool) -> Records:

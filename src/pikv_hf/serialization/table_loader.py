@@ -12,7 +12,8 @@ from .table_reader import TableReader
 
 def build_table(saved: TableReader, layer: PiKVLayer, part: LayerPart, device: torch.device) -> PageTable:
     """Return the table, for a part of a layer that knows its options, expert loads and shards already."""
-    pools, pool_ids = saved.empty_pools(device, part.tiers), saved.pool_ids()
+    pools = saved.empty_pools(device, part.tiers, rotary_values=part.latent and saved.heads == 1)
+    pool_ids = saved.pool_ids()
     pages = zip(pool_ids, saved.pools, strict=True)
     restored = [(pools.by_id()[each], described, saved.tensors_of(each)) for each, described in pages]
     for each in restored:

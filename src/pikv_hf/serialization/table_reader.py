@@ -67,7 +67,7 @@ class TableReader:
 
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the part, with their dtypes and shapes."""
-        pools = self.empty_pools(torch.device("cpu"))
+        pools = self.empty_pools(torch.device("cpu"), rotary_values=bool(self.rotary_values))
         rows, numbers = (self.section.spec(name).shape for name in ("rows", "page_numbers"))
         sequences = self.section.spec("open_pages").shape[0]
         shapes = {
@@ -86,6 +86,18 @@ class TableReader:
         if self.description["has_queries"]:
             specs |= self._free_spec(self.section.name("queries"), True, 2)
         return specs
+
+    @property
+    def rotary_values(self) -> bool | None:
+        """Whether bounds of keys have those of the values with them, None if there are no bounds."""
+        widths = []
+        for pool in self.pools:
+            section = self.tensors_of(PoolId.parse(pool["name"]))
+            if section.name("rotary_bounds.ends") in section.file.specs:
+                return True
+            if pool["has_bounds"] and section.name("bounds.ends") in section.file.specs:
+                widths.append(section.spec("bounds.ends").shape[-1])
+        return max(widths) != 2 * self.description["key_dim"] if widths else None
 
     def _free_spec(self, name: str, keys: bool, channels: int) -> dict[str, Spec]:
         """Return the spec of a floating-point tensor per head of which only the dimension of the channels is known."""
@@ -147,10 +159,11 @@ class TableReader:
             filled = positions >= 0
             yield [positions[filled], experts[filled], keys.transpose(1, 2)[filled], values.transpose(1, 2)[filled]]
 
-    def empty_pools(self, device: torch.device, tiers: LayerTiers | None = None) -> LayerPools:
+    def empty_pools(self, device: torch.device, tiers: LayerTiers | None = None, *, rotary_values: bool) -> LayerPools:
         """Return pools of no pages, with the saved codecs."""
         table, size = self.description, self.config.page_size
         plain = PlainPool(table["page_heads"], table["key_dim"], table["value_dim"], size, self.dtype, device)
+        plain.rotary_values = rotary_values
         pools = LayerPools(plain, self.config, tiers)
         codecs = [self._codec(number, codec, device) for number, codec in enumerate(self._codecs)]
         for encoder, known in zip(pools.encoders.in_use, self._encoders, strict=False):
