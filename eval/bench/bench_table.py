@@ -99,22 +99,27 @@ def _times(ratio: float) -> str:
 
 def _table(done: list[Comparison]) -> Table:
     routing = sorted({each.routing for each in done} - {"all"})
+    by_case = len({each.name for each in done}) > 1
     table = FittingTable(
         title="Median milliseconds; ratio: times faster than DynamicCache, by medians, by means"
-        + (f"\nPiKVCache reads what {', '.join(routing)} chooses" if routing else ""),
+        + (f"\nPiKVCache reads what {', '.join(routing)} chooses" if routing and not by_case else ""),
         title_justify="left",
         box=box.SIMPLE_HEAD,
     )
     with_codecs = any(each.codec != "none" or each.routing != "all" for each in done)
     names = ["case", "batch", "tokens", "PiKVCache", "DynamicCache", "ratio", "of means", "difference"]
     if with_codecs:
-        names[:1], names[3:5], names[-1:] = ["codec"], ["PiKV", "Dynamic"], ["bytes", "to none", "differs"]
+        names[:1], names[3:5], names[-1:] = (
+            ["case" if by_case else "codec"],
+            ["PiKV", "Dynamic"],
+            ["bytes", "to none", "differs"],
+        )
     for name in names:
         table.add_column(name, justify="left" if name in ("case", "codec") else "right", no_wrap=True)
     for each in done:
         size, slower = each.kv_bytes or 0, each.to_none
         table.add_row(
-            each.codec if with_codecs else each.name,
+            each.codec if with_codecs and not by_case else each.name,
             str(each.batch),
             f"{each.tokens:,}",
             f"{each.pikv.p50 * 1e3:,.2f}",

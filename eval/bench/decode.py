@@ -81,9 +81,10 @@ class Comparison:
     routing: str = "all"
 
 
-def _compare(
+def compared(
     name: str, batch: int, tokens: int, pikv: Sequence[float], dynamic: Sequence[float], difference: float
 ) -> Comparison:
+    """Return a case of these seconds of both caches."""
     ours, theirs = Timing.of(pikv), Timing.of(dynamic)
     return Comparison(name, batch, tokens, ours, theirs, theirs.p50 / ours.p50, theirs.mean / ours.mean, difference)
 
@@ -199,10 +200,10 @@ def _decode_case(
     plain = Timing.of(ours["none"][1:]).p50 if "none" in ours else None
     for name, cache in caches.items():
         # The first step pays for allocations on either side.
-        compared = _compare("decode", batch, tokens, ours[name][1:], theirs[1:], difference[name])
-        to_none = None if plain is None else compared.pikv.p50 / plain
+        case = compared("decode", batch, tokens, ours[name][1:], theirs[1:], difference[name])
+        to_none = None if plain is None else case.pikv.p50 / plain
         which = routed["routing"] if routed["routing"] == "all" else f"{routed['routing']}:{routed['max_pages']}"
-        yield dataclasses.replace(compared, codec=name, to_none=to_none, kv_bytes=cache.nbytes, routing=which)
+        yield dataclasses.replace(case, codec=name, to_none=to_none, kv_bytes=cache.nbytes, routing=which)
 
 
 def _decode_inputs(batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -245,7 +246,7 @@ def run_reorder(beams: int = 8, tokens: int = 32768, repeats: int = 5) -> Iterat
             ours.append(timed(pikv.reorder_cache, order)[0])
             theirs.append(timed(dynamic.reorder_cache, order)[0])
         difference = float((pikv.layers[0].keys[:, :, :64] - dynamic.layers[0].keys[:, :, :64]).abs().max())
-        yield _compare(name, beams, tokens, ours, theirs, difference)
+        yield compared(name, beams, tokens, ours, theirs, difference)
 
 
 @torch.no_grad()
@@ -264,4 +265,4 @@ def run_prefill(tokens: int = 8192, repeats: int = 3) -> Iterator[Comparison]:
         spent, their_out = timed(model, ids, **cache_argument(dynamic), logits_to_keep=1)
         theirs.append(spent)
         difference = max(difference, float((our_out.logits - their_out.logits).abs().max()))
-    yield _compare("prefill", 1, tokens, ours[1:], theirs[1:], difference)
+    yield compared("prefill", 1, tokens, ours[1:], theirs[1:], difference)

@@ -57,6 +57,30 @@ def reorder(
 
 
 @app.command()
+def mla(
+    contexts: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Cached tokens; may be repeated.")
+    ] = None,
+    cases: Annotated[
+        list[str] | None, typer.Option("--case", help="exact, int8, int4 or page_bound; may be repeated.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model: float32 or bfloat16.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """One decoding step of one layer of latent attention at DeepSeek-V3's geometry, 128 heads, projections included."""
+    from pikv_hf.eval.bench.bench_table import run_and_show
+    from pikv_hf.eval.bench.latent_decode import CASES, run_latent_decode
+
+    if unknown := set(cases or ()) - set(CASES):
+        raise InputError(f"--case must be one of {', '.join(CASES)}, got {sorted(unknown)[0]!r}")
+    if dtype not in ("float32", "bfloat16"):
+        raise InputError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
+    sizes, names = contexts or (2048, 8192, 32768), cases or list(CASES)
+    run_and_show(run_latent_decode(sizes, names, dtype=dtype), threads, output)
+
+
+@app.command()
 def prefill(
     tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 8192,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,

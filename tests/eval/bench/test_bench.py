@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from pikv_hf.eval.bench.decode import Timing, run_decode, run_prefill, run_reorder
 from pikv_hf.eval.bench.generation import run_chunks, run_generation
+from pikv_hf.eval.bench.latent_decode import run_latent_decode
 from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
 from pikv_hf.eval.cli.main import app
 
@@ -30,6 +31,27 @@ def test_codecs_are_timed_against_none_in_the_same_run() -> None:
     assert cases[1].to_none > 0
     assert cases[0].max_difference < 1e-5 < cases[1].max_difference < cases[2].max_difference
     assert cases[0].kv_bytes > cases[1].kv_bytes > cases[2].kv_bytes
+
+
+def test_steps_of_latent_attention_agree() -> None:
+    small = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32}
+    cases = list(run_latent_decode([600, 3000], seconds=0.0, **small))
+    assert [(case.tokens, case.name) for case in cases] == [
+        (tokens, f"mla {name}") for tokens in (600, 3000) for name in ("exact", "int8", "int4", "page_bound")
+    ]
+    for exact, int8, int4, routed in (cases[:4], cases[4:]):
+        assert exact.max_difference < 1e-5 < int8.max_difference < int4.max_difference
+        assert exact.tokens < 1000 or exact.kv_bytes > int8.kv_bytes > int4.kv_bytes
+        assert routed.kv_bytes >= exact.kv_bytes
+        assert (exact.to_none, routed.routing, int4.codec) == (1.0, "page_bound:0.25", "int4/int8")
+        assert exact.ratio == pytest.approx(exact.dynamic.p50 / exact.pikv.p50)
+
+
+@pytest.mark.parametrize("wrong", [["--case", "int5"], ["--dtype", "float8"]])
+def test_unknown_cases_of_latent_attention_are_refused(wrong: list[str]) -> None:
+    result = CliRunner().invoke(app, ["bench", "mla", *wrong])
+    assert result.exit_code == 2
+    assert wrong[1] in result.output
 
 
 def test_reorder_and_prefill_agree() -> None:
