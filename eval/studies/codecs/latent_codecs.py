@@ -161,7 +161,7 @@ def show(console: Console, rows: Sequence[Measured], models: Sequence[ModelError
     few = [[row.model, row.latents, row.rotary, percent(row.error), percent(row.same_token)] for row in models]
     show_table(
         console,
-        "Models: error of logits, equal greedy tokens, in percent",
+        "Random models: error of logits, equal greedy tokens, in percent",
         ["model", *columns[:2], "logits", "equal"],
         few,
     )
