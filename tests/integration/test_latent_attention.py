@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from latent_models import LATENT, SMALL, attention_of, ids, model_of, needs_latents, new_cache, read
+from latent_models import LATENT, SMALL, attention_of, caches_latents, ids, model_of, needs_latents, new_cache, read
 from torch import nn
 from transformers import DynamicCache
 

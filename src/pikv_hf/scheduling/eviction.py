@@ -130,7 +130,9 @@ def _candidates(
     for is_open in (False, True):
         candidates = EvictionCandidates.of(table, sources, rules.now, is_open, shard)
         candidates = candidates.pick((candidates.oldest >= rules.sink_tokens) & (candidates.stats.newest < recent))
-        if rules.queries is not None and len(candidates.stats):
+        # A layer that begins to store latents expanded has queries of another width until the next step.
+        fits = rules.queries is not None and rules.queries.shape[-1] == table.plain.bounds_dim
+        if fits and rules.queries is not None and len(candidates.stats):
             candidates = candidates.with_bounds(_logit_bounds(rules.queries, table, candidates))
         yield candidates
 

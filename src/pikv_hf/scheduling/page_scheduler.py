@@ -141,8 +141,9 @@ class PageScheduler:
         """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds."""
         if self.policy.reads_bounds:
             newest = query[:, :, -RECENT_QUERIES:].detach() * scale
-            if self.queries is not None and self.queries.shape[0] == len(newest):
-                newest = torch.cat([self.queries, newest], dim=2)[:, :, -RECENT_QUERIES:]
+            known = self.queries
+            if known is not None and (len(known), known.shape[-1]) == (len(newest), newest.shape[-1]):
+                newest = torch.cat([known, newest], dim=2)[:, :, -RECENT_QUERIES:]
             self.queries = newest.contiguous()
 
     def credit(self, table: PageTable, masses: torch.Tensor, start: int) -> None:
