@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from pikv_hf import PiKVCache, detach
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
+from pikv_hf.integration import attention_function, expanded_history
 from pikv_hf.integration.latent_attention import absorbed_queries, absorbs, expanded_outputs
 
 
@@ -150,3 +151,25 @@ def test_gradients_are_those_of_dynamic_cache() -> None:
         gradients.append(embeddings.grad)
         model.zero_grad()
     torch.testing.assert_close(*gradients, atol=1e-4 * float(gradients[1].abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", sorted({"deepseek_v3", "deepseek_v32", "longcat_flash"} & set(CLASSES)))
+@pytest.mark.parametrize("options", [{}, {"key_codec": "int8"}])
+@torch.no_grad()
+def test_many_queries_take_keys_and_values(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as a product with latents costs more than to expand them, two of four heads at a time."""
+    model, asked = tiny_model(name, kv_lora_rank=64), []
+    monkeypatch.setattr(expanded_history, "EXPANDED_BYTES", 2 * (2 * 40 * (24 + 16) * 4))
+    attend = attention_function.attend_expanded
+    monkeypatch.setattr(attention_function, "attend_expanded", lambda *call: asked.append(call) or attend(*call))
+    cache, theirs = PiKVCache.for_model(model, **SMALL, **options), DynamicCache(config=model.config)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, :7] = 0
+    for number, tokens in enumerate((ids(2, 40), ids(2, 30, 1), ids(2, 20, 2), ids(2, 1), ids(2, 40, 3))):
+        mask = mask if not number else torch.nn.functional.pad(mask, (0, tokens.shape[1]), value=1)
+        ours, expected = (model(tokens, attention_mask=mask, **cache_argument(each)).logits for each in (cache, theirs))
+        off = (ours - expected)[:, -1].abs()
+        assert (off.median() if "key_codec" in options else off.max()) <= (0.05 if "key_codec" in options else 1e-3)
+    # Calls 1 and 4: 21 queries cost the same either way.
+    layers = sum(layer.store.heads == 1 for layer in cache.layers)
+    assert [call[2].shape[2] for call in asked] == [30] * layers + [40] * layers

@@ -22,6 +22,7 @@ from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
 from .chosen_tokens import BLOCK_INDICES, as_averages, chosen_columns, chosen_positions, only_chosen
 from .continuous_batching import attend_batched, is_batched
+from .expanded_history import attend_expanded, expanding_is_cheaper
 from .kvpress_marks import forget_reader, without_marked
 from .latent_attention import absorbed_queries, expanded_outputs, expands_latents, holds_latents, layer_of_latents
 from .mask_function import columns_of_layer
@@ -166,9 +167,10 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     layer.attend_begins(None if call.keeps_padding else _stored_tokens(mask))
     pending, absorbed = layer.pending, holds_latents(layer, call.module)
     is_prompt = pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None
+    expands = absorbed and not is_prompt and _expands(layer, call, key, value)
     if absorbed:
-        # Over the tokens of a prompt alone attention is cheaper as it comes, and few of its queries are looked at.
-        query = absorbed_queries(call.module, query[:, :, -OBSERVED:] if is_prompt else query)
+        # Where attention is cheaper as it comes, as over the tokens of a prompt alone, few queries are looked at.
+        query = absorbed_queries(call.module, query[:, :, -OBSERVED:] if is_prompt or expands else query)
         # Behind rotary keys are those of an indexer, which attention has no part of.
         query = torch.nn.functional.pad(query, (0, layer.store.index_width))
     columns = None
@@ -183,6 +185,8 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
         if layer.parts[0].scheduler is not None:
             begin_step(layer)
             note_queries(layer, query, mask, call.scale, None, None, absorbed)
+    elif expands:
+        output = attend_expanded(layer, call.module, call.query, key, value, mask, call.scale)
     else:
         out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks, absorbed, columns)
         if not absorbed:
@@ -194,6 +198,13 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
             output = _with_gradients(output, layer, call, key, value)
     layer.attend_ends()
     return output
+
+
+def _expands(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether a call over latents takes keys and values of all heads: of many queries, and what SDPA can do."""
+    if call.sinks is not None or call.softcap is not None or needs_gradients(call.query, key, value, None):
+        return False
+    return expanding_is_cheaper(call.module, layer, call.query.shape[2])
 
 
 def _attend_shared(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -84,16 +84,16 @@ def _known_code() -> str:
 def absorbed_queries(module: Any, query: torch.Tensor) -> torch.Tensor:
     """Return queries `(B, Hq, Q, Dn + Dr)` as they meet latents and rotary keys, `(B, Hq, Q, R + Dr)`."""
     plain, rotary = query[..., : module.qk_nope_head_dim], query[..., module.qk_nope_head_dim :]
-    return torch.cat([torch.matmul(plain, _projections(module)[0].to(plain.dtype)), rotary], dim=-1)
+    return torch.cat([torch.matmul(plain, projections(module)[0].to(plain.dtype)), rotary], dim=-1)
 
 
 def expanded_outputs(module: Any, out: torch.Tensor) -> torch.Tensor:
     """Return sums of latents, `(B, Q, Hq, R)`, as sums of values, `(B, Q, Hq, Dv)`."""
-    values = _projections(module)[1].to(out.dtype)
+    values = projections(module)[1].to(out.dtype)
     return torch.matmul(out.transpose(1, 2), values.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
-def _projections(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def projections(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what makes keys and values of latents, `(Hq, Dn, R)` and `(Hq, Dv, R)`: views of one matrix."""
     sizes = module.qk_nope_head_dim, module.v_head_dim
     keys, values = module.kv_b_proj.weight.unflatten(0, (-1, sum(sizes))).split(sizes, dim=1)
