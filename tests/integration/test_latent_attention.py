@@ -8,6 +8,7 @@ import torch
 from latent_models import LATENT, SMALL, attention_of, caches_latents, ids, model_of, needs_latents, new_cache, read
 from torch import nn
 from transformers import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.common.transformers_release import cache_argument
