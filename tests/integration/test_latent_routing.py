@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from latent_models import LATENT, ids, model_of, needs_latents, new_cache, read
+from latent_models import LATENT, ids, model_of, new_cache, read
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
@@ -28,7 +28,6 @@ def shares_read(cache: PiKVCache) -> float:
     return share
 
 
-@needs_latents
 @pytest.mark.parametrize("name", LATENT)
 @pytest.mark.parametrize("routing", POLICIES)
 @torch.no_grad()
@@ -48,7 +47,6 @@ def test_everything_chosen_is_exact(name: str, routing: str) -> None:
     assert not cache.stats().dense_layers
 
 
-@needs_latents
 @pytest.mark.parametrize("kind", CODED)
 @torch.no_grad()
 def test_bounds_are_saved_and_forked(kind: str, tmp_path: Path) -> None:
@@ -75,7 +73,6 @@ def test_bounds_are_saved_and_forked(kind: str, tmp_path: Path) -> None:
     assert shares_read(loaded) < 0.7
 
 
-@needs_latents
 @torch.no_grad()
 def test_a_saved_cache_may_begin_to_route(tmp_path: Path) -> None:
     cache = new_cache("deepseek_v3", key_codec="int8")
@@ -88,7 +85,6 @@ def test_a_saved_cache_may_begin_to_route(tmp_path: Path) -> None:
     assert shares_read(few) < 0.8
 
 
-@needs_latents
 @pytest.mark.parametrize("scheduler", ["quest", "pikv", "h2o"])
 @pytest.mark.parametrize("budget", ["64 KiB", 64])
 @torch.no_grad()

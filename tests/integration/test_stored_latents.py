@@ -320,9 +320,26 @@ def test_an_empty_layer_holds_latents_again() -> None:
     assert_goes_on(model, cache, expected)
 
 
-def test_routing_reads_pages_of_keys() -> None:
-    cache = filled(model_of(), routing="page_bound")
+@pytest.mark.parametrize("routing", ["page_bound", "hierarchical"])
+@pytest.mark.parametrize("codec", ["none", "int8"])
+def test_routing_goes_on_where_latents_do_not(routing: str, codec: str) -> None:
+    model = model_of()
+    options: dict[str, Any] = {"routing": routing, "max_pages": 1.0, "coverage": 1.0, "key_codec": codec}
+    cache, expected = filled(model, tokens=120, **options), theirs(model, 120)
+    assert heads(cache) == {1}
+    if codec == "none":
+        assert_goes_on(model, cache, expected)
+    # What another than the model's attention brings is keys and values, and so are all from then on.
+    detach(model)
+    for each in (cache, expected):
+        read(model, each, ids(3, 20))
+    attach(model, "hash")
     assert heads(cache) == {4}
+    if codec == "none":
+        assert_goes_on(model, cache, expected)
+    else:
+        assert not read(model, cache, ids(1, 10)).isnan().any()
+    assert cache.stats().read_share == 1
 
 
 def test_autocast_stores_latents_rounded_as_keys_are() -> None:

@@ -1,9 +1,9 @@
 """Latents in place of the keys and values that a model expands of them, as long as nothing tells heads apart.
 
 A layer whose attention expands latents before it caches them stores the latents all the same: one head, and a fraction
-of the bytes. Who asks for its keys and values gets them expanded. Where heads are to keep tokens of their own, where
-others than the attached model bring or read tokens, and where pages are chosen by bounds of keys, it stores what was
-expanded: from then on, until it is empty again.
+of the bytes. Who asks for its keys and values gets them expanded. Where heads are to keep tokens of their own, and
+where others than the attached model bring or read tokens, it stores what was expanded: from then on, until it is empty
+again.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class LatentTokens:
         latents = self._link.latents.of_call(store.layer_idx, keys)
         # What is there may be expanded, or of a projection that the model had before.
         goes_on = not store.state.seen or (self.expansion() is not None and self._known in (None, model))
-        if latents is None or not in_place or not goes_on or store.config.routing != "all":
+        if latents is None or not in_place or not goes_on:
             self.expand()
             return keys, values
         self._known = model
