@@ -4,13 +4,15 @@ The attention module runs whole, projections included, in a model of one layer w
 small. Caches are filled with random latents: no prompt of 32,768 tokens is read.
 """
 
+import copy
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, DynamicCache
+import transformers
+from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, detach
 from pikv_hf.common.transformers_release import cache_argument
@@ -24,6 +26,9 @@ CASES: dict[str, dict[str, Any]] = {
     "int4": {"key_codec": "int4", "value_codec": "int8"},
     "page_bound": {"routing": "page_bound", "max_pages": 0.25},
 }
+
+#: What is timed where an indexer chooses the tokens: other routing would choose again.
+INDEXED_CASES = ("exact", "int8", "int4")
 
 #: Seconds of steps of PiKV in each case, and the least steps of either cache.
 SECONDS, LEAST = 4.0, 3
@@ -39,12 +44,22 @@ GEOMETRY = {
     "qk_rope_head_dim": 64,
     "v_head_dim": 128,
 }
+#: Of DeepSeek-V3.2's indexer (arXiv 2512.02556).
+INDEXER = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
 
 
-def latent_model(**geometry: int) -> Any:
-    """Return a random DeepSeek-V3 of one layer, of :data:`GEOMETRY` with the changes given."""
-    config = DeepseekV3Config(
-        **{**GEOMETRY, **geometry},
+def has_indexers() -> bool:
+    """Return whether the installed transformers knows DeepSeek-V3.2."""
+    return hasattr(transformers, "DeepseekV32Config")
+
+
+def latent_model(indexed: bool = False, **geometry: int) -> Any:
+    """Return a random DeepSeek-V3 of one layer, or V3.2, of :data:`GEOMETRY` with the changes given."""
+    name = "DeepseekV32" if indexed else "DeepseekV3"
+    config_class: Any = getattr(transformers, f"{name}Config")
+    model_class: Any = getattr(transformers, f"{name}ForCausalLM")
+    config = config_class(
+        **{**GEOMETRY, **({"mlp_layer_types": ["dense"], **INDEXER} if indexed else {}), **geometry},
         vocab_size=512,
         intermediate_size=512,
         num_hidden_layers=1,
@@ -52,7 +67,7 @@ def latent_model(**geometry: int) -> Any:
         max_position_embeddings=1 << 18,
         rope_scaling=None,
     )
-    return DeepseekV3ForCausalLM(config).eval()
+    return model_class(config).eval()
 
 
 @torch.no_grad()
@@ -61,6 +76,7 @@ def run_latent_decode(
     cases: Sequence[str] = tuple(CASES),
     seconds: float = SECONDS,
     dtype: str = "float32",
+    indexed: bool = False,
     **geometry: int,
 ) -> Iterator[Comparison]:
     """Time one decoding step of a layer of latent attention.
@@ -75,24 +91,25 @@ def run_latent_decode(
         Time to spend on each case; at least :data:`LEAST` steps of each cache are taken.
     dtype : str
         Of the model.
+    indexed : bool
+        Whether it is DeepSeek-V3.2, whose indexer chooses 2,048 tokens for each query.
     **geometry
-        In place of :data:`GEOMETRY`.
+        In place of :data:`GEOMETRY` and :data:`INDEXER`.
     """
-    model = latent_model(**geometry).to(getattr(torch, dtype))
+    model, kind = latent_model(indexed, **geometry).to(getattr(torch, dtype)), "dsa" if indexed else "mla"
     for tokens in contexts:
         torch.manual_seed(0)
-        filled = DynamicCache(config=model.config)
-        filled.update(*_cached(model, tokens), 0)
+        filled = _filled(model, tokens)
         steps = torch.randint(0, 512, (1 << 10, 1, 1))
         detach(model)
         # Steps add tokens to a cache: what is timed and what is copied are two.
-        theirs, expected = _timed_steps(model, _copy(filled), steps, seconds)
+        theirs, expected = _timed_steps(model, copy.deepcopy(filled), steps, seconds)
         plain = None
         for name in cases:
             cache = PiKVCache.from_cache(model, filled, placement="hash", **CASES[name])
             ours, outs = _timed_steps(model, cache, steps, seconds)
             difference = max(float((out - other).abs().max()) for out, other in zip(outs, expected, strict=False))
-            case = compared(f"mla {name}", 1, tokens, ours[1:], theirs[1:], difference)
+            case = compared(f"{kind} {name}", 1, tokens, ours[1:], theirs[1:], difference)
             plain = case.pikv.p50 if name == "exact" else plain
             to_none = None if plain is None else case.pikv.p50 / plain
             routing = CASES[name].get("routing", "all")
@@ -102,22 +119,19 @@ def run_latent_decode(
             yield dataclasses.replace(case, codec=codec, to_none=to_none, kv_bytes=cache.nbytes, routing=routing)
 
 
-def _cached(model: Any, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return random K/V of so many tokens, of the shapes that the model's attention caches."""
-    probe = DynamicCache(config=model.config)
+def _filled(model: Any, tokens: int) -> DynamicCache:
+    """Return a cache of so many random tokens, of the shapes that the model's attention caches."""
+    probe, filled = DynamicCache(config=model.config), DynamicCache(config=model.config)
     model(torch.zeros((1, 1), dtype=torch.int64), **cache_argument(probe))
     layer: Any = probe.layers[0]
     keys, values = (
         torch.randn(1, part.shape[1], tokens, part.shape[3]).to(part.dtype) for part in (layer.keys, layer.values)
     )
-    return keys, values
-
-
-def _copy(cache: DynamicCache) -> DynamicCache:
-    layer: Any = cache.layers[0]
-    copy = DynamicCache()
-    copy.update(layer.keys, layer.values, 0)
-    return copy
+    filled.update(keys, values, 0)
+    if (index := getattr(layer, "indexer_keys", None)) is not None:
+        own: Any = filled
+        own.update_indexer(torch.randn(1, tokens, index.shape[2]).to(index.dtype), 0)
+    return filled
 
 
 def _timed_steps(model: Any, cache: Any, steps: torch.Tensor, seconds: float) -> tuple[list[float], list[torch.Tensor]]:

@@ -64,20 +64,26 @@ def mla(
     cases: Annotated[
         list[str] | None, typer.Option("--case", help="exact, int8, int4 or page_bound; may be repeated.")
     ] = None,
+    indexer: Annotated[
+        bool, typer.Option("--indexer", help="DeepSeek-V3.2, whose indexer chooses 2,048 tokens for each query.")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="Of the model: float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """One decoding step of one layer of latent attention at DeepSeek-V3's geometry, 128 heads, projections included."""
     from pikv_hf.eval.bench.bench_table import run_and_show
-    from pikv_hf.eval.bench.latent_decode import CASES, run_latent_decode
+    from pikv_hf.eval.bench.latent_decode import CASES, INDEXED_CASES, has_indexers, run_latent_decode
 
-    if unknown := set(cases or ()) - set(CASES):
-        raise InputError(f"--case must be one of {', '.join(CASES)}, got {sorted(unknown)[0]!r}")
+    if indexer and not has_indexers():
+        raise InputError("--indexer needs a transformers that has DeepSeek-V3.2, 5.24 say")
+    known = INDEXED_CASES if indexer else tuple(CASES)
+    if unknown := set(cases or ()) - set(known):
+        raise InputError(f"--case must be one of {', '.join(known)}, got {sorted(unknown)[0]!r}")
     if dtype not in ("float32", "bfloat16"):
         raise InputError(f"--dtype must be float32 or bfloat16, got {dtype!r}")
-    sizes, names = contexts or (2048, 8192, 32768), cases or list(CASES)
-    run_and_show(run_latent_decode(sizes, names, dtype=dtype), threads, output)
+    sizes, names = contexts or (2048, 8192, 32768), cases or list(known)
+    run_and_show(run_latent_decode(sizes, names, dtype=dtype, indexed=indexer), threads, output)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from pikv_hf import PiKVCache, detach
 from pikv_hf.attention import indexed_attention
 from pikv_hf.common.transformers_release import cache_argument
+from pikv_hf.eval.bench.latent_decode import run_latent_decode
 from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
 from pikv_hf.integration.attention_code import only_indexes, why_not_in_place
 from pikv_hf.layer.indexed_layer import IndexedLayer
@@ -336,6 +337,14 @@ def test_in_inference_mode(name: str, dtype: torch.dtype) -> None:
                 torch.testing.assert_close(*logits, atol=1e-3, rtol=0)
             assert not logits[0].isnan().any()
     assert cache.layers[1].indexer_keys.dtype is dtype
+
+
+def test_the_benchmark_compares_equal_steps() -> None:
+    small = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 32, "index_topk": 64}
+    exact, packed = run_latent_decode([600], ("exact", "int8"), 0.0, indexed=True, **small)
+    assert (exact.name, exact.to_none) == ("dsa exact", 1.0)
+    assert exact.max_difference < 1e-5 < packed.max_difference
+    assert exact.kv_bytes > packed.kv_bytes
 
 
 class Indexer(torch.nn.Module):

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from pikv_hf.eval.bench.decode import Timing, run_decode, run_prefill, run_reorder
 from pikv_hf.eval.bench.generation import run_chunks, run_generation
-from pikv_hf.eval.bench.latent_decode import run_latent_decode
+from pikv_hf.eval.bench.latent_decode import has_indexers, run_latent_decode
 from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
 from pikv_hf.eval.cli.main import app
 
@@ -52,6 +52,13 @@ def test_unknown_cases_of_latent_attention_are_refused(wrong: list[str]) -> None
     result = CliRunner().invoke(app, ["bench", "mla", *wrong])
     assert result.exit_code == 2
     assert wrong[1] in result.output
+
+
+@pytest.mark.skipif(has_indexers(), reason="this transformers has DeepSeek-V3.2")
+def test_indexers_need_a_newer_release() -> None:
+    result = CliRunner().invoke(app, ["bench", "mla", "--indexer"])
+    assert result.exit_code == 2
+    assert "5.24" in result.output
 
 
 def test_reorder_and_prefill_agree() -> None:
