@@ -93,7 +93,14 @@ def test_generates_as_with_dynamic_cache(name: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    "options", [{}, {"tiers": {"cpu": "1 MiB"}}, {"placement": "balanced"}, {"placement": "hash", "num_shards": 1}]
+    "options",
+    [
+        {},
+        {"tiers": {"cpu": "1 MiB"}},
+        {"placement": "balanced"},
+        {"placement": "hash", "num_shards": 1},
+        {"devices": ["cpu:0", "cpu:1"]},
+    ],
 )
 def test_logits_with_lossless_options(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     cache, theirs = new_cache(name, **options), dynamic(name)
@@ -104,7 +111,8 @@ def test_logits_with_lossless_options(name: str, options: dict[str, Any], tmp_pa
         ours, expected = (read(name, each, tokens, mask)[:, -1] for each in (cache, theirs))
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
     cache.save(tmp_path / "cache")
-    loaded, twin = PiKVCache.load(tmp_path / "cache", model_of(name)), cache.fork()
+    places = {"devices": options["devices"]} if "devices" in options else {}
+    loaded, twin = PiKVCache.load(tmp_path / "cache", model_of(name), **places), cache.fork()
     mask = torch.nn.functional.pad(mask, (0, 1), value=1)
     expected = read(name, theirs, ids(2, 1), mask)
     for each in (cache, loaded, twin):
