@@ -1,4 +1,7 @@
-"""Picking single tokens out of pages: what attention reads where a model chooses tokens, not pages."""
+"""Picking single tokens out of pages: what attention reads where a model chooses tokens, not pages.
+
+In torch on every device: it is rows of tensors by their numbers, which torch's own kernels copy as fast as memory goes.
+"""
 
 import dataclasses
 

@@ -202,7 +202,12 @@ def watch(model: Any) -> None:
 
 
 def check_has_keys(modules: dict[int, nn.Module]) -> None:
-    """Raise `NotImplementedError` for attention whose tokens in a cache are latents, which no press can score yet."""
+    """Raise `NotImplementedError` for attention whose tokens no press can score yet: latents, and what is indexed."""
+    if chooses := [type(each).__name__ for each in modules.values() if getattr(each, "indexer", None) is not None]:
+        raise NotImplementedError(
+            f"{chooses[0]} reads the tokens that an indexer of its own chooses among all of them, those too that a "
+            "press has evicted; the codecs of PiKVCache work there"
+        )
     if latent := [type(module).__name__ for module in modules.values() if expands_latents(type(module))]:
         raise NotImplementedError(
             f"{latent[0]} is latent attention, of which transformers {INSTALLED} caches latents, not the keys and "

@@ -35,6 +35,8 @@ def load(*names):
     return time.process_time() - start, sorted({name.split(".")[0] for name in set(sys.modules) - before})
 
 theirs = load("transformers.cache_utils", "transformers.modeling_utils")
+# Of 5.24 what says which attention may be attached imports accelerate.
+load("transformers.integrations.sdpa_attention", "transformers.masking_utils")
 ours = load("pikv_hf", "pikv_hf.cache")
 print(json.dumps({"theirs": theirs, "ours": ours}))
 """

@@ -154,6 +154,23 @@ def test_gradients_are_those_of_dynamic_cache() -> None:
     torch.testing.assert_close(*gradients, atol=1e-4 * float(gradients[1].abs().max()), rtol=0)
 
 
+@torch.no_grad()
+def test_pages_are_read_under_the_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forks in other threads change the numbers of pages."""
+    model, owned = tiny_model("deepseek_v3", kv_lora_rank=64), []
+    cache = PiKVCache.for_model(model, **SMALL)
+    read_pages = expanded_history.layer_reads.dense_latents
+
+    def note(store: Any, before: int) -> Any:
+        owned.append(store.lock._is_owned())
+        return read_pages(store, before)
+
+    monkeypatch.setattr(expanded_history.layer_reads, "dense_latents", note)
+    for tokens in (ids(1, 40), ids(1, 40, 1)):
+        model(tokens, **cache_argument(cache))
+    assert owned == [True] * len(cache.layers)
+
+
 @pytest.mark.parametrize("name", sorted({"deepseek_v3", "deepseek_v32", "longcat_flash"} & set(CLASSES)))
 @pytest.mark.parametrize("options", [{}, {"key_codec": "int8"}])
 @torch.no_grad()

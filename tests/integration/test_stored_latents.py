@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -353,12 +354,33 @@ def test_autocast_stores_latents_rounded_as_keys_are() -> None:
     torch.testing.assert_close(keys[0][0], keys[0][1].to(torch.bfloat16), atol=0, rtol=0)
 
 
-def test_without_the_model_latents_are_not_taken_for_keys() -> None:
-    model = FAMILIES["deepseek_v3"].build()
+def test_projections_outlive_the_model_for_the_cache() -> None:
+    model = model_of()
+    cache, expected = filled(model), theirs(model)
+    replace_projections(model, cache)
+    gc.collect()
+    for layer, other in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, other.keys, atol=1e-3, rtol=0)
+    assert not read(model, cache, ids(1, 10)).isnan().any()
+    assert heads(cache) == {4}
     cache = filled(model)
     del model
-    with pytest.raises(RuntimeError, match="the model whose projection makes keys and values of them is gone"):
+    gc.collect()
+    assert cache.layers[0].keys.shape[1] == 4
+
+
+@torch.no_grad()
+def test_weights_that_were_written_to_are_refused() -> None:
+    model = model_of()
+    cache = filled(model)
+    projection = next(m.kv_b_proj for m in model.modules() if caches_expanded_latents(type(m)))
+    projection.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="weights of kv_b_proj have changed"):
+        read(model, cache, ids(1, 10))
+    with pytest.raises(RuntimeError, match="weights of kv_b_proj have changed"):
         cache.layers[0].keys  # noqa: B018
+    cache.reset()
+    assert_goes_on(model, cache, DynamicCache(config=model.config))
 
 
 def altered(kind: type[nn.Module], was: str, becomes: str) -> type[nn.Module]:

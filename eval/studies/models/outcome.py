@@ -102,16 +102,19 @@ def _in_eager(model: Any) -> Iterator[None]:
 
     But not where layers compare padding, too: of it eager attention makes averages, and SDPA, as PiKV's, nothing.
     """
-    implementation = model.config._attn_implementation
     if COMPARES_PADDING in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         yield
         return
+    # Each part has a config of its own, and not every part can have each attention.
+    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
+    before = [(config, config._attn_implementation) for config in configs.values()]
     with contextlib.suppress(ValueError):
         model.set_attn_implementation("eager")
     try:
         yield
     finally:
-        model.set_attn_implementation(implementation)
+        for config, implementation in before:
+            config._attn_implementation = implementation
 
 
 def _run_alone(model: Any, expected: dict[str, Seen]) -> dict[str, str]:

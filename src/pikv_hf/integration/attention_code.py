@@ -16,6 +16,7 @@ from torch import nn
 from ..common.transformers_release import CACHE_ARGUMENTS
 from .attention_implementation import ATTENTION_NAME
 from .call_arguments import KNOWN_ARGUMENTS
+from .chosen_tokens import BLOCK_INDICES
 from .latent_attention import EXPANSION
 
 # What all attention functions have in common.
@@ -100,16 +101,22 @@ class _WithPiKV(ast.NodeTransformer):
     Models say the positions of all tokens; attention whose tokens a block's indexer chooses is refused without them.
     """
 
+    def __init__(self, gets_positions: bool) -> None:
+        self._gets_positions = gets_positions
+
     def visit_If(self, node: ast.If) -> Any:
         """Take the other branch of a question for the name of the attention that does not name PiKV's."""
         self.generic_visit(node)
         test = node.test
-        if isinstance(test, ast.Compare) and ast.unparse(test) == "position_ids is None":
+        if self._gets_positions and ast.unparse(test) == "position_ids is None":
             return node.orelse or ast.Pass(lineno=node.lineno, col_offset=0)
         asks = isinstance(test, ast.Compare) and isinstance(test.left, ast.Attribute)
         if not asks or test.left.attr != "_attn_implementation" or not isinstance(test.ops[0], ast.In):  # type: ignore[attr-defined]
             return node
-        names = ast.literal_eval(test.comparators[0])  # type: ignore[attr-defined]
+        try:
+            names = ast.literal_eval(test.comparators[0])  # type: ignore[attr-defined]
+        except ValueError:
+            return node
         return node if ATTENTION_NAME in names else node.orelse or ast.Pass(lineno=node.lineno, col_offset=0)
 
 
@@ -121,7 +128,8 @@ def _parsed_forward(kind: type[nn.Module]) -> ast.AST | None:
 
 
 def _judge(forward: ast.AST) -> str | None:
-    forward = _WithPiKV().visit(forward)
+    chooses_blocks = any(BLOCK_INDICES in _keywords(node) for node in ast.walk(forward) if isinstance(node, ast.stmt))
+    forward = _WithPiKV(chooses_blocks).visit(forward)
     if any(isinstance(node, ast.Attribute) and _is_layers_of_cache(node) for node in ast.walk(forward)):
         return "reads layers of the cache by itself"
     assigned = [node for node in ast.walk(forward) if isinstance(node, ast.Assign)]

@@ -20,7 +20,15 @@ from ..layer.layer_reads import with_history
 from ..layer.layer_reference import LayerReference
 from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
-from .chosen_tokens import BLOCK_INDICES, as_averages, chosen_columns, chosen_positions, only_chosen
+from .chosen_tokens import (
+    BLOCK_INDICES,
+    as_averages,
+    averaging,
+    chosen_columns,
+    chosen_positions,
+    only_chosen,
+    shown_to_blocks,
+)
 from .continuous_batching import attend_batched, is_batched
 from .expanded_history import attend_expanded, expanding_is_cheaper
 from .kvpress_marks import forget_reader, without_marked
@@ -72,6 +80,8 @@ def pikv_attention_forward(
         mask = _checked_mask(layer, call, dropout, kwargs)
         call.show_to_observer(layer.seen)
         call.query, call.mask = query.to(layer.store.dtype), mask
+        if call.keeps_padding:
+            call.mask = shown_to_blocks(mask, kwargs["position_ids"], layer.seen)
         new = 1 if layer.pending is None else layer.pending.tokens
         # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
         key, value = key[:, :, -new:], value[:, :, -new:]
@@ -83,8 +93,10 @@ def pikv_attention_forward(
     if key.shape[2] == query.shape[2]:
         forget_reader(module)
     if (positions := chosen_positions(module, query, key.shape[2], kwargs)) is not None:
-        shown = only_chosen(attention_mask, positions, query.shape[1], key.shape[2])
-        call.mask = as_averages(shown, query.dtype) if call.keeps_padding else shown
+        if call.keeps_padding:
+            call.mask = shown_to_blocks(call.mask, kwargs["position_ids"], key.shape[2])
+        call.mask = only_chosen(call.mask, positions, query.shape[1], key.shape[2])
+        call.mask = as_averages(call.mask, query.dtype) if call.keeps_padding else call.mask
     elif attention_mask is None and 1 < query.shape[2] < key.shape[2] and is_causal(module, kwargs):
         call.mask = _trailing_causal_mask(query, key)
     if call.sinks is None and call.softcap is None:
@@ -163,20 +175,22 @@ class _Call:
 
 def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`: `(B, Q, Hq, Dv)`."""
-    query, mask = call.query, call.mask
-    layer.attend_begins(None if call.keeps_padding else _stored_tokens(mask))
+    # A decoded token is stored whatever its own mask says of it, so that a later one may show it.
+    decodes = call.query.shape[2] == 1 and layer.seen > 1
+    layer.attend_begins(None if call.keeps_padding or decodes else _stored_tokens(call.mask))
     pending, absorbed = layer.pending, holds_latents(layer, call.module)
     is_prompt = pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None
     expands = absorbed and not is_prompt and _expands(layer, call, key, value)
+    columns = None if call.positions is None else _take_chosen(layer, call)
+    if not is_prompt and call.mask is not None and (call.keeps_padding or call.mask.dtype != torch.bool):
+        call.query, call.mask, averages = averaging(call.query, call.mask)
+        columns = None if averages else columns
+    query, mask = call.query, call.mask
     if absorbed:
         # Where attention is cheaper as it comes, as over the tokens of a prompt alone, few queries are looked at.
         query = absorbed_queries(call.module, query[:, :, -OBSERVED:] if is_prompt or expands else query)
         # Behind rotary keys are those of an indexer, which attention has no part of.
-        query = torch.nn.functional.pad(query, (0, layer.store.index_width))
-    columns = None
-    if call.positions is not None:
-        columns = chosen_columns(mask, call.positions, layer.store.heads)
-        call.mask = mask = only_chosen(mask, call.positions, query.shape[1], layer.seen)
+        query = torch.nn.functional.pad(query, (0, layer.store.indexer_width))
     remember_queries(layer.store, query, call.scale)
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
@@ -190,7 +204,7 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     else:
         out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks, absorbed, columns)
         if not absorbed:
-            out = out[..., : out.shape[-1] - layer.store.index_width]
+            out = out[..., : out.shape[-1] - layer.store.indexer_width]
         output = call.output(out, lse)
         if absorbed:
             output = expanded_outputs(call.module, output)
@@ -198,6 +212,14 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
             output = _with_gradients(output, layer, call, key, value)
     layer.attend_ends()
     return output
+
+
+def _take_chosen(layer: PiKVLayer, call: _Call) -> torch.Tensor | None:
+    """Have a call's mask show chosen positions alone; return the columns that are read of full pages, None for all."""
+    assert call.positions is not None
+    columns = chosen_columns(call.mask, call.positions, layer.store.heads)
+    call.mask = only_chosen(call.mask, call.positions, call.query.shape[1], layer.seen)
+    return columns
 
 
 def _expands(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -243,7 +265,9 @@ def _with_gradients(
     before, stored = keys.shape[2] - key.shape[2], layer.stored_mask()
     past = keys[:, :, :before], values[:, :, :before]
     if expands_latents(type(call.module)):
-        past, stored = call.module.expand_kv(*past), stored.expand(-1, key.shape[1], -1)  # type: ignore[operator]
+        expand: Any = call.module.expand_kv
+        past = expand(*past) if before else (key[:, :, :0], value[:, :, :0])
+        stored = stored.expand(-1, key.shape[1], -1)
     dense = call.dense_output(*with_history(past, key, value), stored)
     return output.detach() + (dense - dense.detach())
 
@@ -275,11 +299,6 @@ def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, 
         raise NotImplementedError(
             f"{where}: attention reads chosen positions, and those of tokens from outside, or of another layer, are "
             "not known"
-        )
-    if call.keeps_padding and layer.seen > call.query.shape[2] and _stored_tokens(call.mask) is not None:
-        raise NotImplementedError(
-            f"{where}: {type(call.module).__name__} compares padding, too, which can come with a row's first tokens "
-            "alone; give prompts with padding in one piece"
         )
     if layer.attachment is not None and not layer.attachment.owns(call.module):
         raise ValueError(

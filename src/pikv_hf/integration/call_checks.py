@@ -16,6 +16,7 @@ from ..layer.layer_list import complete_assignments, paged_layers
 from ..layer.layer_reads import check_not_evicted
 from ..layer.mask_columns import MaskColumns
 from .call_arguments import KNOWN_ARGUMENTS, check_arguments, check_causal, check_owner_and_dropout
+from .chosen_tokens import check_indexers
 from .mask_function import check_mask_of_cache
 
 #: What decoders and attention modules are called with, beside what attention functions are.
@@ -47,7 +48,8 @@ def check_call(
     NotImplementedError
         For arguments that attention does not know, and `is_causal=False` without a mask.
     RuntimeError
-        For attention that is not PiKV's, where tokens were evicted, and keys assigned without values that fit.
+        For attention that is not PiKV's, where tokens were evicted, keys assigned without values that fit, and indexers
+        of layers that an interrupted call has left at different lengths.
     """
     if not hasattr(cache, "layers"):
         return
@@ -68,6 +70,7 @@ def check_call(
         for layer in paged:
             check_not_evicted(layer.store)
         return
+    check_indexers(attachment, paged, mask)
     check_arguments(attention, _passed_on(module, kwargs))
     if paged and _queries(args, kwargs) > 1:
         has_pages = module is attention and isinstance(cache.layers[attention.layer_idx], PiKVLayer)

@@ -1,17 +1,64 @@
 """The tokens that a model's own indexer has chosen for each query (DeepSeek-V3.2, MiniMax-M3): masks and columns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..layer.indexed_layer import IndexedLayer
+from ..layer.layer import PiKVLayer
 from ..layer.mask_columns import MaskColumns
 
 #: What attention functions are called with: the positions of each query's tokens, `(B, Q, k)` integers.
 INDICES = "indices"
 #: What MiniMax-M3 calls them with: the blocks of positions of each query and group of heads, `(B, Hi, Q, n)` integers.
 BLOCK_INDICES = "block_indices"
+
+
+def check_indexers(link: Any, layers: Sequence[PiKVLayer], mask: Any) -> None:
+    """Refuse a call that indexers could not follow, before any layer has changed.
+
+    Parameters
+    ----------
+    link : Attachment
+        Of the model that is called.
+    layers : sequence of PiKVLayer
+        The paged layers of its cache.
+    mask : torch.Tensor or None
+        What its first attention is called with.
+
+    Raises
+    ------
+    NotImplementedError
+        Under autocast, in which indexer keys come wider than K/V, and for padding after a row's first tokens, where
+        indexers compare it.
+    RuntimeError
+        If an interrupted call has left layers at different lengths.
+    """
+    indexed = [layer for layer in layers if isinstance(layer, IndexedLayer)]
+    if not indexed:
+        return
+    where, positions = f"layer {indexed[0].layer_idx}", sorted({layer.state.positions_seen for layer in layers})
+    attention = link.attention_of(indexed[0].layer_idx)
+    if len(positions) > 1:
+        raise RuntimeError(
+            f"an interrupted call has left layers at different lengths, {positions}; take its tokens back with "
+            f"cache.crop({positions[0]})"
+        )
+    kind = next((p.device.type for p in attention.parameters()), "cpu") if attention is not None else "cpu"
+    if torch.is_autocast_enabled(kind):
+        raise NotImplementedError(
+            f"{where}: under autocast the keys of an indexer come in float32 beside K/V in "
+            f"{torch.get_autocast_dtype(kind)}, and pages hold one dtype; load the model in that dtype instead"
+        )
+    compares_padding = getattr(getattr(attention, "indexer", None), "block_size", None) is not None
+    is_later = bool(positions[0]) and isinstance(mask, torch.Tensor)
+    if compares_padding and is_later and MaskColumns.of(mask).new > 1 and MaskColumns.of(mask).new_valid is not None:
+        raise NotImplementedError(
+            f"{where}: {type(attention).__name__} compares padding, too, which can come with a row's first tokens "
+            "alone; give prompts with padding in one piece"
+        )
 
 
 def chosen_positions(
@@ -49,10 +96,12 @@ def chosen_positions(
     groups = by_block.shape[1] if isinstance(by_block, torch.Tensor) and by_block.ndim == 4 else 1
     _check_integers(module, BLOCK_INDICES, by_block, (batch, groups, queries))
     if not isinstance(size, int) or heads % groups or by_token is not None or given.get("position_ids") is None:
+        absent = "no " if given.get("position_ids") is None else ""
+        twice = "" if by_token is None else ", and tokens beside them"
         raise NotImplementedError(
-            f"{type(module).__name__} chooses blocks of {size} tokens for {groups} groups of {heads} heads, with "
-            f"position_ids={given.get('position_ids')!r} and indices={by_token!r}: PiKV's attention needs a size, "
-            "equal groups, positions, and nothing chosen twice"
+            f"{type(module).__name__} chooses blocks of {size} tokens for {groups} groups of {heads} heads{twice}, "
+            f"with {absent}position_ids: PiKV's attention needs the size from its indexer's block_size, equal groups, "
+            "positions, and nothing else chosen"
         )
     slots = torch.arange(size, device=by_block.device)
     every = (by_block.long().unsqueeze(-1) * size + slots).flatten(3)
@@ -89,7 +138,8 @@ def only_chosen(mask: torch.Tensor | None, positions: torch.Tensor, heads: int, 
         shown = shown.repeat_interleave(heads // groups, dim=1)
     if mask is None:
         return shown.tril(tokens - queries)
-    both = mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, -torch.inf)
+    # As the models do: a query that is shown none of its tokens averages over all there are.
+    both = mask & shown if mask.dtype == torch.bool else mask.masked_fill(~shown, torch.finfo(mask.dtype).min)
     MaskColumns.of(mask).carried_to(both)
     return both
 
@@ -111,11 +161,63 @@ def chosen_columns(mask: torch.Tensor | None, positions: torch.Tensor, heads: in
     return columns.where(shown, -1)
 
 
+def shown_to_blocks(mask: torch.Tensor | None, position_ids: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the boolean mask by which MiniMax-M3's attention to blocks goes, `(B or 1, 1 or Hq, Q, T)`.
+
+    Parameters
+    ----------
+    mask : torch.Tensor, optional
+        `(B or 1, 1 or Hq, Q, T)`; of an additive one what is not zero is hidden.
+    position_ids : torch.Tensor
+        `(B or 1, Q)` or `(Q,)`; without a mask they say what lies ahead, where transformers too makes none.
+    tokens : int
+        T.
+    """
+    if mask is None:
+        positions = position_ids if position_ids.ndim > 1 else position_ids.unsqueeze(0)
+        if 1 < (queries := positions.shape[1]) < tokens:
+            return torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=positions.device).tril_(
+                tokens - queries
+            )
+        return torch.arange(tokens, device=positions.device) <= positions[:, None, :, None]
+    if mask.dtype == torch.bool:
+        return mask
+    shown = mask == 0
+    MaskColumns.of(mask).carried_to(shown)
+    return shown
+
+
+def averaging(query: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return queries and mask of attention in parts, in which who is shown nothing averages over all tokens.
+
+    In one piece adding the least number to all logits comes to the same; pieces would count alike, whatever their
+    sizes. A query of zeros that is shown everything counts tokens.
+
+    Parameters
+    ----------
+    query : torch.Tensor
+        `(B, Hq, Q, D)`.
+    mask : torch.Tensor
+        `(B or 1, 1 or Hq, Q, T)`, boolean or additive.
+
+    Returns
+    -------
+    tuple
+        Both, and whether there are such queries.
+    """
+    hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+    blank = hidden.all(dim=-1, keepdim=True)
+    if not bool(blank.any()):
+        return query, mask, False
+    columns = MaskColumns.of(mask)
+    mask = mask | blank if mask.dtype == torch.bool else mask.masked_fill(blank, 0.0)
+    columns.carried_to(mask)
+    return query.masked_fill(blank, 0.0), mask, True
+
+
 def as_averages(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return a mask as MiniMax-M3 adds a boolean one to logits: who sees nothing gets the average of all tokens.
+    """Return a boolean mask as MiniMax-M3 adds it to logits: who is shown nothing averages over all tokens.
 
     What comes of padding so is what later layers compare of it.
     """
-    if mask.dtype != torch.bool:
-        return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)

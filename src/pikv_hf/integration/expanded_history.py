@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layer import layer_reads
 from ..layer.layer import PiKVLayer
+from ..layer.layer_operation import layer_operation
 from .latent_attention import projections
 
 #: Bytes of the keys and values of so many heads at a time.
@@ -61,9 +62,7 @@ def attend_expanded(
         `(B, Q, H, Dv)`.
     """
     before, new = layer.seen - key.shape[2], key.shape[2]
-    latents, rotary = (
-        part[:, :, :before] for part in (layer_reads.dense_keys(layer.store), layer_reads.dense_values(layer.store))
-    )
+    latents, rotary = layer_operation(layer_reads.dense_latents)(layer.store, before)
     if mask is None:
         mask = torch.ones((1, 1, new, layer.seen), dtype=torch.bool, device=query.device).tril_(before)
     of_keys, of_values = (part.to(latents.dtype) for part in projections(module))

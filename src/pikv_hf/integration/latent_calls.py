@@ -35,6 +35,9 @@ class LatentExpansion:
     stored: tuple[int, int, int]
     expanded: tuple[int, int, int]
     _projection: "weakref.ref[nn.Linear]"
+    # Of one that latents are stored by: kept alive, with what tells whether its weights are those of then.
+    _kept: nn.Linear | None = dataclasses.field(default=None, compare=False)
+    _made_with: Any = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def of(cls, module: Any) -> "LatentExpansion | None":
@@ -44,6 +47,21 @@ class LatentExpansion:
         heads = projection.out_features // (module.qk_nope_head_dim + values)
         expanded = heads, module.qk_nope_head_dim + rotary, values
         return None if heads == 1 else cls((1, projection.in_features, rotary), expanded, weakref.ref(projection))
+
+    def held(self) -> "LatentExpansion":
+        """Return this for latents that are stored: it keeps the projection, whatever becomes of the model."""
+        projection = self._projection()
+        if projection is None:
+            return self
+        return dataclasses.replace(self, _kept=projection, _made_with=_state(projection))
+
+    def check_unchanged(self) -> None:
+        """Raise `RuntimeError` if the projection's weights are not those that the stored latents came with."""
+        if self._kept is not None and self._made_with != _state(self._kept):
+            raise RuntimeError(
+                "the weights of kv_b_proj have changed since this cache got its latents: keys and values of the old "
+                "ones cannot be made any more. Begin a new cache, or reset() this one"
+            )
 
     def is_by(self, projection: object) -> bool:
         """Return whether this projection does it."""
@@ -65,8 +83,9 @@ class LatentExpansion:
         Raises
         ------
         RuntimeError
-            If the model is gone, with its projection.
+            If the model is gone, with its projection, or its weights have changed.
         """
+        self.check_unchanged()
         if (projection := self._projection()) is None:
             raise RuntimeError(
                 "the cache holds latents, and the model whose projection makes keys and values of them is gone"
@@ -76,6 +95,12 @@ class LatentExpansion:
         halves = nn.functional.linear(latents[:, 0], weight).unflatten(-1, (heads, -1)).transpose(1, 2)
         plain, values = halves.split([key_dim - rotary.shape[-1], value_dim], dim=-1)
         return torch.cat([plain, rotary.expand(-1, heads, -1, -1)], dim=-1), values.contiguous()
+
+
+def _state(projection: nn.Linear) -> tuple[int, int | None]:
+    """Return what is another once the weights of a projection have been replaced or written to."""
+    weight = projection.weight
+    return weight.data_ptr(), None if weight.is_inference() else weight._version
 
 
 def _is_called_by(code: Any) -> bool:

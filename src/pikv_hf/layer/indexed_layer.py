@@ -13,7 +13,26 @@ from .layer_operation import layer_operation
 
 
 class IndexedLayer(PiKVLayer):
-    """The paged latents and indexer keys of one attention layer. Parameters are those of :class:`PiKVLayer`."""
+    """The paged K/V, or latents, and indexer keys of one attention layer. Parameters are those of :class:`PiKVLayer`.
+
+    A key of the indexer is divided among the layer's heads, behind whose values its parts lie, with zeros in the last
+    part if it does not divide evenly.
+    """
+
+    #: Whether tokens came last from elsewhere than the model's attention, which no router will place.
+    _is_outside = False
+
+    def update_from_attention(
+        self, key_states: torch.Tensor, value_states: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what :meth:`PiKVLayer.update_from_attention` does, and wait for the indexer's keys."""
+        self._is_outside = False
+        return super().update_from_attention(key_states, value_states)
+
+    def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what :meth:`PiKVLayer.update_from_outside` does, but wait for the indexer's keys."""
+        self._is_outside = True
+        return super().update_from_outside(keys, values)
 
     @property
     def indexer_keys(self) -> torch.Tensor | None:
@@ -44,7 +63,7 @@ class IndexedLayer(PiKVLayer):
         Parameters
         ----------
         indexer_key_states : torch.Tensor
-            `(B, Q, Di)`, of the dtype of the latents.
+            `(B, Q, Di)`, of the dtype of the K/V.
 
         Returns
         -------
@@ -59,9 +78,9 @@ class IndexedLayer(PiKVLayer):
             If they do not fit these, which are taken back then.
         """
         keys, pending = indexer_key_states, self.store.pending
-        if pending is None or not pending.awaits_index:
+        if pending is None or not pending.awaits_indexer:
             raise RuntimeError(f"layer {self.layer_idx}: indexer keys came before the K/V of their tokens, or twice")
-        expected = (pending.keys.shape[0], pending.tokens, self.store.index_dim), self.dtype, self.device
+        expected = (pending.keys.shape[0], pending.tokens, self.store.indexer_dim), self.dtype, self.device
         given = tuple(keys.shape), keys.dtype, keys.device
         if given != expected:
             self.rollback(pending.tokens)
@@ -75,12 +94,14 @@ class IndexedLayer(PiKVLayer):
     def _index(self, keys: torch.Tensor) -> torch.Tensor:
         pending = self.store.pending
         assert pending is not None
-        width, heads = self.store.index_width, self.store.heads
-        shares = torch.nn.functional.pad(keys.detach(), (0, width * heads - self.store.index_dim))
+        width, heads = self.store.indexer_width, self.store.heads
+        shares = torch.nn.functional.pad(keys.detach(), (0, width * heads - self.store.indexer_dim))
         pending.values[..., -width:] = shares.unflatten(2, (heads, width)).transpose(1, 2)
-        pending.awaits_index = False
+        pending.awaits_indexer = False
         every = layer_reads.indexer_keys(self.store)
-        if not self.state.reference_out and not self.has_expert_router:
+        if self._is_outside:
+            self.edits.settle()
+        elif not self.state.reference_out and not self.has_expert_router:
             # Its attention does not come to say that it has read.
             self.edits.settle_soon()
         return every

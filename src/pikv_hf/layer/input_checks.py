@@ -36,7 +36,7 @@ class KVFormat(NamedTuple):
         batch, heads, _, dim = keys.shape
         return cls((batch, heads, dim, values.shape[-1]), keys.dtype, keys.device)
 
-    def with_index(self, channels: int) -> "KVFormat":
+    def with_indexer(self, channels: int) -> "KVFormat":
         """Return the format with room for so many channels of indexer keys, divided among the heads."""
         batch, heads, dim, value_dim = self.shape
         return self._replace(shape=(batch, heads, dim, value_dim - (-channels // heads)))

@@ -163,6 +163,15 @@ def replaced_tables(store: LayerStore, tokens: ExactTokens) -> list[PageTable]:
     return tables
 
 
+def check_assignable(store: LayerStore) -> None:
+    """Raise `ValueError` where tokens have more than keys and values."""
+    if store.indexer_dim:
+        raise ValueError(
+            f"layer {store.layer_idx}: K/V cannot be assigned where each token has an indexer key, which would not be "
+            "theirs"
+        )
+
+
 def check_assigned(
     store: LayerStore, kv_format: KVFormat | None, link: ModelLink | None, keys: object, values: object
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,11 +182,7 @@ def check_assigned(
     TypeError, ValueError
         For other objects, layers with an indexer, and as :func:`~pikv_hf.layer.input_checks.admit`.
     """
-    if store.index_dim:
-        raise ValueError(
-            f"layer {store.layer_idx}: K/V cannot be assigned where each token has an indexer key, which would not be "
-            "theirs"
-        )
+    check_assignable(store)
     if not isinstance(keys, torch.Tensor) or not isinstance(values, torch.Tensor):
         raise TypeError(f"layer {store.layer_idx}: expected tensors of keys and values, got {type(values).__name__}")
     keys, values = admit(store.layer_idx, keys, values, kv_format, link)

@@ -50,10 +50,13 @@ class LatentTokens:
 
     def expansion(self) -> Expansion | None:
         """Return how what the layer stores is expanded, None if it stores keys and values as they come."""
+        stored = self._store.kv_format()
         known = self._of_model() if self._known is None else self._known
-        if known is None or (stored := self._store.kv_format()) is None:
+        if known is None or stored is None or known.stored != stored.shape[1:]:
             return None
-        return known if known.stored == stored.shape[1:] else None
+        if self._known is None:
+            self._known = known.held()
+        return self._known
 
     def _of_model(self) -> Expansion | None:
         return None if self._link is None else self._link.latents.expansion(self._store.layer_idx)
@@ -65,12 +68,16 @@ class LatentTokens:
             return stored
         return stored._replace(shape=(stored.shape[0], *expansion.expanded))
 
+    def dense_pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return all keys and values by column, `(B, H, T, D)` and `(B, H, T, Dv)`; zeros where there is no token."""
+        keys, values = dense_keys(self._store), dense_values(self._store)
+        return (keys, values) if (expansion := self.expansion()) is None else expansion.expand(keys, values)
+
     def dense(self, which: KV) -> torch.Tensor:
-        """Return all keys or values by column, `(B, H, T, D)` or `(B, H, T, Dv)`; zeros where there is no token."""
-        if (expansion := self.expansion()) is None:
+        """Return one of :meth:`dense_pair`."""
+        if self.expansion() is None:
             return dense_keys(self._store) if which is KV.KEYS else dense_values(self._store)
-        keys, values = expansion.expand(dense_keys(self._store), dense_values(self._store))
-        return keys if which is KV.KEYS else values
+        return self.dense_pair()[which is KV.VALUES]
 
     def stored_mask(self) -> torch.Tensor:
         """Return `(B, H, T)` bool, which columns hold a token of a KV head."""
@@ -98,7 +105,10 @@ class LatentTokens:
         if latents is None or not in_place or not goes_on:
             self.expand()
             return keys, values
-        self._known = model
+        if not store.state.seen:
+            self._known = model.held()
+        elif self._known is not None:
+            self._known.check_unchanged()
         return latents
 
     @layer_operation
@@ -107,7 +117,7 @@ class LatentTokens:
         store, expansion = self._store, self.expansion()
         if expansion is None:
             return
-        keys, values = expansion.expand(dense_keys(store), dense_values(store))
+        keys, values = self.dense_pair()
         mask, heads, stored = self.stored_mask(), store.heads, store.stored
         with store.transaction():
             try:

@@ -44,7 +44,7 @@ class PiKVLayer(CacheLayerMixin):
         Those of this process, from :func:`~pikv_hf.layer.layer_part.make_parts`; by default without a budget.
     leads : bool
         Whether it is the cache's first, in which processes make sure that they have the same tokens.
-    index_dim : int
+    indexer_dim : int
         Channels of the keys of an indexer, 0 without one; see :class:`~pikv_hf.layer.indexed_layer.IndexedLayer`.
 
     Attributes
@@ -71,7 +71,7 @@ class PiKVLayer(CacheLayerMixin):
         layout: PartLayout | None = None,
         parts: list[LayerPart] | None = None,
         leads: bool = False,
-        index_dim: int = 0,
+        indexer_dim: int = 0,
     ) -> None:
         self.layer_idx, self.attachment, self.leads = layer_idx, attachment, leads
         self.layout = PartLayout() if layout is None else layout
@@ -83,7 +83,7 @@ class PiKVLayer(CacheLayerMixin):
         routers = {} if attachment is None or config.placement == "hash" else attachment.expert_routers
         self.has_expert_router = layer_idx in routers
         experts = routers[layer_idx].num_experts if self.has_expert_router else 0
-        self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts, index_dim)
+        self.store = LayerStore(layer_idx, config, self.layout, self.parts, experts, indexer_dim)
         self.edits = LayerEdits(self.store, attachment)
         self.reference = LayerReference(self.store, attachment)
         self.prompt_mark: torch.Tensor | None = None
@@ -157,7 +157,7 @@ class PiKVLayer(CacheLayerMixin):
     @layer_operation
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return all K/V by column, `(B, H, T, D)` and `(B, H, T, Dv)`; zeros for padding and what was evicted."""
-        return self.edits.latents.dense(KV.KEYS), self.edits.latents.dense(KV.VALUES)
+        return self.edits.latents.dense_pair()
 
     @layer_operation
     def stored_mask(self) -> torch.Tensor:
@@ -236,7 +236,7 @@ class PiKVLayer(CacheLayerMixin):
         with taken_back_on_error(self, keys.shape[2]):
             if past is not None:
                 keys, values = layer_reads.with_history(past, keys, values)
-            if not self.store.awaits_index:
+            if not self.store.awaits_indexer:
                 self.edits.settle()
         return keys, values
 
@@ -294,7 +294,7 @@ class PiKVLayer(CacheLayerMixin):
 
     @keys.setter
     def keys(self, keys: torch.Tensor) -> None:
-        self.edits.assignment.staged = keys
+        self.edits.stage_keys(keys)
 
     @property
     def values(self) -> torch.Tensor | None:
@@ -368,7 +368,7 @@ class PiKVLayer(CacheLayerMixin):
         """Return a copy that shares all pages until either side writes to them."""
         self.settle()
         parts = [part.fork(self.config) for part in self.parts]
-        made = self.layer_idx, self.config, self.attachment, self.layout, parts, self.leads, self.store.index_dim
+        made = self.layer_idx, self.config, self.attachment, self.layout, parts, self.leads, self.store.indexer_dim
         twin = type(self)(*made)
         twin.store.go_on_from(self.store)
         twin.edits.latents.go_on_from(self.edits.latents)

@@ -11,7 +11,7 @@ from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.cropping import Crop
 from . import press_eviction
-from .kv_assignment import KVAssignment, assign_tokens, begins_with, check_assigned
+from .kv_assignment import KVAssignment, assign_tokens, begins_with, check_assignable, check_assigned
 from .latent_tokens import LatentTokens
 from .layer_cropping import Snapshot, reserved_crops, shorten_state
 from .layer_operation import layer_operation
@@ -87,13 +87,13 @@ class LayerEdits:
         """Store what is pending, unless a router, a press or an assignment has yet to say what."""
         pending = self.store.pending
         awaits_router = pending is not None and pending.experts is None and self.store.num_experts > 0
-        awaited = self.awaits_press or awaits_router or self.store.awaits_index
+        awaited = self.awaits_press or awaits_router or self.store.awaits_indexer
         if self.assignment.staged is None and not awaited:
             self.settle()
 
     def settle_soon(self) -> None:
         """Store what is pending before the next layer's: until then a press may take the tokens as they came."""
-        if self.store.awaits_index:
+        if self.store.awaits_indexer:
             return
         if self.store.pending is None or self.link is None:
             self.settle()
@@ -179,6 +179,11 @@ class LayerEdits:
         self.settle_marks()
         return self.assignment.hand_out(which, self.latents.dense(which))
 
+    def stage_keys(self, keys: torch.Tensor) -> None:
+        """Take the keys of an assignment, which values complete."""
+        check_assignable(self.store)
+        self.assignment.staged = keys
+
     def assign_values(self, values: object) -> None:
         """Complete an assignment of keys and values; the first tokens of what was handed out are a crop."""
         staged = self.assignment.take_staged()
@@ -215,7 +220,7 @@ class LayerEdits:
 
     @layer_operation
     def _assign(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        if self.assignment.is_crop(keys, values) and begins_with(map(self.latents.dense, KV), keys, values):
+        if self.assignment.is_crop(keys, values) and begins_with(self.latents.dense_pair(), keys, values):
             self.truncate(values.shape[2])
         else:
             self.latents.expand()

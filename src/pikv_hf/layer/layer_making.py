@@ -15,7 +15,7 @@ from .indexed_layer import IndexedLayer
 from .layer import PiKVLayer
 from .layer_part import make_parts
 from .model_link import ModelLink
-from .own_layer import index_dims, layers_of
+from .own_layer import indexer_dims, layers_of
 
 
 def checked_options(config: Any, pikv_config: Any, single_options: dict[str, Any], attached: bool) -> PiKVConfig:
@@ -105,7 +105,7 @@ def make_layers(
         For models as in :func:`~pikv_hf.layer.own_layer.layers_of`, and budgets that are too small.
     """
     layers = layers_of(config)
-    dims = index_dims(config.get_text_config(decoder=True), layers)
+    dims = indexer_dims(config.get_text_config(decoder=True), layers)
     paged = [index for index, layer in enumerate(layers) if _is_paged(layer, options) or dims[index] is not None]
     layouts = {index: _layout_of(index, link, spread) for index in paged}
     parts = max((layout.parts for layout in layouts.values()), default=1)

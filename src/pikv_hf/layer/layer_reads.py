@@ -15,14 +15,19 @@ def dense_keys(store: LayerStore) -> torch.Tensor:
 def dense_values(store: LayerStore) -> torch.Tensor:
     """Return all values by column, `(B, H, T, Dv)`; zeros for padding and what was evicted."""
     values = _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
-    return values[..., : values.shape[-1] - store.index_width]
+    return values[..., : values.shape[-1] - store.indexer_width]
+
+
+def dense_latents(store: LayerStore, before: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first `before` latents and rotary keys by column, `(B, 1, n, R)` and `(B, 1, n, Dr)`, as stored."""
+    return dense_keys(store)[:, :, :before], dense_values(store)[:, :, :before]
 
 
 def indexer_keys(store: LayerStore) -> torch.Tensor:
     """Return the indexer's keys by column, `(B, T, Di)`, of a layer that stores them; zeros for padding."""
     values = _with_pending(store, KV.VALUES, None if store.pending is None else store.pending.values)
-    shares = values[..., values.shape[-1] - store.index_width :]
-    return shares.transpose(1, 2).flatten(2)[..., : store.index_dim]
+    shares = values[..., values.shape[-1] - store.indexer_width :]
+    return shares.transpose(1, 2).flatten(2)[..., : store.indexer_dim]
 
 
 def check_not_evicted(store: LayerStore) -> None:

@@ -44,7 +44,7 @@ class LayerStore:
         Those of this process. The first is on the device of the layer's attention.
     num_experts : int
         What the layer's expert router chooses among, 0 where tokens are placed by position.
-    index_dim : int
+    indexer_dim : int
         Channels of the keys of an indexer, which lie behind the values of the heads; 0 without one.
 
     Attributes
@@ -72,10 +72,10 @@ class LayerStore:
         layout: PartLayout,
         parts: list[LayerPart],
         num_experts: int,
-        index_dim: int = 0,
+        indexer_dim: int = 0,
     ) -> None:
         self.layer_idx, self.config, self.layout = layer_idx, config, layout
-        self.parts, self.num_experts, self.index_dim = parts, num_experts, index_dim
+        self.parts, self.num_experts, self.indexer_dim = parts, num_experts, indexer_dim
         self.state = LayerState()
         self.pending: PendingTokens | None = None
         self.shard_map: ShardMap | None = None
@@ -99,7 +99,7 @@ class LayerStore:
             weights, whole = list(self.layout.weights), self.config.budget_scope == "shard"
             shard_map = ShardMap(self.config.num_shards, weights, self.config.page_size, whole=whole)
         # A part whose tiers are too small for a page raises.
-        stored = kv_format.with_index(self.index_dim)
+        stored = kv_format.with_indexer(self.indexer_dim)
         tables = [part.begin(stored, self.config, shard_of, shard_map) for part in self.parts]
         (_, self.heads, _, _), self.dtype, self.device = kv_format
         self.shard_map = shard_map
@@ -133,14 +133,14 @@ class LayerStore:
         return 1 if table is None else self.heads // table.plain.keys.shape[0]
 
     @property
-    def index_width(self) -> int:
+    def indexer_width(self) -> int:
         """Channels behind those of a head's values for its share of the indexer's keys, once there are pages."""
-        return -(-self.index_dim // self.heads) if self.index_dim else 0
+        return -(-self.indexer_dim // self.heads) if self.indexer_dim else 0
 
     @property
-    def awaits_index(self) -> bool:
+    def awaits_indexer(self) -> bool:
         """Whether the newest tokens have K/V, but no indexer keys yet."""
-        return self.pending is not None and self.pending.awaits_index
+        return self.pending is not None and self.pending.awaits_indexer
 
     @property
     def batch(self) -> int:
@@ -161,7 +161,7 @@ class LayerStore:
         if (table := self.parts[0].table) is None:
             return None
         pool = table.plain
-        shape = self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3] - self.index_width
+        shape = self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3] - self.indexer_width
         return KVFormat(shape, self.dtype, self.device)
 
     def shard_of(self) -> ShardOf:

@@ -45,6 +45,12 @@ class Expansion(Protocol):
     def expanded(self) -> tuple[int, int, int]:
         """Return `(H, D, Dv)`, heads and channels of keys and values."""
 
+    def held(self) -> "Expansion":
+        """Return this for latents that are stored: it goes on whatever becomes of the model."""
+
+    def check_unchanged(self) -> None:
+        """Raise `RuntimeError` if it would expand stored latents to something else than they were."""
+
     def expand(self, latents: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `(B, H, T, D)` and `(B, H, T, Dv)` of `(B, 1, T, R)` and `(B, 1, T, Dr)`."""
 

@@ -53,12 +53,13 @@ def layers_of(config: Any) -> list[Any]:
         _check_names(name, text)
     layers = list(DynamicCache(config=text).layers)
     known = (DynamicLayer, *KINDS)
-    dims = index_dims(text, layers)
+    dims = indexer_dims(text, layers)
     of_no_kind = [index for index, layer in enumerate(layers) if type(layer) not in known and dims[index] is None]
     if unknown := [(index, type(layers[index]).__name__) for index in of_no_kind]:
+        indexers = " and indexers that compare single tokens, where no layer shares K/V" if INDEXED_LAYER else ""
         raise ValueError(
             f"layer {unknown[0][0]} of {name} has a cache of type {unknown[0][1]}; PiKVCache knows "
-            f"{', '.join(kind.__name__ for kind in known)}"
+            f"{', '.join(kind.__name__ for kind in known)}{indexers}"
         )
     return layers
 
@@ -75,7 +76,7 @@ def _check_names(name: str, text: Any) -> None:
         raise ValueError(f"{name} keeps recurrent state ({stateful[0]}={getattr(text, stateful[0])}), not only K/V")
 
 
-def index_dims(text: Any, layers: Sequence[Any]) -> list[int | None]:
+def indexer_dims(text: Any, layers: Sequence[Any]) -> list[int | None]:
     """Return the channels of each layer's indexer keys, None for a layer whose attention reads all tokens.
 
     Parameters
@@ -87,12 +88,17 @@ def index_dims(text: Any, layers: Sequence[Any]) -> list[int | None]:
         that read what the indexer of a layer before them has chosen (GLM-5) have 0.
     """
     kinds = getattr(text, "indexer_types", None) or ["full"] * len(layers)
-    return [_index_dim(config_of_layer(text, index), layers[index], kinds[index]) for index in range(len(layers))]
+    if any(mode is not None and mode.startswith("reuse") for mode in getattr(text, "kv_sharing_modes", None) or ()):
+        # Whose attention chooses among tokens of another layer (Mistral-Large-4 can be made so).
+        return [None] * len(layers)
+    return [_indexer_dim(config_of_layer(text, index), layers[index], kinds[index]) for index in range(len(layers))]
 
 
-def _index_dim(config: Any, layer: Any, kind: str) -> int | None:
+def _indexer_dim(config: Any, layer: Any, kind: str) -> int | None:
     holds_latents = getattr(config, "kv_lora_rank", None) is not None
-    if not is_indexed(layer) or (type(layer) is INDEXED_LAYER and not holds_latents):
+    # GLM-5-Next pools tokens before it compares them.
+    pools = getattr(config, "index_kpool", None) is not None
+    if not is_indexed(layer) or pools or (type(layer) is INDEXED_LAYER and not holds_latents):
         return None
     return 0 if kind == "shared" else int(config.index_head_dim)
 

@@ -19,7 +19,7 @@ class PendingTokens:
         `(B, Q)` integers, once the router has chosen them while the layer waits for a press.
     masses : torch.Tensor or None
         `(B, H, Q)` float32, how much attention they got from the newest queries, for scheduling.
-    awaits_index : bool
+    awaits_indexer : bool
         Whether the last channels of the values are for the keys of an indexer, which have yet to come.
     """
 
@@ -28,7 +28,7 @@ class PendingTokens:
     valid: torch.Tensor | None = None
     experts: torch.Tensor | None = None
     masses: torch.Tensor | None = None
-    awaits_index: bool = False
+    awaits_indexer: bool = False
 
     @property
     def tokens(self) -> int:
@@ -37,7 +37,7 @@ class PendingTokens:
 
     def check_indexed(self, layer_idx: int) -> None:
         """Raise `RuntimeError` if the keys of an indexer have not come: these tokens cannot be stored."""
-        if self.awaits_index:
+        if self.awaits_indexer:
             raise RuntimeError(
                 f"layer {layer_idx}: the last call was interrupted before the keys of its indexer came; take its "
                 "tokens back with cache.crop(length)"
@@ -48,7 +48,7 @@ class PendingTokens:
         valid = None if self.valid is None else self.valid[rows]
         experts = None if self.experts is None else self.experts[rows]
         masses = None if self.masses is None else self.masses[rows]
-        return PendingTokens(self.keys[rows], self.values[rows], valid, experts, masses, self.awaits_index)
+        return PendingTokens(self.keys[rows], self.values[rows], valid, experts, masses, self.awaits_indexer)
 
     def to(self, device: torch.device) -> "PendingTokens":
         """Return the tokens on another device, or these if they are there."""
@@ -58,7 +58,7 @@ class PendingTokens:
         keys, values, valid, experts, masses = (None if part is None else part.to(device) for part in parts)
         assert keys is not None
         assert values is not None
-        return PendingTokens(keys, values, valid, experts, masses, self.awaits_index)
+        return PendingTokens(keys, values, valid, experts, masses, self.awaits_indexer)
 
 
 def tokens_by_lane(tokens: torch.Tensor, lanes: int) -> torch.Tensor:

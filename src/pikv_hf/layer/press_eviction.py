@@ -11,6 +11,11 @@ from .table_rebuild import TableRebuild, checked_widths, leaders_of, with_exact_
 
 def check_evicts(store: LayerStore, is_attached: bool) -> None:
     """Raise `ValueError` unless a layer has tokens, and attention that can pass over evicted ones."""
+    if store.indexer_dim:
+        raise ValueError(
+            f"layer {store.layer_idx}: an indexer of the model's own chooses among all tokens, and would choose what "
+            "was evicted, too; codecs, tiers and devices are what such a layer can have"
+        )
     if store.table is None:
         raise ValueError(f"layer {store.layer_idx} holds no tokens, of which some could be kept")
     if not is_attached:

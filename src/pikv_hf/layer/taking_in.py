@@ -56,9 +56,9 @@ def take_in(
         state.reference_lost = True
     edits.take_requested_snapshot()
     past = layer_reads.dense_history(store) if state.seen and not in_place else None
-    if store.index_dim:
-        room = torch.nn.functional.pad(values, (0, store.index_width))
-        store.pending = PendingTokens(keys, room, awaits_index=True)
+    if store.indexer_dim:
+        room = torch.nn.functional.pad(values, (0, store.indexer_width))
+        store.pending = PendingTokens(keys, room, awaits_indexer=True)
     elif new == 1 and state.seen:
         store.append(keys, values)
     else:

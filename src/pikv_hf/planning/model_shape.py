@@ -302,14 +302,14 @@ def _layer_shapes(model: Any, layers: list[Any], text: Any) -> list[LayerShape]:
     from pikv_hf.common.transformers_release import config_of_layer
     from pikv_hf.integration.latent_attention import expands_latents
     from pikv_hf.integration.latent_code import caches_expanded_latents
-    from pikv_hf.layer.own_layer import has_positions, index_dims
+    from pikv_hf.layer.own_layer import has_positions, indexer_dims
     from pikv_hf.planning.state_bytes import bytes_of_states
 
     states = bytes_of_states(model, layers)
     kinds: set[Any] = {type(module) for module in model.modules()}
     # Where transformers caches what latents are expanded to, a cache of an attached model stores the latents.
     latent = any(expands_latents(kind) or caches_expanded_latents(kind) for kind in kinds)
-    indexed = index_dims(text, layers)
+    indexed = indexer_dims(text, layers)
     shapes = []
     for index, layer in enumerate(layers):
         if not has_positions(layer):

@@ -160,8 +160,9 @@ class PagedLayerLoader:
         fits = (parts, numbers) == (self.parts.total, self.parts.numbers)
         require(fits, f"it was saved in {self.parts} and has the parts {numbers} of {parts} here")
         for table, part in zip(self._tables, layer.parts, strict=False):
-            saved, latent = table.rotary_values, part.latent and table.heads == 1
-            require(saved in (None, latent), f"bounds of keys have rotary parts: {saved} there, {latent} here")
+            latent = part.latent and table.heads == 1
+            may_have = latent or not table.rotary_values
+            require(may_have, "bounds of keys have rotary parts, which those of this model's attention have not")
 
     # Restoring
 

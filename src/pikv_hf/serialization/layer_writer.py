@@ -72,6 +72,7 @@ def _require_settled(layer: PiKVLayer) -> None:
     if layer.edits.assignment.staged is not None:
         raise ValueError(f"{where}: keys were assigned without values; assign both before saving")
     if layer.pending is not None:
+        layer.pending.check_indexed(layer.layer_idx)
         awaited = "a press" if layer.edits.awaits_press else "the layer's router"
         raise ValueError(
             f"{where}: {layer.pending.tokens} of {layer.seen} tokens wait for {awaited}; save the cache after the "

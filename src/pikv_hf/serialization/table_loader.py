@@ -34,6 +34,8 @@ def build_table(saved: TableReader, layer: PiKVLayer, part: LayerPart, device: t
         pools.keep_bounds()
     if part.scheduler is not None:
         part.scheduler.prepare(table)
-    for each in restored:
-        restore_bounds_and_usage(*each)
+    # Older files have bounds of latents without their rotary keys: those of both are found again where they are read.
+    outdated = saved.rotary_values is False and pools.plain.rotary_values
+    for pool, described, section in restored:
+        restore_bounds_and_usage(pool, {**described, "has_bounds": False} if outdated else described, section)
     return table
