@@ -355,7 +355,7 @@ def test_autocast_stores_latents_rounded_as_keys_are() -> None:
 
 
 def test_projections_outlive_the_model_for_the_cache() -> None:
-    model = model_of()
+    model = FAMILIES["deepseek_v3"].build()
     cache, expected = filled(model), theirs(model)
     replace_projections(model, cache)
     gc.collect()
@@ -363,7 +363,9 @@ def test_projections_outlive_the_model_for_the_cache() -> None:
         torch.testing.assert_close(layer.keys, other.keys, atol=1e-3, rtol=0)
     assert not read(model, cache, ids(1, 10)).isnan().any()
     assert heads(cache) == {4}
+    # A new cache has latents of the new projections.
     cache = filled(model)
+    assert heads(cache) == {1}
     del model
     gc.collect()
     assert cache.layers[0].keys.shape[1] == 4
@@ -371,7 +373,7 @@ def test_projections_outlive_the_model_for_the_cache() -> None:
 
 @torch.no_grad()
 def test_weights_that_were_written_to_are_refused() -> None:
-    model = model_of()
+    model = FAMILIES["deepseek_v3"].build()
     cache = filled(model)
     projection = next(m.kv_b_proj for m in model.modules() if caches_expanded_latents(type(m)))
     projection.weight.mul_(2)

@@ -204,7 +204,7 @@ class Attachment:
         for reader, config in parts.every_config():
             check_may_replace(reader, self._previous_of(config))
         _register()
-        if parts != self._parts:
+        if parts != self._parts or self.latents.is_outdated():
             # Caches go on with other modules of the model as transformers' do.
             self.undo()
         self._parts = parts

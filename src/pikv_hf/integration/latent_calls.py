@@ -134,6 +134,11 @@ class LatentCalls:
             before = functools.partial(self._note, index)
             yield place_hook(getattr(module, PROJECTION).register_forward_pre_hook, before)
 
+    def is_outdated(self) -> bool:
+        """Return whether a projection that is hooked is not that of its attention any more."""
+        found = ((self._expansions[index], reference()) for index, reference in self._modules.items())
+        return not all(known.is_by(getattr(module, PROJECTION, None)) for known, module in found)
+
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls.note_latents(index, args[0] if args else None)
 
