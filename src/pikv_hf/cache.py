@@ -193,7 +193,8 @@ class PiKVCache(Cache):
 
     def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Store the new states of a convolution: transformers' own, beside paged layers."""
-        if self._is_from_outside(self) and not any(is_state_layer(layer) for layer in self.layers[:layer_idx]):
+        comes_first = layer_idx <= self._first and not any(map(is_state_layer, self.layers[:layer_idx]))
+        if comes_first and self._is_from_outside(self):
             layer_list.check_read_from_outside(self.layers)
         own: Any = super()
         result: torch.Tensor = own.update_conv_state(conv_states, layer_idx, *args, **kwargs)

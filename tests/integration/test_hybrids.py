@@ -26,6 +26,8 @@ HYBRIDS: dict[str, tuple[dict[str, Any], bool]] = {
     "qwen3_5_moe_text": ({"num_hidden_layers": 5}, True),
     "lfm2_moe": ({}, True),
     "jamba": ({"num_hidden_layers": 4}, True),
+    # Attention comes first, unlike in the others.
+    "granitemoehybrid": ({"layer_types": ["attention", "mamba", "attention"]}, True),
     "nemotron_h": ({"layers_block_type": ["linear_attention", "full_attention", "moe", "full_attention", "moe"]}, True),
     "lara_mini": ({"num_hidden_layers": 5}, True),
     # Both in each layer: K/V and states stay transformers' own.
