@@ -132,6 +132,9 @@ def _run_alone(model: Any, expected: dict[str, Seen]) -> dict[str, str]:
 def worse(now: Outcome, before: Outcome) -> list[str]:
     """Return in what an outcome is worse than an earlier one, in strategies that ran now; nothing if in none."""
     found = []
+    if (now.way, before.way) == ("not run", "refused"):
+        # Of few strategies DynamicCache may fail at all.
+        return found
     if WAYS.index(now.way) < WAYS.index(before.way):
         found.append(f"{now.way}, not {before.way}: {now.reason}")
     elif now.way != "refused" and (now.routers or 0) < (before.routers or 0):
