@@ -131,7 +131,7 @@ def _run_alone(model: Any, expected: dict[str, Seen]) -> dict[str, str]:
 
 def worse(now: Outcome, before: Outcome) -> list[str]:
     """Return in what an outcome is worse than an earlier one, in strategies that ran now; nothing if in none."""
-    found = []
+    found: list[str] = []
     if (now.way, before.way) == ("not run", "refused"):
         # Of few strategies DynamicCache may fail at all.
         return found
