@@ -1,6 +1,7 @@
 """Layers that attend over the K/V of an earlier one (Gemma 3n, Gemma 4): over its pages, in place."""
 
 import functools
+import sys
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from transformers import DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES as CONFIGS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
 
-from pikv_hf import PiKVCache, detach
+from pikv_hf import PiKVCache, PiKVConfig, detach
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.studies.models.tiny_models import VOCAB, tiny_model
 
@@ -75,3 +76,16 @@ def test_windows_of_the_cache_alone_are_not_paged() -> None:
     with pytest.raises(ValueError, match="a window of 24 tokens in the cache alone"):
         PiKVCache.for_model(model, sliding_layers="paged")
     assert PiKVCache.for_model(model).get_seq_length() == 0
+
+
+@pytest.mark.skipif("moshi" not in CONFIGS, reason="this transformers has no such model type")
+def test_windows_that_no_mask_shows_are_not_paged() -> None:
+    """The cache of a config alone leaves masks to the model, which may make none of windows."""
+    model = tiny_model("moshi")
+    slides = any("sliding" in name for name in vars(sys.modules[type(model).__module__]))
+    options = PiKVConfig(sliding_layers="paged")
+    if slides:
+        assert PiKVCache(model.config, options).get_seq_length() == 0
+        return
+    with pytest.raises(ValueError, match="a window of 24 tokens in the cache alone"):
+        PiKVCache(model.config, options)

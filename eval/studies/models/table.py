@@ -94,7 +94,7 @@ def _cells(outcome: Outcome | None) -> tuple[str, str, str]:
         return "-", "-", "-"
     if outcome.way in ("refused", "not run"):
         return outcome.way, "", ""
-    own = {kind for kind in outcome.layers if kind != "PiKVLayer"} - {"DynamicSlidingWindowLayer"}
+    own = outcome.layers.keys() - {"PiKVLayer", "IndexedLayer", "DynamicSlidingWindowLayer"}
     kept = SIGNS[outcome.way] + (" + own" if own and outcome.way != "own layers" else "")
     routers = f"{outcome.routers}/{sum(outcome.layers.values())}" if outcome.placement == "expert" else "none"
     equal = sum(how == SAME for how in outcome.strategies.values())

@@ -1,5 +1,6 @@
 """Making the layers of a cache, complete with their parts, schedulers and the tiers that they share."""
 
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -114,7 +115,8 @@ def make_layers(
     for index, layout in layouts.items():
         if dims[index] is not None:
             _check_reads_chosen(index, options)
-        if isinstance(layers[index], DynamicSlidingWindowLayer) and link is not None and not link.slides(index):
+        slides = isinstance(layers[index], DynamicSlidingWindowLayer)
+        if slides and not (_masks_windows(config) and (link is None or link.slides(index))):
             raise ValueError(
                 f"layer {index} has a window of {layers[index].sliding_window} tokens in the cache alone, which its "
                 'attention does not know of: sliding_layers="paged" would show it more; use "bounded"'
@@ -130,6 +132,16 @@ def make_layers(
         layers[index] = kind(index, options, link, layout, made, index == min(layouts), dims[index] or 0)
         layers[index].store.lock = lock
     return layers, tiers
+
+
+def _masks_windows(config: Any) -> bool:
+    """Return whether a model's file has a name for masks of windows or chunks, as far as it is loaded.
+
+    On 5.2 Moshi's cache has windows, and its attention sees all that it is given.
+    """
+    kind = type(config.get_text_config(decoder=True))
+    code = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
+    return code is None or any("sliding" in name or "chunked" in name for name in vars(code))
 
 
 def _check_reads_chosen(index: int, options: PiKVConfig) -> None:

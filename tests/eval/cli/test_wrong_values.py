@@ -38,6 +38,7 @@ GIVEN: dict[str, list[str]] = {
 WORK = (
     "pikv_hf.eval.bench.decode.geometry_model",
     "pikv_hf.eval.bench.generation.geometry_model",
+    "pikv_hf.eval.bench.latent_decode.latent_model",
     "pikv_hf.eval.bench.press_prefill.geometry_model",
     "pikv_hf.eval.bench.saved_cache.geometry_model",
     "pikv_hf.eval.bench.processes._run_all",
