@@ -1,9 +1,10 @@
-"""Which implementation of an operation runs: plain torch, Triton on a GPU, or Triton's interpreter on a CPU."""
+"""Which implementation of an operation runs: plain torch, numba on a CPU, Triton on a GPU, or its interpreter."""
 
 import contextlib
 import difflib
 import functools
 import importlib
+import importlib.util
 import os
 import threading
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Backend = Literal["torch", "triton", "interpret"]
+Backend = Literal["torch", "numba", "triton", "interpret"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 #: The environment variable that forces a backend where no argument does.
@@ -26,7 +27,9 @@ _taken: Backend | None = None
 _lock = threading.Lock()
 
 
-def choose(device: torch.device, forced: str | None = None, coded: Iterable[int] = ()) -> Backend:
+def choose(
+    device: torch.device, forced: str | None = None, coded: Iterable[int] = (), compiled: bool = False
+) -> Backend:
     """Return the backend for tensors on a device.
 
     Parameters
@@ -35,10 +38,12 @@ def choose(device: torch.device, forced: str | None = None, coded: Iterable[int]
         Of the operands.
     forced : str, optional
         One of :data:`BACKENDS`. It beats the environment variable :data:`VARIABLE`, which beats the default: Triton on
-        a GPU if it can be imported, torch elsewhere.
+        a GPU and numba on a CPU if they can be imported, else torch.
     coded : iterable of int
         Channels of the packed pages involved. Triton's kernels take an even number of at least 16; others are left to
         torch unless Triton is forced.
+    compiled : bool
+        Whether numba has a version of the operation for these operands; where it has none, torch takes its place.
 
     Raises
     ------
@@ -49,6 +54,8 @@ def choose(device: torch.device, forced: str | None = None, coded: Iterable[int]
     """
     asked, source = (forced, "backend") if forced is not None else (os.environ.get(VARIABLE) or None, VARIABLE)
     if asked is None:
+        if compiled and device.type == "cpu" and not _numba_is_missing():
+            return "numba"
         if device.type != "cuda" or _taken_or_set() == "interpret" or _triton_is_missing():
             return "torch"
         if not all(takes(dim) for dim in coded):
@@ -59,6 +66,9 @@ def choose(device: torch.device, forced: str | None = None, coded: Iterable[int]
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown {source} {asked!r}; there are {', '.join(BACKENDS)}{hint}")
     how: Backend = BACKENDS[BACKENDS.index(asked)]
+    if how == "numba":
+        _check_numba(device, source)
+        return how if compiled else "torch"
     if how != "torch":
         _check(how, device, source)
     return how
@@ -78,8 +88,10 @@ def run(operation: str, how: Backend, device: torch.device, *arguments: Any, **n
 
 
 def load(operation: str, how: Backend) -> ModuleType:
-    """Import the module of the Triton version of an operation, compiled or interpreted as chosen."""
+    """Import the module of a compiled version of an operation; Triton's is compiled or interpreted as chosen."""
     global _taken
+    if how == "numba":
+        return importlib.import_module(f"{__package__}.numba_{operation}")
     with _lock:
         if _taken is None:
             _taken = how
@@ -104,11 +116,26 @@ def _check(how: Backend, device: torch.device, source: str) -> None:
         )
 
 
+def _check_numba(device: torch.device, source: str) -> None:
+    """Raise unless numba can run on tensors of this device."""
+    if device.type != "cpu":
+        raise ValueError(f"{source} 'numba' needs tensors on cpu, not on {device}")
+    if _numba_is_missing():
+        raise RuntimeError(
+            f"{source} 'numba' needs the package numba, which is not installed: pip install pikv-hf[cpu]"
+        )
+
+
 def _taken_or_set() -> Backend | None:
     """Return the Triton backend that this process is bound to, by an earlier call or by TRITON_INTERPRET."""
     if _taken is None and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "interpret"
     return _taken
+
+
+@functools.cache
+def _numba_is_missing() -> bool:
+    return importlib.util.find_spec("numba") is None
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """Attention of one new token per row over its pages: the decode step."""
 
+import numpy as np
 import torch
 
 from .decode_pages import decode_pages
 from .dispatch import choose, run
 from .merge_partials import merge_pair
 from .page_codes import PageCodes, coded_dims
+from .page_lists import ListedPool, PageLists, is_listable
 from .partial_attention import partial_attention
 
 # The decoded tokens and the logits of one block of pages stay below this.
@@ -73,13 +75,37 @@ def paged_decode_attention(
         If shapes do not match.
     """
     _check(query, keys, values, table, lengths, counts, absorbed)
-    how = choose(query.device, backend, coded_dims(keys, values))
+    how = choose(query.device, backend, coded_dims(keys, values), compiled=not absorbed and is_listable(keys, values))
+    if how == "numba":
+        return _attend_listed(query, keys, values, table, lengths, counts, scale, softcap, page_lse)
     if how != "torch":
         operation = "absorbed_decode_attention" if absorbed else "paged_decode_attention"
         arguments = (query, keys, values, table, lengths, counts, scale, softcap, page_lse, tuning or {})
         out, lse, masses = run(operation, how, query.device, *arguments)
         return (out, lse, masses) if page_lse else (out, lse)
     return _attend(query, keys, values, table, lengths, counts, scale, softcap, page_lse, absorbed)
+
+
+def _attend_listed(
+    query: torch.Tensor,
+    keys: PageCodes,
+    values: PageCodes,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    counts: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    page_lse: bool,
+) -> tuple[torch.Tensor, ...]:
+    """Attend as :func:`paged_decode_attention` does, on a CPU."""
+    pool = ListedPool(keys, values, counts.numpy().astype(np.int16))
+    numbers, used = table.numpy().astype(np.int64), lengths.numpy()
+    counted = np.arange(numbers.shape[1]) < used[:, None]
+    starts = np.concatenate([[0], np.cumsum(used, dtype=np.int64)])
+    lists = PageLists([pool], numbers[counted], starts, len(table))
+    masses = query.new_full((*query.shape[:2], numbers.shape[1]), -torch.inf, dtype=torch.float32)
+    out, lse = lists.attend(query, scale, softcap, masses if page_lse else None)
+    return (out, lse, masses) if page_lse else (out, lse)
 
 
 def _attend(

@@ -5,6 +5,7 @@ import torch
 
 from ..kernels import merge_pair
 from ..kernels.dispatch import choose
+from ..kernels.page_lists import PageLists
 from ..kernels.partial_attention import MAX_LOGITS
 from ..page_table.page_table import PageTable
 from ..page_table.read_plan import ReadPlan, Run
@@ -42,6 +43,11 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
         `(B, Hq, Q, Dv)` and `(B, Hq, Q)`, float32; 0 and -inf for rows that hold nothing.
     """
     batch, query_heads, queries, dim = query.shape
+    is_step = queries == 1 and mask is None and not call.absorbed
+    reads_all = call.masses is None and call.page_router is None and call.columns is None
+    if is_step and reads_all and (lists := table.view.lists()) is not None:
+        # Lanes are rows, and follow each other as the query heads do.
+        return lists.attend(query, call.scale, call.softcap)
     if (lanes := len(table.rows) // batch) > 1:
         rows = query.reshape(batch * lanes, query_heads // lanes, queries, dim)
         hidden = None if mask is None else mask_by_lane(mask, batch, lanes)
@@ -52,8 +58,8 @@ def attend_pages(table: PageTable, query: torch.Tensor, mask: torch.Tensor | Non
     bias = None if mask is None else MaskBias(mask, batch, heads, groups)
     # (H, B, G * Q, D): queries of one KV head together, and a run shared by several rows takes all their queries.
     folded = query.reshape(batch, heads, groups * queries, dim).transpose(0, 1)
-    # A kernel that looks pages up needs no plan; it takes one query per row and no mask.
-    looks_up = queries == 1 and bias is None and choose(query.device) != "torch"
+    # Kernels that look pages up need no plan; they take one query per row and no mask.
+    looks_up = queries == 1 and bias is None
     chosen, whole = _attend_chosen(table, query, folded, call)
     partials = [chosen] if chosen is not None else []
     for region in whole:
@@ -97,11 +103,30 @@ def _attend_pool(
     """Attend to the pages of one pool: `(H, B, G * Q, Dv)` and its LSE, nothing if there are none."""
     reader = reader_of(table.view.pool_of(region))
     query = reader.query(folded, call.absorbed)
-    if looks_up:
+    lists = table.view.lists(region) if looks_up and not call.absorbed else None
+    if lists is not None:
+        partial: Partial | None = _attend_lists(table, region, lists, query, call)
+    elif looks_up and choose(query.device) != "torch":
         partial = _attend_entries(reader, query, table.view.entries(region), call)
     else:
         partial = _attend_plan(reader, query, table.view.plan(region), bias, call)
     return [] if partial is None else [(reader.output(partial[0], call.absorbed), partial[1])]
+
+
+def _attend_lists(
+    table: PageTable, region: PoolId | Region, lists: PageLists, query: torch.Tensor, call: AttentionCall
+) -> Partial:
+    """Attend to the lists of pages of one pool in one call of a compiled kernel: `(H, B, G, D')` and its LSE."""
+    by_row = query.transpose(0, 1)
+    if call.masses is None:
+        out, lse = lists.attend(by_row, call.scale, call.softcap)
+    else:
+        pages = table.view.entries(region)[0].long()
+        heads, batch, groups, _ = query.shape
+        page_lse = query.new_full((batch, heads, groups, pages.shape[1]), -torch.inf, dtype=torch.float32)
+        out, lse = lists.attend(by_row, call.scale, call.softcap, page_lse)
+        call.note_page_lse(table.view.pool_of(region), None, pages[None], page_lse.transpose(0, 1))
+    return out.transpose(0, 1), lse.transpose(0, 1)
 
 
 def _attend_entries(

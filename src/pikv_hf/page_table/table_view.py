@@ -7,11 +7,13 @@ import numpy as np
 import torch
 
 from ..common.kv import KV
+from ..kernels.page_lists import PageLists
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.types import PageIds
 from ..tiers.tiered_pool import TieredPool
 from .full_page_index import FullPageIndex
+from .listed_pages import ListedPages
 from .read_plan import MIN_RUN_BYTES, ReadPlan, make_plan
 from .sequence_pages import Region, SequencePages, distinct_sequences
 from .sequence_writer import SequenceWriter
@@ -32,6 +34,7 @@ class TableView:
     def __init__(self, writer: SequenceWriter, rows: Sequence[SequencePages]) -> None:
         self._writer, self._rows = writer, rows
         self._plans: dict[PoolId | Region, tuple[ReadPlan, int]] = {}
+        self._listed: dict[PoolId | Region | None, ListedPages] = {}
         self._entries: dict[PoolId | Region, tuple[torch.Tensor, torch.Tensor]] = {}
         self._index: FullPageIndex | None = None
 
@@ -79,6 +82,25 @@ class TableView:
             device = self._writer.plain.device
             self._entries[region] = torch.from_numpy(numbers).to(device), torch.from_numpy(lengths).to(device)
         return self._entries[region]
+
+    def lists(self, region: PoolId | Region | None = None) -> PageLists | None:
+        """Return the lists of the rows' pages in a pool or a region of one, or in all pools, for a compiled kernel.
+
+        None where there is no such kernel for these pages, and for all pools if a codec has channels of its own.
+        """
+        known = self._listed.get(region)
+        if known is None or not known.is_current():
+            known = self._listed[region] = self._new_lists(region)
+        return known.lists
+
+    def _new_lists(self, region: PoolId | Region | None) -> ListedPages:
+        every = self._writer.pools.by_id()
+        regions = list(every) if region is None else [region]
+        pools = [self.pool_of(each) for each in regions]
+        codecs = [codec for pool in self._writer.pools.packed.values() for codec in (pool.key_codec, pool.value_codec)]
+        if region is None and any(codec.basis is not None for codec in codecs):
+            return ListedPages((), None, ())
+        return ListedPages.of_rows(pools, [[self._pages(row, each) for row in self._rows] for each in regions])
 
     def full_pages(self) -> FullPageIndex:
         """Return the index of the rows' full pages, for routing."""

@@ -1,0 +1,329 @@
+"""Attention of a decoding step on a CPU, compiled by numba: lists of pages of any formats, read in one pass.
+
+A task is a part of the pages of one list. Threads take tasks until none is left, and who finishes the last of them
+merges what all have found. Pages are turned into floats a block of tokens at a time, in memory that stays in the core's
+cache, where all queries of a KV head meet them.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import cfunc, float32, int32, int64, njit, types
+
+from . import numba_decode_rows, numba_tiles, numba_vectors
+from .decode_layout import (
+    BITS,
+    CODES,
+    COUNTS,
+    DONE,
+    ENTRIES,
+    FINE,
+    FLOAT32,
+    FLOATS,
+    GROUP,
+    HEAD_LISTS,
+    HEADS,
+    KIND,
+    LATENT_DIM,
+    LSE,
+    NEXT,
+    OUT,
+    OUTLIERS,
+    PAGE_LSE,
+    PAGE_SIZE,
+    PAGE_STRIDE,
+    PART_FIELDS,
+    PARTIALS,
+    POOL_FIELDS,
+    POOLS,
+    QUERY,
+    QUERY_DIM,
+    ROW_LISTS,
+    ROWS,
+    SCRATCH,
+    SCRATCH_BYTES,
+    SPLITS,
+    SPREAD,
+    STARTS,
+    TASKS,
+    THREADS,
+    VALUE_DIM,
+)
+from .numba_decode_rows import at, part_at, rows_of, span_of
+from .numba_tiles import QUERIES, TOKENS, WIDTHS, columns_of
+from .numba_vectors import (
+    LANES,
+    add,
+    count_up,
+    div,
+    exp,
+    fma,
+    larger,
+    load,
+    mul,
+    read_float,
+    read_int16,
+    splat,
+    store,
+    sub,
+    write_float,
+)
+
+#: Tokens that are turned into floats at a time.
+BLOCK = 32
+VECTOR_BYTES = 4 * LANES
+# Less than any logit, so that what has seen none has a difference to every logit.
+_LEAST = -1e30
+
+
+def partial_bytes(width: int, value_dim: int) -> int:
+    """Return the bytes of what a task has found for a vector of queries: their sums, largest logits and totals."""
+    return 4 * (LANES // width) * value_dim + 2 * VECTOR_BYTES
+
+
+def scratch_bytes(query_dim: int, value_dim: int) -> int:
+    """Return the bytes that a thread works in."""
+    vectors = query_dim + 4 + BLOCK + 1
+    return VECTOR_BYTES * vectors + 4 * BLOCK * (max(query_dim, value_dim) + LANES)
+
+
+@njit
+def _capped(value, cap):  # type: ignore[no-untyped-def]
+    """Return `cap * tanh(value / cap)`, as `1 - 2 / (e ** 2x + 1)`, where e ** 2x is neither lost nor too large."""
+    twice, most = mul(value, splat(float32(2) / cap)), splat(float32(-80))
+    twice = sub(splat(float32(0)), larger(most, sub(splat(float32(0)), larger(most, twice))))
+    return mul(splat(cap), sub(splat(float32(1)), div(splat(float32(2)), add(exp(twice), splat(float32(1))))))
+
+
+def _attention(width: int) -> Any:
+    """Return the function that attends to a part of a list with as many queries as a vector of `width` channels has."""
+    multiply, add_values, add_few_values = (
+        each[width] for each in (numba_tiles.multiply, numba_tiles.add_values, numba_tiles.add_few_values)
+    )
+    pick, place, store_fine = (each[width] for each in (numba_tiles.pick, numba_tiles.place, numba_tiles.store_fine))
+    largest, summed = numba_tiles.largest[width], numba_tiles.summed[width]
+    few, columns, more = LANES // width, columns_of(width), max(4, width)
+    tile = min(few, QUERIES)
+
+    @njit
+    def lay_out(query, count, dim, scale, queries):  # type: ignore[no-untyped-def]
+        """Write the queries as vectors, scaled; those that there are not are 0."""
+        for step in range(dim // width):
+            for lane in range(LANES):
+                number, channel = lane // width, step * width + lane % width
+                value = read_float(query + 4 * (number * dim + channel)) * scale if number < count else float32(0)
+                write_float(queries + VECTOR_BYTES * step + 4 * lane, value)
+
+    @njit
+    def add_outliers(keys, head, page, first, tokens, size, queries, steps, rows, row_bytes):  # type: ignore[no-untyped-def]
+        """Write the fine parts of outliers behind the keys as further channels, and what meets them to the queries.
+
+        A fine part f stands for `step * ((f + 0.5) / 16 - 0.5)`.
+        """
+        channels, fine = part_at(keys, OUTLIERS, head, page), part_at(keys, FINE, head, page)
+        spread = part_at(keys, SPREAD, head, page)
+        unit = splat(float32(1 / 16 / ((1 << at(keys, BITS)) - 1)))
+        for number in range(4):
+            channel = int64(read_int16(channels + 2 * number))
+            known = pick(load(queries + VECTOR_BYTES * (channel // width)), int32(channel % width))
+            added = place(mul(known, mul(span_of(spread + channel), unit)), int32(number % width))
+            where = queries + VECTOR_BYTES * (steps + number // width)
+            store(where, add(added, load(where)) if number % width else added)
+        half, done = (size + 1) // 2, 0
+        while done < tokens:
+            plane = (first + done) // half
+            row = first + done - plane * half
+            some = min(half - row, tokens - done)
+            for token in range(some):
+                target = rows + (done + token) * row_bytes + 4 * steps * width
+                store_fine(fine + 4 * (row + token), int32(4 * plane), target)
+            done += some
+
+    @njit
+    def attend(call, scratch, row, head, split, first_query, out):  # type: ignore[no-untyped-def]
+        group, dim, value_dim, size = at(call, GROUP), at(call, QUERY_DIM), at(call, VALUE_DIM), at(call, PAGE_SIZE)
+        scale, cap = read_float(at(call, FLOATS)), read_float(at(call, FLOATS) + 4)
+        steps, count = dim // width, min(few, group - first_query)
+        queries = scratch
+        logits = queries + VECTOR_BYTES * (steps + 4)
+        scales = logits + VECTOR_BYTES * BLOCK
+        rows = scales + VECTOR_BYTES
+        query = (row * at(call, HEADS) + head) * group + first_query
+        lay_out(at(call, QUERY) + 4 * query * dim, count, dim, scale, queries)
+        for place_of in range(0, 4 * few * value_dim, VECTOR_BYTES):
+            store(out + place_of, splat(float32(0)))
+        peak, total = splat(float32(_LEAST)), splat(float32(0))
+        starts = at(call, STARTS) + 8 * (row * at(call, ROW_LISTS) + head * at(call, HEAD_LISTS))
+        start = at(starts, 0)
+        entries, splits = at(starts, 1) - start, at(call, SPLITS)
+        for number in range(entries * split // splits, entries * (split + 1) // splits):
+            entry = at(at(call, ENTRIES), start + number)
+            if entry < 0:
+                continue
+            page = entry & 0xFFFFFFFF
+            keys = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS)
+            values = keys + 8 * PART_FIELDS
+            stored = int64(read_int16(at(keys, COUNTS) + 2 * page))
+            of_page, page_peak = splat(float32(0)), peak
+            for first in range(0, stored, BLOCK):
+                tokens, products = min(BLOCK, stored - first), steps
+                key_rows, row_bytes = part_at(keys, CODES, head, page) + 4 * first * dim, 4 * dim
+                if at(keys, KIND) != FLOAT32 or at(keys, LATENT_DIM):
+                    has_outliers = at(keys, OUTLIERS) != 0
+                    key_rows, row_bytes = rows, 4 * (dim + (more if has_outliers else 0))
+                    rows_of(keys, head, page, first, tokens, size, rows, row_bytes)
+                    if has_outliers:
+                        add_outliers(keys, head, page, first, tokens, size, queries, steps, rows, row_bytes)
+                        products += more // width
+                for token in range(0, tokens, TOKENS):
+                    written = logits + 4 * few * token
+                    multiply(queries, products, key_rows + token * row_bytes, row_bytes, tokens - 1 - token, written)
+                end = 4 * few * tokens
+                if cap > 0:
+                    for offset in range(0, end, VECTOR_BYTES):
+                        store(logits + offset, _capped(load(logits + offset), cap))
+                full = (end + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
+                for offset in range(end, full, 4):
+                    write_float(logits + offset, float32(-np.inf))
+                best = peak
+                for offset in range(0, full, VECTOR_BYTES):
+                    best = larger(best, load(logits + offset))
+                best = largest(best)
+                lessened, masses = exp(sub(peak, best)), splat(float32(0))
+                store(scales, lessened)
+                for offset in range(0, full, VECTOR_BYTES):
+                    mass = exp(sub(load(logits + offset), best))
+                    store(logits + offset, mass)
+                    masses = add(masses, mass)
+                peak, total = best, fma(total, lessened, masses)
+                of_page, page_peak = fma(of_page, exp(sub(page_peak, best)), masses), best
+                value_rows, row_bytes = part_at(values, CODES, head, page) + 4 * first * value_dim, 4 * value_dim
+                if at(values, KIND) != FLOAT32 or at(values, LATENT_DIM):
+                    value_rows = rows
+                    rows_of(values, head, page, first, tokens, size, rows, row_bytes)
+                for one in range(0, count, tile):
+                    weights, scaled, channel = logits + 4 * one, scales + 4 * one, 0
+                    target = out + 4 * one * value_dim
+                    while channel + columns * LANES <= value_dim:
+                        source = value_rows + 4 * channel
+                        add_values(weights, tokens, source, row_bytes, scaled, target + 4 * channel, 4 * value_dim)
+                        channel += columns * LANES
+                    while channel < value_dim:
+                        source = value_rows + 4 * channel
+                        add_few_values(weights, tokens, source, row_bytes, scaled, target + 4 * channel, 4 * value_dim)
+                        channel += LANES
+            if at(call, PAGE_LSE):
+                store(scales, page_peak)
+                store(logits, summed(of_page))
+                for one in range(count):
+                    mass = read_float(logits + 4 * one)
+                    if mass > 0:
+                        where = 4 * ((query + one) * at(call, PAGE_STRIDE) + number)
+                        write_float(at(call, PAGE_LSE) + where, np.log(mass) + read_float(scales + 4 * one))
+        store(out + 4 * few * value_dim, peak)
+        store(out + 4 * few * value_dim + VECTOR_BYTES, summed(total))
+
+    return attend
+
+
+@njit
+def _merge(call, width):  # type: ignore[no-untyped-def]
+    """Write outputs and LSEs of all queries, out of what the parts of their lists have come to."""
+    group, splits, dim = at(call, GROUP), at(call, SPLITS), at(call, VALUE_DIM)
+    few = LANES // width
+    tiles, size = (group + few - 1) // few, 4 * few * dim + 2 * VECTOR_BYTES
+    for query in range(at(call, ROWS) * at(call, HEADS) * group):
+        head, lane = query // group, query % group % few
+        first = at(call, PARTIALS) + (head * splits * tiles + query % group // few) * size
+        peak, total = float32(_LEAST), float32(0)
+        for split in range(splits):
+            peak = max(peak, read_float(first + split * tiles * size + 4 * (few * dim + lane)))
+        out = at(call, OUT) + 4 * query * dim
+        for channel in range(0, dim, LANES):
+            store(out + 4 * channel, splat(float32(0)))
+        for split in range(splits):
+            part = first + split * tiles * size
+            known = part + 4 * (few * dim + lane)
+            share = float32(np.exp(read_float(known) - peak))
+            total += share * read_float(known + VECTOR_BYTES)
+            for channel in range(0, dim, LANES):
+                where = out + 4 * channel
+                store(where, fma(splat(share), load(part + 4 * (lane * dim + channel)), load(where)))
+        # The logarithm of no mass is -inf.
+        write_float(at(call, LSE) + 4 * query, float32(peak + np.log(total)))
+        share = float32(1) / total if total > 0 else float32(0)
+        for channel in range(0, dim, LANES):
+            store(out + 4 * channel, mul(splat(share), load(out + 4 * channel)))
+
+
+def _work(width: int) -> Any:
+    """Return the function that takes tasks until none is left."""
+    attend, few = _attention(width), LANES // width
+
+    @njit
+    def work(call):  # type: ignore[no-untyped-def]
+        scratch = at(call, SCRATCH) + count_up(call + 8 * THREADS) * at(call, SCRATCH_BYTES)
+        splits, tasks = at(call, SPLITS), at(call, TASKS)
+        tiles = (at(call, GROUP) + few - 1) // few
+        size = 4 * few * at(call, VALUE_DIM) + 2 * VECTOR_BYTES
+        task = count_up(call + 8 * NEXT)
+        while task < tasks:
+            row, head = task // splits // at(call, HEADS), task // splits % at(call, HEADS)
+            for tile in range(tiles):
+                out = at(call, PARTIALS) + (task * tiles + tile) * size
+                attend(call, scratch, row, head, task % splits, few * tile, out)
+            if count_up(call + 8 * DONE) == tasks - 1:
+                _merge(call, width)
+            task = count_up(call + 8 * NEXT)
+
+    return work
+
+
+_work_1, _work_2, _work_4, _work_8, _work_16 = (_work(width) for width in WIDTHS)
+
+
+def width_for(group: int) -> int:
+    """Return the channels of a vector for so many queries of a KV head."""
+    return next(width for width in reversed(WIDTHS) if width == 1 or group * width <= LANES)
+
+
+def _entry(width: int, sources: int) -> Callable[[int], None]:
+    # Only the branch of this width is compiled. What numba keeps it by are the values of the two names.
+    def attend_to_lists(call):  # type: ignore[no-untyped-def]
+        if sources:
+            if width == 1:
+                _work_1(call)
+            elif width == 2:
+                _work_2(call)
+            elif width == 4:
+                _work_4(call)
+            elif width == 8:
+                _work_8(call)
+            else:
+                _work_16(call)
+
+    return attend_to_lists
+
+
+@functools.cache
+def compiled(width: int) -> int:
+    """Return the address of a function that takes that of a call's fields, compiled for vectors of so many channels.
+
+    The first time on a machine this takes some seconds; numba keeps the result beside this file, or in the user's
+    folder of caches.
+    """
+    files = [Path(module.__file__ or "") for module in (numba_vectors, numba_tiles, numba_decode_rows)]
+    # numba looks whether this file has changed; what else it is made of is told by a constant.
+    sources = zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
+    function = cfunc(types.void(types.int64), cache=True)(_entry(width, sources))
+    _kept.append(function)
+    address: int = function.address
+    return address
+
+
+# What addresses of compiled code stay valid with.
+_kept: list[Any] = []
