@@ -133,6 +133,8 @@ class PageLists:
         query = query.float().contiguous()
         shape = query.shape[:-1]
         out, lse = query.new_empty((*shape, self.value_dim)), query.new_empty(shape)
+        if not query.numel():
+            return out, lse
         threads = team_size()
         group = query.numel() // (self.rows * self.heads * self.query_dim)
         known = self._calls.get((group, threads))

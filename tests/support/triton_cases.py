@@ -87,6 +87,7 @@ def random_case(
     seed: int = 0,
     factor: float = 1.0,
     absorbed: bool = False,
+    device: torch.device = DEVICE,
 ) -> Case:
     """Return a decode step over a pool of poisoned pages, some of them partly filled and one empty.
 
@@ -107,12 +108,11 @@ def random_case(
     width = dims[0] + latents[0] + (dims[1] + latents[1] if absorbed else 0)
     query = (torch.randn(len(lengths), heads * groups, width) / factor).to(dtype)
     return Case(
-        query.to(DEVICE),
-        pools[0],
-        pools[1],
-        table.to(DEVICE),
-        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
-        held.to(DEVICE),
+        query.to(device),
+        *(pages.map(lambda tensor: tensor.to(device)) for pages in pools),
+        table.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+        held.to(device),
         width**-0.5,
     )
 
@@ -177,16 +177,21 @@ def assert_as_exact(
 
 
 def check(
-    case: Case, softcap: float | None = None, tuning: dict[str, int] | None = None, *, absorbed: bool = False
+    case: Case,
+    softcap: float | None = None,
+    tuning: dict[str, int] | None = None,
+    *,
+    absorbed: bool = False,
+    backend: str = BACKEND,
 ) -> None:
-    """Compare the three results of the Triton version, and those of the torch version, with a float64 reference."""
+    """Compare the three results of a compiled version, and those of the torch version, with a float64 reference."""
     arguments = (*case.arguments(), softcap)
-    actual = paged_decode_attention(*arguments, page_lse=True, absorbed=absorbed, backend=BACKEND, tuning=tuning)
+    actual = paged_decode_attention(*arguments, page_lse=True, absorbed=absorbed, backend=backend, tuning=tuning)
     yardstick = paged_decode_attention(*arguments, page_lse=True, absorbed=absorbed, backend="torch")
     exact = naive_attention(case, softcap, absorbed=absorbed)
     if absorbed:
         # Without the LSEs of pages a tile may be of several of them.
-        plain = paged_decode_attention(*arguments, absorbed=True, backend=BACKEND, tuning=tuning)
+        plain = paged_decode_attention(*arguments, absorbed=True, backend=backend, tuning=tuning)
         assert_as_exact(plain, yardstick[:2], exact[:2])
     assert all(result.dtype == torch.float32 and result.device == case.query.device for result in actual)
     assert_as_exact(actual, yardstick, exact)
