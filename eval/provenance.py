@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "transformers", "kvpress", "accelerate", "triton", "numpy")
+_PACKAGES = ("torch", "transformers", "kvpress", "accelerate", "triton", "numba", "numpy")
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:

@@ -120,10 +120,21 @@ def _random_kv(batch: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 def filled_pikv(model: Any, keys: torch.Tensor, values: torch.Tensor, **options: Any) -> PiKVCache:
     """Return a cache of one layer that holds these K/V, `(B, H, T, D)`, in shards of random experts."""
     cache = PiKVCache.for_model(model, **options)
-    cache.layers[0].update_from_attention(keys, values)
-    cache.layers[0].attend_begins(None)
-    cache.layers[0].record_experts(_random_experts(keys.shape[0] * keys.shape[2]))
+    fill_layer(cache.layers[0], keys, values)
     return cache
+
+
+def fill_layer(layer: Any, keys: torch.Tensor, values: torch.Tensor, valid: torch.Tensor | None = None) -> None:
+    """Store K/V `(B, H, T, D)` in a layer of an attached `PiKVCache`, as a prompt whose experts are random.
+
+    `valid` is `(B, T)` bool, False for padding.
+    """
+    layer.update_from_attention(keys, values)
+    layer.attend_begins(valid)
+    if layer.has_expert_router:
+        layer.record_experts(_random_experts(keys.shape[0] * keys.shape[2]))
+    else:
+        layer.attend_ends()
 
 
 def _random_experts(count: int) -> torch.Tensor:

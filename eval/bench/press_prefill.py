@@ -93,7 +93,7 @@ def _rounds(tokens: int, ratio: float, repeats: int, presses: Mapping[str, Any])
             seconds[name].append(spent)
     counted = {name: every[1:] for name, every in seconds.items()}
     for name in (NONE, *presses):
-        to_none, to_dynamic = (_median_ratio(counted[name], counted[other]) for other in (NONE, "dynamic"))
+        to_none, to_dynamic = (median_ratio(counted[name], counted[other]) for other in (NONE, "dynamic"))
         asked = 0.0 if name == NONE else ratio
         yield PressTiming(name, asked, tokens, Timing.of(counted[name]), to_none, to_dynamic, sizes[name])
 
@@ -103,14 +103,20 @@ def _turned(names: list[str], by: int) -> list[str]:
     return names[by:] + names[:by]
 
 
-def _median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+def median_ratio(seconds: Sequence[float], others: Sequence[float]) -> float:
+    """Return the median of the ratios of seconds that were measured in turn."""
     return statistics.median(one / other for one, other in zip(seconds, others, strict=True))
 
 
 def _dynamic(model: Any, ids: torch.Tensor) -> tuple[float, int]:
     cache = DynamicCache(config=model.config)
     spent, _ = timed(model, ids, **cache_argument(cache), logits_to_keep=1)
-    return spent, sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return spent, dense_bytes(cache)
+
+
+def dense_bytes(cache: DynamicCache) -> int:
+    """Return the bytes of the keys and values of a `DynamicCache`."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
 def _paged(model: Any, ids: torch.Tensor, press: Any = None) -> tuple[float, int]:

@@ -43,6 +43,41 @@ def decode(
 
 
 @app.command()
+def steps(
+    cases: Annotated[
+        list[str] | None,
+        typer.Option("--case", help="geometry, small, ragged, beams or prefill; may be repeated. All by default."),
+    ] = None,
+    contexts: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Cached tokens; may be repeated.")
+    ] = None,
+    caches: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache",
+            help="dynamic, exact, int8, int4, press:0.25 (this share of the bytes, by PiKVPress), kept:0.25 (this share"
+            " of the tokens, on a DynamicCache); may be repeated.",
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="To spend on the steps of each case and context.")] = 20.0,
+    turn: Annotated[int, typer.Option(min=1, help="Steps that each cache takes in a row.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Decoding steps of whole models, several caches in turn: Qwen3-30B-A3B's attention, and SmolLM2-135M's shape."""
+    from pikv_hf.eval.bench.step_caches import check_cache
+    from pikv_hf.eval.bench.step_table import run_and_show_steps
+    from pikv_hf.eval.bench.steps import CASES, run_steps
+
+    if unknown := set(cases or ()) - set(CASES):
+        raise InputError(f"--case must be one of {', '.join(CASES)}, got {sorted(unknown)[0]!r}")
+    for name in caches or ():
+        check_cache(name)
+    chosen = [list(dict.fromkeys(given or ())) for given in (cases or CASES, caches)]
+    run_and_show_steps(run_steps(chosen[0], contexts or (), chosen[1], seconds, turn), threads, output)
+
+
+@app.command()
 def reorder(
     beams: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     tokens: Annotated[int, typer.Option(min=1, help="Cached tokens of each row.")] = 32768,

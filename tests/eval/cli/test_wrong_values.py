@@ -41,6 +41,7 @@ WORK = (
     "pikv_hf.eval.bench.latent_decode.latent_model",
     "pikv_hf.eval.bench.press_prefill.geometry_model",
     "pikv_hf.eval.bench.saved_cache.geometry_model",
+    "pikv_hf.eval.bench.steps._all_timings",
     "pikv_hf.eval.bench.processes._run_all",
     "pikv_hf.eval.demo.demo.measure",
     "pikv_hf.eval.runner.run._measure",
