@@ -82,9 +82,13 @@ def takes(dim: int) -> bool:
 def run(operation: str, how: Backend, device: torch.device, *arguments: Any, **named: Any) -> Any:
     """Call the Triton version of an operation for tensors on a device, compiled or interpreted as chosen."""
     function = getattr(load(operation, how), operation)
-    # Triton launches on the current device, wherever the tensors are.
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with launching_on(device):
         return function(*arguments, **named)
+
+
+def launching_on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context for launches on a device: Triton launches on the current one, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def load(operation: str, how: Backend) -> ModuleType:

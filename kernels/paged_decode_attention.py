@@ -102,7 +102,7 @@ def _attend_listed(
     numbers, used = table.numpy().astype(np.int64), lengths.numpy()
     counted = np.arange(numbers.shape[1]) < used[:, None]
     starts = np.concatenate([[0], np.cumsum(used, dtype=np.int64)])
-    lists = PageLists([pool], numbers[counted], starts, len(table))
+    lists = PageLists([pool], numbers[counted], starts, len(table), "numba")
     masses = query.new_full((*query.shape[:2], numbers.shape[1]), -torch.inf, dtype=torch.float32)
     out, lse = lists.attend(query, scale, softcap, masses if page_lse else None)
     return (out, lse, masses) if page_lse else (out, lse)

@@ -3,14 +3,13 @@
 import dataclasses
 import functools
 import math
-from typing import Any
 
 import torch
 
 from .page_codes import PageCodes
 from .triton_decode_kernel import decode_kernel
 from .triton_merge_partials import merge_partials
-from .triton_pool import CENTRES, MIN_HEADS, block_channels, block_tokens, layout, pool_operands, power_of_2
+from .triton_pool import MIN_HEADS, block_channels, block_tokens, pool_operands, power_of_2
 
 #: What `tuning` may hold.
 TUNABLE = ("num_warps", "num_stages", "programs_per_processor", "splits")
@@ -49,7 +48,8 @@ def paged_decode_attention(
             table.contiguous(), lengths.contiguous(), counts.contiguous(), out, lse, masses,
             float(scale), 1.0 if softcap is None else float(softcap), k.pages, v.pages, columns, splits,
             HEADS=keys.heads, G=groups, BLOCK_G=launch.heads,
-            P=keys.page_size, BLOCK_P=block_tokens(keys.page_size), **key_constants(keys), **value_constants(values),
+            P=keys.page_size, BLOCK_P=block_tokens(keys.page_size), **sizes(keys, values),
+            KEY_KIND=keys.kind, VALUE_KIND=values.kind,
             SOFTCAP=softcap is not None, PAGE_LSE=page_lse, ASM=takes_ptx(query), STAGES=launch.stages,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
@@ -132,24 +132,13 @@ def _fewest_splits(blocks: int, most: int, programs: int) -> int:
     return next(splits for splits, share in enumerate(busy, 1) if share >= 0.85 * max(busy))
 
 
-def key_constants(keys: PageCodes) -> dict[str, Any]:
-    """Return what the kernel is compiled for, of the keys."""
-    bits, rows, tile, log_levels = layout(keys)
+def sizes(keys: PageCodes, values: PageCodes) -> dict[str, int]:
+    """Return the numbers of coded and latent channels that a kernel is compiled for, and how they are padded."""
+    key_rest, value_rest = keys.width - keys.dim, values.width - values.dim
     return {
-        "KEY_KIND": keys.kind, "D": keys.dim, "L": keys.width - keys.dim, "KEY_BITS": bits, "KEY_ROWS": rows,
-        "KEY_TILE": tile, "KEY_SCALE": 2.0 ** (4.0 - log_levels), "KEY_CENTRE": CENTRES[keys.kind],
-        "BLOCK_C": block_channels(keys.dim), "BLOCK_L": max(16, power_of_2(keys.width - keys.dim)),
-        "OUTLIERS": keys.outliers is not None,
-    }  # fmt: skip
-
-
-def value_constants(values: PageCodes) -> dict[str, Any]:
-    """Return what the kernel is compiled for, of the values."""
-    bits, rows, tile, log_levels = layout(values)
-    return {
-        "VALUE_KIND": values.kind, "DV": values.dim, "LV": values.width - values.dim, "VALUE_BITS": bits,
-        "VALUE_ROWS": rows, "VALUE_TILE": tile, "VALUE_LOG_LEVELS": log_levels, "VALUE_CENTRE": CENTRES[values.kind],
-        "BLOCK_CV": block_channels(values.dim), "BLOCK_LV": max(16, power_of_2(values.width - values.dim)),
+        "D": keys.dim, "L": key_rest, "BLOCK_C": block_channels(keys.dim), "BLOCK_L": max(16, power_of_2(key_rest)),
+        "DV": values.dim, "LV": value_rest, "BLOCK_CV": block_channels(values.dim),
+        "BLOCK_LV": max(16, power_of_2(value_rest)),
     }  # fmt: skip
 
 

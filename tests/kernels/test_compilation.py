@@ -11,10 +11,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from pikv_hf.kernels.page_codes import Kind, PageCodes
 
 pytestmark = pytest.mark.slow
 
@@ -39,8 +42,60 @@ LATENTS: dict[str, dict[str, Any]] = {
         "dims": (40, 8), "groups": 3, "size": 5, "latents": (5, 3), "softcap": 30.0, "page_lse": True,
     },
 }  # fmt: skip
+#: Lists of pages of several pools, by their kinds.
+LISTS: dict[str, dict[str, Any]] = {
+    "plain": {"kinds": [("none", "none")]},
+    "int4": {"kinds": [("none", "none"), ("int4", "int4")]},
+    "widths": {"kinds": [("none", "none"), ("int8", "int8"), ("int4", "int4"), ("int2", "int2")]},
+    "fp8 half": {"kinds": [("none", "none"), ("fp8", "fp8")], "dtype": torch.float16},
+    "float32": {"kinds": [("none", "none"), ("int8", "int8")], "dtype": torch.float32, "dims": (64, 64)},
+    "latent, softcap, page_lse": {"kinds": [("int4", "int4")], "latents": (16, 8), "softcap": 30.0, "page_lse": True},
+}
 #: Shared memory that a program may have on compute capability 9.0.
 MOST_SHARED = 227 * 1024
+
+
+def pool_of(
+    kinds: tuple[str, str],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    size: int = 32,
+    latents: tuple[int, int] = (0, 0),
+    heads: int = HEADS,
+) -> "list[PageCodes]":
+    """Return the keys and the values of a pool."""
+    from pikv_hf.kernels.encode_pages import encode_pages
+    from pikv_hf.kernels.page_codes import PageCodes
+
+    pools = []
+    for keys, kind, dim, latent in zip((True, False), kinds, dims, latents, strict=True):
+        tokens = torch.zeros(heads, PAGES, size, dim, dtype=dtype)
+        pool = encode_pages(tokens, cast("Kind", kind), keys=keys, backend="torch")
+        parts = (pool.codes, pool.spread, pool.floor, pool.outliers, pool.fine)
+        rest = torch.zeros(heads, PAGES, size, latent, dtype=dtype) if latent else None
+        pools.append(PageCodes(pool.kind, size, *parts, rest))
+    return pools
+
+
+def decode_lists(
+    kinds: list[tuple[str, str]],
+    dims: tuple[int, int] = (128, 128),
+    dtype: torch.dtype = torch.bfloat16,
+    latents: tuple[int, int] = (0, 0),
+    softcap: float | None = None,
+    page_lse: bool = False,
+) -> None:
+    """Launch the decode step over lists of pages of several pools."""
+    import numpy as np
+
+    from pikv_hf.kernels.page_lists import ListedPool, PageLists
+
+    counts, growing = np.ones(PAGES, dtype=np.int16), np.zeros(1, dtype=np.int64)
+    pools = [ListedPool(*pool_of(each, dims, dtype, latents=latents), counts, growing) for each in kinds]
+    entries = np.array([number << 32 | page for number in range(len(pools)) for page in range(PAGES)], dtype=np.int64)
+    lists = PageLists(pools, entries, np.array([0, len(entries)]), 1, "triton")
+    query = torch.zeros(1, HEADS * GROUPS, lists.query_dim, dtype=dtype)
+    lists.attend(query, 0.1, softcap, torch.zeros(1, HEADS * GROUPS, PAGES) if page_lse else None)
 
 
 def decode(
@@ -57,19 +112,9 @@ def decode(
     absorbed: bool = False,
 ) -> None:
     """Launch the decode step on a table long enough to be cut, so that its merge is launched too."""
-    from pikv_hf.kernels.encode_pages import encode_pages
-    from pikv_hf.kernels.page_codes import PageCodes
-
     operation = "absorbed_decode_attention" if absorbed else "paged_decode_attention"
     launcher = importlib.import_module(f"pikv_hf.kernels.triton_{operation}")
-    pools = []
-    for keys, kind, dim, latent in zip((True, False), kinds, dims, latents, strict=True):
-        pool: PageCodes = encode_pages(
-            torch.zeros(heads, PAGES, size, dim, dtype=dtype), kind, keys=keys, backend="torch"
-        )
-        parts = (pool.codes, pool.spread, pool.floor, pool.outliers, pool.fine)
-        rest = torch.zeros(heads, PAGES, size, latent, dtype=dtype) if latent else None
-        pools.append(PageCodes(pool.kind, size, *parts, rest))
+    pools = pool_of(kinds, dims, dtype, size, latents, heads)
     width = pools[0].width + (pools[1].width if absorbed else 0)
     query = torch.zeros(2, heads * groups, width, dtype=dtype)
     table, lengths, counts = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 64), (2,), (PAGES,)))
@@ -119,12 +164,14 @@ def compile_all() -> None:
         return run
 
     JITFunction.__getitem__ = launch
-    modules = ("paged_decode_attention", "absorbed_decode_attention")
-    plain, absorbed = (importlib.import_module(f"pikv_hf.kernels.triton_{name}") for name in modules)
-    plain.takes_ptx = absorbed.takes_ptx = lambda query: query.dtype != torch.float32
+    modules = ("paged_decode_attention", "absorbed_decode_attention", "page_lists")
+    plain, absorbed, lists = (importlib.import_module(f"pikv_hf.kernels.triton_{name}") for name in modules)
+    plain.takes_ptx = absorbed.takes_ptx = lists.takes_ptx = lambda query: query.dtype != torch.float32
     absorbed.shared_bytes = lambda device: MOST_SHARED
     for label, case in DECODE.items():  # noqa: B007
         decode(**case)
+    for label, case in LISTS.items():  # noqa: B007
+        decode_lists(**case)
     for label, case in LATENTS.items():  # noqa: B007
         decode(**{"dims": (512, 64), "kinds": ("none", "none"), "heads": 1, "groups": 128} | case, absorbed=True)
     label = ""
@@ -194,10 +241,18 @@ def lines(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_kernel_compiles(lines: list[dict[str, Any]]) -> None:
-    names = {"decode_kernel", "absorbed_kernel", "_merge_kernel", "_gather_kernel", "_scores_kernel", "_append_kernel"}
+    names = {
+        "decode_kernel",
+        "listed_kernel",
+        "absorbed_kernel",
+        "_merge_kernel",
+        "_gather_kernel",
+        "_scores_kernel",
+        "_append_kernel",
+    }
     names |= {"_encode_keys_kernel", "_encode_values_kernel", "_encode_fp8_kernel"}
     assert {line["kernel"] for line in lines} == names
-    for kernel, cases in (("decode_kernel", DECODE), ("absorbed_kernel", LATENTS)):
+    for kernel, cases in (("decode_kernel", DECODE), ("listed_kernel", LISTS), ("absorbed_kernel", LATENTS)):
         assert {line["case"] for line in lines if line["kernel"] == kernel} == set(cases)
     assert all(line["cubin"] > 0 for line in lines)
 
@@ -208,7 +263,11 @@ def test_kernels_fit_on_a_multiprocessor(lines: list[dict[str, Any]]) -> None:
         if line["kernel"] == "absorbed_kernel":
             continue
         assert line["shared_bytes"] <= 48 * 1024, line
-        if line["kernel"] == "decode_kernel" and "registers" in line and "float32" not in line["case"]:
+        if (
+            line["kernel"] in ("decode_kernel", "listed_kernel")
+            and "registers" in line
+            and "float32" not in line["case"]
+        ):
             assert 4 * line["registers"] * 32 * line["num_warps"] <= 64 * 1024, line
             assert 4 * line["shared_bytes"] <= 228 * 1024, line
 

@@ -28,7 +28,7 @@ def lists_of(case: Case) -> PageLists:
     pool = ListedPool(case.keys, case.values, case.counts.numpy().astype(np.int16))
     rows = [case.table[row, :length].numpy() for row, length in enumerate(case.lengths.tolist())]
     starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    return PageLists([pool], np.concatenate(rows).astype(np.int64), starts, len(rows))
+    return PageLists([pool], np.concatenate(rows).astype(np.int64), starts, len(rows), "numba")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -103,7 +103,7 @@ def test_a_list_may_be_of_several_pools() -> None:
     entries = np.array([number << 32 | page for page in (0, 1, 3, 5) for number in range(len(pools))], dtype=np.int64)
     # An entry below 0 is none.
     entries = np.insert(entries, 7, -1)
-    out, lse = PageLists(pools, entries, np.array([0, len(entries)]), 1).attend(cases[0].query, cases[0].scale)
+    out, lse = PageLists(pools, entries, np.array([0, len(entries)]), 1, "numba").attend(cases[0].query, cases[0].scale)
     table, lengths = torch.tensor([[0, 1, 3, 5]], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
     same = [dataclasses.replace(case, query=cases[0].query, table=table, lengths=lengths) for case in cases]
     parts = [naive_attention(case) for case in same]
@@ -120,7 +120,7 @@ def test_each_kv_head_may_have_a_list_of_its_own() -> None:
     # Head 0 of both rows, then head 1 of both.
     by_head = [[0, 1], [3], [5, 4, 0], [1, 3]]
     starts = np.cumsum([0, *map(len, by_head)], dtype=np.int64)
-    lists = PageLists([pool], np.array(sum(by_head, []), dtype=np.int64), starts, 2)
+    lists = PageLists([pool], np.concatenate(by_head).astype(np.int64), starts, 2, "numba")
     out, lse = lists.attend(case.query, case.scale)
     for number, pages in enumerate(by_head):
         head, row = divmod(number, 2)
@@ -157,7 +157,7 @@ def test_threads_share_a_list_and_find_the_same(monkeypatch: pytest.MonkeyPatch)
     case = random_case(("int4", "int4"), lengths=(6,) * 12, device=CPU)
     lists = lists_of(case)
     alone = lists.attend(case.query, case.scale)
-    monkeypatch.setattr("pikv_hf.kernels.page_lists.team_size", lambda: 3)
+    monkeypatch.setattr("pikv_hf.kernels.numba_page_lists.team_size", lambda: 3)
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def call() -> None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..kernels.dispatch import choose
-from ..kernels.page_codes import PageCodes
+from ..kernels.dispatch import Backend, choose
+from ..kernels.page_codes import PageCodes, coded_dims
 from ..kernels.page_lists import ListedPool, PageLists, is_listable
 from ..pages.packed_pool import PackedPool
 from ..pages.page_pool import PagePool
@@ -33,21 +33,23 @@ class ListedPages:
     stored: tuple[tuple[object, object, object], ...]
 
     @classmethod
-    def of_rows(cls, pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]]) -> "ListedPages":
-        """List pages, given by pool and row."""
+    def of_rows(cls, pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]], newest: PageIds) -> "ListedPages":
+        """List pages, given by pool and row; decoding steps write to those `newest` `(n,)` of the plain pool."""
         # As in most steps, the plain pool alone may have pages.
         used = [index for index, of_pool in enumerate(pages) if any(map(len, of_pool))]
         some = tuple(pools[index] for index in used)
         stored = tuple(_stored(pool) for pool in some)
-        listed = [_listed(pool) for pool in some]
-        if not listed or any(pool is None for pool in listed):
+        listed = [_listed(pool, newest) for pool in some]
+        how = {backend for backend, _ in listed}
+        if len(how) != 1 or "torch" in how:
             return cls(some, None, stored)
         by_row = [
             np.concatenate([pages[index][row] | (number << 32) for number, index in enumerate(used)])
             for row in range(len(pages[0]))
         ]
         starts = np.concatenate([[0], np.cumsum([len(row) for row in by_row], dtype=np.int64)])
-        lists = PageLists([pool for pool in listed if pool is not None], np.concatenate(by_row), starts, len(by_row))
+        readable = [pool for _, pool in listed if pool is not None]
+        lists = PageLists(readable, np.concatenate(by_row), starts, len(by_row), how.pop())
         return cls(some, lists, stored)
 
     def is_current(self) -> bool:
@@ -63,16 +65,16 @@ def _stored(pool: PagePool) -> tuple[object, object, object]:
     return pool.keys, pool.values, pool.count
 
 
-def _listed(pool: PagePool) -> ListedPool | None:
-    """Return what lists refer to for a pool, None if compiled kernels do not read it, or it is not to be."""
+def _listed(pool: PagePool, newest: PageIds) -> tuple[Backend, ListedPool | None]:
+    """Return what reads the lists of a pool, and what they refer to; torch, which reads none, if nothing else does."""
+    growing = newest[:0]
     if isinstance(pool, PlainPool):
         parts = PageCodes("none", pool.page_size, pool.keys), PageCodes("none", pool.page_size, pool.values)
+        growing = newest
     elif type(pool) is PackedPool:
         parts = pool.keys, pool.values
     else:
         # Pages of tiers move.
-        return None
-    listable = is_listable(*parts)
-    if choose(pool.device, compiled=listable) != "numba":
-        return None
-    return ListedPool(*parts, pool.count)
+        return "torch", None
+    how = choose(pool.device, None, coded_dims(*parts), compiled=is_listable(*parts))
+    return how, ListedPool(*parts, pool.count, growing)

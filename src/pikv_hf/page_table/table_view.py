@@ -100,7 +100,8 @@ class TableView:
         codecs = [codec for pool in self._writer.pools.packed.values() for codec in (pool.key_codec, pool.value_codec)]
         if region is None and any(codec.basis is not None for codec in codecs):
             return ListedPages((), None, ())
-        return ListedPages.of_rows(pools, [[self._pages(row, each) for row in self._rows] for each in regions])
+        newest = np.array([row.window[-1] for row in self._rows if row.window], dtype=np.int64)
+        return ListedPages.of_rows(pools, [[self._pages(row, each) for row in self._rows] for each in regions], newest)
 
     def full_pages(self) -> FullPageIndex:
         """Return the index of the rows' full pages, for routing."""
