@@ -60,7 +60,7 @@ def test_argument_beats_environment_beats_default(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("fresh")
 def test_errors_say_what_was_asked_and_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"unknown backend 'tritn'.*torch, triton, interpret.*mean 'triton'"):
+    with pytest.raises(ValueError, match=r"unknown backend 'tritn'.*torch, numba, triton, interpret.*mean 'triton'"):
         dispatch.choose(CPU, "tritn")
     with pytest.raises(ValueError, match="'triton' needs tensors on cuda, not on cpu"):
         dispatch.choose(CPU, "triton")
