@@ -118,15 +118,15 @@ def test_each_kv_head_may_have_a_list_of_its_own() -> None:
     case = random_case(("int4", "int4"), heads=2, groups=3, lengths=(3, 2), device=CPU)
     pool = ListedPool(case.keys, case.values, case.counts.numpy().astype(np.int16))
     # Head 0 of both rows, then head 1 of both.
-    by_head = [[0, 1], [3], [5, 4, 0], [1, 3]]
+    by_head = [np.array(pages, dtype=np.int64) for pages in ([0, 1], [3], [5, 4, 0], [1, 3])]
     starts = np.cumsum([0, *map(len, by_head)], dtype=np.int64)
-    lists = PageLists([pool], np.concatenate(by_head).astype(np.int64), starts, 2, "numba")
+    lists = PageLists([pool], np.concatenate(by_head), starts, 2, "numba")
     out, lse = lists.attend(case.query, case.scale)
     for number, pages in enumerate(by_head):
         head, row = divmod(number, 2)
         heads = slice(3 * head, 3 * head + 3)
         keys, values = (part.map(lambda tensor, h=head: tensor[h : h + 1]) for part in (case.keys, case.values))
-        table = torch.tensor([pages], dtype=torch.int32)
+        table = torch.from_numpy(pages)[None].int()
         alone = dataclasses.replace(
             case,
             query=case.query[row : row + 1, heads],
