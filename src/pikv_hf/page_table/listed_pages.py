@@ -14,6 +14,11 @@ from ..pages.plain_pool import PlainPool
 from ..pages.types import PageIds
 
 
+#: Pages as they came that several rows share are left to matrix products, which read them once for all of these rows,
+#: where they are more than a processor's cache holds: from so many bytes on.
+SHARED_BYTES = 16 * 1024 * 1024
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ListedPages:
     """Lists of the pages of rows.
@@ -41,7 +46,8 @@ class ListedPages:
         stored = tuple(_stored(pool) for pool in some)
         listed = [_listed(pool, newest) for pool in some]
         how = {backend for backend, _ in listed}
-        if len(how) != 1 or "torch" in how:
+        left_to_torch = len(how) != 1 or "torch" in how
+        if left_to_torch or ("numba" in how and _are_shared(some, [pages[index] for index in used])):
             return cls(some, None, stored)
         by_row = [
             np.concatenate([pages[index][row] | (number << 32) for number, index in enumerate(used)])
@@ -58,6 +64,16 @@ class ListedPages:
             if pool.count is not counts or pool.keys is not keys or pool.values is not values:  # type: ignore[attr-defined]
                 return False
         return True
+
+
+def _are_shared(pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]]) -> bool:
+    """Return whether all pages are as they came, and each on average in two rows or more."""
+    if len(pages[0]) == 1 or not all(isinstance(pool, PlainPool) for pool in pools):
+        return False
+    listed = [np.concatenate(of_pool) for of_pool in pages]
+    distinct = [len(np.unique(numbers)) for numbers in listed]
+    stored = sum(pool.page_bytes * count for pool, count in zip(pools, distinct, strict=True))
+    return sum(map(len, listed)) >= 2 * sum(distinct) and stored >= SHARED_BYTES
 
 
 def _stored(pool: PagePool) -> tuple[object, object, object]:
