@@ -1,16 +1,22 @@
 """Attention of a decoding step over the pages that a page router chose."""
 
+import numpy as np
 import torch
 
 from ..kernels import merge_pair
 from ..kernels.dispatch import choose
+from ..kernels.page_lists import ListedPool, PageLists
 from ..page_table.full_page_index import FullPageIndex
+from ..page_table.listed_pages import listed_pool
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PoolId
 from ..routing.policy import Choice
 from .attention_call import AttentionCall, Partial
 from .page_lookup import attend_located, reader_of
 from .pool_readers import LocatedPages, PoolReader, lane_pages
+
+# Pages that are chosen have got all their tokens.
+_NO_PAGES = np.zeros(0, dtype=np.int64)
 
 
 def attend_choice(index: FullPageIndex, choice: Choice, folded: torch.Tensor, call: AttentionCall) -> Partial | None:
@@ -73,15 +79,38 @@ def _attend_part(
         pages = pages.where(taken, pages[..., :1])
     query = reader.query(folded, call.absorbed).reshape(heads * batch, groups, -1)
     page_lse = call.new_page_lse(heads * batch, groups, pages.shape[2], query)
-    if choose(folded.device) != "torch":
+    how, listed = listed_pool(pool, _NO_PAGES)
+    if how == "numba" and listed is not None and not call.absorbed:
+        out, lse = _attend_listed(listed, query.view(heads, batch, groups, -1), pages, taken, call, page_lse)
+    elif choose(folded.device) != "torch":
         out, lse = _attend_looked_up(reader, query, pages, taken, call, page_lse)
     else:
         bias = None if index.full and taken is None else _hidden(index, pool, columns, taken)
         out, lse = reader.attend_lanes(query, pages, call.piece(bias, None, page_lse))
     if page_lse is not None:
         call.note_page_lse(pool, None, pages, page_lse.view(heads, batch, groups, -1))
-    out = out.view(heads, batch, groups, -1)
-    return reader.output(out, call.absorbed), lse.view(heads, batch, groups)
+    out = out.reshape(heads, batch, groups, -1)
+    return reader.output(out, call.absorbed), lse.reshape(heads, batch, groups)
+
+
+def _attend_listed(
+    pool: ListedPool,
+    query: torch.Tensor,
+    pages: torch.Tensor,
+    taken: torch.Tensor | None,
+    call: AttentionCall,
+    page_lse: torch.Tensor | None,
+) -> Partial:
+    """Attend on a CPU with queries `(H, B, G, D')` to pages `(H, B, k)` in place: `(H, B, G, D')` and its LSE."""
+    heads, batch, columns = pages.shape
+    entries = pages if taken is None else pages.where(taken, -1)
+    starts = np.arange(heads * batch + 1, dtype=np.int64) * columns
+    lists = PageLists([pool], entries.flatten().numpy(), starts, batch, "numba")
+    by_row = None if page_lse is None else page_lse.new_full((batch, heads, *page_lse.shape[1:]), -torch.inf)
+    out, lse = lists.attend(query.transpose(0, 1), call.scale, call.softcap, by_row)
+    if page_lse is not None and by_row is not None:
+        page_lse.copy_(by_row.transpose(0, 1).flatten(0, 1))
+    return out.transpose(0, 1), lse.transpose(0, 1)
 
 
 def _attend_looked_up(

@@ -44,7 +44,7 @@ class ListedPages:
         used = [index for index, of_pool in enumerate(pages) if any(map(len, of_pool))]
         some = tuple(pools[index] for index in used)
         stored = tuple(_stored(pool) for pool in some)
-        listed = [_listed(pool, newest) for pool in some]
+        listed = [listed_pool(pool, newest) for pool in some]
         how = {backend for backend, _ in listed}
         left_to_torch = len(how) != 1 or "torch" in how
         if left_to_torch or ("numba" in how and _are_shared(some, [pages[index] for index in used])):
@@ -81,7 +81,7 @@ def _stored(pool: PagePool) -> tuple[object, object, object]:
     return pool.keys, pool.values, pool.count
 
 
-def _listed(pool: PagePool, newest: PageIds) -> tuple[Backend, ListedPool | None]:
+def listed_pool(pool: PagePool, newest: PageIds) -> tuple[Backend, ListedPool | None]:
     """Return what reads the lists of a pool, and what they refer to; torch, which reads none, if nothing else does."""
     growing = newest[:0]
     if isinstance(pool, PlainPool):
