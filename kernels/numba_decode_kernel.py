@@ -18,6 +18,7 @@ from . import numba_decode_rows, numba_tiles, numba_vectors
 from .decode_layout import (
     BITS,
     CODES,
+    CODES_PAGE,
     COUNTS,
     DONE,
     ENTRIES,
@@ -65,6 +66,7 @@ from .numba_vectors import (
     larger,
     load,
     mul,
+    prefetch,
     read_float,
     read_int16,
     splat,
@@ -97,6 +99,18 @@ def _capped(value, cap):  # type: ignore[no-untyped-def]
     twice, most = mul(value, splat(float32(2) / cap)), splat(float32(-80))
     twice = sub(splat(float32(0)), larger(most, sub(splat(float32(0)), larger(most, twice))))
     return mul(splat(cap), sub(splat(float32(1)), div(splat(float32(2)), add(exp(twice), splat(float32(1))))))
+
+
+@njit
+def _fetch(part, head, page, first, tokens, size):  # type: ignore[no-untyped-def]
+    """Have the processor fetch the codes of some tokens of a page while it is busy with others.
+
+    It cannot know which page comes next.
+    """
+    row = at(part, CODES_PAGE) // size
+    start = part_at(part, CODES, head, page) + first * row
+    for offset in range(0, tokens * row, 64):
+        prefetch(start + offset)
 
 
 def _attention(width: int) -> Any:
@@ -160,7 +174,8 @@ def _attention(width: int) -> Any:
         starts = at(call, STARTS) + 8 * (row * at(call, ROW_LISTS) + head * at(call, HEAD_LISTS))
         start = at(starts, 0)
         entries, splits = at(starts, 1) - start, at(call, SPLITS)
-        for number in range(entries * split // splits, entries * (split + 1) // splits):
+        last = entries * (split + 1) // splits
+        for number in range(entries * split // splits, last):
             entry = at(at(call, ENTRIES), start + number)
             if entry < 0:
                 continue
@@ -179,6 +194,7 @@ def _attention(width: int) -> Any:
                     if has_outliers:
                         add_outliers(keys, head, page, first, tokens, size, queries, steps, rows, row_bytes)
                         products += more // width
+                _fetch(values, head, page, first, tokens, size)
                 for token in range(0, tokens, TOKENS):
                     written = logits + 4 * few * token
                     multiply(queries, products, key_rows + token * row_bytes, row_bytes, tokens - 1 - token, written)
@@ -201,6 +217,11 @@ def _attention(width: int) -> Any:
                     masses = add(masses, mass)
                 peak, total = best, fma(total, lessened, masses)
                 of_page, page_peak = fma(of_page, exp(sub(page_peak, best)), masses), best
+                if number + 1 < last:
+                    entry = at(at(call, ENTRIES), start + number + 1)
+                    if entry >= 0:
+                        coming = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS)
+                        _fetch(coming, head, entry & 0xFFFFFFFF, 0, min(size, BLOCK), size)
                 value_rows, row_bytes = part_at(values, CODES, head, page) + 4 * first * value_dim, 4 * value_dim
                 if at(values, KIND) != FLOAT32 or at(values, LATENT_DIM):
                     value_rows = rows

@@ -205,3 +205,15 @@ count_up = function_of(
     [types.int64],
     lambda builder, at: builder.atomic_rmw("add", builder.inttoptr(at, ir.PointerType(I64)), number(1), "acq_rel"),
 )
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    byte = ir.PointerType(I8)
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To read, into the second level, as data.
+    builder.call(function, [builder.inttoptr(address, byte), *(ir.Constant(I32, number) for number in (0, 2, 1))])
+
+
+#: Has the processor fetch the line of its cache at an address, which need not be valid.
+prefetch = function_of(types.none, [types.int64], _prefetch)

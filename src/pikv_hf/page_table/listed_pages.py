@@ -13,7 +13,6 @@ from ..pages.page_pool import PagePool
 from ..pages.plain_pool import PlainPool
 from ..pages.types import PageIds
 
-
 #: Pages as they came that several rows share are left to matrix products, which read them once for all of these rows,
 #: where they are more than a processor's cache holds: from so many bytes on.
 SHARED_BYTES = 16 * 1024 * 1024
