@@ -113,6 +113,20 @@ def _fetch(part, head, page, first, tokens, size):  # type: ignore[no-untyped-de
         prefetch(start + offset)
 
 
+def _named(name: str) -> Callable[[Any], Any]:
+    """Give a function that is made for several widths a name of its own.
+
+    numba tells functions apart by name and a number that counts within a process. Of the same name those of two widths,
+    compiled in two processes and kept on disk, would be taken for one another by a third.
+    """
+
+    def rename(function: Any) -> Any:
+        function.__name__ = function.__qualname__ = name
+        return function
+
+    return rename
+
+
 def _attention(width: int) -> Any:
     """Return the function that attends to a part of a list with as many queries as a vector of `width` channels has."""
     multiply, add_values, add_few_values = (
@@ -124,6 +138,7 @@ def _attention(width: int) -> Any:
     tile = min(few, QUERIES)
 
     @njit
+    @_named(f"lay_out_{width}")
     def lay_out(query, count, dim, scale, queries):  # type: ignore[no-untyped-def]
         """Write the queries as vectors, scaled; those that there are not are 0."""
         for step in range(dim // width):
@@ -133,6 +148,7 @@ def _attention(width: int) -> Any:
                 write_float(queries + VECTOR_BYTES * step + 4 * lane, value)
 
     @njit
+    @_named(f"add_outliers_{width}")
     def add_outliers(keys, head, page, first, tokens, size, queries, steps, rows, row_bytes):  # type: ignore[no-untyped-def]
         """Write the fine parts of outliers behind the keys as further channels, and what meets them to the queries.
 
@@ -158,6 +174,7 @@ def _attention(width: int) -> Any:
             done += some
 
     @njit
+    @_named(f"attend_{width}")
     def attend(call, scratch, row, head, split, first_query, out):  # type: ignore[no-untyped-def]
         group, dim, value_dim, size = at(call, GROUP), at(call, QUERY_DIM), at(call, VALUE_DIM), at(call, PAGE_SIZE)
         scale, cap = read_float(at(call, FLOATS)), read_float(at(call, FLOATS) + 4)
@@ -286,6 +303,7 @@ def _work(width: int) -> Any:
     attend, few = _attention(width), LANES // width
 
     @njit
+    @_named(f"work_{width}")
     def work(call):  # type: ignore[no-untyped-def]
         scratch = at(call, SCRATCH) + count_up(call + 8 * THREADS) * at(call, SCRATCH_BYTES)
         splits, tasks = at(call, SPLITS), at(call, TASKS)
@@ -313,7 +331,8 @@ def width_for(group: int) -> int:
 
 
 def _entry(width: int, sources: int) -> Callable[[int], None]:
-    # Only the branch of this width is compiled. What numba keeps it by are the values of the two names.
+    # Only the branch of this width is compiled. What numba keeps it by are its name and the values of the two names.
+    @_named(f"attend_to_lists_{width}")
     def attend_to_lists(call):  # type: ignore[no-untyped-def]
         if sources:
             if width == 1:

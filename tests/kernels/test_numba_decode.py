@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,3 +216,18 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 """
     environment = {"PYTHONPATH": ":".join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-P", "-c", program], env=environment, check=True, timeout=100)
+
+
+@pytest.mark.slow
+def test_what_several_processes_have_kept_on_disk_is_told_apart(tmp_path: Path) -> None:
+    """Each compiles for another number of query heads; one that loads both may take neither for the other."""
+    program = """
+import sys, torch
+from triton_cases import check, random_case
+for groups in map(int, sys.argv[1:]):
+    check(random_case(("none", "none"), groups=groups, device=torch.device("cpu")), backend="numba")
+"""
+    environment = {"PYTHONPATH": ":".join(path for path in sys.path if path), "NUMBA_CACHE_DIR": str(tmp_path)}
+    for groups in (["8"], ["1"], ["8", "1"], ["1", "8"]):
+        subprocess.run([sys.executable, "-P", "-c", program, *groups], env=environment, check=True, timeout=200)
+    assert len(list(tmp_path.rglob("*.nbc"))) == 2
