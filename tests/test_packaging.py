@@ -61,10 +61,10 @@ print(cache.memory_report())
 IMPORT_CORE = """
 import importlib, importlib.util, pkgutil
 import pikv_hf
-for optional in ("kvpress", "datasets", "evaluate", "matplotlib", "optimum", "pandas", "scipy", "wonderwords"):
+for optional in ("kvpress", "datasets", "evaluate", "matplotlib", "numba", "optimum", "pandas", "scipy", "wonderwords"):
     assert importlib.util.find_spec(optional) is None, optional
 for module in pkgutil.walk_packages(pikv_hf.__path__, "pikv_hf."):
-    if not module.name.startswith(("pikv_hf.eval", "pikv_hf.presses")):
+    if not module.name.startswith(("pikv_hf.eval", "pikv_hf.presses", "pikv_hf.kernels.numba_")):
         importlib.import_module(module.name)
 """
 
