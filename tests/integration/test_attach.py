@@ -49,7 +49,7 @@ def test_attaching_twice_and_detaching() -> None:
     assert attach(model) is attach(model)
     # Per layer one of the layer, one of its router, one of its attention, one after the layer and two after its
     # attention; two of the models around them.
-    assert hooks_of(model) == 3 * 6 + 2
+    assert hooks_of(model) == 3 * 5 + 2
     detach(model)
     detach(model)
     assert hooks_of(model) == 0

@@ -21,7 +21,7 @@ class FakeAttachment:
 
     @property
     def latents(self) -> Any:
-        return SimpleNamespace(expansion=lambda layer_idx: None)
+        return SimpleNamespace(expansions={})
 
     def is_active(self, layer_idx: int) -> bool:
         return True

@@ -44,7 +44,10 @@ def cache_argument(cache: Any) -> dict[str, Any]:
 
 def cache_of_call(arguments: Mapping[str, Any]) -> Any:
     """Return the cache that a model or module is called with by name, None if with none."""
-    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+    for name in _NAMES:
+        if (cache := arguments.get(name)) is not None:
+            return cache
+    return None
 
 
 def with_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from .attention_function import pikv_attention_forward
 from .attention_hooks import place_attention_hooks
 from .attention_implementation import ATTENTION_NAME, BATCHED_NAME, AttachedImplementation, check_may_replace
 from .expert_router import ExpertRouter, Lazy
-from .kvpress_marks import note_reader, take_marks
+from .kvpress_marks import has_marks, note_reader, take_marks
 from .latent_attention import absorbs, expands_latents
 from .latent_calls import LatentCalls
 from .layer_calls import LayerCalls
@@ -103,7 +103,7 @@ class Attachment:
         """Return whether the layer of a cache may hold latents: one KV head of them, with rotary keys as its values."""
         module = self.attention_of(layer_idx)
         expands = module is not None and expands_latents(type(module))
-        return expands or self.latents.expansion(layer_idx) is not None
+        return expands or layer_idx in self.latents.expansions
 
     def slides(self, layer_idx: int) -> bool:
         """Return whether the layer's attention itself looks back over a window, as far as its module says."""
@@ -162,7 +162,8 @@ class Attachment:
 
     def take_marks(self, layer: LinkedLayer) -> Any:
         """Return, once, what kvpress marked for this layer."""
-        return take_marks(self.attention_of(layer.layer_idx), layer)
+        module = self.attention_of(layer.layer_idx)
+        return None if module is None or not has_marks(module) else take_marks(module, layer)
 
     @property
     def active(self) -> bool:
@@ -174,9 +175,9 @@ class Attachment:
         reference = self._parts.attention.get(getattr(module, "layer_idx", -1))
         return reference is not None and reference() is module
 
-    def is_first(self, module: nn.Module) -> bool:
-        """Return whether no other attention of the model comes before this one."""
-        return getattr(module, "layer_idx", None) == self._parts.first
+    def is_first(self, layer_idx: int) -> bool:
+        """Return whether no other attention of the model comes before that of this layer."""
+        return layer_idx == self._parts.first
 
     def attention_modules(self) -> dict[int, nn.Module]:
         """Return the decoder's attention modules by layer index."""
@@ -228,11 +229,10 @@ class Attachment:
             calls.deliver(index, experts)
 
         # First of all: what ends a call is called even where another hook fails before it begins.
-        yield place_hook(router.layer.register_forward_pre_hook, lambda *_: calls.begin(index), prepend=True)
+        yield place_hook(router.layer.register_forward_pre_hook, calls.begin, index, prepend=True)
         # What has begun last ends first, where several layers begin with the same module.
         ends = router.layer.register_forward_hook
-        # A forward that has failed has no output.
-        yield place_hook(ends, lambda *call: calls.end(index, call[-1] is None), always_call=True, prepend=True)
+        yield place_hook(ends, calls.end, index, always_call=True, prepend=True)
         yield router.watch(deliver)
 
     def undo(self) -> None:

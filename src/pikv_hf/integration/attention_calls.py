@@ -29,8 +29,8 @@ class AttentionCalls(threading.local):
 
     def begin(self, layer_idx: int, layer: Any) -> None:
         """Note that an attention module begins, which will hand new tokens to this layer of a cache, or to None."""
-        if layer is not None:
-            # Ctrl-C ends a call without a word: no layer is in two.
+        # Ctrl-C ends a call without a word: no layer is in two.
+        if self._stack and layer is not None:
             self.take(layer)
         self._stack.append((layer_idx, None if layer is None else weakref.ref(layer)))
         self._meant.append(None)
@@ -68,23 +68,22 @@ class AttentionCalls(threading.local):
 
     def gives_to(self, layer: Any) -> bool:
         """Return whether a running call has yet to hand its tokens to this layer of a cache."""
-        return self._place(layer) is not None
+        return any(given is not None and given() is layer for _, given in self._stack)
 
     def take(self, layer: Any) -> bool:
         """Return, once in a call, whether a running one hands its tokens to this layer of a cache."""
-        if (place := self._place(layer)) is None:
-            return False
-        self._stack[place] = self._stack[place][0], None
-        return True
-
-    def _place(self, layer: Any) -> int | None:
-        return next((n for n, (_, given) in enumerate(self._stack) if given is not None and given() is layer), None)
+        for place, (layer_idx, given) in enumerate(self._stack):
+            if given is not None and given() is layer:
+                self._stack[place] = layer_idx, None
+                return True
+        return False
 
 
 def called_cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the cache that an attention module is called with, under whatever name, None if with none."""
-    cache = cache_of_call(kwargs)
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None) if cache is None else cache
+    if (cache := cache_of_call(kwargs)) is not None:
+        return cache
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
 
 
 def layer_of_call(layer_idx: int, cache: Any) -> Any:

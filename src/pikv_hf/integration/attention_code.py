@@ -37,7 +37,9 @@ def running_code(module: nn.Module) -> Any:
 
     It does not keep the module alive.
     """
-    forward = inspect.unwrap(module.forward)
+    forward = module.forward
+    if hasattr(forward, "__wrapped__"):
+        forward = inspect.unwrap(forward)
     return getattr(forward, "__code__", type(forward))
 
 

@@ -37,6 +37,8 @@ def check_arguments(module: torch.nn.Module, given: dict[str, Any]) -> None:
     given : dict
         The arguments by name, those that all attention functions have in common left out.
     """
+    if given.keys() <= KNOWN_ARGUMENTS:
+        return
     unknown = [name for name in given.keys() - KNOWN_ARGUMENTS if given[name] is not None and given[name] is not False]
     if unknown:
         raise NotImplementedError(

@@ -121,10 +121,13 @@ def primary_experts(ids: torch.Tensor, weights: torch.Tensor | None) -> torch.Te
     torch.Tensor
         `(T,)` int64.
     """
-    ids = ids.reshape(-1, ids.shape[-1]).long()
-    if weights is None or not len(ids):
+    if ids.ndim != 2:
+        ids = ids.reshape(-1, ids.shape[-1])
+    ids = ids.long()
+    if weights is None or not ids.shape[0]:
         return ids[:, 0]
-    weights = weights.reshape(ids.shape[0], -1)
+    if weights.ndim != 2 or weights.shape[0] != ids.shape[0]:
+        weights = weights.reshape(ids.shape[0], -1)
     if weights.shape != ids.shape:
         weights = weights.gather(1, ids)
     return ids.gather(1, weights.argmax(dim=1, keepdim=True)).squeeze(1)

@@ -77,9 +77,14 @@ def without_marked(
     return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
 
 
-def take_marks(module: nn.Module | None, layer: Any) -> Any:
+def has_marks(module: nn.Module) -> bool:
+    """Return whether anything is marked on a module, for whichever layer of a cache."""
+    return vars(module).get(_MARKS) is not None
+
+
+def take_marks(module: nn.Module, layer: Any) -> Any:
     """Return, once, `(rows, heads, columns)` of what is marked on the module that read this layer last, or None."""
-    if module is None or last_layer_read(module) is not layer:
+    if last_layer_read(module) is not layer:
         return None
     marks = getattr(module, _MARKS, None)
     if marks is not None:

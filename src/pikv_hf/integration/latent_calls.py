@@ -118,33 +118,34 @@ class LatentCalls:
     ----------
     calls : AttentionCalls
         The forwards of the model's attention that run.
+
+    Attributes
+    ----------
+    expansions : dict
+        How the latents of a layer are expanded, by layer, of those whose attention has some.
     """
 
     def __init__(self, calls: AttentionCalls) -> None:
         self._calls = calls
         self._modules: dict[int, weakref.ref[nn.Module]] = {}
-        self._expansions: dict[int, LatentExpansion] = {}
+        self.expansions: dict[int, LatentExpansion] = {}
 
     def follow(self, modules: dict[int, nn.Module]) -> Iterator[RemovableHandle]:
         """Hook the projections of attention modules, by layer, that expand latents before they are cached."""
         for index, module in modules.items():
             if not expands_before_caching(module) or (expansion := LatentExpansion.of(module)) is None:
                 continue
-            self._modules[index], self._expansions[index] = weakref.ref(module), expansion
+            self._modules[index], self.expansions[index] = weakref.ref(module), expansion
             before = functools.partial(self._note, index)
             yield place_hook(getattr(module, PROJECTION).register_forward_pre_hook, before)
 
     def is_outdated(self) -> bool:
         """Return whether a projection that is hooked is not that of its attention any more."""
-        found = ((self._expansions[index], reference()) for index, reference in self._modules.items())
+        found = ((self.expansions[index], reference()) for index, reference in self._modules.items())
         return not all(known.is_by(getattr(module, PROJECTION, None)) for known, module in found)
 
     def _note(self, index: int, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._calls.note_latents(index, args[0] if args else None)
-
-    def expansion(self, layer_idx: int) -> LatentExpansion | None:
-        """Return how the latents of a layer are expanded, None where there are none to be had from its attention."""
-        return self._expansions.get(layer_idx)
 
     def of_call(self, layer_idx: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the latents and rotary keys of the running call of a layer's attention.
@@ -168,7 +169,7 @@ class LatentCalls:
         if not _is_called_by(inspect.unwrap(type(module).forward).__code__):
             # What wraps a cache's `update` may have changed the keys and values.
             return None
-        expansion = self._expansions[layer_idx]
+        expansion = self.expansions[layer_idx]
         projection: Any = getattr(module, PROJECTION, None)
         _, rank, rotary = expansion.stored
         if not expansion.is_by(projection) or not is_plain(projection):

@@ -8,6 +8,7 @@ import functools
 import threading
 import warnings
 import weakref
+from typing import Any
 
 import torch
 
@@ -44,15 +45,23 @@ class LayerCalls(threading.local):
         self._stack: list[LayerCall] = []
         self._lingering: weakref.ref[LinkedLayer] | None = None
 
-    def begin(self, layer_idx: int) -> None:
-        """Note that the forward of a layer begins."""
+    def begin(self, layer_idx: int, *_: Any) -> None:
+        """Note that the forward of a layer begins: a hook before it."""
         self._stack.append(LayerCall(layer_idx))
 
-    def end(self, layer_idx: int, failed: bool = False) -> None:
-        """Note that the forward of a layer has ended, or failed, perhaps before it began for :meth:`begin`."""
+    def end(self, layer_idx: int, _module: Any = None, _args: Any = None, output: Any = True) -> None:
+        """Note that the forward of a layer has ended, or failed, perhaps before it began for :meth:`begin`.
+
+        A hook after it: one that has failed has no output.
+        """
         if self._stack and self._stack[-1].layer_idx == layer_idx:
             call = self._stack.pop()
-            if call.pieces and not failed and call.waiting is not None and (layer := call.waiting()) is not None:
+            if (
+                call.pieces
+                and output is not None
+                and call.waiting is not None
+                and (layer := call.waiting()) is not None
+            ):
                 _place_by_position(layer)
 
     def expect(self, layer: LinkedLayer) -> None:
@@ -69,20 +78,26 @@ class LayerCalls(threading.local):
         call = self._running(layer_idx)
         if call is None or call.waiting is None or (layer := call.waiting()) is None:
             return
-        call.pieces.append(experts().reshape(-1))
+        piece = experts()
+        if piece.ndim != 1:
+            piece = piece.reshape(-1)
+        call.pieces.append(piece)
         rows, new = layer.awaited
-        given = sum(piece.numel() for piece in call.pieces)
+        given = piece.numel() if len(call.pieces) == 1 else sum(each.numel() for each in call.pieces)
         if given < rows * new:
             return
         pieces, call.pieces, call.waiting = call.pieces, [], None
-        if given == rows * new and are_in_order(pieces, rows, new):
+        if given == rows * new and (len(pieces) == 1 or are_in_order(pieces, rows, new)):
             layer.record_experts(pieces[0] if len(pieces) == 1 else torch.cat(pieces))
         else:
             _place_by_position(layer)
 
     def _running(self, layer_idx: int) -> LayerCall | None:
         """Return the innermost forward of a layer; one whose router is in a later block runs as long as the model."""
-        return next((call for call in reversed(self._stack) if call.layer_idx == layer_idx), None)
+        for call in reversed(self._stack):
+            if call.layer_idx == layer_idx:
+                return call
+        return None
 
     def forget(self, layer: LinkedLayer) -> None:
         """Let a layer of a cache wait no longer."""

@@ -1,5 +1,6 @@
 """Hooks on the modules of a model, which pickled and copied models come without."""
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -7,24 +8,15 @@ from typing import Any
 from torch.utils.hooks import RemovableHandle
 
 
-class ModelHook:
+class ModelHook(functools.partial[Any]):
     """A hook that serves this model alone.
 
     Modules are pickled and copied with their hooks, as `torch.save` and `copy.deepcopy` of a model do; those of an
     attached model report to its own caches, which a copy has none of. So a hook is copied as a :class:`CopiedHook`.
-
-    Parameters
-    ----------
-    work : callable
-        What torch is to call.
+    It is a partial function, which costs no call of its own.
     """
 
-    def __init__(self, work: Callable[..., Any]) -> None:
-        self._work = work
-        self.handle: RemovableHandle | None = None
-
-    def __call__(self, *call: Any) -> Any:
-        return self._work(*call)
+    handle: RemovableHandle | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CopiedHook, (), {"handle": self.handle}
@@ -41,11 +33,13 @@ class CopiedHook:
             self.handle.remove()
 
 
-def place_hook(register: Callable[..., RemovableHandle], work: Callable[..., Any], **options: bool) -> RemovableHandle:
+def place_hook(
+    register: Callable[..., RemovableHandle], work: Callable[..., Any], *given: Any, **options: bool
+) -> RemovableHandle:
     """Let a module call a function, by one of its methods to register hooks and with the options of this method.
 
-    Returns the handle that ends it.
+    What is `given` comes first among the function's arguments. Returns the handle that ends it.
     """
-    hook = ModelHook(work)
+    hook = ModelHook(work, *given)
     hook.handle = register(hook, **options)
     return hook.handle

@@ -2,13 +2,14 @@
 
 import functools
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from ..common.tensors import autocast_dtype, has_no_data
+from ..common.tensors import autocast_dtype
 from ..common.user_line import user_stacklevel
 from .model_link import ModelLink
 
@@ -79,32 +80,33 @@ def admit(
             f"{where}: the call is inside a transform of torch.func (vmap, grad, jvp, ...) or forward-mode "
             "differentiation, and pages cannot store what belongs to one; use a DynamicCache there"
         )
-    if has_no_data(keys) or has_no_data(values):
+    if keys.is_meta or values.is_meta or isinstance(keys, FakeTensor) or isinstance(values, FakeTensor):
         raise ValueError(
             f"{where}: keys and values have shapes and no data (FakeTensorMode, or the meta device), and pages store "
             "data; use a DynamicCache there, or `pikv plan` for how much memory a PiKVCache will take"
         )
-    keys, values = as_stored(keys, values, None if stored is None else stored.dtype)
+    if torch._C._is_any_autocast_enabled():
+        keys, values = as_stored(keys, values, None if stored is None else stored.dtype)
     if keys.dtype != values.dtype or keys.device != values.device:
         raise ValueError(f"{where}: keys are {keys.dtype} on {keys.device}, values {values.dtype} on {values.device}")
     if stored is not None:
-        _check_fits(where, KVFormat.of(keys, values), stored)
+        (batch, heads, dim, value_dim), dtype, device = stored
+        fits = keys.shape == (batch, heads, keys.shape[2], dim) and values.shape[3] == value_dim
+        if not fits or keys.dtype != dtype or keys.device != device:
+            _refuse(where, KVFormat.of(keys, values), stored)
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         _check_detachable(layer_idx, link)
     return keys, values
 
 
-def _check_fits(where: str, new: KVFormat, stored: KVFormat) -> None:
+def _refuse(where: str, new: KVFormat, stored: KVFormat) -> NoReturn:
     """Refuse K/V of another format than what is stored."""
     if new.shape != stored.shape:
         raise ValueError(
             f"{where}: got K/V with (batch, heads, key dim, value dim) = {new.shape}, but the cache holds "
             f"{stored.shape}; a cache serves one model and one batch until reset()"
         )
-    if new != stored:
-        raise ValueError(
-            f"{where}: got {new.dtype} on {new.device}, but the cache holds {stored.dtype} on {stored.device}"
-        )
+    raise ValueError(f"{where}: got {new.dtype} on {new.device}, but the cache holds {stored.dtype} on {stored.device}")
 
 
 def _check_detachable(layer_idx: int, link: ModelLink | None) -> None:

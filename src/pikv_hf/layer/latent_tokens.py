@@ -50,21 +50,20 @@ class LatentTokens:
 
     def expansion(self) -> Expansion | None:
         """Return how what the layer stores is expanded, None if it stores keys and values as they come."""
-        stored = self._store.kv_format()
         known = self._of_model() if self._known is None else self._known
-        if known is None or stored is None or known.stored != stored.shape[1:]:
+        if known is None or (stored := self._store.kv_format()) is None or known.stored != stored.shape[1:]:
             return None
         if self._known is None:
             self._known = known.held()
         return self._known
 
     def _of_model(self) -> Expansion | None:
-        return None if self._link is None else self._link.latents.expansion(self._store.layer_idx)
+        return None if self._link is None else self._link.latents.expansions.get(self._store.layer_idx)
 
     def kv_format(self) -> KVFormat | None:
         """Return what new K/V must be like, None while the layer is empty."""
-        stored, expansion = self._store.kv_format(), self.expansion()
-        if stored is None or expansion is None:
+        stored = self._store.kv_format()
+        if stored is None or (expansion := self.expansion()) is None:
             return stored
         return stored._replace(shape=(stored.shape[0], *expansion.expanded))
 
@@ -96,7 +95,8 @@ class LatentTokens:
         """
         store, model = self._store, self._of_model()
         if model is None:
-            self.expand()
+            if self._known is not None:
+                self.expand()
             return keys, values
         assert self._link is not None
         latents = self._link.latents.of_call(store.layer_idx, keys)

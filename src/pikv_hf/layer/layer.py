@@ -7,7 +7,6 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..common.kv import KV
-from ..common.tensors import detached
 from ..config import PiKVConfig
 from ..distributed.device_layout import PartLayout
 from ..distributed.process_exchange import leave_group_on_error
@@ -24,7 +23,7 @@ from .layer_store import LayerStore
 from .model_link import ModelLink
 from .pending_tokens import PendingTokens
 from .row_choice import beam_rows, rows_at
-from .taking_in import take_in, taken_back_on_error
+from .taking_in import take_back, take_in
 
 
 class PiKVLayer(CacheLayerMixin):
@@ -203,27 +202,31 @@ class PiKVLayer(CacheLayerMixin):
         With PiKV's attention that is the new K/V alone, carrying a reference to this layer, from which it reads the
         history; with another it is all K/V.
         """
-        keys, values = admit(self.layer_idx, key_states, value_states, self.kv_format(), self.attachment)
-        in_place, history = self.reference.is_expected(), self.seen > 0
+        link, state, latents = self.attachment, self.store.state, self.edits.latents
+        keys, values = admit(self.layer_idx, key_states, value_states, latents.kv_format(), link)
+        in_place, history = self.reference.is_expected(), state.seen > 0
         # The layer that was read before may be another cache's.
-        if self.attachment is not None and not self.state.reference_lost:
-            self.attachment.reads(self.edits, prompt=not history)
-        stored = self.edits.latents.of_call(keys, values, in_place and not self.edits.awaits_press)
-        past = take_in(self, detached(stored[0]), detached(stored[1]), in_place)
-        with taken_back_on_error(self, keys.shape[2]):
+        if link is not None and not state.reference_lost:
+            link.reads(self.edits, prompt=not history)
+        stored = latents.of_call(keys, values, in_place and not self.edits.awaits_press)
+        new, past = keys.shape[2], take_in(self, *stored, in_place)
+        try:
             if past is not None:
                 # Out of what is stored no gradient comes, out of the new K/V it may.
                 keys, values = layer_reads.with_history(past, keys, values)
-            if in_place or self.state.reference_lost:
+            if in_place or state.reference_lost:
                 keys, values = self.reference.put_on(keys, values, self)
-                if self.attachment is not None and self.attachment.absorbs(self.layer_idx):
-                    self.attachment.refer(self)
-            if self.has_expert_router and self.attachment is not None:
-                self.attachment.expect(self.edits)
+                if link is not None and link.absorbs(self.layer_idx):
+                    link.refer(self)
+            if self.has_expert_router and link is not None:
+                link.expect(self.edits)
             elif not in_place:
                 self.edits.settle_soon()
+        except BaseException:
+            take_back(self, new)
+            raise
         if in_place:
-            self.reference.given_out(history)
+            state.reference_out, state.history_out = True, history
         return keys, values
 
     def update_from_outside(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,12 +235,15 @@ class PiKVLayer(CacheLayerMixin):
         check_not_padded(self.layer_idx, self.store.is_padded)
         self.reference.check_history_was_read()
         self.edits.latents.expand()
-        past = take_in(self, detached(keys), detached(values), in_place=False)
-        with taken_back_on_error(self, keys.shape[2]):
+        past, new = take_in(self, keys, values, in_place=False), keys.shape[2]
+        try:
             if past is not None:
                 keys, values = layer_reads.with_history(past, keys, values)
             if not self.store.awaits_indexer:
                 self.edits.settle()
+        except BaseException:
+            take_back(self, new)
+            raise
         return keys, values
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:

@@ -11,6 +11,7 @@ from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.cropping import Crop
 from . import press_eviction
+from .decoded_tokens import is_mid_page, record_experts
 from .kv_assignment import KVAssignment, assign_tokens, begins_with, check_assignable, check_assigned
 from .latent_tokens import LatentTokens
 from .layer_cropping import Snapshot, reserved_crops, shorten_state
@@ -42,6 +43,8 @@ class LayerEdits:
         Of the tables as they were at an earlier length, while nothing but new tokens has come after it.
     awaits_press : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
+    snapshot_due : bool
+        Whether the next tokens come after a snapshot; see :meth:`request_snapshot`.
     """
 
     def __init__(self, store: LayerStore, link: ModelLink | None) -> None:
@@ -61,7 +64,7 @@ class LayerEdits:
         self.snapshot: Snapshot | None = None
         # The one that the layer has just gone back to.
         self._restored: Snapshot | None = None
-        self.awaits_press = self._snapshot_due = False
+        self.awaits_press = self.snapshot_due = False
 
     def _tokens_changed(self) -> None:
         """Forget what was true only of the tokens as they were: snapshots, dense copies, experts that are expected."""
@@ -76,10 +79,16 @@ class LayerEdits:
     @leave_group_on_error
     def settle(self) -> None:
         """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
-        self.complete_assignment()
+        self.settle_within()
+
+    def settle_within(self) -> None:
+        """Do as :meth:`settle` within another operation. Between the tokens of a page it is nearly nothing."""
+        if self.assignment.staged is not None:
+            self.complete_assignment()
         self.settle_marks()
         try:
-            self.store.settle()
+            if not is_mid_page(self.store):
+                self.store.settle()
         finally:
             self.awaits_press &= self.store.pending is not None
 
@@ -117,7 +126,7 @@ class LayerEdits:
                 f"the cache got {batch * new}"
             )
         if store.pending is None:
-            store.record_experts(experts)
+            record_experts(store, experts)
             return
         waiting, store.pending = store.pending, dataclasses.replace(store.pending, experts=experts.view(batch, -1))
         try:
@@ -234,12 +243,12 @@ class LayerEdits:
 
         kvpress's pipeline asks each layer's length before a question and cuts the answer off afterwards.
         """
-        self._snapshot_due = True
+        self.snapshot_due = True
 
     def take_requested_snapshot(self) -> None:
         """Snapshot the tables if that was asked for."""
-        if self._snapshot_due:
-            self.snapshot, self._snapshot_due = Snapshot.take(self.store), False
+        if self.snapshot_due:
+            self.snapshot, self.snapshot_due = Snapshot.take(self.store), False
 
     @layer_operation
     def truncate(self, length: int) -> None:

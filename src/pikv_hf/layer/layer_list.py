@@ -23,7 +23,8 @@ def paged_layers(layers: Sequence[Any]) -> list[PiKVLayer]:
 def complete_assignments(layers: Sequence[Any]) -> None:
     """Have all keys that were assigned alone count before the first layer gets new tokens, or refuse them all."""
     for layer in paged_layers(layers):
-        layer.edits.complete_assignment()
+        if layer.edits.assignment.staged is not None:
+            layer.edits.complete_assignment()
 
 
 def format_of(layer: Any) -> KVFormat | None:

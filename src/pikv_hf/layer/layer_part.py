@@ -144,15 +144,17 @@ class LayerPart:
             self.scheduler.credit(self.table, masses.to(self.device), int(tokens.positions[0]))
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, seen: int) -> None:
-        """Write one decoded token per row, `(R, H', D)` and `(R, H', Dv)`, into the window."""
+        """Write one decoded token per row, `(R, H', 1, D)` and `(R, H', 1, Dv)`, into the window."""
         assert self.table is not None
-        keys, values = (to_device(each, self.device).transpose(0, 1) for each in (keys, values))
+        if keys.device != (device := self.table.plain.device):
+            keys, values = to_device(keys, device), to_device(values, device)
         self.table.append_newest(keys, values, seen)
 
     def record_experts(self, experts: torch.Tensor) -> None:
-        """Take the primary experts `(R,)` int16 of the tokens of :meth:`append`."""
-        if self.table is not None:
-            self.table.record_experts(to_device(experts, self.device))
+        """Take the primary experts `(R,)` of the tokens of :meth:`append`."""
+        if (table := self.table) is not None:
+            here = experts.device == table.plain.device
+            table.record_experts(experts if here else to_device(experts, table.plain.device))
 
     # Replacing the table
 

@@ -44,10 +44,11 @@ class LayerReference:
 
     def is_expected(self) -> bool:
         """Return whether PiKV's attention will see what `update` returns."""
+        state = self._store.state
         if self._link is None or not self._link.is_active(self._store.layer_idx):
             return False
-        self.check_history_was_read()
-        state = self._store.state
+        if state.reference_out:
+            self.check_history_was_read()
         state.reference_lost |= state.reference_out
         return not state.reference_lost
 
@@ -68,8 +69,8 @@ class LayerReference:
     def put_on(self, keys: torch.Tensor, values: torch.Tensor, layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K/V that refer to the layer: views of their own, since the caller's tensors outlive the call."""
         keys, values = keys.view(keys.shape), values.view(values.shape)
-        for tensor in (keys, values):
-            setattr(tensor, LAYER_ATTRIBUTE, layer)
+        setattr(keys, LAYER_ATTRIBUTE, layer)
+        setattr(values, LAYER_ATTRIBUTE, layer)
         return keys, values
 
     @staticmethod
@@ -77,10 +78,6 @@ class LayerReference:
         """Return the layer that K/V refer to, None if one of them is not what :meth:`put_on` has returned."""
         layer = getattr(keys, LAYER_ATTRIBUTE, None)
         return layer if layer is getattr(values, LAYER_ATTRIBUTE, None) else None
-
-    def given_out(self, history: bool) -> None:
-        """Note that new keys stand for the layer, with tokens stored before them or without."""
-        self._store.state.reference_out, self._store.state.history_out = True, history
 
     def arrived(self) -> None:
         """Note that attention has found the layer."""

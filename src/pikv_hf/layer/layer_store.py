@@ -1,5 +1,6 @@
 """The tokens of one attention layer: stored in one part or in several, or pending until it is known where they go."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -80,6 +81,8 @@ class LayerStore:
         self.pending: PendingTokens | None = None
         self.shard_map: ShardMap | None = None
         self.lock = new_cache_lock()
+        # With the table, its rows and the heads that it is of.
+        self._known_format: tuple[weakref.ref[PageTable], int, int, KVFormat] | None = None
 
     def clear(self) -> None:
         """Forget everything and return the memory."""
@@ -89,7 +92,7 @@ class LayerStore:
 
     def begin_if_empty(self, kv_format: KVFormat) -> None:
         """Create pools and page tables unless there are some of this format, or with tokens."""
-        if not self.state.seen and self._format_of_tables() != kv_format:
+        if not self.state.seen and (self.table is None or self._format_of(self.table) != kv_format):
             self.begin(kv_format)
 
     def begin(self, kv_format: KVFormat) -> None:
@@ -155,11 +158,15 @@ class LayerStore:
 
     def kv_format(self) -> KVFormat | None:
         """Return what new K/V must be like, None while the layer is empty."""
-        return self._format_of_tables() if self.state.seen else None
-
-    def _format_of_tables(self) -> KVFormat | None:
-        if (table := self.parts[0].table) is None:
+        table, known = self.parts[0].table, self._known_format
+        if table is None or not self.state.seen:
             return None
+        # Asked for in every step; it changes with tables, rows and heads alone.
+        if known is None or known[0]() is not table or known[1] != len(table.rows) or known[2] != self.heads:
+            known = self._known_format = weakref.ref(table), len(table.rows), self.heads, self._format_of(table)
+        return known[3]
+
+    def _format_of(self, table: PageTable) -> KVFormat:
         pool = table.plain
         shape = self.batch, self.heads, pool.keys.shape[3], pool.values.shape[3] - self.indexer_width
         return KVFormat(shape, self.dtype, self.device)
@@ -227,7 +234,7 @@ class LayerStore:
             return
         moved = any(table.is_ripe for table in self.tables())
         if moved:
-            self._in_all_parts(lambda part, table: table.flush())
+            self.in_all_parts(lambda part, table: table.flush())
         self.enforce()
         if moved:
             self._balance()
@@ -237,37 +244,6 @@ class LayerStore:
         """Give back the memory of free pages, where these are many; see :meth:`LayerPools.give_back`."""
         for table in self.tables():
             table.pools.give_back(always)
-
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one decoded token per row into the window; its expert follows from the router."""
-        tables, lanes, seen = self.tables(), self.lanes, self.state.seen
-        keys, values = tokens_by_lane(keys, lanes).squeeze(2), tokens_by_lane(values, lanes).squeeze(2)
-        for part, table in zip(self.parts, tables, strict=True):
-            # Until pages change hands again, as many tokens as fit into a page may come.
-            part.enforce(lanes, seen, headroom=table.plain.page_size)
-        if any(table.is_at_page_end for table in tables):
-            self._in_all_parts(lambda part, _: part.append(keys, values, seen))
-        else:
-            self._append_in_page(keys, values)
-        self.note_evictions()
-
-    def _append_in_page(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Write one decoded token per row where every part has a slot for it: no page changes hands."""
-        done: list[PageTable] = []
-        try:
-            for part, table in zip(self.parts, self.tables(), strict=True):
-                part.append(keys, values, self.state.seen)
-                done.append(table)
-        except BaseException:
-            for table in done:
-                table.take_back_newest()
-            raise
-
-    def record_experts(self, experts: torch.Tensor) -> None:
-        """Note the primary experts `(B,)` of the tokens that :meth:`append` has written."""
-        chosen = rows_by_lane(experts.view(-1), self.lanes).to(torch.int16)
-        for part in self.parts:
-            part.record_experts(chosen)
 
     def place(self, experts: torch.Tensor) -> None:
         """Store the pending tokens, whose primary experts are `(B, Q)`, in all parts or in none."""
@@ -313,11 +289,11 @@ class LayerStore:
         # Rows are alike in all parts or in none.
         leaders = self.table.identical_rows(some, real)
         own = None if masses is None else masses[:, piece]
-        self._in_all_parts(lambda part, _: part.append_batch(some, real, leaders, own))
+        self.in_all_parts(lambda part, _: part.append_batch(some, real, leaders, own))
         for part in self.parts:
             part.enforce(self.lanes, self.state.seen)
 
-    def _in_all_parts(self, work: Callable[[LayerPart, PageTable], Any]) -> None:
+    def in_all_parts(self, work: Callable[[LayerPart, PageTable], Any]) -> None:
         """Do what may need new pages in all parts, or in none: what has left the window of one is in another.
 
         Raises

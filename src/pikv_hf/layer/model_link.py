@@ -58,8 +58,9 @@ class Expansion(Protocol):
 class Latents(Protocol):
     """What attention that expands latents before it caches them has of them."""
 
-    def expansion(self, layer_idx: int) -> Expansion | None:
-        """Return how the latents of a layer are expanded, None where there are none to be had from its attention."""
+    @property
+    def expansions(self) -> Mapping[int, Expansion]:
+        """How the latents of a layer are expanded, by layer, of those whose attention has some."""
 
     def of_call(self, layer_idx: int, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return, once, `(B, 1, Q, R)` and `(B, 1, Q, Dr)` of the running call's keys `(B, H, Q, D)`, or None."""

@@ -1,14 +1,15 @@
 """Taking the new tokens of a call into a layer, and giving them back where the call cannot go on."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 
+from ..common.tensors import detached
 from ..distributed.lockstep import prompt_mark
 from ..distributed.process_exchange import Exchange
 from . import layer_reads
+from .decoded_tokens import append_decoded
 from .layer_edits import LayerEdits
 from .layer_operation import layer_operation
 from .layer_store import LayerStore
@@ -47,20 +48,25 @@ def take_in(
     if layer.leads and layer.exchange is not None and (new > 1 or not state.seen):
         layer.prompt_mark = prompt_mark(keys)
     awaits_press = edits.awaits_press
-    edits.settle()
+    edits.settle_within()
     if not state.seen:
         layer.lazy_initialization(keys, values)
     link = layer.attachment
     if link is not None and not (state.seen or in_place) and link.changes_keys(layer.layer_idx):
         # No reference has reached attention: the next call gets all K/V.
         state.reference_lost = True
-    edits.take_requested_snapshot()
+    if edits.snapshot_due:
+        edits.take_requested_snapshot()
     past = layer_reads.dense_history(store) if state.seen and not in_place else None
+    if new == 1 and state.seen and not store.indexer_dim:
+        append_decoded(store, keys, values)
+        state.seen += 1
+        return past
+    # It may be kept as it is.
+    keys, values = detached(keys), detached(values)
     if store.indexer_dim:
         room = torch.nn.functional.pad(values, (0, store.indexer_width))
         store.pending = PendingTokens(keys, room, awaits_indexer=True)
-    elif new == 1 and state.seen:
-        store.append(keys, values)
     else:
         store.pending = PendingTokens(keys, values)
         edits.awaits_press = awaits_press
@@ -68,18 +74,9 @@ def take_in(
     return past
 
 
-@contextmanager
-def taken_back_on_error(layer: TakingLayer, new: int) -> Iterator[None]:
-    """Undo :func:`take_in` of so many tokens if the block raises."""
-    try:
-        yield
-    except BaseException:
-        _take_back(layer, new)
-        raise
-
-
 @layer_operation
-def _take_back(layer: TakingLayer, new: int) -> None:
+def take_back(layer: TakingLayer, new: int) -> None:
+    """Undo :func:`take_in` of so many tokens."""
     store = layer.store
     if store.pending is not None or all(table.take_back_newest() for table in store.tables()):
         store.pending = None

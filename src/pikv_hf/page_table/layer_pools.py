@@ -49,6 +49,8 @@ class LayerPools:
         How often pages were given other numbers.
     abandoned : deque
         Rows of page tables that are gone, which still count as holders of their pages.
+    freed : bool
+        Whether pages may have become free since memory was last given back.
     """
 
     def __init__(self, plain: PlainPool, config: PiKVConfig, tiers: LayerTiers | None = None) -> None:
@@ -63,8 +65,7 @@ class LayerPools:
         self.encoders = LayerEncoders(plain, config, uncoded_too=tiers is not None)
         self.holders: dict[int, list[SequencePages]] = {}
         self.numbering = 0
-        # Whether pages may have become free since memory was last given back.
-        self._freed = False
+        self.freed = False
 
     def by_id(self) -> dict[PoolId, PagePool]:
         """Return all pools, the plain one first."""
@@ -95,7 +96,7 @@ class LayerPools:
 
     def decref(self, sequence: SequencePages) -> None:
         """Drop a reference to every page of a sequence."""
-        self._freed = True
+        self.freed = True
         for pool_id, pool in self.by_id().items():
             pool.decref(sequence.pages(pool_id))
 
@@ -142,9 +143,9 @@ class LayerPools:
         smaller pool is lacking it stays as it is. Without `always` only if tables have let go of pages.
         """
         self.release_abandoned()
-        if not always and not self._freed:
+        if not always and not self.freed:
             return
-        self._freed = False
+        self.freed = False
         rows = len(distinct_sequences(itertools.chain(*self.holders.values())))
         for pool_id, pool in self.by_id().items():
             self._renumber(pool_id, partial(pool.give_back, rows))

@@ -22,11 +22,15 @@ from .table_view import TableView
 
 @dataclasses.dataclass(slots=True)
 class _NextSlots:
-    """Where decoding steps write until one of the pages is full: `room` tokens of each row, in pages of its own."""
+    """Where decoding steps write until one of the pages is full: `room` tokens of each row, in pages of its own.
+
+    The first `quiet` of these steps find that no page has left the recent window.
+    """
 
     pages: PageIds
     slots: PageIds
     room: int
+    quiet: int
 
 
 class PageTable:
@@ -58,7 +62,8 @@ class PageTable:
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
         self._view: TableView | None = None
         self._next: _NextSlots | None = None
-        self._newest: torch.Tensor | None = None
+        # The slots of the newest tokens: of one row its number.
+        self._newest: torch.Tensor | int | None = None
         self._numbering = self.pools.numbering
         self.pools.holders[id(self.rows)] = self.rows
         # Dropping a fork gives its pages back to the pools it shares.
@@ -103,7 +108,11 @@ class PageTable:
             self._numbering = self.pools.numbering
             if self._newest is not None:
                 pages, counts = self._tails()
-                self._newest = self.plain.index(pages * self.plain.page_size + counts - 1)
+                self._newest = self._located(pages * self.plain.page_size + counts - 1)
+
+    def _located(self, slots: PageIds) -> torch.Tensor | int:
+        """Return the slots `(B,)` of a token of each row as the pool takes them."""
+        return int(slots[0]) if len(slots) == 1 else self.plain.index(slots)
 
     def replace_sequences(self, new: dict[int, SequencePages]) -> None:
         """Replace each sequence by another, which has taken over its references, given by the old one's identity."""
@@ -163,16 +172,17 @@ class PageTable:
         Parameters
         ----------
         keys, values : torch.Tensor
-            `(H, B, D)` and `(H, B, Dv)`.
+            `(B, H, 1, D)` and `(B, H, 1, Dv)`.
         position : int
             Of all of them.
         """
-        if self.is_at_page_end:
-            self._next = self._open_slots()
-        assert self._next is not None
-        taken, self._newest = self._next, self.plain.index(self._next.slots)
+        taken = self._next
+        if taken is None or not taken.room or self._numbering != self.pools.numbering:
+            self._follow_numbering()
+            taken = self._next = self._open_slots()
+        self._newest = int(taken.slots[0]) if len(taken.slots) == 1 else self.plain.index(taken.slots)
         # Counted first, so that it can be taken back wherever writing fails.
-        taken.slots, taken.room = taken.slots + 1, taken.room - 1
+        taken.slots, taken.room, taken.quiet = taken.slots + 1, taken.room - 1, taken.quiet - 1
         self.plain.count[taken.pages] += 1
         try:
             self.plain.write_newest(self._newest, keys, values, position)
@@ -186,14 +196,15 @@ class PageTable:
         newest, self._newest, self._next = self._newest, None, None
         if newest is not None:
             self.plain.count[self._tails()[0]] -= 1
-            self.plain.positions.view(-1).index_fill_(0, newest, -1)
+            self.plain.forget_newest(newest)
         return newest is not None
 
     def record_experts(self, experts: torch.Tensor) -> None:
-        """Note the primary experts `(B,)` int16 of the tokens of :meth:`append_newest`, if nothing came after them."""
-        self._follow_numbering()
+        """Note the primary experts `(B,)` of the tokens of :meth:`append_newest`, if nothing came after them."""
+        if self._numbering != self.pools.numbering:
+            self._follow_numbering()
         if self._newest is not None:
-            self.plain.experts.view(-1).index_copy_(0, self._newest, experts)
+            self.plain.write_experts(self._newest, experts)
 
     def _tails(self) -> tuple[PageIds, PageIds]:
         """Return the last window page of each row, `(B,)`, and the tokens in it, `(B,)` int64."""
@@ -212,13 +223,23 @@ class PageTable:
         self._changed()
         pages, counts = self._tails()
         size = self.plain.page_size
-        return _NextSlots(pages, pages * size + counts, int(size - counts.max()))
+        room = int(size - counts.max())
+        return _NextSlots(pages, pages * size + counts, room, min(room, *map(self.writer.until_ripe, rows)))
 
     @property
     def is_at_page_end(self) -> bool:
         """Whether :meth:`append_newest` has to look for window pages with room, and may need new ones."""
-        self._follow_numbering()
+        if self._numbering != self.pools.numbering:
+            self._follow_numbering()
         return self._next is None or self._next.room == 0
+
+    @property
+    def is_mid_page(self) -> bool:
+        """Whether :meth:`append_newest` only writes, :meth:`flush` does nothing, and there is nothing to give back."""
+        pools, following = self.pools, self._next
+        if following is None or following.quiet <= 0 or self._numbering != pools.numbering:
+            return False
+        return not (pools.abandoned or pools.freed)
 
     def _separate(self, leaders: list[int]) -> list[SequencePages]:
         """Give each group of rows a sequence of its own; `leaders[row]` names the first row of its group."""

@@ -163,11 +163,13 @@ class SequenceWriter:
 
     def is_ripe(self, sequence: SequencePages) -> bool:
         """Return whether a page has left the recent window."""
-        recent = sequence.window[self.sink_pages :]
-        size = self.plain.page_size
-        if len(recent) * size < self.recent_window + size:
-            return False
-        return (len(recent) - 1) * size + int(self.plain.count[recent[-1]]) >= self.recent_window + size
+        return self.until_ripe(sequence) <= 0
+
+    def until_ripe(self, sequence: SequencePages) -> int:
+        """Return how many more tokens it takes until a page has left the recent window."""
+        size, recent = self.plain.page_size, len(sequence.window) - self.sink_pages
+        tokens = 0 if recent <= 0 else (recent - 1) * size + int(self.plain.count[sequence.window[-1]])
+        return self.recent_window + size - tokens
 
     def flush_page(self, group: list[SequencePages], shards: np.ndarray) -> None:
         """Move the oldest recent page, which all sequences of `group` share, to their shards, which they share too."""

@@ -1,7 +1,7 @@
 """The pool of pages that keep their tokens as they came."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,17 @@ from .types import PageIds
 
 #: The share by which these pools grow.
 PLAIN_GROWTH = 1 / 16
+#: Of at most so many pages a pool keeps views of the slots: each fork that decodes writes to one.
+MAX_VIEWED_PAGES = 64
+
+
+class _Slot(NamedTuple):
+    """Views of what a pool keeps of one slot: `(1, H, 1, D)`, `(1, H, 1, Dv)`, `(1,)` and `(1,)`."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    position: torch.Tensor
+    expert: torch.Tensor
 
 
 class PlainPool(PagePool):
@@ -53,6 +64,8 @@ class PlainPool(PagePool):
         super().__init__(page_size, device, PLAIN_GROWTH)
         self.keys = torch.zeros((num_heads, 0, page_size, key_dim), dtype=dtype, device=device)
         self.values = torch.zeros((num_heads, 0, page_size, value_dim), dtype=dtype, device=device)
+        # Of pages that decoding steps write to, the views of each slot.
+        self._slots: dict[int, list[_Slot]] = {}
 
     def token_tensors(self) -> list[torch.Tensor]:
         """Return keys and values."""
@@ -60,6 +73,8 @@ class PlainPool(PagePool):
 
     def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
         self.keys, self.values = tensors
+        # Views would keep the former tensors alive.
+        self._slots = {}
 
     def _new_bounds(self) -> KeyBounds:
         parts = (KV.KEYS, KV.VALUES) if self.rotary_values else (KV.KEYS,)
@@ -91,11 +106,53 @@ class PlainPool(PagePool):
         self.positions.view(-1).index_copy_(0, slots, tokens.positions)
         self.experts.view(-1).index_copy_(0, slots, tokens.experts)
 
-    def write_newest(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        """Store one decoded token per slot, all at one position, their experts yet unknown. See :meth:`write`."""
-        append_tokens(self.keys, slots, keys)
-        append_tokens(self.values, slots, values)
-        self.positions.view(-1).index_fill_(0, slots, position)
+    def write_newest(self, slots: torch.Tensor | int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        """Store one decoded token per slot, all at one position, their experts yet unknown.
+
+        Parameters
+        ----------
+        slots : torch.Tensor or int
+            `(n,)` int64 as in :meth:`write`, or the number of a single one.
+        keys, values : torch.Tensor
+            `(n, H, 1, D)` and `(n, H, 1, Dv)`.
+        position : int
+            Of all of them.
+        """
+        if isinstance(slots, int):
+            slot = self._slot(slots)
+            slot.keys.copy_(keys)
+            slot.values.copy_(values)
+            slot.position.fill_(position)
+        else:
+            append_tokens(self.keys, slots, keys.squeeze(2).transpose(0, 1))
+            append_tokens(self.values, slots, values.squeeze(2).transpose(0, 1))
+            self.positions.view(-1).index_fill_(0, slots, position)
+
+    def write_experts(self, slots: torch.Tensor | int, experts: torch.Tensor) -> None:
+        """Note the primary experts `(n,)` of the tokens in slots, given as for :meth:`write_newest`."""
+        if isinstance(slots, int):
+            self._slot(slots).expert.copy_(experts)
+        else:
+            self.experts.view(-1).index_copy_(0, slots, experts.to(self.experts.dtype))
+
+    def forget_newest(self, slots: torch.Tensor | int) -> None:
+        """Empty slots again, given as for :meth:`write_newest`; the caller has counted them."""
+        if isinstance(slots, int):
+            self._slot(slots).position.fill_(-1)
+        else:
+            self.positions.view(-1).index_fill_(0, slots, -1)
+
+    def _slot(self, slot: int) -> "_Slot":
+        """Return the views of a slot: those of a page are made at once, since each costs as much as writing to it."""
+        page, offset = divmod(slot, self.page_size)
+        views = self._slots.get(page)
+        if views is None:
+            if len(self._slots) >= MAX_VIEWED_PAGES:
+                self._slots = {}
+            keys, values = self.keys[None, :, page].split(1, dim=2), self.values[None, :, page].split(1, dim=2)
+            positions, experts = self.positions[page].split(1), self.experts[page].split(1)
+            views = self._slots[page] = list(map(_Slot, keys, values, positions, experts))
+        return views[offset]
 
     def move(self, sources: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy tokens from one set of slots to another, both `(n,)` int64."""
