@@ -185,7 +185,7 @@ class PiKVCache(Cache):
                 admit(layer_idx, key_states, value_states, layer_list.format_of(layer), self.attachment)
                 layer_list.check_read_from_outside(self.layers)
             layer_list.complete_assignments(self.layers)
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        if not isinstance(layer, PiKVLayer) and isinstance(layer, DynamicSlidingWindowLayer):
             return update_sliding(layer, *admit(layer_idx, key_states, value_states, kv_format(layer), self.attachment))
         # kvpress puts a layer of its own in place of one for a while.
         result: tuple[torch.Tensor, torch.Tensor] = layer.update(key_states, value_states, *args, **kwargs)

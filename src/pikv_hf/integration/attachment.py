@@ -25,7 +25,7 @@ from .attention_function import pikv_attention_forward
 from .attention_hooks import place_attention_hooks
 from .attention_implementation import ATTENTION_NAME, BATCHED_NAME, AttachedImplementation, check_may_replace
 from .expert_router import ExpertRouter, Lazy
-from .kvpress_marks import has_marks, note_reader, take_marks
+from .kvpress_marks import forget_is_read, has_marks, note_reader, take_marks
 from .latent_attention import absorbs, expands_latents
 from .latent_calls import LatentCalls
 from .layer_calls import LayerCalls
@@ -162,7 +162,8 @@ class Attachment:
 
     def take_marks(self, layer: LinkedLayer) -> Any:
         """Return, once, what kvpress marked for this layer."""
-        module = self.attention_of(layer.layer_idx)
+        reference = self._parts.attention.get(layer.layer_idx)
+        module = None if reference is None else reference()
         return None if module is None or not has_marks(module) else take_marks(module, layer)
 
     @property
@@ -240,6 +241,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        for module in self.attention_modules().values():
+            forget_is_read(module)
         for _, config in self._parts.every_config():
             config._attn_implementation = self._previous_of(config)
 

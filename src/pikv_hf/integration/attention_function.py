@@ -22,6 +22,7 @@ from ..layer.mask_columns import MaskColumns, new_tokens_valid
 from .call_arguments import check_arguments, check_causal, is_causal
 from .chosen_tokens import (
     BLOCK_INDICES,
+    INDICES,
     as_averages,
     averaging,
     chosen_columns,
@@ -72,19 +73,21 @@ def pikv_attention_forward(
     """
     layer = LayerReference.on(key, value) or layer_of_latents(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if is_batched(kwargs):
+    if "read_index" in kwargs and is_batched(kwargs):
         return attend_batched(module, query, key, value, scale, kwargs)
     call = _Call(module, query, attention_mask, scale, kwargs.get("s_aux"), kwargs.get("softcap"))
     call.keeps_padding = kwargs.get(BLOCK_INDICES) is not None
     if isinstance(layer, PiKVLayer):
-        mask = _checked_mask(layer, call, dropout, kwargs)
-        call.show_to_observer(layer.seen)
-        call.query, call.mask = query.to(layer.store.dtype), mask
+        store = layer.store
+        mask, seen, pending = _checked_mask(layer, call, dropout, kwargs), store.state.seen, store.pending
+        call.show_to_observer(seen)
+        call.query, call.mask = query.to(store.dtype), mask
         if call.keeps_padding:
-            call.mask = shown_to_blocks(mask, kwargs["position_ids"], layer.seen)
-        new = 1 if layer.pending is None else layer.pending.tokens
-        # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
-        key, value = key[:, :, -new:], value[:, :, -new:]
+            call.mask = shown_to_blocks(mask, kwargs["position_ids"], seen)
+        new = 1 if pending is None else pending.tokens
+        if key.shape[2] > new:
+            # Of a layer that has given away all its tokens, for want of a reference, the new ones are the last.
+            key, value = key[:, :, -new:], value[:, :, -new:]
         attend_layer = _attend_layer if call.is_of(layer) else _attend_shared
         return attend_layer(layer, call, key, value).to(autocast_dtype(query)), None
     check_running_was_read(module)
@@ -146,7 +149,8 @@ class _Call:
 
     def show_to_observer(self, tokens: int) -> None:
         """Call what a press has put on the module; `tokens` are those of the layer with the new ones."""
-        if (observer := getattr(self.module, OBSERVER_ATTRIBUTE, None)) is not None:
+        # A module looks long for what it does not have.
+        if (observer := vars(self.module).get(OBSERVER_ATTRIBUTE)) is not None:
             new = self.query.shape[2]
             valid = new_tokens_valid(self.mask, new)
             observer(self.query, tokens - new, valid, self.scale, self.sinks, self.softcap)
@@ -176,10 +180,11 @@ class _Call:
 def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Attend over a layer's pages and the new tokens, `(B, H, Q, D)` and `(B, H, Q, Dv)`: `(B, Q, Hq, Dv)`."""
     # A decoded token is stored whatever its own mask says of it, so that a later one may show it.
-    decodes = call.query.shape[2] == 1 and layer.seen > 1
+    store, seen = layer.store, layer.store.state.seen
+    decodes = call.query.shape[2] == 1 and seen > 1
     layer.attend_begins(None if call.keeps_padding or decodes else _stored_tokens(call.mask))
-    pending, absorbed = layer.pending, holds_latents(layer, call.module)
-    is_prompt = pending is not None and pending.tokens == layer.seen and call.sinks is None and call.softcap is None
+    pending, absorbed = store.pending, holds_latents(layer, call.module)
+    is_prompt = pending is not None and pending.tokens == seen and call.sinks is None and call.softcap is None
     expands = absorbed and not is_prompt and _expands(layer, call, key, value)
     columns = None if call.positions is None else _take_chosen(layer, call)
     if not is_prompt and call.mask is not None and (call.keeps_padding or call.mask.dtype != torch.bool):
@@ -190,12 +195,12 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
         # Where attention is cheaper as it comes, as over the tokens of a prompt alone, few queries are looked at.
         query = absorbed_queries(call.module, query[:, :, -OBSERVED:] if is_prompt or expands else query)
         # Behind rotary keys are those of an indexer, which attention has no part of.
-        query = torch.nn.functional.pad(query, (0, layer.store.indexer_width))
-    remember_queries(layer.store, query, call.scale)
+        query = torch.nn.functional.pad(query, (0, store.indexer_width))
+    remember_queries(store, query, call.scale)
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
-        seen = as_averages(mask, query.dtype) if call.keeps_padding and mask is not None else mask
-        output, _ = sdpa_attention_forward(call.module, call.query, key, value, seen, 0.0, call.scale)
+        shown = as_averages(mask, query.dtype) if call.keeps_padding and mask is not None else mask
+        output, _ = sdpa_attention_forward(call.module, call.query, key, value, shown, 0.0, call.scale)
         if layer.parts[0].scheduler is not None:
             begin_step(layer)
             note_queries(layer, query, mask, call.scale, None, None, absorbed)
@@ -203,14 +208,15 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
         output = attend_expanded(layer, call.module, call.query, key, value, mask, call.scale)
     else:
         out, lse = attend(layer, query, mask, call.scale, call.softcap, call.sinks, absorbed, columns)
-        if not absorbed:
-            out = out[..., : out.shape[-1] - layer.store.indexer_width]
+        if store.indexer_dim and not absorbed:
+            out = out[..., : out.shape[-1] - store.indexer_width]
         output = call.output(out, lse)
         if absorbed:
             output = expanded_outputs(call.module, output)
-        if needs_gradients(query, key, value, call.sinks):
+        if torch.is_grad_enabled() and needs_gradients(query, key, value, call.sinks):
             output = _with_gradients(output, layer, call, key, value)
-    layer.attend_ends()
+    if not layer.has_expert_router:
+        layer.attend_ends()
     return output
 
 
@@ -294,7 +300,8 @@ def _check_call(layer: PiKVLayer, call: _Call, dropout: float, given: dict[str, 
     """Refuse a call of another model, and what attention would have to do otherwise than asked."""
     where = f"layer {layer.layer_idx}"
     check_arguments(call.module, given)
-    call.positions = chosen_positions(call.module, call.query, layer.seen, given)
+    if INDICES in given or BLOCK_INDICES in given:
+        call.positions = chosen_positions(call.module, call.query, layer.store.state.seen, given)
     if call.positions is not None and (layer.state.dropped or layer.state.assigned or not call.is_of(layer)):
         raise NotImplementedError(
             f"{where}: attention reads chosen positions, and those of tokens from outside, or of another layer, are "

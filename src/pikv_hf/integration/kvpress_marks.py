@@ -25,9 +25,11 @@ def note_reader(module: nn.Module, layer: Any, prompt: bool) -> None:
     attribute.
     """
     before = last_layer_read(module)
+    layer.is_read = True
     if before is layer and not prompt:
         return
     if before is not None and before is not layer:
+        before.is_read = False
         before.settle_marks()
     _last_read[module] = weakref.ref(layer)
     if "kvpress" in sys.modules:
@@ -38,8 +40,16 @@ def forget_reader(module: nn.Module) -> None:
     """Note that another cache begins to be read: marks are no longer for the layer of before."""
     before = last_layer_read(module)
     if before is not None:
+        before.is_read = False
         before.settle_marks()
     _last_read.pop(module, None)
+
+
+def forget_is_read(module: nn.Module) -> None:
+    """Have the layer that a module has read last ask again whether it is this one, and whether of this module."""
+    before = last_layer_read(module)
+    if before is not None:
+        before.is_read = False
 
 
 def last_layer_read(module: nn.Module) -> Any:

@@ -69,7 +69,9 @@ def columns_of_layer(layer: PiKVLayer, mask: torch.Tensor | None) -> torch.Tenso
         If it is of other positions than the cache has seen, shows what was never stored, or hides some of the tokens
         that were assigned from outside, of which nobody knows to which positions they belong.
     """
-    where, state = f"layer {layer.layer_idx}", layer.state
+    where, state = f"layer {layer.layer_idx}", layer.store.state
+    if mask is None and state.padding is None:
+        return None
     if mask is not None and mask.shape[-1] != state.positions_seen:
         raise ValueError(
             f"{where}: the attention mask spans {mask.shape[-1]} positions, the cache {state.positions_seen}"

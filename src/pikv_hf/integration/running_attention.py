@@ -33,8 +33,8 @@ def check_was_read(module: nn.Module, cache: Any) -> None:
 
     All layers give out all K/V from then on, until a reference reaches attention again.
     """
-    layer = paged_layer(module, cache)
-    if layer is None or not layer.reference.is_unread:
+    layer = layer_of_call(getattr(module, "layer_idx", -1), cache)
+    if not isinstance(layer, PiKVLayer) or not layer.store.state.reference_out or not layer.reference.is_unread:
         return
     layer.rollback(1 if layer.pending is None else layer.pending.tokens)
     for each in cache.layers:
@@ -47,9 +47,3 @@ def check_was_read(module: nn.Module, cache: Any) -> None:
         "interface. This layer has none of the call's tokens; take them back from those before it with "
         f"cache.crop({layer.state.positions_seen}). Called again, attention {after}"
     )
-
-
-def paged_layer(module: nn.Module, cache: Any) -> PiKVLayer | None:
-    """Return the layer of a cache that an attention module is called with; None for layers that are not PiKV's."""
-    layer = layer_of_call(getattr(module, "layer_idx", -1), cache)
-    return layer if isinstance(layer, PiKVLayer) else None

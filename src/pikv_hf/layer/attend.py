@@ -52,16 +52,22 @@ def attend(
     tuple of torch.Tensor
         `(B, Hq, Q, Dv)` and its LSE `(B, Hq, Q)`, float32.
     """
+    store, pending = layer.store, layer.store.pending
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    assert layer.table is not None
     history_mask = mask if mask is not None and _hides_history(layer, mask) else None
-    masses = [None if part.scheduler is None else AttentionMass() for part in layer.parts]
-    calls = [AttentionCall(scale, softcap, layer.seen, None, known, absorbed, columns) for known in masses]
+    # A call with several new tokens has many queries, which together look everywhere.
+    may_choose = query.shape[2] == 1 and history_mask is None and pending is None
+    masses: list[AttentionMass | None] = []
+    calls: list[AttentionCall] = []
+    for part in store.parts:
+        masses.append(None if part.scheduler is None else AttentionMass())
+        page_router = part.page_router if may_choose else None
+        calls.append(AttentionCall(scale, softcap, store.state.seen, page_router, masses[-1], absorbed, columns))
     out, lse = _attend_stored(layer, query, history_mask, calls)
-    if layer.pending is not None:
-        new = attend_dense(query, *_tokens_of(layer.pending, absorbed), mask, scale, softcap)
+    if pending is not None:
+        new = attend_dense(query, *_tokens_of(pending, absorbed), mask, scale, softcap)
         out, lse = merge_pair(out, lse, *new)
-    if layer.parts[0].scheduler is not None:
+    if store.parts[0].scheduler is not None:
         begin_step(layer)
         total = lse if sinks is None else torch.logaddexp(lse, sinks.to(lse.dtype).view(1, -1, 1))
         for table, known in zip(layer.store.tables(), masses, strict=True):
@@ -117,18 +123,16 @@ def _attend_parts(
     work at the same time, each in its own stream.
     """
     parts = layer.parts
-    may_choose = query.shape[2] == 1 and mask is None and layer.pending is None
+    if len(parts) == 1 and (table := parts[0].table) is not None and table.plain.device == query.device:
+        return attend_pages(table, query, mask, calls[0])
     # First of all, since a CPU waits for what its copies come after.
     there = [to_device(query, part.device) for part in parts]
     hidden = [None if mask is None else to_device(mask, part.device) for part in parts]
     results: list[tuple[torch.Tensor, torch.Tensor]] = []
     # Accelerators begin while a CPU computes.
     for index in sorted(range(len(parts)), key=lambda number: parts[number].device.type == "cpu"):
-        part, table = parts[index], parts[index].table
+        part, table, call = parts[index], parts[index].table, calls[index]
         assert table is not None
-        # A call with several new tokens has many queries, which together look everywhere.
-        page_router = part.page_router if may_choose else None
-        call = dataclasses.replace(calls[index], page_router=page_router) if page_router else calls[index]
         if call.columns is not None:
             call = dataclasses.replace(call, columns=to_device(call.columns, part.device))
         results.append(attend_pages(table, there[index], hidden[index], call))

@@ -20,11 +20,14 @@ def is_mid_page(store: LayerStore) -> bool:
     return True
 
 
-def append_decoded(store: LayerStore, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Write one decoded token per row, `(B, H, 1, D)` and `(B, H, 1, Dv)`; its expert follows from the router."""
+def append_decoded(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, within_page: bool) -> None:
+    """Write one decoded token per row, `(B, H, 1, D)` and `(B, H, 1, Dv)`; its expert follows from the router.
+
+    `within_page` is what :func:`is_mid_page` has just returned.
+    """
     if (lanes := store.lanes) > 1:
         keys, values = tokens_by_lane(keys, lanes), tokens_by_lane(values, lanes)
-    if is_mid_page(store):
+    if within_page:
         _append_in_page(store, keys, values)
         return
     tables, seen = store.tables(), store.state.seen

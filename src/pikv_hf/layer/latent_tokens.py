@@ -50,15 +50,14 @@ class LatentTokens:
 
     def expansion(self) -> Expansion | None:
         """Return how what the layer stores is expanded, None if it stores keys and values as they come."""
-        known = self._of_model() if self._known is None else self._known
+        known = self._known
+        if known is None and self._link is not None:
+            known = self._link.latents.expansions.get(self._store.layer_idx)
         if known is None or (stored := self._store.kv_format()) is None or known.stored != stored.shape[1:]:
             return None
         if self._known is None:
             self._known = known.held()
         return self._known
-
-    def _of_model(self) -> Expansion | None:
-        return None if self._link is None else self._link.latents.expansions.get(self._store.layer_idx)
 
     def kv_format(self) -> KVFormat | None:
         """Return what new K/V must be like, None while the layer is empty."""
@@ -93,13 +92,14 @@ class LatentTokens:
         in_place : bool
             Whether PiKV's attention will read what is stored.
         """
-        store, model = self._store, self._of_model()
+        store, link = self._store, self._link
+        model = None if link is None else link.latents.expansions.get(store.layer_idx)
         if model is None:
             if self._known is not None:
                 self.expand()
             return keys, values
-        assert self._link is not None
-        latents = self._link.latents.of_call(store.layer_idx, keys)
+        assert link is not None
+        latents = link.latents.of_call(store.layer_idx, keys)
         # What is there may be expanded, or of a projection that the model had before.
         goes_on = not store.state.seen or (self.expansion() is not None and self._known in (None, model))
         if latents is None or not in_place or not goes_on:

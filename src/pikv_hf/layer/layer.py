@@ -193,7 +193,6 @@ class PiKVLayer(CacheLayerMixin):
             return self.update_from_attention(key_states, value_states)
         return self.update_from_outside(key_states, value_states)
 
-    @leave_group_on_error
     def update_from_attention(
         self, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +205,7 @@ class PiKVLayer(CacheLayerMixin):
         keys, values = admit(self.layer_idx, key_states, value_states, latents.kv_format(), link)
         in_place, history = self.reference.is_expected(), state.seen > 0
         # The layer that was read before may be another cache's.
-        if link is not None and not state.reference_lost:
+        if link is not None and not state.reference_lost and not (history and self.edits.is_read):
             link.reads(self.edits, prompt=not history)
         stored = latents.of_call(keys, values, in_place and not self.edits.awaits_press)
         new, past = keys.shape[2], take_in(self, *stored, in_place)
@@ -216,7 +215,7 @@ class PiKVLayer(CacheLayerMixin):
                 keys, values = layer_reads.with_history(past, keys, values)
             if in_place or state.reference_lost:
                 keys, values = self.reference.put_on(keys, values, self)
-                if link is not None and link.absorbs(self.layer_idx):
+                if link is not None and self.parts[0].latent and link.absorbs(self.layer_idx):
                     link.refer(self)
             if self.has_expert_router and link is not None:
                 link.expect(self.edits)
@@ -248,14 +247,14 @@ class PiKVLayer(CacheLayerMixin):
 
     def attend_begins(self, valid: torch.Tensor | None) -> None:
         """Take, with the reference, which of several new tokens are to be stored, `(B, Q)` bool or None for all."""
-        self.reference.arrived()
-        if self.store.pending is not None:
-            self.store.pending.valid = valid
+        store = self.store
+        store.state.reference_out = store.state.reference_lost = False
+        if store.pending is not None:
+            store.pending.valid = valid
 
     def attend_ends(self) -> None:
-        """Store the new tokens soon if no expert router is to be awaited."""
-        if not self.has_expert_router:
-            self.edits.settle_soon()
+        """Store the new tokens soon: no expert router is to be awaited."""
+        self.edits.settle_soon()
 
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""

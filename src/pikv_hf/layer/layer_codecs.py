@@ -54,12 +54,19 @@ def recode(
         )
 
 
-@layer_operation
 def remember_queries(store: LayerStore, query: torch.Tensor, scale: float) -> None:
     """Remember the newest queries `(B, Hq, Q, D)`, by which the errors of pages that are packed next are judged.
 
     Behind their channels for keys may be others, of latents' rotary parts.
     """
+    for part in store.parts:
+        if part.table is not None and part.table.pools.encoders.packs:
+            _remember_queries(store, query, scale)
+            return
+
+
+@layer_operation
+def _remember_queries(store: LayerStore, query: torch.Tensor, scale: float) -> None:
     if store.lanes > 1:
         # A page of a lane is of any head: no queries are those of all pages.
         return

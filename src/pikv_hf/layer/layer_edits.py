@@ -43,6 +43,8 @@ class LayerEdits:
         Of the tables as they were at an earlier length, while nothing but new tokens has come after it.
     awaits_press : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
+    is_read : bool
+        Whether the model's attention module is known to have read this layer last, of all caches.
     snapshot_due : bool
         Whether the next tokens come after a snapshot; see :meth:`request_snapshot`.
     """
@@ -51,6 +53,7 @@ class LayerEdits:
         self.store, self.link = store, link
         self.latents = LatentTokens(store, link)
         self.layer_idx, self.exchange = store.layer_idx, store.layout.exchange
+        self.is_read = False
         self.reset()
 
     @property
@@ -81,14 +84,16 @@ class LayerEdits:
         """Store what is pending, where no router is awaited, and move what has left the window to its shards."""
         self.settle_within()
 
-    def settle_within(self) -> None:
-        """Do as :meth:`settle` within another operation. Between the tokens of a page it is nearly nothing."""
+    def settle_within(self) -> bool:
+        """Do as :meth:`settle` within another operation; return whether a token is within a page: nothing was done."""
         if self.assignment.staged is not None:
             self.complete_assignment()
         self.settle_marks()
         try:
-            if not is_mid_page(self.store):
-                self.store.settle()
+            if is_mid_page(self.store):
+                return True
+            self.store.settle()
+            return False
         finally:
             self.awaits_press &= self.store.pending is not None
 

@@ -37,6 +37,8 @@ class LayerReference:
 
         All K/V are given out then, unless tokens were evicted, which other attention than PiKV's could not pass over.
         """
+        if code is self.code:
+            return
         state = self._store.state
         if self.code not in (None, code) and state.seen and not state.evicted:
             state.reference_lost = True
@@ -78,10 +80,6 @@ class LayerReference:
         """Return the layer that K/V refer to, None if one of them is not what :meth:`put_on` has returned."""
         layer = getattr(keys, LAYER_ATTRIBUTE, None)
         return layer if layer is getattr(values, LAYER_ATTRIBUTE, None) else None
-
-    def arrived(self) -> None:
-        """Note that attention has found the layer."""
-        self._store.state.reference_out = self._store.state.reference_lost = False
 
     def dense_reason(self) -> str | None:
         """Return why attention is given dense K/V, None if it reads the pages in place."""

@@ -149,7 +149,7 @@ class LayerStore:
     def batch(self) -> int:
         """Sequences, 0 before the first tokens."""
         table = self.parts[0].table
-        return 0 if table is None else len(table.rows) // self.lanes
+        return 0 if table is None else len(table.rows) * table.plain.keys.shape[0] // self.heads
 
     @property
     def stored(self) -> int:

@@ -19,6 +19,7 @@ class LinkedLayer(Protocol):
     """A layer of a cache, as the hooks of a model see it."""
 
     layer_idx: int
+    is_read: bool
 
     @property
     def awaited(self) -> tuple[int, int]:

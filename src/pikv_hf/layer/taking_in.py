@@ -48,7 +48,7 @@ def take_in(
     if layer.leads and layer.exchange is not None and (new > 1 or not state.seen):
         layer.prompt_mark = prompt_mark(keys)
     awaits_press = edits.awaits_press
-    edits.settle_within()
+    within_page = edits.settle_within()
     if not state.seen:
         layer.lazy_initialization(keys, values)
     link = layer.attachment
@@ -56,10 +56,12 @@ def take_in(
         # No reference has reached attention: the next call gets all K/V.
         state.reference_lost = True
     if edits.snapshot_due:
+        # It shares the pages.
         edits.take_requested_snapshot()
+        within_page = False
     past = layer_reads.dense_history(store) if state.seen and not in_place else None
     if new == 1 and state.seen and not store.indexer_dim:
-        append_decoded(store, keys, values)
+        append_decoded(store, keys, values, within_page)
         state.seen += 1
         return past
     # It may be kept as it is.
