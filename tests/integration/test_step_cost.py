@@ -14,7 +14,7 @@ from pikv_hf import PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
 
 #: What a layer's step may cost beyond DynamicCache's.
-MOST_CALLS, MOST_OPERATIONS = 210, 60
+MOST_CALLS, MOST_OPERATIONS = 120, 20
 #: By which the host waits for a device.
 SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero")
 

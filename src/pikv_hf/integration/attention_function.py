@@ -80,7 +80,9 @@ def pikv_attention_forward(
     if isinstance(layer, PiKVLayer):
         store = layer.store
         mask, seen, pending = _checked_mask(layer, call, dropout, kwargs), store.state.seen, store.pending
-        call.show_to_observer(seen)
+        # A module looks long for what it does not have.
+        if OBSERVER_ATTRIBUTE in vars(module):
+            call.show_to_observer(seen)
         call.query, call.mask = query.to(store.dtype), mask
         if call.keeps_padding:
             call.mask = shown_to_blocks(mask, kwargs["position_ids"], seen)
@@ -149,7 +151,6 @@ class _Call:
 
     def show_to_observer(self, tokens: int) -> None:
         """Call what a press has put on the module; `tokens` are those of the layer with the new ones."""
-        # A module looks long for what it does not have.
         if (observer := vars(self.module).get(OBSERVER_ATTRIBUTE)) is not None:
             new = self.query.shape[2]
             valid = new_tokens_valid(self.mask, new)

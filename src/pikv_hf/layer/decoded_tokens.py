@@ -57,6 +57,8 @@ def _append_in_page(store: LayerStore, keys: torch.Tensor, values: torch.Tensor)
 
 def record_experts(store: LayerStore, experts: torch.Tensor) -> None:
     """Note the primary experts `(B,)` of the tokens that :func:`append_decoded` has written."""
-    chosen = experts if (lanes := store.lanes) == 1 else rows_by_lane(experts, lanes)
+    table, rows = store.parts[0].table, experts.shape[0]
+    if table is not None and len(table.rows) > rows:
+        experts = rows_by_lane(experts, len(table.rows) // rows)
     for part in store.parts:
-        part.record_experts(chosen)
+        part.record_experts(experts)
