@@ -270,10 +270,10 @@ def test_a_call_of_the_model_that_fails_is_taken_back_by_a_crop(model: Any, opti
         length = cache.get_seq_length()
         try:
             model(ids(1), past_key_values=cache)
+            cache.memory_report()
         except BaseException:
             cache.crop(length)
             raise
-        cache.memory_report()
 
     def make() -> PiKVCache:
         return filled(model, OPTIONS[options])

@@ -25,7 +25,7 @@ from .attention_function import pikv_attention_forward
 from .attention_hooks import place_attention_hooks
 from .attention_implementation import ATTENTION_NAME, BATCHED_NAME, AttachedImplementation, check_may_replace
 from .expert_router import ExpertRouter, Lazy
-from .kvpress_marks import forget_is_read, has_marks, note_reader, take_marks
+from .kvpress_marks import MARKS, forget_is_read, note_reader, take_marks
 from .latent_attention import absorbs, expands_latents
 from .latent_calls import LatentCalls
 from .layer_calls import LayerCalls
@@ -164,7 +164,7 @@ class Attachment:
         """Return, once, what kvpress marked for this layer."""
         reference = self._parts.attention.get(layer.layer_idx)
         module = None if reference is None else reference()
-        return None if module is None or not has_marks(module) else take_marks(module, layer)
+        return None if module is None or vars(module).get(MARKS) is None else take_marks(module, layer)
 
     @property
     def active(self) -> bool:

@@ -216,8 +216,7 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
             output = expanded_outputs(call.module, output)
         if torch.is_grad_enabled() and needs_gradients(query, key, value, call.sinks):
             output = _with_gradients(output, layer, call, key, value)
-    if not layer.has_expert_router:
-        layer.attend_ends()
+    layer.attend_ends()
     return output
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 #: The attribute of an attention module by which kvpress's presses mark tokens.
-_MARKS = "masked_key_indices"
+MARKS = "masked_key_indices"
 #: The layer of a cache that each attention module has read last.
 _last_read: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 
@@ -33,7 +33,7 @@ def note_reader(module: nn.Module, layer: Any, prompt: bool) -> None:
         before.settle_marks()
     _last_read[module] = weakref.ref(layer)
     if "kvpress" in sys.modules:
-        setattr(module, _MARKS, None)
+        setattr(module, MARKS, None)
 
 
 def forget_reader(module: nn.Module) -> None:
@@ -72,12 +72,12 @@ def without_marked(
     mask : torch.Tensor, optional
         `(B or 1, 1 or Hq, Q, T)`, boolean or additive; None is causal.
     """
-    marks = getattr(module, _MARKS, None)
+    marks = getattr(module, MARKS, None)
     if marks is None:
         return mask
     queries, tokens = query.shape[2], key.shape[2]
     if queries == tokens:
-        setattr(module, _MARKS, None)
+        setattr(module, MARKS, None)
         return mask
     visible = torch.ones(key.shape[:3], dtype=torch.bool, device=key.device)
     visible[tuple(marks)] = False
@@ -87,16 +87,11 @@ def without_marked(
     return mask & visible if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
 
 
-def has_marks(module: nn.Module) -> bool:
-    """Return whether anything is marked on a module, for whichever layer of a cache."""
-    return vars(module).get(_MARKS) is not None
-
-
 def take_marks(module: nn.Module, layer: Any) -> Any:
     """Return, once, `(rows, heads, columns)` of what is marked on the module that read this layer last, or None."""
     if last_layer_read(module) is not layer:
         return None
-    marks = getattr(module, _MARKS, None)
+    marks = getattr(module, MARKS, None)
     if marks is not None:
-        setattr(module, _MARKS, None)
+        setattr(module, MARKS, None)
     return marks

@@ -25,7 +25,9 @@ def append_decoded(store: LayerStore, keys: torch.Tensor, values: torch.Tensor, 
 
     `within_page` is what :func:`is_mid_page` has just returned.
     """
-    if (lanes := store.lanes) > 1:
+    table = store.parts[0].table
+    assert table is not None
+    if (lanes := len(table.rows) // keys.shape[0]) > 1:
         keys, values = tokens_by_lane(keys, lanes), tokens_by_lane(values, lanes)
     if within_page:
         _append_in_page(store, keys, values)

@@ -253,8 +253,9 @@ class PiKVLayer(CacheLayerMixin):
             store.pending.valid = valid
 
     def attend_ends(self) -> None:
-        """Store the new tokens soon: no expert router is to be awaited."""
-        self.edits.settle_soon()
+        """Store the new tokens soon if no expert router is to be awaited."""
+        if not self.has_expert_router:
+            self.edits.settle_soon()
 
     def rollback(self, tokens: int) -> None:
         """Take back the last update, of `tokens` tokens, which no attention has seen."""
