@@ -4,6 +4,7 @@ Shapes are written with B cache rows, H KV heads, G query heads per KV head, Q q
 page, D and Dv head dims of keys and values.
 """
 
+from .append_newest import append_newest
 from .append_tokens import append_tokens
 from .decode_pages import decode_pages
 from .encode_pages import encode_pages
@@ -18,6 +19,7 @@ from .partial_attention import causal_attention, partial_attention
 __version__ = "0.0.0"
 
 __all__ = [
+    "append_newest",
     "append_tokens",
     "causal_attention",
     "decode_pages",

@@ -126,9 +126,9 @@ def others() -> None:
     """Launch the other kernels."""
     from pikv_hf.kernels.encode_pages import encode_pages
 
-    gather, scores, append, encode = (
+    gather, scores, append, newest, encode = (
         getattr(importlib.import_module(f"pikv_hf.kernels.triton_{name}"), name)
-        for name in ("gather_pages", "page_scores", "append_tokens", "encode_pages")
+        for name in ("gather_pages", "page_scores", "append_tokens", "append_newest", "encode_pages")
     )
     tokens = torch.zeros(HEADS, PAGES, 32, 128, dtype=torch.bfloat16)
     table, lengths, counts = (torch.zeros(shape, dtype=torch.int32) for shape in ((2, 64), (2,), (PAGES,)))
@@ -138,6 +138,8 @@ def others() -> None:
     query, summary = torch.zeros(2, HEADS * GROUPS, 128, dtype=torch.bfloat16), tokens[:, :, 0].half().contiguous()
     scores(query, summary, torch.zeros(summary.shape, dtype=torch.uint8), table, lengths)
     scores(query.float(), summary.float(), summary.float(), table, lengths)
+    token, positions = torch.zeros(2, HEADS, 1, 128, dtype=torch.bfloat16), torch.zeros(PAGES, 32, dtype=torch.int32)
+    newest(tokens, tokens, positions, torch.zeros(2, dtype=torch.int64), 3, token, token, 5)
     append(tokens, torch.zeros(8, dtype=torch.int64), torch.zeros(HEADS, 8, 128, dtype=torch.bfloat16))
 
 
@@ -155,6 +157,10 @@ def compile_all() -> None:
             given = dict(zip(kernel.arg_names, args, strict=False)) | named
             assert set(given) == set(kernel.arg_names)
             values = {name: given[name] for name in kernel.arg_names}
+            if kernel.__name__ in ("listed_kernel", "_append_newest_kernel"):
+                # What changes from one step to the next: nothing is compiled anew for it.
+                changing = {p.name for p in kernel.params if p.do_not_specialize}
+                assert changing >= {"grown", "rows", "parts"} or changing >= {"offset", "position"}
             found = compiled(kernel, values, options)
             key = f"{kernel.__name__} {found['signature']}"
             if key not in launched:
@@ -249,6 +255,7 @@ def test_every_kernel_compiles(lines: list[dict[str, Any]]) -> None:
         "_gather_kernel",
         "_scores_kernel",
         "_append_kernel",
+        "_append_newest_kernel",
     }
     names |= {"_encode_keys_kernel", "_encode_values_kernel", "_encode_fp8_kernel"}
     assert {line["kernel"] for line in lines} == names

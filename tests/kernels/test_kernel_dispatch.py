@@ -138,6 +138,7 @@ def operations() -> dict[str, Callable[[str], Any]]:
     page = torch.zeros(2, 3, 4, 32, device=DEVICE)
     latents = random_case(lengths=(1,), heads=1, absorbed=True).arguments()
     none = poisoned(2, 16, 32, "none", counts.cpu(), torch.float32, keys=True)
+    positions, newest = torch.zeros(2, 4, dtype=torch.int32, device=DEVICE), torch.ones(1, 1, 1, 8, device=DEVICE)
     slots, tokens = torch.arange(2, device=DEVICE), torch.ones(1, 2, 8, device=DEVICE)
     return {
         "paged_decode_attention": lambda how: kernels.paged_decode_attention(*case.arguments(), backend=how),
@@ -146,6 +147,9 @@ def operations() -> dict[str, Callable[[str], Any]]:
         "page_scores": lambda how: kernels.page_scores(case.query, summary, None, table, lengths, backend=how),
         "merge_partials": lambda how: kernels.merge_partials(pool, pool[..., 0], backend=how),
         "append_tokens": lambda how: kernels.append_tokens(pool, slots, tokens, backend=how),
+        "append_newest": lambda how: kernels.append_newest(
+            pool, pool, positions, slots[:1], 1, newest, newest, 5, backend=how
+        ),
         "encode_pages": lambda how: kernels.encode_pages(page, "int4", keys=True, backend=how),
     }
 
@@ -153,6 +157,7 @@ def operations() -> dict[str, Callable[[str], Any]]:
 @pytest.mark.parametrize(
     "name",
     [
+        "append_newest",
         "append_tokens",
         "gather_pages",
         "merge_partials",

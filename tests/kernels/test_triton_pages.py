@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_cases import BACKEND, DEVICE, NOWHERE, assert_as_exact, poisoned
 
-from pikv_hf.kernels import append_tokens, decode_pages, encode_pages, gather_pages, merge_partials, page_scores
+from pikv_hf.kernels import (
+    append_newest,
+    append_tokens,
+    decode_pages,
+    encode_pages,
+    gather_pages,
+    merge_partials,
+    page_scores,
+)
 from pikv_hf.kernels.bit_packing import unpack
 from pikv_hf.kernels.page_codes import BITS, KINDS, Kind, PageCodes
 
@@ -255,3 +263,36 @@ def test_append_tokens_names_what_does_not_match() -> None:
         append_tokens(pool, slots, torch.zeros(2, 3, 8, device=DEVICE), backend=BACKEND)
     with pytest.raises(TypeError, match=r"float16 for a pool of torch\.float32"):
         append_tokens(pool, slots, torch.zeros(2, 2, 8, device=DEVICE).half(), backend=BACKEND)
+
+
+@pytest.mark.parametrize("backend", ["torch", BACKEND])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_append_newest(dtype: torch.dtype, backend: str) -> None:
+    """Keys, values and positions of one token per row, of any strides, into a pool within a larger one."""
+    torch.manual_seed(0)
+    keys_of, values_of = (torch.zeros(2, 6, 5, dim, dtype=dtype, device=DEVICE)[:, 1:] for dim in (12, 7))
+    positions = torch.full((5, 5), -1, dtype=torch.int32, device=DEVICE)
+    keys = torch.randn(3, 1, 2, 12, dtype=dtype, device=DEVICE).transpose(1, 2)
+    values = torch.randn(7, 2, 3, dtype=dtype, device=DEVICE).permute(2, 1, 0)[:, :, None]
+    slots = torch.tensor([20, 3, 6], device=DEVICE)
+    append_newest(keys_of, values_of, positions, slots, 2, keys, values, 77, backend=backend)
+    for stored, tokens in ((keys_of, keys), (values_of, values)):
+        expected = torch.zeros_like(stored, memory_format=torch.contiguous_format).flatten(1, 2)
+        for row, slot in enumerate((22, 5, 8)):
+            expected[:, slot] = tokens[row, :, 0]
+        assert torch.equal(stored.flatten(1, 2), expected)
+    assert torch.nonzero(positions.view(-1) == 77).view(-1).tolist() == [5, 8, 22]
+    assert (positions == -1).sum() == 22
+    append_newest(keys_of, values_of, positions, slots[:0], 0, keys[:0], values[:0], 78, backend=backend)
+    assert not (positions == 78).any()
+
+
+def test_append_newest_names_what_does_not_match() -> None:
+    pool, positions = torch.zeros(2, 3, 4, 8, device=DEVICE), torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
+    slots, tokens = torch.arange(2, device=DEVICE), torch.zeros(2, 2, 1, 8, device=DEVICE)
+    with pytest.raises(ValueError, match=r"\(2, 3, 1, 8\) for 2 slots of a pool \(2, 3, 4, 8\)"):
+        append_newest(pool, pool, positions, slots, 0, torch.zeros(2, 3, 1, 8, device=DEVICE), tokens, 0)
+    with pytest.raises(TypeError, match=r"float16 for a pool of torch\.float32"):
+        append_newest(pool, pool, positions, slots, 0, tokens, tokens.half(), 0)
+    with pytest.raises(ValueError, match="not contiguous"):
+        append_newest(pool.transpose(1, 2), pool, positions, slots, 0, tokens, tokens, 0, backend=BACKEND)
