@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from ..pages.plain_pool import RowSlots
 from ..pages.pool_id import PLAIN, PoolId
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
@@ -24,13 +25,21 @@ from .table_view import TableView
 class _NextSlots:
     """Where decoding steps write until one of the pages is full: `room` tokens of each row, in pages of its own.
 
-    The first `quiet` of these steps find that no page has left the recent window.
+    `taken` have been written to the slots from `first` on. The next `quiet` steps find that no page has left the recent
+    window.
     """
 
     pages: PageIds
-    slots: PageIds
+    first: RowSlots | int
     room: int
     quiet: int
+    taken: int = 0
+
+    def take(self) -> RowSlots | int:
+        """Return the next slot of each row."""
+        offset = self.taken
+        self.taken, self.room, self.quiet = offset + 1, self.room - 1, self.quiet - 1
+        return self.first + offset if isinstance(self.first, int) else RowSlots(self.first.first, offset)
 
 
 class PageTable:
@@ -63,7 +72,7 @@ class PageTable:
         self._view: TableView | None = None
         self._next: _NextSlots | None = None
         # The slots of the newest tokens: of one row its number.
-        self._newest: torch.Tensor | int | None = None
+        self._newest: RowSlots | int | None = None
         self._numbering = self.pools.numbering
         self.pools.holders[id(self.rows)] = self.rows
         # Dropping a fork gives its pages back to the pools it shares.
@@ -108,11 +117,7 @@ class PageTable:
             self._numbering = self.pools.numbering
             if self._newest is not None:
                 pages, counts = self._tails()
-                self._newest = self._located(pages * self.plain.page_size + counts - 1)
-
-    def _located(self, slots: PageIds) -> torch.Tensor | int:
-        """Return the slots `(B,)` of a token of each row as the pool takes them."""
-        return int(slots[0]) if len(slots) == 1 else self.plain.index(slots)
+                self._newest = self.plain.row_slots(pages * self.plain.page_size + counts - 1)
 
     def replace_sequences(self, new: dict[int, SequencePages]) -> None:
         """Replace each sequence by another, which has taken over its references, given by the old one's identity."""
@@ -180,9 +185,8 @@ class PageTable:
         if taken is None or not taken.room or self._numbering != self.pools.numbering:
             self._follow_numbering()
             taken = self._next = self._open_slots()
-        self._newest = int(taken.slots[0]) if len(taken.slots) == 1 else self.plain.index(taken.slots)
         # Counted first, so that it can be taken back wherever writing fails.
-        taken.slots, taken.room, taken.quiet = taken.slots + 1, taken.room - 1, taken.quiet - 1
+        self._newest = taken.take()
         self.plain.count[taken.pages] += 1
         try:
             self.plain.write_newest(self._newest, keys, values, position)
@@ -224,7 +228,8 @@ class PageTable:
         pages, counts = self._tails()
         size = self.plain.page_size
         room = int(size - counts.max())
-        return _NextSlots(pages, pages * size + counts, room, min(room, *map(self.writer.until_ripe, rows)))
+        first = self.plain.row_slots(pages * size + counts)
+        return _NextSlots(pages, first, room, min(room, *map(self.writer.until_ripe, rows)))
 
     @property
     def is_at_page_end(self) -> bool:

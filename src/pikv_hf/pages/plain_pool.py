@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from ..common.kv import KV
-from ..kernels import append_tokens, gather_dense
+from ..kernels import append_newest, append_tokens, gather_dense
+from ..kernels.dispatch import choose
 from .key_bounds import KeyBounds
 from .page_contents import PageContents
 from .page_pool import PagePool
@@ -18,6 +19,13 @@ from .types import PageIds
 PLAIN_GROWTH = 1 / 16
 #: Of at most so many pages a pool keeps views of the slots: each fork that decodes writes to one.
 MAX_VIEWED_PAGES = 64
+
+
+class RowSlots(NamedTuple):
+    """A slot of each row, `offset` behind those `first` `(B,)` int64, which a device has known since a page began."""
+
+    first: torch.Tensor
+    offset: int
 
 
 class _Slot(NamedTuple):
@@ -106,13 +114,19 @@ class PlainPool(PagePool):
         self.positions.view(-1).index_copy_(0, slots, tokens.positions)
         self.experts.view(-1).index_copy_(0, slots, tokens.experts)
 
-    def write_newest(self, slots: torch.Tensor | int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+    def row_slots(self, slots: PageIds) -> RowSlots | int:
+        """Return the slots `(B,)` of a token of each row as :meth:`write_newest` takes them."""
+        if len(slots) == 1 and choose(self.device) == "torch":
+            return int(slots[0])
+        return RowSlots(self.index(slots), 0)
+
+    def write_newest(self, slots: RowSlots | int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
         """Store one decoded token per slot, all at one position, their experts yet unknown.
 
         Parameters
         ----------
-        slots : torch.Tensor or int
-            `(n,)` int64 as in :meth:`write`, or the number of a single one.
+        slots : RowSlots or int
+            n slots, or the number of a single one.
         keys, values : torch.Tensor
             `(n, H, 1, D)` and `(n, H, 1, Dv)`.
         position : int
@@ -124,23 +138,22 @@ class PlainPool(PagePool):
             slot.values.copy_(values)
             slot.position.fill_(position)
         else:
-            append_tokens(self.keys, slots, keys.squeeze(2).transpose(0, 1))
-            append_tokens(self.values, slots, values.squeeze(2).transpose(0, 1))
-            self.positions.view(-1).index_fill_(0, slots, position)
+            append_newest(self.keys, self.values, self.positions, *slots, keys, values, position)
 
-    def write_experts(self, slots: torch.Tensor | int, experts: torch.Tensor) -> None:
+    def write_experts(self, slots: RowSlots | int, experts: torch.Tensor) -> None:
         """Note the primary experts `(n,)` of the tokens in slots, given as for :meth:`write_newest`."""
         if isinstance(slots, int):
             self._slot(slots).expert.copy_(experts)
         else:
-            self.experts.view(-1).index_copy_(0, slots, experts.to(self.experts.dtype))
+            behind = self.experts.view(-1)[slots.offset :]
+            behind.index_copy_(0, slots.first, experts.to(self.experts.dtype))
 
-    def forget_newest(self, slots: torch.Tensor | int) -> None:
+    def forget_newest(self, slots: RowSlots | int) -> None:
         """Empty slots again, given as for :meth:`write_newest`; the caller has counted them."""
         if isinstance(slots, int):
             self._slot(slots).position.fill_(-1)
         else:
-            self.positions.view(-1).index_fill_(0, slots, -1)
+            self.positions.view(-1)[slots.offset :].index_fill_(0, slots.first, -1)
 
     def _slot(self, slot: int) -> "_Slot":
         """Return the views of a slot: those of a page are made at once, since each costs as much as writing to it."""
