@@ -7,7 +7,7 @@ import torch
 
 from .page_codes import PageCodes
 from .page_lists import ListedPool, PageLists
-from .triton_listed_kernel import FIELDS, FIRST_PART, KEY_PAGES, KEYS, LAST_PART, VALUE_PAGES, VALUES
+from .triton_listed_kernel import FIELDS, FIRST_PART, FORMAT, KEY_PAGES, KEYS, LAST_PART, VALUE_PAGES, VALUES
 from .triton_pool import pool_operands
 
 # Of an entry: where the page's tokens begin, and whether it grows.
@@ -61,10 +61,10 @@ def _format(pool: ListedPool) -> tuple[int | str, ...]:
     return keys.dim, keys.width, values.dim, values.width, keys.kind, values.kind
 
 
-def uploaded(lists: SortedLists, parts: list[int]) -> tuple[torch.Tensor, bool]:
+def uploaded(lists: SortedLists, parts: list[int], formats: list[int]) -> tuple[torch.Tensor, bool]:
     """Return what the kernel reads of lists, int64 on the device of the pools, and whether tensors begin at 16 bytes.
 
-    `parts` says in how many parts the lists of each pool are read.
+    `parts` says in how many parts the lists of each pool are read, `formats` which of its launch's formats it has.
     """
     records = np.zeros((len(lists.pools), FIELDS), dtype=np.int64)
     entries = lists.pages.copy()
@@ -77,8 +77,9 @@ def uploaded(lists: SortedLists, parts: list[int]) -> tuple[torch.Tensor, bool]:
         grows[pool.growing] = 1
         entries[own] |= grows[pages] << _GROWS | pool.counts[pages].astype(np.int64) << _TOKENS
     ends = np.cumsum(parts)
-    records[:, FIRST_PART], records[:, LAST_PART] = ends - parts, ends
-    everything = torch.from_numpy(np.concatenate([records.ravel(), lists.starts, entries]))
+    records[:, FIRST_PART], records[:, LAST_PART], records[:, FORMAT] = ends - parts, ends, formats
+    of_parts = np.repeat(np.arange(len(parts)), parts)
+    everything = torch.from_numpy(np.concatenate([records.ravel(), of_parts, lists.starts, entries]))
     return everything.to(lists.pools[0].keys.codes.device), not (records[:, :KEY_PAGES] % 16).any()
 
 

@@ -6,13 +6,17 @@ import triton.language as tl
 
 from .triton_page_loop import attend_part
 
-#: Pools that one launch reads at most.
-MOST_POOLS = 4
+#: Formats, pairs of kinds of keys and of values, that one launch reads at most.
+MOST_FORMATS = 8
 
 #: What is in memory of a pool, as int64: where its tensors begin, those of keys and of values in the order of
-#: `PageCodes`; pages from one head to the next; and the first of the parts that lists are read in that is of its pages,
-#: and the one after the last.
-KEYS, VALUES, KEY_PAGES, VALUE_PAGES, FIRST_PART, LAST_PART, FIELDS = 0, 6, 12, 13, 14, 15, 16
+#: `PageCodes`; pages from one head to the next; the first of the parts that lists are read in that is of its pages, and
+#: the one after the last; and which of the formats of its launch is its own.
+KEYS, VALUES, KEY_PAGES, VALUE_PAGES, FIRST_PART, LAST_PART, FORMAT, FIELDS = 0, 6, 12, 13, 14, 15, 16, 17
+
+#: The digit that stands for a kind.
+KIND_DIGITS = {"none": 0, "int8": 1, "int4": 2, "int2": 3, "fp8": 4}
+
 _CODES: tl.constexpr = tl.constexpr(0)
 _SPREAD: tl.constexpr = tl.constexpr(1)
 _FLOOR: tl.constexpr = tl.constexpr(2)
@@ -24,6 +28,7 @@ _KEY_PAGES: tl.constexpr = tl.constexpr(KEY_PAGES)
 _VALUE_PAGES: tl.constexpr = tl.constexpr(VALUE_PAGES)
 _FIRST_PART: tl.constexpr = tl.constexpr(FIRST_PART)
 _LAST_PART: tl.constexpr = tl.constexpr(LAST_PART)
+_FORMAT: tl.constexpr = tl.constexpr(FORMAT)
 _FIELDS: tl.constexpr = tl.constexpr(FIELDS)
 
 
@@ -34,15 +39,14 @@ def _tensor(record, FIELD: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit(
-    do_not_specialize=["scale", "softcap", "grown", "rows", "pools", "first_pool", "first_part", "parts", "columns"]
+    do_not_specialize=["scale", "softcap", "grown", "rows", "pools", "all_parts", "first_part", "parts", "columns"]
 )
 def listed_kernel(
     query, listed, out, lse, page_lse,
-    scale, softcap, grown, rows, pools, first_pool, first_part, parts, columns,
+    scale, softcap, grown, rows, pools, all_parts, first_part, parts, columns,
     HEADS: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr, BY_HEAD: tl.constexpr, P: tl.constexpr,
-    BLOCK_P: tl.constexpr, POOLS: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    KEYS_0: tl.constexpr, KEYS_1: tl.constexpr, KEYS_2: tl.constexpr, KEYS_3: tl.constexpr,
-    VALUES_0: tl.constexpr, VALUES_1: tl.constexpr, VALUES_2: tl.constexpr, VALUES_3: tl.constexpr,
+    BLOCK_P: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    FORMATS: tl.constexpr, KEY_KINDS: tl.constexpr, VALUE_KINDS: tl.constexpr,
     D: tl.constexpr, L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_L: tl.constexpr,
     DV: tl.constexpr, LV: tl.constexpr, BLOCK_CV: tl.constexpr, BLOCK_LV: tl.constexpr,
     SOFTCAP: tl.constexpr, PAGE_LSE: tl.constexpr, ASM: tl.constexpr,
@@ -50,8 +54,9 @@ def listed_kernel(
 ):  # fmt: skip
     """Attend with up to BLOCK_G query heads of one KV head to one of the parts of a list, which is of one pool.
 
-    `listed` has the records of all `pools`; where the pages of each list and pool begin, list after list, and the end;
-    and the entries. This launch reads the POOLS from `first_pool` on, and `parts` parts from `first_part` on.
+    `listed` has the records of all `pools`; the pool of each of `all_parts`; where the pages of each list and pool
+    begin, list after list, and the end; and the entries. This launch computes `parts` parts, from `first_part` on.
+    Their pools have FORMATS formats, the digits (KIND_DIGITS) of KEY_KINDS and VALUE_KINDS, base 8, the first lowest.
     """
     HEAD_BLOCKS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     part = first_part + tl.program_id(0) % parts
@@ -60,29 +65,29 @@ def listed_kernel(
     g = block % HEAD_BLOCKS * BLOCK_G + tl.arange(0, BLOCK_G)
     row = lane // HEADS
     head = lane % HEADS
+    pool = tl.load(listed + pools * _FIELDS + part).to(tl.int32)
+    record = listed + pool * _FIELDS
+    starts = listed + pools * _FIELDS + all_parts
     number = head * rows + row if BY_HEAD else row
     lists = HEADS * rows if BY_HEAD else rows
-    starts = listed + pools * _FIELDS
-    entries = starts + lists * pools + 1
-    starts += number * pools + first_pool
-    for pool in tl.static_range(POOLS):
-        record = listed + (first_pool + pool) * _FIELDS
-        before = tl.load(record + _FIRST_PART).to(tl.int32)
-        after = tl.load(record + _LAST_PART).to(tl.int32)
-        if (part >= before) & (part < after):
-            KEY_KIND: tl.constexpr = (
-                KEYS_0 if pool == 0 else (KEYS_1 if pool == 1 else (KEYS_2 if pool == 2 else KEYS_3))
-            )
-            VALUE_KIND: tl.constexpr = (
-                VALUES_0 if pool == 0 else (VALUES_1 if pool == 1 else (VALUES_2 if pool == 2 else VALUES_3))
-            )
-            KEY_TYPE: tl.constexpr = DTYPE if KEY_KIND == "none" else tl.int16
-            VALUE_TYPE: tl.constexpr = DTYPE if VALUE_KIND == "none" else tl.int16
-            STAGES: tl.constexpr = PLAIN_STAGES if KEY_KIND == "none" and VALUE_KIND == "none" else CODED_STAGES
-            begin = tl.load(starts + pool)
-            pages = (tl.load(starts + pool + 1) - begin).to(tl.int32)
-            share = (pages + after - before - 1) // (after - before)
-            first = (part - before) * share
+    begin = tl.load(starts + number * pools + pool)
+    pages = (tl.load(starts + number * pools + pool + 1) - begin).to(tl.int32)
+    before = tl.load(record + _FIRST_PART).to(tl.int32)
+    of_pool = tl.load(record + _LAST_PART).to(tl.int32) - before
+    share = (pages + of_pool - 1) // of_pool
+    first = (part - before) * share
+    own = tl.load(record + _FORMAT)
+    for this in tl.static_range(FORMATS):
+        if own == this:
+            KEY_DIGIT: tl.constexpr = (KEY_KINDS >> (3 * this)) & 7
+            VALUE_DIGIT: tl.constexpr = (VALUE_KINDS >> (3 * this)) & 7
+            KEY_WIDE: tl.constexpr = "none" if KEY_DIGIT == 0 else ("int8" if KEY_DIGIT == 1 else "fp8")
+            KEY_KIND: tl.constexpr = "int4" if KEY_DIGIT == 2 else ("int2" if KEY_DIGIT == 3 else KEY_WIDE)
+            VALUE_WIDE: tl.constexpr = "none" if VALUE_DIGIT == 0 else ("int8" if VALUE_DIGIT == 1 else "fp8")
+            VALUE_KIND: tl.constexpr = "int4" if VALUE_DIGIT == 2 else ("int2" if VALUE_DIGIT == 3 else VALUE_WIDE)
+            KEY_TYPE: tl.constexpr = DTYPE if KEY_DIGIT == 0 else tl.int16
+            VALUE_TYPE: tl.constexpr = DTYPE if VALUE_DIGIT == 0 else tl.int16
+            STAGES: tl.constexpr = PLAIN_STAGES if KEY_DIGIT + VALUE_DIGIT == 0 else CODED_STAGES
             attend_part(
                 query, lane.to(tl.int64) * G + g, g < G,
                 _tensor(record, _CODES, KEY_TYPE, ALIGNED),
@@ -96,7 +101,7 @@ def listed_kernel(
                 _tensor(record, _VALUES + _FLOOR, tl.int16, ALIGNED),
                 _tensor(record, _VALUES + _LATENT, DTYPE, ALIGNED),
                 head * tl.load(record + _KEY_PAGES), head * tl.load(record + _VALUE_PAGES),
-                entries + begin, None, grown, first, tl.minimum(first + share, pages),
+                starts + lists * pools + 1 + begin, None, grown, first, tl.minimum(first + share, pages),
                 out, lse, page_lse, part.to(tl.int64) * (rows * HEADS * G), columns, scale, softcap,
                 BLOCK_G, P, BLOCK_P, KEY_KIND, D, L, BLOCK_C, BLOCK_L, VALUE_KIND, DV, LV, BLOCK_CV, BLOCK_LV,
                 SOFTCAP, PAGE_LSE, True, ASM, STAGES,

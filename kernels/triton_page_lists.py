@@ -1,7 +1,7 @@
 """Lists of pages on a GPU: the launches of each call, and what they need beside a query."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,10 +9,10 @@ import torch
 import triton.language as tl
 
 from .dispatch import launching_on
-from .page_codes import PageCodes
+from .page_codes import Kind, PageCodes
 from .page_lists import ListedPool, PageLists
 from .triton_list_upload import SortedLists, uploaded
-from .triton_listed_kernel import MOST_POOLS, listed_kernel
+from .triton_listed_kernel import KIND_DIGITS, MOST_FORMATS, listed_kernel
 from .triton_merge_partials import merge_partials
 from .triton_paged_decode_attention import MIN_PAGES, launch_parameters, processors, sizes, split_count, takes_ptx
 from .triton_pool import block_tokens
@@ -22,10 +22,9 @@ _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Launch:
-    """A launch over some pools, from `first_pool` on, that computes `parts` parts of lists, from `first_part` on."""
+    """A launch that computes `parts` parts of lists, from `first_part` on, and what it is compiled for."""
 
     programs: int
-    first_pool: int
     first_part: int
     parts: int
     constants: dict[str, Any]
@@ -89,7 +88,7 @@ class ListReader:
                 listed_kernel[(launch.programs,)](
                     query, known.listed, out, lse, page_lse,
                     float(scale), 1.0 if softcap is None else float(softcap), grown, lists.rows, len(lists.pools),
-                    launch.first_pool, launch.first_part, launch.parts, columns,
+                    known.parts, launch.first_part, launch.parts, columns,
                     **launch.constants, SOFTCAP=softcap is not None, PAGE_LSE=page_lse is not None,
                 )  # fmt: skip
             whole = (out[0], lse[0]) if known.parts == 1 else merge_partials(out, lse, None)
@@ -108,31 +107,45 @@ class ListReader:
             blocks = rows * -(-group // constants["BLOCK_G"])
             programs = constants.pop("programs") * processors(query.device)
             parts += parts_of(some, longest, split_count(blocks, int(longest.sum()), programs))
-        listed, aligned = uploaded(self._sorted, parts)
-        launches, first_pool = [], 0
+        listed, aligned = uploaded(self._sorted, parts, [number for some in together for number in _formats(some)[1]])
+        launches: list[_Launch] = []
         common = {
             "HEADS": lists.heads, "G": group, "BY_HEAD": lists.by_head, "P": lists.page_size,
             "BLOCK_P": block_tokens(lists.page_size), "ALIGNED": aligned, "ASM": takes_ptx(query),
         }  # fmt: skip
+        rest, first_part = parts, 0
         for some, constants in zip(together, chosen, strict=True):
-            first_part, own = sum(parts[:first_pool]), sum(parts[first_pool : first_pool + len(some)])
+            own, rest = sum(rest[: len(some)]), rest[len(some) :]
             programs = rows * -(-group // constants["BLOCK_G"]) * own
-            launches.append(_Launch(programs, first_pool, first_part, own, common | constants))
-            first_pool += len(some)
+            launches.append(_Launch(programs, first_part, own, common | constants))
+            first_part += own
         grown_from = [(pool, pool.counts[pool.growing].copy()) for pool in pools if len(pool.growing)]
         return _Prepared(group, query.dtype, listed, launches, sum(parts), grown_from)
 
 
 def _alike(pools: Sequence[ListedPool]) -> list[list[ListedPool]]:
-    """Divide sorted pools into those that one launch may read: of equal channels, and not too many."""
+    """Divide sorted pools into those that one launch may read: of equal channels, and of not too many formats."""
     together: list[list[ListedPool]] = []
     for pool in pools:
         last = together[-1] if together else []
-        if last and len(last) < MOST_POOLS and sizes(pool.keys, pool.values) == sizes(last[0].keys, last[0].values):
+        alike = bool(last) and sizes(pool.keys, pool.values) == sizes(last[0].keys, last[0].values)
+        if alike and len(_formats([*last, pool])[0]) <= MOST_FORMATS:
             last.append(pool)
         else:
             together.append([pool])
     return together
+
+
+def _formats(pools: Sequence[ListedPool]) -> tuple[list[tuple[Kind, Kind]], list[int]]:
+    """Return the formats of some pools, and which of them each pool has."""
+    each = [(pool.keys.kind, pool.values.kind) for pool in pools]
+    every = list(dict.fromkeys(each))
+    return every, [every.index(own) for own in each]
+
+
+def _digits(kinds: Iterable[Kind]) -> int:
+    """Return kinds as the digits of a number, base 8, the first one lowest."""
+    return sum(KIND_DIGITS[kind] << (3 * place) for place, kind in enumerate(kinds))
 
 
 def launch_parameters_of(pools: Sequence[ListedPool], group: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -149,16 +162,14 @@ def launch_parameters_of(pools: Sequence[ListedPool], group: int, dtype: torch.d
         raise TypeError(f"pages of one list with tokens in several dtypes: {sorted(map(str, stored))}")
     plain, coded = ([x.stages for x, pool in zip(launches, pools, strict=True) if _is_plain(pool) is is_plain]
                     for is_plain in (True, False))  # fmt: skip
-    kinds = [(pool.keys.kind, pool.values.kind) for pool in pools]
-    kinds += [("none", "none")] * (MOST_POOLS - len(pools))
+    formats = _formats(pools)[0]
     return {
-        "POOLS": len(pools), "BLOCK_G": min(launch.heads for launch in launches),
+        "FORMATS": len(formats), "BLOCK_G": min(launch.heads for launch in launches),
         "DTYPE": _TYPES[stored.pop()] if stored else tl.float32,
         "PLAIN_STAGES": max(plain, default=1), "CODED_STAGES": max(coded, default=1),
         "num_warps": max(launch.warps for launch in launches), "num_stages": max([*plain, *coded]),
         "programs": min(launch.programs for launch in launches),
-        **{f"KEYS_{number}": kind for number, (kind, _) in enumerate(kinds)},
-        **{f"VALUES_{number}": kind for number, (_, kind) in enumerate(kinds)},
+        "KEY_KINDS": _digits(kind for kind, _ in formats), "VALUE_KINDS": _digits(kind for _, kind in formats),
         **sizes(pools[0].keys, pools[0].values),
     }  # fmt: skip
 

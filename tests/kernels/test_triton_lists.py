@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 reading = dispatch.load("page_lists", BACKEND)
 ALIKE: list[tuple[Kind, Kind]] = [(kind, kind) for kind in KINDS]
 MIXED: list[tuple[Kind, Kind]] = [("int4", "int2"), ("int2", "int4"), ("fp8", "int8"), ("none", "int4")]
-WIDTHS: list[tuple[Kind, Kind]] = [("int4", "int4"), ("none", "none"), ("int2", "int2"), ("int8", "int8")]
+#: Two pools of one format: of pages that were never packed, and of those that no codec packed.
+WIDTHS: list[tuple[Kind, Kind]] = [(kind, kind) for kind in ("int4", "none", "int2", "none", "int8")]
 
 
 def pool_of(case: Case, growing: Sequence[int] = ()) -> ListedPool:
@@ -73,7 +74,7 @@ def _processors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def test_one_launch_reads_pages_of_all_widths(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ragged rows, one of them without pages, and pages of all pools in any order."""
     cases = [random_case(kinds, dtype, lengths=(6, 0, 3), seed=seed) for seed, kinds in enumerate(WIDTHS)]
-    long = [(pool, page) for page in (0, 1, 3, 5, 4, 2) for pool in range(4) if (pool, page) != (1, 3)]
+    long = [(pool, page) for page in (0, 1, 3, 5, 4, 2) for pool in range(5) if (pool, page) != (1, 3)]
     lists = [long, [], [(2, 5), (0, 0), (2, 1)]]
     launches = launched(monkeypatch)
     actual = lists_of([pool_of(case) for case in cases], lists, 3).attend(cases[0].query, cases[0].scale)
@@ -97,7 +98,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.usefixtures("_processors")
-def test_more_pools_than_a_launch_reads() -> None:
+def test_more_formats_than_a_launch_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MOST_FORMATS", 4)
     cases = [random_case(kinds, lengths=(4,), seed=seed) for seed, kinds in enumerate([*ALIKE, *MIXED])]
     lists = [[(pool, page) for page in (0, 1, 3, 5) for pool in range(len(cases))]]
     # An entry below 0 is none.
@@ -106,7 +108,9 @@ def test_more_pools_than_a_launch_reads() -> None:
     some = PageLists(whole.pools, entries, np.array([0, len(entries)]), 1, BACKEND)
     exact = naive(cases, lists, 3.0)
     for each in (whole, some):
+        launches = launched(monkeypatch)
         check(each.attend(cases[0].query, cases[0].scale, 3.0), exact)
+        assert launches.count("listed_kernel") == 3
 
 
 @pytest.mark.parametrize("groups", [1, 3, 8, 21])
