@@ -75,9 +75,9 @@ class PiKVLayer(CacheLayerMixin):
         self.layer_idx, self.attachment, self.leads = layer_idx, attachment, leads
         self.layout = PartLayout() if layout is None else layout
         self.exchange = self.layout.exchange
+        self._may_absorb = attachment is not None and attachment.caches_latents(layer_idx)
         if parts is None:
-            latent = attachment is not None and attachment.caches_latents(layer_idx)
-            parts = make_parts(layer_idx, config, self.layout, latent=latent)
+            parts = make_parts(layer_idx, config, self.layout, latent=self._may_absorb)
         self.parts = parts
         routers = {} if attachment is None or config.placement == "hash" else attachment.expert_routers
         self.has_expert_router = layer_idx in routers
@@ -215,7 +215,7 @@ class PiKVLayer(CacheLayerMixin):
                 keys, values = layer_reads.with_history(past, keys, values)
             if in_place or state.reference_lost:
                 keys, values = self.reference.put_on(keys, values, self)
-                if link is not None and self.parts[0].latent and link.absorbs(self.layer_idx):
+                if link is not None and self._may_absorb and link.absorbs(self.layer_idx):
                     link.refer(self)
             if self.has_expert_router and link is not None:
                 link.expect(self.edits)
