@@ -8,7 +8,7 @@ import torch
 from pikv_hf.eval.gpu.checks import Outcome, PlannedCheck, Platform
 from pikv_hf.eval.gpu.pools import encoded_pool, ragged_table, random_tokens
 from pikv_hf.eval.gpu.references import gathered, merged, scored
-from pikv_hf.kernels import append_tokens, gather_pages, merge_partials, page_scores
+from pikv_hf.kernels import append_newest, append_tokens, gather_pages, merge_partials, page_scores
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import KINDS, Kind, PageCodes
@@ -134,6 +134,25 @@ def append_outcomes(dtype: torch.dtype, platform: Platform, *, dim: int = DIM) -
     yield Outcome("pool", there, expected, expected, floor=0.0)
 
 
+def newest_outcomes(dtype: torch.dtype, platform: Platform, *, dim: int = DIM) -> Iterator[Outcome]:
+    """Write one token per row, strided views, with its position, behind slots known before."""
+    generator = torch.Generator().manual_seed(29)
+    keys_of, values_of = (torch.randn(HEADS, 6, 32, dim, generator=generator).to(dtype) for _ in range(2))
+    positions = torch.full((6, 32), -1, dtype=torch.int32)
+    slots, offset, position = torch.tensor([3 * 32 + 1, 7, 5 * 32]), 5, 1234
+    keys, values = (torch.randn(3, 1, HEADS, dim, generator=generator).to(dtype).transpose(1, 2) for _ in range(2))
+    there = [each.to(platform.device, copy=True) for each in (keys_of, values_of, positions)]
+    new = keys.to(platform.device), values.to(platform.device)
+    places = slots.to(platform.device), offset
+    append_newest(there[0], there[1], there[2], *places, *new, position, backend=platform.backend)
+    for pages, tokens in ((keys_of, keys), (values_of, values)):
+        pages.flatten(1, 2)[:, slots + offset] = tokens[:, :, 0].transpose(0, 1)
+    positions.view(-1)[slots + offset] = position
+    written = {"keys": keys_of, "values": values_of, "positions": positions}
+    for (name, expected), result in zip(written.items(), there, strict=True):
+        yield Outcome(name, result, expected, expected, floor=0.0)
+
+
 def _on(pages: PageCodes, platform: Platform) -> PageCodes:
     return pages.map(lambda tensor: tensor.to(platform.device))
 
@@ -162,6 +181,7 @@ def small_plans(dtype: torch.dtype) -> Iterator[PlannedCheck]:
     for bounds in BOUNDS:
         yield PlannedCheck("page_scores", bounds, dtype, "-", functools.partial(score_outcomes, bounds, dtype))
     yield PlannedCheck("append_tokens", "strided tokens", dtype, "-", functools.partial(append_outcomes, dtype))
+    yield PlannedCheck("append_newest", "strided tokens", dtype, "-", functools.partial(newest_outcomes, dtype))
 
 
 def merge_plans() -> Iterator[PlannedCheck]:

@@ -7,12 +7,16 @@ from typing import Any
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed
 from pikv_hf.eval.gpu.checks import Check, PlannedCheck, dtype_name
 from pikv_hf.eval.gpu.latent_speed import LatentSpeed
+from pikv_hf.eval.gpu.list_speed import ListSpeed
 from pikv_hf.eval.gpu.page_speed import PageSpeed
 from pikv_hf.eval.gpu.sweep import SweepRow
 
 ATTENTION_HEADER = "geometry       batch x tokens  kind         ms   GB/s  of copy  dense ms  times as fast"
 LATENT_HEADER = (
     "latents        batch x tokens  kind             ms   GB/s  of copy  TFLOPS  matmuls ms, x     expanded ms, x"
+)
+LIST_HEADER = (
+    "steps          batch x tokens  kinds                    ms   GB/s  of copy     dense ms, x     DynamicCache ms, x"
 )
 PAGE_HEADER = "operation     kind  case                                        ms   GB/s  of copy"
 
@@ -68,6 +72,15 @@ def latent_line(speed: LatentSpeed) -> str:
 
 def _peer(spent: float | None, ratio: float | None) -> str:
     return f"{'-':>18}" if spent is None else f"{spent:10.3f} {ratio:6.2f}x"
+
+
+def list_line(speed: ListSpeed) -> str:
+    """Return the line of a measurement of a whole step."""
+    case = f"{speed.geometry:<14} {f'{speed.batch} x {speed.tokens}':>14}  {speed.kind:<19}"
+    if speed.timing is None:
+        return f"{case} {speed.note}"
+    rates = f"{speed.timing.p50_ms:9.3f} {speed.gb_per_s:6.0f} {speed.copy_share:8.0%}"
+    return f"{case} {rates} {_peer(speed.sdpa_ms, speed.sdpa_ratio)} {_peer(speed.dynamic_ms, speed.dynamic_ratio)}"
 
 
 def page_line(speed: PageSpeed) -> str:

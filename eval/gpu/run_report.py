@@ -19,7 +19,7 @@ DEFINITIONS = {
     "checks": "max_error: largest absolute error against float64 on the CPU. bound: twice that of the same computation "
     "in torch, what is multiplied (the scaled query, decoded pages, softmax weights) rounded to the check's dtype and "
     "sums in float32, plus 64 float32 units in the last place of the largest exact magnitude; 1.02 times torch's for "
-    "the root mean square of encoded pages, 0 for append_tokens.",
+    "the root mean square of encoded pages, 0 for append_tokens and append_newest.",
     "timing": "Milliseconds between two CUDA events around one call, after warm-up; 2 GiB are read before each call, "
     "which takes the L2 cache and keeps the GPU busy while the call is queued.",
     "copy_bandwidth": "A device-to-device copy of one large tensor: bytes read plus bytes written, per second.",
@@ -28,6 +28,8 @@ DEFINITIONS = {
     "sdpa_ratio": "Median milliseconds of torch's scaled_dot_product_attention on dense bf16 keys and values of the "
     "same shape, enable_gqa, in its fastest backend (sdpa_backend), divided by the kernel's. Of latent attention: on "
     "keys and values of every head, as they are expanded from latents beforehand; the projections are not in it.",
+    "dynamic_ratio": "Median milliseconds of DynamicCache's step, keys and values concatenated with the new token and "
+    "torch's scaled_dot_product_attention, divided by those of append_newest and attention to lists of pages.",
     "matmul_ratio": "Median milliseconds of two bf16 matmuls and a float32 softmax over dense latents and rotary keys, "
     "queries having the projection absorbed, divided by the kernel's.",
     "tflops": "10**12 multiplications and additions of both products of latent attention per second at the median.",

@@ -11,15 +11,18 @@ import torch
 from pikv_hf.eval.gpu.arena import Arena
 from pikv_hf.eval.gpu.attention_speed import AttentionSpeed, attention_speeds
 from pikv_hf.eval.gpu.check_attention import attention_plans
+from pikv_hf.eval.gpu.check_lists import list_plans
 from pikv_hf.eval.gpu.check_pages import page_plans
 from pikv_hf.eval.gpu.checks import Check, PlannedCheck, Platform, reason, red_operations, run_checks
 from pikv_hf.eval.gpu.console import (
     ATTENTION_HEADER,
     LATENT_HEADER,
+    LIST_HEADER,
     PAGE_HEADER,
     attention_line,
     check_lines,
     latent_line,
+    list_line,
     page_line,
     sweep_line,
     target_line,
@@ -27,6 +30,7 @@ from pikv_hf.eval.gpu.console import (
 from pikv_hf.eval.gpu.copy_speed import Bench, as_row, copy_speed
 from pikv_hf.eval.gpu.geometry import Shape, attention_cases
 from pikv_hf.eval.gpu.latent_speed import LatentCase, latent_cases, latent_speeds
+from pikv_hf.eval.gpu.list_speed import list_cases, list_speeds
 from pikv_hf.eval.gpu.page_speed import Sizes, page_speeds
 from pikv_hf.eval.gpu.run_report import Report, checks_part, gpu_facts, not_run
 from pikv_hf.eval.gpu.sweep import latent_sweep_rows, sweep_rows
@@ -55,6 +59,8 @@ class Agenda:
         Whether launch parameters are tried.
     latents : sequence of LatentCase
         What latent attention is measured with, by importance.
+    lists : sequence
+        Shapes, and the kinds of the pools, that a whole step is measured with, by importance.
     """
 
     plans: Sequence[PlannedCheck]
@@ -62,13 +68,14 @@ class Agenda:
     sizes: Sizes
     sweep: bool
     latents: Sequence[LatentCase] = ()
+    lists: Sequence[tuple[Shape, tuple[Kind, ...]]] = ()
 
 
 def full_agenda(*, quick: bool, sweep: bool) -> Agenda:
     """Return what to do on a GPU."""
-    plans = [*attention_plans(quick=quick), *page_plans(quick=quick)]
-    latents = list(latent_cases(quick=quick))
-    return Agenda(plans, list(attention_cases(quick=quick)), Sizes(), sweep, latents)
+    plans = [*attention_plans(quick=quick), *list_plans(quick=quick), *page_plans(quick=quick)]
+    latents, lists = list(latent_cases(quick=quick)), list(list_cases(quick=quick))
+    return Agenda(plans, list(attention_cases(quick=quick)), Sizes(), sweep, latents, lists)
 
 
 class Session:
@@ -139,6 +146,10 @@ class Session:
         for latent in latent_speeds(bench, agenda.latents, red, self._time_limit):
             failed |= latent.failed
             self._row("latent_attention", latent, latent_line(latent))
+        print(f"\n{LIST_HEADER}")
+        for step in list_speeds(bench, agenda.lists, red, self._time_limit):
+            failed |= step.failed
+            self._row("steps", step, list_line(step))
         print(f"\n{PAGE_HEADER}")
         for speed in page_speeds(bench, red, self._time_limit, agenda.sizes):
             failed |= speed.failed

@@ -15,6 +15,7 @@ from pikv_hf.eval.gpu import (
     check_pages,
 )
 from pikv_hf.eval.gpu.check_attention import attention_plan, attention_plans
+from pikv_hf.eval.gpu.check_lists import WIDTHS, list_outcomes, list_plans
 from pikv_hf.eval.gpu.check_pages import page_plans
 from pikv_hf.eval.gpu.checks import FLOOR, Check, Outcome, PlannedCheck, Platform, bound_of, max_difference, why_red
 from pikv_hf.eval.gpu.geometry import scattered_table
@@ -38,6 +39,16 @@ ATTENTION = [
     ),
 ]
 HALF, SINGLE = torch.float16, torch.float32
+LISTS = [
+    PlannedCheck(
+        "page_lists",
+        str(softcap),
+        dtype,
+        "-".join(kinds),
+        functools.partial(list_outcomes, kinds, dtype, dim=16, page_size=8, softcap=softcap),
+    )
+    for kinds, dtype, softcap in ((WIDTHS, HALF, None), (("none", "fp8"), SINGLE, 2.0))
+]
 TINY_PAGES = {"dim": 16, "page_size": 8}
 OTHERS = [
     *(
@@ -72,10 +83,13 @@ OTHERS = [
         "merge_partials", "sinks", SINGLE, "-", functools.partial(check_pages.merge_outcomes, 3, sinks=True, dim=16)
     ),
     PlannedCheck("append_tokens", "", HALF, "-", functools.partial(check_pages.append_outcomes, HALF, dim=16)),
+    PlannedCheck("append_newest", "", HALF, "-", functools.partial(check_pages.newest_outcomes, HALF, dim=16)),
 ]
 
 
-@pytest.mark.parametrize("plan", [*ATTENTION, *OTHERS], ids=lambda plan: f"{plan.operation}-{plan.kind}-{plan.case}")
+@pytest.mark.parametrize(
+    "plan", [*ATTENTION, *LISTS, *OTHERS], ids=lambda plan: f"{plan.operation}-{plan.kind}-{plan.case}"
+)
 def test_kernels_pass_their_checks(plan: PlannedCheck) -> None:
     checks = checked([plan], PLATFORM)
     assert checks
@@ -86,18 +100,20 @@ def test_kernels_pass_their_checks(plan: PlannedCheck) -> None:
 @pytest.mark.usefixtures("single_precision")
 def test_torch_passes_every_check_of_a_gpu() -> None:
     """The checks are sound, in all dtypes, kinds and geometries that a GPU is asked for."""
-    plans = [plan for plan in [*attention_plans(), *page_plans()] if plan.case != "long rows"]
+    plans = [plan for plan in [*attention_plans(), *list_plans(), *page_plans()] if plan.case != "long rows"]
     assert [check for check in checked(plans, TORCH) if not check.ok] == []
 
 
 def test_every_kernel_kind_and_dtype_is_checked() -> None:
-    asked = {(plan.operation, plan.kind, plan.dtype) for plan in [*attention_plans(), *page_plans()]}
+    plans = [*attention_plans(), *list_plans(), *page_plans()]
+    asked = {(plan.operation, plan.kind, plan.dtype) for plan in plans}
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     for operation in ("paged_decode_attention", "absorbed_decode_attention", "gather_pages", "encode_pages"):
         kinds = KINDS[1:] if operation == "encode_pages" else KINDS
         assert {(operation, kind, dtype) for kind in kinds for dtype in dtypes} <= asked
     assert {("page_scores", "-", dtype) for dtype in dtypes} <= asked
-    assert {("append_tokens", "-", dtype) for dtype in dtypes} <= asked
+    assert {(name, "-", dtype) for name in ("append_tokens", "append_newest") for dtype in dtypes} <= asked
+    assert {kind for plan in list_plans() for kind in plan.kind.split("/")} == set(KINDS)
     assert ("merge_partials", "-", torch.float32) in asked
     latent = {plan.kind for plan in attention_plans() if plan.case == "latent"}
     assert latent == set(KINDS)

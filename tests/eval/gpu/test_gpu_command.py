@@ -23,6 +23,7 @@ from pikv_hf.eval.gpu.geometry import Shape
 from pikv_hf.eval.gpu.latent_speed import LatentCase
 from pikv_hf.eval.gpu.page_speed import Sizes
 from pikv_hf.eval.gpu.time_limit import TimeLimit
+from pikv_hf.kernels.page_codes import Kind
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +35,8 @@ def run_tiny(
 ) -> tuple[bool, dict[str, Any]]:
     cases = [(Shape(TINY, tokens, batch), kind) for tokens, batch in ((64, 2), (32768, 8)) for kind in ("none", "int4")]
     latents = [LatentCase(*TINY_LATENTS, 64, 2, "int4")]
-    agenda = session.Agenda(plans, cases, Sizes(1, 64, 1, 128), sweep=False, latents=latents)
+    lists: list[tuple[Shape, tuple[Kind, ...]]] = [(Shape(TINY, 128, 2), ("none", "int4"))]
+    agenda = session.Agenda(plans, cases, Sizes(1, 64, 1, 128), sweep=False, latents=latents, lists=lists)
     writer = report.Report(folder, {"name": "NVIDIA Test (1)"})
     run = session.Session(writer, TORCH, time_limit or forever())
     wrong = run.run(agenda, lambda: 1 << 26, lambda: once)
@@ -64,6 +66,10 @@ def test_a_run_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (latents["kind"], latents["note"]) == ("int4/none", "")
     assert latents["matmul_ratio"] > 0
     assert latents["sdpa_ratio"] > 0
+    [step] = found["steps"]
+    assert (step["kind"], step["note"]) == ("none/int4", "")
+    assert step["sdpa_ratio"] > 0
+    assert step["dynamic_ratio"] > 0
     assert [row["operation"] for row in found["other_kernels"]] == ["encode_pages"] * 8 + ["gather_pages"] * 5 + [
         "page_scores",
         "append_tokens",
@@ -95,7 +101,7 @@ def test_a_run_without_time_names_everything(tmp_path: Path) -> None:
     # Checks that were not made are no green ones.
     assert wrong
     assert found["correctness"]["not_run"] == ["gather_pages, case, bfloat16, int8"]
-    assert len(found["not_run"]) == 4 + 1 + 16
+    assert len(found["not_run"]) == 4 + 1 + 1 + 16
     assert all(target["met"] is None for target in found["targets"])
 
 
