@@ -13,7 +13,7 @@ from triton_cases import BACKEND, GPU
 
 from pikv_hf import PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
-from pikv_hf.integration import attachment
+from pikv_hf.integration import attention_function
 from pikv_hf.kernels import dispatch
 from pikv_hf.layer import layer_edits
 from pikv_hf.layer.layer import PiKVLayer
@@ -114,8 +114,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[Launches]:
     kernel = type(reading.listed_kernel)
     monkeypatch.setattr(kernel, "__getitem__", counted.of_kernels(kernel.__getitem__))
     monkeypatch.setattr(PiKVLayer, "update", counted.within("update", PiKVLayer.update))
-    forward = counted.within("attention", attachment.pikv_attention_forward)
-    monkeypatch.setattr(attachment, "pikv_attention_forward", forward)
+    # Not the function that transformers calls: where kvpress was imported, that is a wrapper of an earlier one.
+    attend = counted.within("attention", attention_function._attend_layer)
+    monkeypatch.setattr(attention_function, "_attend_layer", attend)
     monkeypatch.setattr(layer_edits, "record_experts", counted.within("experts", layer_edits.record_experts))
     return counted
 
