@@ -31,6 +31,7 @@ REFUSALS: dict[str, tuple[str, str]] = {
         r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
         r"autocast|model\.to\(",
     ),
+    "latents of other weights": ("the weights of kv_b_proj have changed since this cache got its latents", r"model\.to\("),
 }
 
 #: At the end of every program: that the cache goes on.
