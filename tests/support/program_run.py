@@ -31,7 +31,10 @@ REFUSALS: dict[str, tuple[str, str]] = {
         r"got torch\.\w+ on cpu, but the cache holds torch\.\w+",
         r"autocast|model\.to\(",
     ),
-    "latents of other weights": ("the weights of kv_b_proj have changed since this cache got its latents", r"model\.to\("),
+    "latents of other weights": (
+        "the weights of kv_b_proj have changed since this cache got its latents",
+        r"model\.to\(",
+    ),
 }
 
 #: At the end of every program: that the cache goes on.
@@ -193,7 +196,9 @@ def run(program: Program) -> Report:
 
 
 def _as_refused(text: str) -> str:
-    handler = "except (ValueError, TypeError, NotImplementedError) as refusal:\n    print('refused:', refusal)"
+    handler = (
+        "except (ValueError, TypeError, NotImplementedError, RuntimeError) as refusal:\n    print('refused:', refusal)"
+    )
     return f"try:\n{textwrap.indent(text, '    ')}\n{handler}"
 
 
@@ -217,7 +222,7 @@ def _ends_too_early(call: Call) -> bool:
 
 def refusal(call: Call, error: Exception, texts: Sequence[str]) -> str | None:
     """Return the kind of a refusal that a call may meet after these lines and its own; None for other errors."""
-    if not isinstance(error, ValueError | TypeError | NotImplementedError):
+    if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError):
         return None
     for kind, (words, cause) in REFUSALS.items():
         if re.search(words, str(error)) and any(re.search(cause, text) for text in texts):
