@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import threading
+import warnings
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, Literal, get_args
@@ -19,7 +20,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 #: The environment variable that forces a backend where no argument does.
 VARIABLE = "PIKV_KERNELS"
 
-LEAST_TRITON = (3, 3)
+LEAST_TRITON, LEAST_NUMBA = (3, 3), (0, 61)
 
 # Triton decides when a kernel is decorated whether it will be compiled or interpreted, so that the first Triton backend
 # that a process uses is the only one it can use.
@@ -124,10 +125,8 @@ def _check_numba(device: torch.device, source: str) -> None:
     """Raise unless numba can run on tensors of this device."""
     if device.type != "cpu":
         raise ValueError(f"{source} 'numba' needs tensors on cpu, not on {device}")
-    if _numba_is_missing():
-        raise RuntimeError(
-            f"{source} 'numba' needs the package numba, which is not installed: pip install pikv-hf[cpu]"
-        )
+    if missing := _numba_is_missing():
+        raise RuntimeError(f"{source} 'numba' needs the package numba, {missing}; use 'torch'")
 
 
 def _taken_or_set() -> Backend | None:
@@ -138,8 +137,21 @@ def _taken_or_set() -> Backend | None:
 
 
 @functools.cache
-def _numba_is_missing() -> bool:
-    return importlib.util.find_spec("numba") is None
+def _numba_is_missing() -> str | None:
+    """Return what keeps numba from being used, if anything does."""
+    if importlib.util.find_spec("numba") is None:
+        return 'which is not installed (pip install "pikv-hf[cpu]")'
+    try:
+        version = importlib.import_module("numba").__version__
+        missing = f"{'.'.join(map(str, LEAST_NUMBA))} or newer, not {version}"
+        if tuple(int(part) for part in version.split(".")[:2]) >= LEAST_NUMBA:
+            importlib.import_module(f"{__package__}.numba_decode_kernel")
+            return None
+    except Exception as error:
+        # It comes with other packages, too, and says so if it does not fit numpy.
+        missing = f"which fails: {type(error).__name__}: {error}"
+    warnings.warn(f"Decoding steps on the CPU run in plain torch: numba is installed, {missing}", stacklevel=2)
+    return missing
 
 
 @functools.cache

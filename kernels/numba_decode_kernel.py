@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numba import cfunc, float32, int32, int64, njit, types
 
-from . import numba_decode_rows, numba_tiles, numba_vectors
+from . import decode_layout, numba_decode_rows, numba_tiles, numba_vectors, page_codes
 from .decode_layout import (
     BITS,
     CODES,
@@ -66,6 +66,7 @@ from .numba_vectors import (
     larger,
     load,
     mul,
+    or_nan,
     prefetch,
     read_float,
     read_int16,
@@ -78,8 +79,8 @@ from .numba_vectors import (
 #: Tokens that are turned into floats at a time.
 BLOCK = 32
 VECTOR_BYTES = 4 * LANES
-# Less than any logit, so that what has seen none has a difference to every logit.
-_LEAST = -1e30
+# No logit is less, and differences to it are no NaN.
+_LEAST = -float(np.finfo(np.float32).max)
 
 
 def partial_bytes(width: int, value_dim: int) -> int:
@@ -98,7 +99,8 @@ def _capped(value, cap):  # type: ignore[no-untyped-def]
     """Return `cap * tanh(value / cap)`, as `1 - 2 / (e ** 2x + 1)`, where e ** 2x is neither lost nor too large."""
     twice, most = mul(value, splat(float32(2) / cap)), splat(float32(-80))
     twice = sub(splat(float32(0)), larger(most, sub(splat(float32(0)), larger(most, twice))))
-    return mul(splat(cap), sub(splat(float32(1)), div(splat(float32(2)), add(exp(twice), splat(float32(1))))))
+    tanh = sub(splat(float32(1)), div(splat(float32(2)), add(exp(twice), splat(float32(1)))))
+    return or_nan(mul(splat(cap), tanh), value)
 
 
 @njit
@@ -259,7 +261,7 @@ def _attention(width: int) -> Any:
                 store(logits, summed(of_page))
                 for one in range(count):
                     mass = read_float(logits + 4 * one)
-                    if mass > 0:
+                    if mass != 0:
                         where = 4 * ((query + one) * at(call, PAGE_STRIDE) + number)
                         write_float(at(call, PAGE_LSE) + where, np.log(mass) + read_float(scales + 4 * one))
         store(out + 4 * few * value_dim, peak)
@@ -356,10 +358,17 @@ def compiled(width: int) -> int:
     The first time on a machine this takes some seconds; numba keeps the result beside this file, or in the user's
     folder of caches.
     """
-    files = [Path(module.__file__ or "") for module in (numba_vectors, numba_tiles, numba_decode_rows)]
-    # numba looks whether this file has changed; what else it is made of is told by a constant.
+    # numba looks whether this file has changed; what else it is made of, constants too, is told by a constant.
+    modules = (decode_layout, page_codes, numba_vectors, numba_tiles, numba_decode_rows)
+    files = [Path(module.__file__ or "") for module in modules]
     sources = zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
-    function = cfunc(types.void(types.int64), cache=True)(_entry(width, sources))
+    try:
+        function = cfunc(types.void(types.int64), cache=True)(_entry(width, sources))
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        # There is no folder to write to: each process compiles.
+        function = cfunc(types.void(types.int64))(_entry(width, sources))
     _kept.append(function)
     address: int = function.address
     return address

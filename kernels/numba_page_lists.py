@@ -15,6 +15,9 @@ from .thread_team import run_in_team, team_size
 # that others keep from working does not keep them waiting for long.
 _PAGES_PER_THREAD, _PARTS_PER_THREAD = 8, 4
 
+# Of the memory that calls work in, each thread keeps no more.
+_KEPT_BYTES = 4 * 1024 * 1024
+
 _own = threading.local()
 
 
@@ -66,7 +69,8 @@ class ListReader:
         """Return the fields of a call, what to call in how many threads, and the bytes that parts and a thread take."""
         width = kernel.width_for(group)
         few, count = LANES // width, lists.rows * lists.heads
-        used = max(1, min(threads, self._pages // _PAGES_PER_THREAD))
+        # One or all: a team of another size than torch's would have to be made in every step, and torch's again.
+        used = threads if self._pages >= 2 * _PAGES_PER_THREAD else 1
         splits = 1 if used == 1 else max(1, min(self._pages // count, -(-used * _PARTS_PER_THREAD // count)))
         fields = np.zeros(layout.CALL_FIELDS, dtype=np.int64)
         fields[layout.ROWS : layout.CALL_FIELDS] = (
@@ -85,7 +89,9 @@ def _memory(size: int) -> np.ndarray:
     memory: np.ndarray | None = getattr(_own, "memory", None)
     if memory is None or len(memory) < size:
         memory = np.zeros(size + 64, dtype=np.uint8)
-        memory = _own.memory = memory[-memory.ctypes.data % 64 :]
+        memory = memory[-memory.ctypes.data % 64 :]
+        if size <= _KEPT_BYTES:
+            _own.memory = memory
     return memory
 
 

@@ -87,8 +87,8 @@ def emit_fma(builder: Any, left: Any, right: Any, addend: Any) -> Any:
 
 
 def emit_larger(builder: Any, left: Any, right: Any) -> Any:
-    """Return the larger float of each lane."""
-    return builder.select(builder.fcmp_ordered(">", left, right), left, right)
+    """Return the larger float of each lane, the left one where the right one is NaN."""
+    return builder.select(builder.fcmp_ordered(">", right, left), right, left)
 
 
 def emit_sum(builder: Any, left: Any, right: Any) -> Any:
@@ -138,7 +138,12 @@ def _exp(builder: Any, value: Any) -> Any:
         result = emit_fma(builder, result, x, constants(factor))
     exponent = builder.shl(builder.bitcast(shifted, INTS), constant_ints(23))
     result = builder.bitcast(builder.add(builder.bitcast(result, INTS), exponent), VECTOR)
-    return builder.select(vanishes, constants(0.0), result)
+    return _or_nan(builder, builder.select(vanishes, constants(0.0), result), value)
+
+
+def _or_nan(builder: Any, value: Any, other: Any) -> Any:
+    """Return a value, and NaN where another is."""
+    return builder.select(builder.fcmp_unordered("uno", other, other), other, value)
 
 
 def _from_bfloat16(builder: Any, bits: Any) -> Any:
@@ -182,7 +187,8 @@ sub = _of_two(lambda builder, left, right: builder.fsub(left, right))
 mul = _of_two(lambda builder, left, right: builder.fmul(left, right))
 div = _of_two(lambda builder, left, right: builder.fdiv(left, right))
 fma = function_of(vector, [vector] * 3, emit_fma)
-#: e to the power of each lane, within 1e-7 of it; 0 below -87. No lane may be above 88.
+or_nan = _of_two(_or_nan)
+#: e to the power of each lane, within 1e-7 of it; 0 below -87, NaN of NaN. No lane may be above 88.
 exp = function_of(vector, [vector], _exp)
 
 #: 16 numbers of other types at an address. Those of float8 e4m3 are 2 ** 120 times too small: its exponents are counted

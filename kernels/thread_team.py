@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -48,16 +49,13 @@ def _called(function: int) -> Callable[[int], None]:
 
 @functools.cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
-    """Return what starts a team in GNU's OpenMP, if torch has loaded that one; other ones would bring threads anew."""
+    """Return what starts a team of torch's own threads, if these are those of GNU's OpenMP."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        with open("/proc/self/maps") as lines:
-            loaded = {path for line in lines if "libgomp" in (path := line.split()[-1])}
-    except OSError:
+        # Found through what torch is linked with: others may have loaded an OpenMP of their own.
+        function = ctypes.CDLL(str(library)).GOMP_parallel
+    except (OSError, AttributeError):
         return None
-    # Of two of them nothing tells which is torch's.
-    if len(loaded) != 1:
-        return None
-    function = ctypes.CDLL(loaded.pop()).GOMP_parallel
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     function.restype = None
     parallel: Callable[[int, int, int, int], None] = function

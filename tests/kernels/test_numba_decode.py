@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pikv_hf.kernels.page_codes import KINDS, Kind
 from pikv_hf.kernels.page_lists import ListedPool, PageLists, is_listable
 
 pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+numba_decode_kernel = pytest.importorskip("pikv_hf.kernels.numba_decode_kernel")
 
 CPU = torch.device("cpu")
 ALIKE: list[tuple[Kind, Kind]] = [(kind, kind) for kind in KINDS]
@@ -192,7 +194,7 @@ def test_it_is_chosen_on_a_cpu_where_it_can_read_the_pages(monkeypatch: pytest.M
     assert dispatch.choose(CPU) == "torch"
     with pytest.raises(ValueError, match="needs tensors on cpu, not on cuda"):
         dispatch.choose(torch.device("cuda"), "numba", compiled=True)
-    monkeypatch.setattr(dispatch, "_numba_is_missing", lambda: True)
+    monkeypatch.setattr(dispatch, "_numba_is_missing", lambda: "which is not installed")
     monkeypatch.delenv(dispatch.VARIABLE)
     assert dispatch.choose(CPU, compiled=True) == "torch"
     with pytest.raises(RuntimeError, match="needs the package numba"):
@@ -231,3 +233,40 @@ for groups in map(int, sys.argv[1:]):
     for groups in (["8"], ["1"], ["8", "1"], ["1", "8"]):
         subprocess.run([sys.executable, "-P", "-c", program, *groups], env=environment, check=True, timeout=200)
     assert len(list(tmp_path.rglob("*.nbc"))) == 2
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("where", ["query", "keys", "values", "infinite"])
+def test_nan_goes_on(where: str, softcap: float | None) -> None:
+    case = random_case(("none", "none"), counts=[8] * 6, size=8, lengths=(3, 2), device=CPU)
+    if where == "query":
+        case.query[0, 1] = torch.nan
+    elif where == "values":
+        case.values.codes[0, case.table[0, 0], 3] = torch.nan
+    else:
+        case.query[0, 0] = 1e4
+        case.keys.codes[0, case.table[0, 0], 3, 0] = torch.nan if where == "keys" else torch.inf
+    ours, theirs = (paged_decode_attention(*case.arguments(), softcap, backend=how) for how in ("numba", "torch"))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, equal_nan=True)
+    assert where == "infinite" or ours[0].isnan().any()
+
+
+def test_numba_that_fails_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes with other packages, and fails where it does not fit numpy."""
+    dispatch._numba_is_missing.cache_clear()
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "LEAST_NUMBA", (10**6, 0))
+    with pytest.warns(UserWarning, match="run in plain torch: numba is installed, 1000000.0 or newer, not"):
+        assert dispatch.choose(CPU, compiled=True) == "torch"
+    dispatch._numba_is_missing.cache_clear()
+
+
+def test_it_is_compiled_where_there_is_no_folder_to_keep_it_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_with(signature: object, cache: bool = False) -> object:
+        if cache:
+            raise RuntimeError("cannot cache function 'attend_to_lists_2': no locator available for file")
+        return lambda function: SimpleNamespace(address=123)
+
+    monkeypatch.setattr(numba_decode_kernel, "cfunc", compile_with)
+    assert numba_decode_kernel.compiled.__wrapped__(2) == 123

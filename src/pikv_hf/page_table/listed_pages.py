@@ -1,6 +1,5 @@
 """The pages of a table's rows as lists that a compiled kernel walks along."""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,51 +17,44 @@ from ..pages.types import PageIds
 SHARED_BYTES = 16 * 1024 * 1024
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class ListedPages:
-    """Lists of the pages of rows.
+    """Lists of the pages of rows, until a pool has other tensors: lists would keep the old ones in memory.
 
     Attributes
     ----------
-    pools : tuple of PagePool
-        Whose pages.
     lists : PageLists or None
         None where a compiled kernel cannot read them.
-    stored : tuple
-        The tensors and counts of the pools that the lists are of.
+    is_current : bool
+        Whether the pools still have the tensors that the lists are of.
     """
 
-    pools: tuple[PagePool, ...]
-    lists: PageLists | None
-    stored: tuple[tuple[object, object, object], ...]
+    def __init__(self, lists: PageLists | None, pools: Sequence[PagePool] = ()) -> None:
+        self.lists, self.is_current = lists, True
+        for pool in pools:
+            pool.listed.add(self)
 
     @classmethod
     def of_rows(cls, pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]], newest: PageIds) -> "ListedPages":
         """List pages, given by pool and row; decoding steps write to those `newest` `(n,)` of the plain pool."""
         # As in most steps, the plain pool alone may have pages.
         used = [index for index, of_pool in enumerate(pages) if any(map(len, of_pool))]
-        some = tuple(pools[index] for index in used)
-        stored = tuple(_stored(pool) for pool in some)
+        some = [pools[index] for index in used]
         listed = [listed_pool(pool, newest) for pool in some]
         how = {backend for backend, _ in listed}
         left_to_torch = len(how) != 1 or "torch" in how
         if left_to_torch or ("numba" in how and _are_shared(some, [pages[index] for index in used])):
-            return cls(some, None, stored)
+            return cls(None)
         by_row = [
             np.concatenate([pages[index][row] | (number << 32) for number, index in enumerate(used)])
             for row in range(len(pages[0]))
         ]
         starts = np.concatenate([[0], np.cumsum([len(row) for row in by_row], dtype=np.int64)])
         readable = [pool for _, pool in listed if pool is not None]
-        lists = PageLists(readable, np.concatenate(by_row), starts, len(by_row), how.pop())
-        return cls(some, lists, stored)
+        return cls(PageLists(readable, np.concatenate(by_row), starts, len(by_row), how.pop()), some)
 
-    def is_current(self) -> bool:
-        """Return whether the pools still hold what the lists are of: they have not grown, nor given anything back."""
-        for pool, (keys, values, counts) in zip(self.pools, self.stored, strict=True):
-            if pool.count is not counts or pool.keys is not keys or pool.values is not values:  # type: ignore[attr-defined]
-                return False
-        return True
+    def drop(self) -> None:
+        """Forget the lists: a pool is about to have other tensors."""
+        self.lists, self.is_current = None, False
 
 
 def _are_shared(pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]]) -> bool:
@@ -73,11 +65,6 @@ def _are_shared(pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]]) -
     distinct = [len(np.unique(numbers)) for numbers in listed]
     stored = sum(pool.page_bytes * count for pool, count in zip(pools, distinct, strict=True))
     return sum(map(len, listed)) >= 2 * sum(distinct) and stored >= SHARED_BYTES
-
-
-def _stored(pool: PagePool) -> tuple[object, object, object]:
-    assert isinstance(pool, PlainPool | PackedPool)
-    return pool.keys, pool.values, pool.count
 
 
 def listed_pool(pool: PagePool, newest: PageIds) -> tuple[Backend, ListedPool | None]:

@@ -89,7 +89,7 @@ class TableView:
         None where there is no such kernel for these pages, and for all pools if a codec has channels of its own.
         """
         known = self._listed.get(region)
-        if known is None or not known.is_current():
+        if known is None or not known.is_current:
             known = self._listed[region] = self._new_lists(region)
         return known.lists
 
@@ -99,7 +99,7 @@ class TableView:
         pools = [self.pool_of(each) for each in regions]
         codecs = [codec for pool in self._writer.pools.packed.values() for codec in (pool.key_codec, pool.value_codec)]
         if region is None and any(codec.basis is not None for codec in codecs):
-            return ListedPages((), None, ())
+            return ListedPages(None)
         newest = np.array([row.window[-1] for row in self._rows if row.window], dtype=np.int64)
         return ListedPages.of_rows(pools, [[self._pages(row, each) for row in self._rows] for each in regions], newest)
 

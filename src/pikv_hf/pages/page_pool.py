@@ -1,5 +1,6 @@
 """A pool of fixed-size pages: what is kept of every page, its allocation and its growth; subclasses keep the K/V."""
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from ..common.tensors import resized
 from .key_bounds import KeyBounds, read_bounds
 from .page_allocator import PageAllocator
 from .pool_growth import NoRoomError, growth_of, kept_free
-from .types import PageIds
+from .types import Droppable, PageIds
 from .usage_counters import UsageCounters
 
 #: The most bytes that the host keeps of a page: counts, errors, and its number in a table.
@@ -59,6 +60,8 @@ class PagePool(ABC):
         Those of the rotary parts, where `bounds` have not got them, since codes tell the others.
     usage : UsageCounters, optional
         The attention that each page took, for scheduling; see :meth:`keep_usage`.
+    listed : weakref.WeakSet
+        What compiled kernels know of the pool's tensors, dropped before these are replaced.
     """
 
     #: The host's arrays with an entry per page, by attribute: the entry of a new page.
@@ -74,9 +77,7 @@ class PagePool(ABC):
     used: np.ndarray
 
     def __init__(self, page_size: int, device: torch.device, growth: float, keeps_experts: bool = True) -> None:
-        self.page_size = page_size
-        self.device = device
-        self.growth = growth
+        self.page_size, self.device, self.growth = page_size, device, growth
         self.growth_limit: Callable[[], int] | None = None
         self.allocator = PageAllocator()
         self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
@@ -85,6 +86,7 @@ class PagePool(ABC):
         self.bounds: KeyBounds | None = None
         self.rotary_bounds: KeyBounds | None = None
         self.usage: UsageCounters | None = None
+        self.listed: weakref.WeakSet[Droppable] = weakref.WeakSet()
         # Running transactions, and what they have wiped: pages, their positions and experts before.
         self._transactions = 0
         self._wiped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -198,9 +200,6 @@ class PagePool(ABC):
         arrays = sum(getattr(self, name).nbytes for name in self.new_page)
         return self.allocator.refcount.nbytes + arrays + sum(each.host_bytes for each in self._kept_beside())
 
-    def _grow(self, extra: int) -> None:
-        self._resize(self.capacity + extra, np.arange(self.capacity))
-
     def _resize(self, pages: int, kept: PageIds) -> None:
         """Have so many pages: those `kept` `(n,)`, ascending, as pages `0..n-1`, then free ones.
 
@@ -219,6 +218,8 @@ class PagePool(ABC):
         for name, entry in self.new_page.items():
             new = np.full((pages - first, *np.shape(entry)), entry, dtype=entry.dtype)
             arrays[name] = np.append(getattr(self, name)[kept], new, axis=0)
+        while self.listed:
+            self.listed.pop().drop()
         if tokens:
             self._replace_tokens(tokens)
         self.positions, self.experts, self.usage = positions, experts, usage
@@ -248,7 +249,7 @@ class PagePool(ABC):
                 if missing > most:
                     raise NoRoomError(self, missing - most)
                 extra = min(extra, most)
-            self._grow(extra)
+            self._resize(self.capacity + extra, np.arange(self.capacity))
 
     def compact(self) -> PageIds | None:
         """Give back all free pages: those in use move together, in the order of their numbers.
