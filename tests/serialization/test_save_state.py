@@ -115,8 +115,8 @@ def test_every_plain_attribute_of_a_layer_is_saved_or_known_to_pass(tmp_path: Pa
     known = [*vars(layer).items(), *vars(layer.store).items(), *vars(layer.edits).items()]
     plain = {name for name, value in known if type(value) in (bool, int, float, str)}
     # What the model, the options or the tensors tell, and what is over with the call.
-    told = {"layer_idx", "leads", "has_expert_router", "num_experts", "indexer_dim", "heads"}
-    assert plain == told | {"awaits_press", "_snapshot_due"}
+    told = {"layer_idx", "leads", "has_expert_router", "num_experts", "indexer_dim", "heads", "_may_absorb"}
+    assert plain == told | {"awaits_press", "snapshot_due", "is_read"}
     fields = {field.name for field in dataclasses.fields(layer.state)}
     assert fields == set(LAYER_STATE)
 

@@ -209,7 +209,7 @@ FAILURES: dict[str, Failure] = {
     "raises": Failure(3, functools.partial(in_hook, action=raises(RuntimeError("a hook's own")))),
     "stays": Failure(3, raising_and_staying),
     "stops": Failure(2, stopping),
-    "budget": Failure(3, lambda rank: patched(rank, LayerPart, "enforce", BudgetError("its own budget"), 25)),
+    "budget": Failure(3, lambda rank: patched(rank, LayerPart, "enforce", BudgetError("its own budget"), 6)),
     "memory-error": Failure(2, lambda rank: patched(rank, LayerPart, "append", MemoryError("its own memory"), 25)),
     "attends": Failure(
         3,
@@ -217,9 +217,7 @@ FAILURES: dict[str, Failure] = {
             rank, pikv_hf.layer.attend, "attend_pages", ValueError("its own attention"), 7, again=True
         ),
     ),
-    "again": Failure(
-        2, lambda rank: patched(rank, LayerPart, "enforce", BudgetError("its own budget"), 25, again=True)
-    ),
+    "again": Failure(2, lambda rank: patched(rank, LayerPart, "enforce", BudgetError("its own budget"), 6, again=True)),
     "prompt": Failure(3, functools.partial(other_inputs, ids=lambda other: ids_of(60, seed=2 if other else 1), last=2)),
     "prompt-one-token": Failure(2, functools.partial(other_inputs, ids=one_token_changed)),
     "prompt-length": Failure(2, functools.partial(other_inputs, ids=lambda other: ids_of(61 if other else 60))),
