@@ -200,6 +200,9 @@ class PagePool(ABC):
         arrays = sum(getattr(self, name).nbytes for name in self.new_page)
         return self.allocator.refcount.nbytes + arrays + sum(each.host_bytes for each in self._kept_beside())
 
+    def _grow(self, extra: int) -> None:
+        self._resize(self.capacity + extra, np.arange(self.capacity))
+
     def _resize(self, pages: int, kept: PageIds) -> None:
         """Have so many pages: those `kept` `(n,)`, ascending, as pages `0..n-1`, then free ones.
 
@@ -249,17 +252,14 @@ class PagePool(ABC):
                 if missing > most:
                     raise NoRoomError(self, missing - most)
                 extra = min(extra, most)
-            self._resize(self.capacity + extra, np.arange(self.capacity))
+            self._grow(extra)
 
     def compact(self) -> PageIds | None:
         """Give back all free pages: those in use move together, in the order of their numbers.
 
         Not while a transaction runs. Out of memory leaves the pool as it was.
 
-        Returns
-        -------
-        numpy.ndarray or None
-            `(N,)` int64, the new number of each page in use, by its old one; None if pages keep their numbers.
+        Returns `(N,)` int64, the new number of each page in use by its old one, or None if pages keep their numbers.
         """
         return self._compact(0)
 
