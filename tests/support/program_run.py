@@ -225,6 +225,9 @@ def refusal(call: Call, error: Exception, texts: Sequence[str]) -> str | None:
     if not isinstance(error, ValueError | TypeError | NotImplementedError | RuntimeError):
         return None
     for kind, (words, cause) in REFUSALS.items():
+        # Of what is refused in the middle of a call only this is known.
+        if type(error) is RuntimeError and kind != "latents of other weights":
+            continue
         if re.search(words, str(error)) and any(re.search(cause, text) for text in texts):
             shows = call.arguments.get("mask") in ("show", "short") or _ends_too_early(call)
             return kind if shows or kind != "padding shown later" else None
