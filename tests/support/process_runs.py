@@ -7,6 +7,7 @@ other through a file. `python -P process_runs.py FOLDER` does all of it and leav
 import datetime
 import functools
 import gc
+import importlib.util
 import os
 import signal
 import sys
@@ -96,9 +97,19 @@ def scenarios_of(world: int) -> dict[str, Scenario]:
     return {**EXACT, **ASSISTED, **STORED, **MEMORY, **TRAFFIC}
 
 
+def compile_kernel() -> None:
+    """Compile what the children share, which each of them would otherwise do while others wait for it."""
+    if importlib.util.find_spec("numba"):
+        from pikv_hf.kernels import numba_decode_kernel, numba_tiles
+
+        for width in numba_tiles.WIDTHS:
+            numba_decode_kernel.compiled(width)
+
+
 def main(folder: Path, only: list[str]) -> None:
     """Run everything, or what is named."""
     torch.set_num_threads(1)
+    compile_kernel()
     pikv_hf.page_table.table_view.MIN_RUN_BYTES = 1
     # The children share what is imported, which their collectors need not look through.
     gc.freeze()
