@@ -20,7 +20,8 @@ ROWS, HEADS, GROUP, SPLITS, TASKS = range(11, 16)
 ENTRIES, STARTS, ROW_LISTS, HEAD_LISTS = range(16, 20)
 #: Channels of queries and outputs, tokens of a page, records of the pools, and bytes of memory for a thread.
 QUERY_DIM, VALUE_DIM, PAGE_SIZE, POOLS, SCRATCH_BYTES = range(20, 25)
-CALL_FIELDS: Final = 25
+#: Whole lines of cache, so that what comes behind them begins with one.
+CALL_FIELDS: Final = 32
 
 #: Of the keys, or the values, of a pool. KIND is one of the next; D channels are coded, LATENT_DIM stored behind them.
 KIND, BITS, DIM, LATENT_KIND, LATENT_DIM = range(5)

@@ -1,8 +1,7 @@
 """Attention of a decoding step on a CPU, compiled by numba: lists of pages of any formats, read in one pass.
 
 A task is a part of the pages of one list. Threads take tasks until none is left, and who finishes the last of them
-merges what all have found. Pages are turned into floats a block of tokens at a time, in memory that stays in the core's
-cache, where all queries of a KV head meet them.
+merges what all have found. All queries of a KV head meet its pages one by one.
 """
 
 import functools
@@ -12,28 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, float32, int32, int64, njit, types
+from numba import cfunc, float32, int64, njit, types
 
-from . import decode_layout, numba_decode_rows, numba_tiles, numba_vectors, page_codes
+from . import numba_tiles
 from .decode_layout import (
-    BITS,
-    CODES,
-    CODES_PAGE,
     COUNTS,
     DONE,
     ENTRIES,
-    FINE,
-    FLOAT32,
     FLOATS,
     GROUP,
     HEAD_LISTS,
     HEADS,
-    KIND,
-    LATENT_DIM,
     LSE,
     NEXT,
     OUT,
-    OUTLIERS,
     PAGE_LSE,
     PAGE_SIZE,
     PAGE_STRIDE,
@@ -48,14 +39,14 @@ from .decode_layout import (
     SCRATCH,
     SCRATCH_BYTES,
     SPLITS,
-    SPREAD,
     STARTS,
     TASKS,
     THREADS,
     VALUE_DIM,
 )
-from .numba_decode_rows import at, part_at, rows_of, span_of
-from .numba_tiles import QUERIES, TOKENS, WIDTHS, columns_of
+from .numba_decode_pages import VECTOR_BYTES, fetch, named, products_with, sums_of
+from .numba_decode_rows import BLOCK, at
+from .numba_tiles import TOKENS, WIDTHS
 from .numba_vectors import (
     LANES,
     add,
@@ -67,7 +58,6 @@ from .numba_vectors import (
     load,
     mul,
     or_nan,
-    prefetch,
     read_float,
     read_int16,
     splat,
@@ -76,9 +66,6 @@ from .numba_vectors import (
     write_float,
 )
 
-#: Tokens that are turned into floats at a time.
-BLOCK = 32
-VECTOR_BYTES = 4 * LANES
 # No logit is less, and differences to it are no NaN.
 _LEAST = -float(np.finfo(np.float32).max)
 
@@ -88,10 +75,12 @@ def partial_bytes(width: int, value_dim: int) -> int:
     return 4 * (LANES // width) * value_dim + 2 * VECTOR_BYTES
 
 
-def scratch_bytes(query_dim: int, value_dim: int) -> int:
+def scratch_bytes(query_dim: int, value_dim: int, page_size: int) -> int:
     """Return the bytes that a thread works in."""
-    vectors = query_dim + 4 + BLOCK + 1
-    return VECTOR_BYTES * vectors + 4 * BLOCK * (max(query_dim, value_dim) + LANES)
+    # Queries and what meets outliers; the logits of a page, of a byte's tokens at least, and of a tile more; scales.
+    vectors = query_dim + 4 + page_size + TOKENS + 1
+    most = max(query_dim, value_dim)
+    return VECTOR_BYTES * vectors + 8 * most + 4 * BLOCK * (most + LANES)
 
 
 @njit
@@ -103,44 +92,13 @@ def _capped(value, cap):  # type: ignore[no-untyped-def]
     return or_nan(mul(splat(cap), tanh), value)
 
 
-@njit
-def _fetch(part, head, page, first, tokens, size):  # type: ignore[no-untyped-def]
-    """Have the processor fetch the codes of some tokens of a page while it is busy with others.
-
-    It cannot know which page comes next.
-    """
-    row = at(part, CODES_PAGE) // size
-    start = part_at(part, CODES, head, page) + first * row
-    for offset in range(0, tokens * row, 64):
-        prefetch(start + offset)
-
-
-def _named(name: str) -> Callable[[Any], Any]:
-    """Give a function that is made for several widths a name of its own.
-
-    numba tells functions apart by name and a number that counts within a process. Of the same name those of two widths,
-    compiled in two processes and kept on disk, would be taken for one another by a third.
-    """
-
-    def rename(function: Any) -> Any:
-        function.__name__ = function.__qualname__ = name
-        return function
-
-    return rename
-
-
 def _attention(width: int) -> Any:
     """Return the function that attends to a part of a list with as many queries as a vector of `width` channels has."""
-    multiply, add_values, add_few_values = (
-        each[width] for each in (numba_tiles.multiply, numba_tiles.add_values, numba_tiles.add_few_values)
-    )
-    pick, place, store_fine = (each[width] for each in (numba_tiles.pick, numba_tiles.place, numba_tiles.store_fine))
+    products_of, add_page, few = products_with(width), sums_of(width), LANES // width
     largest, summed = numba_tiles.largest[width], numba_tiles.summed[width]
-    few, columns, more = LANES // width, columns_of(width), max(4, width)
-    tile = min(few, QUERIES)
 
     @njit
-    @_named(f"lay_out_{width}")
+    @named(f"lay_out_{width}")
     def lay_out(query, count, dim, scale, queries):  # type: ignore[no-untyped-def]
         """Write the queries as vectors, scaled; those that there are not are 0."""
         for step in range(dim // width):
@@ -150,41 +108,16 @@ def _attention(width: int) -> Any:
                 write_float(queries + VECTOR_BYTES * step + 4 * lane, value)
 
     @njit
-    @_named(f"add_outliers_{width}")
-    def add_outliers(keys, head, page, first, tokens, size, queries, steps, rows, row_bytes):  # type: ignore[no-untyped-def]
-        """Write the fine parts of outliers behind the keys as further channels, and what meets them to the queries.
-
-        A fine part f stands for `step * ((f + 0.5) / 16 - 0.5)`.
-        """
-        channels, fine = part_at(keys, OUTLIERS, head, page), part_at(keys, FINE, head, page)
-        spread = part_at(keys, SPREAD, head, page)
-        unit = splat(float32(1 / 16 / ((1 << at(keys, BITS)) - 1)))
-        for number in range(4):
-            channel = int64(read_int16(channels + 2 * number))
-            known = pick(load(queries + VECTOR_BYTES * (channel // width)), int32(channel % width))
-            added = place(mul(known, mul(span_of(spread + channel), unit)), int32(number % width))
-            where = queries + VECTOR_BYTES * (steps + number // width)
-            store(where, add(added, load(where)) if number % width else added)
-        half, done = (size + 1) // 2, 0
-        while done < tokens:
-            plane = (first + done) // half
-            row = first + done - plane * half
-            some = min(half - row, tokens - done)
-            for token in range(some):
-                target = rows + (done + token) * row_bytes + 4 * steps * width
-                store_fine(fine + 4 * (row + token), int32(4 * plane), target)
-            done += some
-
-    @njit
-    @_named(f"attend_{width}")
+    @named(f"attend_{width}")
     def attend(call, scratch, row, head, split, first_query, out):  # type: ignore[no-untyped-def]
         group, dim, value_dim, size = at(call, GROUP), at(call, QUERY_DIM), at(call, VALUE_DIM), at(call, PAGE_SIZE)
         scale, cap = read_float(at(call, FLOATS)), read_float(at(call, FLOATS) + 4)
         steps, count = dim // width, min(few, group - first_query)
         queries = scratch
         logits = queries + VECTOR_BYTES * (steps + 4)
-        scales = logits + VECTOR_BYTES * BLOCK
-        rows = scales + VECTOR_BYTES
+        scales = logits + VECTOR_BYTES * (size + TOKENS)
+        of_channels = scales + VECTOR_BYTES
+        rows = of_channels + 8 * max(dim, value_dim)
         query = (row * at(call, HEADS) + head) * group + first_query
         lay_out(at(call, QUERY) + 4 * query * dim, count, dim, scale, queries)
         for place_of in range(0, 4 * few * value_dim, VECTOR_BYTES):
@@ -202,63 +135,36 @@ def _attention(width: int) -> Any:
             keys = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS)
             values = keys + 8 * PART_FIELDS
             stored = int64(read_int16(at(keys, COUNTS) + 2 * page))
-            of_page, page_peak = splat(float32(0)), peak
-            for first in range(0, stored, BLOCK):
-                tokens, products = min(BLOCK, stored - first), steps
-                key_rows, row_bytes = part_at(keys, CODES, head, page) + 4 * first * dim, 4 * dim
-                if at(keys, KIND) != FLOAT32 or at(keys, LATENT_DIM):
-                    has_outliers = at(keys, OUTLIERS) != 0
-                    key_rows, row_bytes = rows, 4 * (dim + (more if has_outliers else 0))
-                    rows_of(keys, head, page, first, tokens, size, rows, row_bytes)
-                    if has_outliers:
-                        add_outliers(keys, head, page, first, tokens, size, queries, steps, rows, row_bytes)
-                        products += more // width
-                _fetch(values, head, page, first, tokens, size)
-                for token in range(0, tokens, TOKENS):
-                    written = logits + 4 * few * token
-                    multiply(queries, products, key_rows + token * row_bytes, row_bytes, tokens - 1 - token, written)
-                end = 4 * few * tokens
-                if cap > 0:
-                    for offset in range(0, end, VECTOR_BYTES):
-                        store(logits + offset, _capped(load(logits + offset), cap))
-                full = (end + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
-                for offset in range(end, full, 4):
-                    write_float(logits + offset, float32(-np.inf))
-                best = peak
-                for offset in range(0, full, VECTOR_BYTES):
-                    best = larger(best, load(logits + offset))
-                best = largest(best)
-                lessened, masses = exp(sub(peak, best)), splat(float32(0))
-                store(scales, lessened)
-                for offset in range(0, full, VECTOR_BYTES):
-                    mass = exp(sub(load(logits + offset), best))
-                    store(logits + offset, mass)
-                    masses = add(masses, mass)
-                peak, total = best, fma(total, lessened, masses)
-                of_page, page_peak = fma(of_page, exp(sub(page_peak, best)), masses), best
-                if number + 1 < last:
-                    entry = at(at(call, ENTRIES), start + number + 1)
-                    if entry >= 0:
-                        coming = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS)
-                        _fetch(coming, head, entry & 0xFFFFFFFF, 0, min(size, BLOCK), size)
-                value_rows, row_bytes = part_at(values, CODES, head, page) + 4 * first * value_dim, 4 * value_dim
-                if at(values, KIND) != FLOAT32 or at(values, LATENT_DIM):
-                    value_rows = rows
-                    rows_of(values, head, page, first, tokens, size, rows, row_bytes)
-                for one in range(0, count, tile):
-                    weights, scaled, channel = logits + 4 * one, scales + 4 * one, 0
-                    target = out + 4 * one * value_dim
-                    while channel + columns * LANES <= value_dim:
-                        source = value_rows + 4 * channel
-                        add_values(weights, tokens, source, row_bytes, scaled, target + 4 * channel, 4 * value_dim)
-                        channel += columns * LANES
-                    while channel < value_dim:
-                        source = value_rows + 4 * channel
-                        add_few_values(weights, tokens, source, row_bytes, scaled, target + 4 * channel, 4 * value_dim)
-                        channel += LANES
+            if not stored:
+                continue
+            products_of(keys, values, head, page, stored, size, queries, rows, of_channels, logits)
+            end = 4 * few * stored
+            if cap > 0:
+                for offset in range(0, end, VECTOR_BYTES):
+                    store(logits + offset, _capped(load(logits + offset), cap))
+            full = (end + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
+            for offset in range(end, full, 4):
+                write_float(logits + offset, float32(-np.inf))
+            best = peak
+            for offset in range(0, full, VECTOR_BYTES):
+                best = larger(best, load(logits + offset))
+            best = largest(best)
+            lessened, masses = exp(sub(peak, best)), splat(float32(0))
+            store(scales, lessened)
+            for offset in range(0, full, VECTOR_BYTES):
+                mass = exp(sub(load(logits + offset), best))
+                store(logits + offset, mass)
+                masses = add(masses, mass)
+            peak, total = best, fma(total, lessened, masses)
+            if number + 1 < last:
+                entry = at(at(call, ENTRIES), start + number + 1)
+                if entry >= 0:
+                    coming = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS)
+                    fetch(coming, head, entry & 0xFFFFFFFF, 0, min(size, BLOCK), size)
+            add_page(values, head, page, stored, size, count, logits, scales, rows, of_channels, out)
             if at(call, PAGE_LSE):
-                store(scales, page_peak)
-                store(logits, summed(of_page))
+                store(scales, best)
+                store(logits, summed(masses))
                 for one in range(count):
                     mass = read_float(logits + 4 * one)
                     if mass != 0:
@@ -305,7 +211,7 @@ def _work(width: int) -> Any:
     attend, few = _attention(width), LANES // width
 
     @njit
-    @_named(f"work_{width}")
+    @named(f"work_{width}")
     def work(call):  # type: ignore[no-untyped-def]
         scratch = at(call, SCRATCH) + count_up(call + 8 * THREADS) * at(call, SCRATCH_BYTES)
         splits, tasks = at(call, SPLITS), at(call, TASKS)
@@ -334,7 +240,7 @@ def width_for(group: int) -> int:
 
 def _entry(width: int, sources: int) -> Callable[[int], None]:
     # Only the branch of this width is compiled. What numba keeps it by are its name and the values of the two names.
-    @_named(f"attend_to_lists_{width}")
+    @named(f"attend_to_lists_{width}")
     def attend_to_lists(call):  # type: ignore[no-untyped-def]
         if sources:
             if width == 1:
@@ -359,8 +265,8 @@ def compiled(width: int) -> int:
     folder of caches.
     """
     # numba looks whether this file has changed; what else it is made of, constants too, is told by a constant.
-    modules = (decode_layout, page_codes, numba_vectors, numba_tiles, numba_decode_rows)
-    files = [Path(module.__file__ or "") for module in modules]
+    folder = Path(__file__).parent
+    files = [*sorted(folder.glob("numba_*.py")), folder / "decode_layout.py", folder / "page_codes.py"]
     sources = zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
     try:
         function = cfunc(types.void(types.int64), cache=True)(_entry(width, sources))

@@ -73,11 +73,11 @@ class ListReader:
         used = threads if self._pages >= 2 * _PAGES_PER_THREAD else 1
         splits = 1 if used == 1 else max(1, min(self._pages // count, -(-used * _PARTS_PER_THREAD // count)))
         fields = np.zeros(layout.CALL_FIELDS, dtype=np.int64)
-        fields[layout.ROWS : layout.CALL_FIELDS] = (
+        fields[layout.ROWS : layout.SCRATCH_BYTES + 1] = (
             *(lists.rows, lists.heads, group, splits, count * splits),
             *(lists.entries.ctypes.data, lists.starts.ctypes.data, *self._strides),
             *(lists.query_dim, lists.value_dim, lists.page_size, self._records.ctypes.data),
-            scratch_bytes := kernel.scratch_bytes(lists.query_dim, lists.value_dim),
+            scratch_bytes := kernel.scratch_bytes(lists.query_dim, lists.value_dim, lists.page_size),
         )
         tasks = count * splits * -(-group // few)
         part_bytes = tasks * kernel.partial_bytes(width, lists.value_dim)

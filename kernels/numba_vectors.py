@@ -103,6 +103,12 @@ def emit_folded(builder: Any, value: Any, combine: Callable[[Any, Any, Any], Any
     return value
 
 
+def emit_fractions(builder: Any, wide: Any, shift: Any, mask: Any) -> Any:
+    """Return floats from 1 to 2 whose fractions are integers, shifted to the left, under a mask."""
+    fraction = builder.and_(builder.shl(wide, shift), mask)
+    return builder.bitcast(builder.or_(fraction, constant_ints(0x3F800000)), VECTOR)
+
+
 # What kernels call
 
 
@@ -159,8 +165,7 @@ def _from_fp8(builder: Any, bits: Any) -> Any:
 
 def _codes(builder: Any, address: Any, shift: Any, mask: Any) -> Any:
     wide = builder.zext(emit_load(builder, address, ir.VectorType(I8, LANES)), INTS)
-    cut = builder.and_(builder.lshr(wide, emit_splat(builder, shift)), emit_splat(builder, mask))
-    return builder.sitofp(cut, VECTOR)
+    return emit_fractions(builder, wide, emit_splat(builder, shift), emit_splat(builder, mask))
 
 
 def _loads(element: Any, convert: Callable[[Any, Any], Any]) -> Any:
@@ -198,7 +203,7 @@ load_float16 = _loads(ir.HalfType(), lambda builder, halves: builder.fpext(halve
 load_fp8 = _loads(I8, _from_fp8)
 load_int8 = _loads(I8, lambda builder, bits: builder.sitofp(bits, VECTOR))
 load_uint8 = _loads(I8, lambda builder, bits: builder.uitofp(bits, VECTOR))
-#: 16 bytes at an address, each shifted to the right and cut to a mask.
+#: Floats from 1 to 2 whose fractions are the 16 bytes at an address, shifted to the left, under a mask.
 load_codes = function_of(vector, [types.int64, types.int32, types.int32], _codes)
 
 #: Single numbers at an address.
@@ -218,7 +223,7 @@ def _prefetch(builder: Any, address: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     # To read, into the second level, as data.
-    builder.call(function, [builder.inttoptr(address, byte), *(ir.Constant(I32, number) for number in (0, 2, 1))])
+    builder.call(function, [builder.inttoptr(address, byte), *(ir.Constant(I32, number) for number in (0, 3, 1))])
 
 
 #: Has the processor fetch the line of its cache at an address, which need not be valid.
