@@ -4,7 +4,7 @@ Shapes are written with B cache rows, H KV heads, G query heads per KV head, Q q
 page, D and Dv head dims of keys and values.
 """
 
-from .append_newest import append_newest
+from .append_newest import append_newest, expert_writer, newest_writer
 from .append_tokens import append_tokens
 from .decode_pages import decode_pages
 from .encode_pages import encode_pages
@@ -24,10 +24,12 @@ __all__ = [
     "causal_attention",
     "decode_pages",
     "encode_pages",
+    "expert_writer",
     "gather_dense",
     "gather_pages",
     "merge_pair",
     "merge_partials",
+    "newest_writer",
     "page_scores",
     "paged_decode_attention",
     "partial_attention",

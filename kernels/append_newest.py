@@ -1,8 +1,89 @@
 """Writing the newest token of each row, with its position, into its page slot."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 
-from .dispatch import choose, run
+from .dispatch import choose, load, run
+
+
+def newest_writer(
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    *,
+    backend: str | None = None,
+) -> Callable[[int, torch.Tensor, torch.Tensor, int], None]:
+    """Return what writes one token per row into a pool, in place: `write(offset, keys, values, position)`.
+
+    It is made for as many steps as there is room; what does not change in them is known to it.
+
+    Parameters
+    ----------
+    key_pages, value_pages : torch.Tensor
+        `(H, N, P, D)` and `(H, N, P, Dv)`, the pool; pages contiguous and side by side.
+    positions : torch.Tensor
+        `(N, P)` int32, contiguous.
+    slots : torch.Tensor
+        `(B,)` int64, `page * P + offset` of a slot of each row, without repetition.
+    backend : str, optional
+        See :func:`pikv_hf.kernels.dispatch.choose`.
+
+    Returns
+    -------
+    callable
+        `offset` says how many slots behind that the row's token goes, not below 0. `keys` and `values` are
+        `(B, H, 1, D)` and `(B, H, 1, Dv)` of the pool's dtype, with any strides, and `position` is that of all of them.
+        It raises `ValueError` for other shapes, and `TypeError` for another dtype.
+    """
+    pool = key_pages, value_pages, positions
+    how = choose(key_pages.device, backend, compiled=_is_contiguous(key_pages) and _is_contiguous(value_pages))
+    if how == "numba":
+        write: Callable[[int, torch.Tensor, torch.Tensor, int], None] = load("append_newest", how).Writer(*pool, slots)
+    elif how == "torch":
+        write = functools.partial(_write, *pool, slots)
+    else:
+        write = functools.partial(run, "append_newest", how, key_pages.device, *pool, slots)
+    (heads, _, _, dim), value_dim, rows = key_pages.shape, value_pages.shape[-1], len(slots)
+    shapes, dtype = ((rows, heads, 1, dim), (rows, heads, 1, value_dim)), key_pages.dtype
+
+    def checked(offset: int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
+        if (keys.shape, values.shape) != shapes:
+            got = tuple(keys.shape), tuple(values.shape)
+            raise ValueError(f"tokens {got} for {rows} slots of a pool {tuple(key_pages.shape)}")
+        if keys.dtype != dtype or values.dtype != dtype:
+            raise TypeError(f"tokens of {keys.dtype} and {values.dtype} for a pool of {dtype}")
+        write(offset, keys, values, position)
+
+    return checked
+
+
+def expert_writer(
+    experts: torch.Tensor, slots: torch.Tensor, *, backend: str | None = None
+) -> Callable[[int, torch.Tensor], None]:
+    """Return what notes the experts of tokens that :func:`newest_writer` has written: `note(offset, chosen)`.
+
+    Parameters
+    ----------
+    experts : torch.Tensor
+        `(N, P)` int16, contiguous.
+    slots : torch.Tensor
+        `(B,)` int64, as there.
+    backend : str, optional
+        See :func:`pikv_hf.kernels.dispatch.choose`; Triton has no version of its own.
+
+    Returns
+    -------
+    callable
+        `chosen` is `(B,)` integers, or `(B / n,)` if each is of n slots that follow each other.
+    """
+    how = choose(experts.device, backend, compiled=True)
+    if how == "numba":
+        note: Callable[[int, torch.Tensor], None] = load("append_newest", how).ExpertWriter(experts, slots)
+        return note
+    return functools.partial(_write_experts, experts, slots)
 
 
 def append_newest(
@@ -17,43 +98,33 @@ def append_newest(
     *,
     backend: str | None = None,
 ) -> None:
-    """Write one token per row into a pool, in place.
+    """Write one token per row into a pool, in place; see :func:`newest_writer`, which serves several steps."""
+    newest_writer(key_pages, value_pages, positions, slots, backend=backend)(offset, keys, values, position)
 
-    Parameters
-    ----------
-    key_pages, value_pages : torch.Tensor
-        `(H, N, P, D)` and `(H, N, P, Dv)`, the pool; pages contiguous and side by side.
-    positions : torch.Tensor
-        `(N, P)` int32, contiguous.
-    slots : torch.Tensor
-        `(B,)` int64, `page * P + offset` of a slot of each row, without repetition.
-    offset : int
-        How many slots behind that the row's token goes, not below 0.
-    keys, values : torch.Tensor
-        `(B, H, 1, D)` and `(B, H, 1, Dv)` of the pool's dtype; any strides.
-    position : int
-        Of all of them.
-    backend : str, optional
-        See :func:`pikv_hf.kernels.dispatch.choose`.
 
-    Raises
-    ------
-    ValueError
-        If shapes do not match.
-    TypeError
-        If the tokens have another dtype than the pool.
-    """
-    for pages, tokens in ((key_pages, keys), (value_pages, values)):
-        heads, _, _, dim = pages.shape
-        if tokens.shape != (len(slots), heads, 1, dim):
-            raise ValueError(f"tokens {tuple(tokens.shape)} for {len(slots)} slots of a pool {tuple(pages.shape)}")
-        if tokens.dtype != pages.dtype:
-            raise TypeError(f"tokens of {tokens.dtype} for a pool of {pages.dtype}")
-    how = choose(key_pages.device, backend)
-    if how != "torch":
-        pool = key_pages, value_pages, positions
-        run("append_newest", how, key_pages.device, *pool, slots, offset, keys, values, position)
-        return
+def _write(
+    key_pages: torch.Tensor,
+    value_pages: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    offset: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: int,
+) -> None:
     for pages, tokens in ((key_pages, keys), (value_pages, values)):
         pages.flatten(1, 2)[:, offset:].index_copy_(1, slots, tokens.squeeze(2).transpose(0, 1))
     positions.view(-1)[offset:].index_fill_(0, slots, position)
+
+
+def _write_experts(experts: torch.Tensor, slots: torch.Tensor, offset: int, chosen: torch.Tensor) -> None:
+    chosen = chosen.to(experts.dtype)
+    if len(chosen) != len(slots):
+        chosen = chosen.repeat_interleave(len(slots) // len(chosen))
+    experts.view(-1)[offset:].index_copy_(0, slots, chosen)
+
+
+def _is_contiguous(pages: torch.Tensor) -> bool:
+    """Return whether the pages of a head lie side by side."""
+    _, _, size, dim = pages.shape
+    return pages.stride()[1:] == (size * dim, dim, 1)

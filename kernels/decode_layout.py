@@ -10,7 +10,7 @@ NEXT, THREADS, DONE = range(3)
 #: What is new in each call: the query, the outputs and LSEs, the LSEs of pages (0: not wanted) and entries from one
 #: query head to the next, memory for the parts of results, and for each thread.
 QUERY, OUT, LSE, PAGE_LSE, PAGE_STRIDE, PARTIALS, SCRATCH = range(3, 10)
-#: Scale and soft cap, two floats; no cap is 0.
+#: Scale and soft cap, two floats in one field; no cap is 0.
 FLOATS = 10
 #: What lists of pages say: rows, KV heads, query heads of each, parts that a list is read in, and tasks, which are all
 #: parts of all lists.

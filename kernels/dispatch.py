@@ -81,7 +81,7 @@ def takes(dim: int) -> bool:
 
 
 def run(operation: str, how: Backend, device: torch.device, *arguments: Any, **named: Any) -> Any:
-    """Call the Triton version of an operation for tensors on a device, compiled or interpreted as chosen."""
+    """Call the compiled version of an operation for tensors on a device; Triton's is interpreted if so chosen."""
     function = getattr(load(operation, how), operation)
     with launching_on(device):
         return function(*arguments, **named)
@@ -96,7 +96,7 @@ def load(operation: str, how: Backend) -> ModuleType:
     """Import the module of a compiled version of an operation; Triton's is compiled or interpreted as chosen."""
     global _taken
     if how == "numba":
-        return importlib.import_module(f"{__package__}.numba_{operation}")
+        return _numba_version(operation)
     with _lock:
         if _taken is None:
             _taken = how
@@ -134,6 +134,11 @@ def _taken_or_set() -> Backend | None:
     if _taken is None and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return "interpret"
     return _taken
+
+
+@functools.cache
+def _numba_version(operation: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.numba_{operation}")
 
 
 @functools.cache

@@ -5,13 +5,11 @@ merges what all have found. All queries of a KV head meet its pages one by one.
 """
 
 import functools
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import cfunc, float32, int64, njit, types
+from numba import float32, int64, njit
 
 from . import numba_tiles
 from .decode_layout import (
@@ -44,6 +42,7 @@ from .decode_layout import (
     THREADS,
     VALUE_DIM,
 )
+from .numba_compiler import address_of, sources
 from .numba_decode_pages import VECTOR_BYTES, fetch, named, products_with, sums_of
 from .numba_decode_rows import BLOCK, at
 from .numba_tiles import TOKENS, WIDTHS
@@ -111,7 +110,7 @@ def _attention(width: int) -> Any:
     @named(f"attend_{width}")
     def attend(call, scratch, row, head, split, first_query, out):  # type: ignore[no-untyped-def]
         group, dim, value_dim, size = at(call, GROUP), at(call, QUERY_DIM), at(call, VALUE_DIM), at(call, PAGE_SIZE)
-        scale, cap = read_float(at(call, FLOATS)), read_float(at(call, FLOATS) + 4)
+        scale, cap = read_float(call + 8 * FLOATS), read_float(call + 8 * FLOATS + 4)
         steps, count = dim // width, min(few, group - first_query)
         queries = scratch
         logits = queries + VECTOR_BYTES * (steps + 4)
@@ -259,26 +258,5 @@ def _entry(width: int, sources: int) -> Callable[[int], None]:
 
 @functools.cache
 def compiled(width: int) -> int:
-    """Return the address of a function that takes that of a call's fields, compiled for vectors of so many channels.
-
-    The first time on a machine this takes some seconds; numba keeps the result beside this file, or in the user's
-    folder of caches.
-    """
-    # numba looks whether this file has changed; what else it is made of, constants too, is told by a constant.
-    folder = Path(__file__).parent
-    files = [*sorted(folder.glob("numba_*.py")), folder / "decode_layout.py", folder / "page_codes.py"]
-    sources = zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
-    try:
-        function = cfunc(types.void(types.int64), cache=True)(_entry(width, sources))
-    except RuntimeError as error:
-        if "cannot cache" not in str(error):
-            raise
-        # There is no folder to write to: each process compiles.
-        function = cfunc(types.void(types.int64))(_entry(width, sources))
-    _kept.append(function)
-    address: int = function.address
-    return address
-
-
-# What addresses of compiled code stay valid with.
-_kept: list[Any] = []
+    """Return the address of a function that takes that of a call's fields, compiled for vectors of so many channels."""
+    return address_of(_entry(width, sources()))

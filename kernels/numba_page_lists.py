@@ -1,5 +1,6 @@
 """Lists of pages for the compiled CPU kernel: what it is told once for lists, and in each call."""
 
+import struct
 import threading
 
 import numpy as np
@@ -18,6 +19,9 @@ _PAGES_PER_THREAD, _PARTS_PER_THREAD = 8, 4
 # Of the memory that calls work in, each thread keeps no more.
 _KEPT_BYTES = 4 * 1024 * 1024
 
+# The fields of a call that are new in each, up to the two floats; what lists say comes behind them.
+_NEW = struct.Struct(f"{layout.FLOATS}q2f")
+
 _own = threading.local()
 
 
@@ -29,7 +33,7 @@ class ListReader:
         self._strides = (1, lists.rows) if lists.by_head or lists.heads == 1 else (1, 0)
         # Pages of a head that are read: each list is, by one head or by all.
         self._pages = len(lists.entries) * (1 if lists.by_head else lists.heads)
-        self._calls: dict[tuple[int, int], tuple[np.ndarray, int, int, int, int]] = {}
+        self._calls: dict[tuple[int, int], tuple[bytes, int, int, int, int]] = {}
 
     def attend(
         self,
@@ -51,48 +55,48 @@ class ListReader:
         if known is None:
             known = self._calls[group, threads] = self._prepared(lists, group, threads)
         fields, function, used, part_bytes, scratch_bytes = known
-        memory = _memory(part_bytes + used * scratch_bytes + 8 * layout.CALL_FIELDS)
-        call = memory[: 8 * layout.CALL_FIELDS].view(np.int64)
-        call[:] = fields
-        address = call.ctypes.data
+        memory, address = _memory(8 * layout.CALL_FIELDS + part_bytes + used * scratch_bytes)
         first = address + 8 * layout.CALL_FIELDS
-        floats = np.array((scale, softcap or 0.0), dtype=np.float32)
         of_pages = (0, 0) if page_lse is None else (page_lse.data_ptr(), page_lse.shape[-1])
-        call[layout.QUERY : layout.FLOATS + 1] = (
-            *(query.data_ptr(), out.data_ptr(), lse.data_ptr(), *of_pages),
-            *(first, first + part_bytes, floats.ctypes.data),
-        )
+        new = query.data_ptr(), out.data_ptr(), lse.data_ptr(), *of_pages, first, first + part_bytes
+        _NEW.pack_into(memory, 0, 0, 0, 0, *new, scale, softcap or 0.0)
+        memory[_NEW.size : 8 * layout.CALL_FIELDS] = fields
         run_in_team(function, address, used)
         return out, lse
 
-    def _prepared(self, lists: PageLists, group: int, threads: int) -> tuple[np.ndarray, int, int, int, int]:
+    def _prepared(self, lists: PageLists, group: int, threads: int) -> tuple[bytes, int, int, int, int]:
         """Return the fields of a call, what to call in how many threads, and the bytes that parts and a thread take."""
         width = kernel.width_for(group)
         few, count = LANES // width, lists.rows * lists.heads
         # One or all: a team of another size than torch's would have to be made in every step, and torch's again.
         used = threads if self._pages >= 2 * _PAGES_PER_THREAD else 1
         splits = 1 if used == 1 else max(1, min(self._pages // count, -(-used * _PARTS_PER_THREAD // count)))
-        fields = np.zeros(layout.CALL_FIELDS, dtype=np.int64)
-        fields[layout.ROWS : layout.SCRATCH_BYTES + 1] = (
+        fields = np.zeros(layout.CALL_FIELDS - layout.ROWS, dtype=np.int64)
+        scratch_bytes = kernel.scratch_bytes(lists.query_dim, lists.value_dim, lists.page_size)
+        known = (
             *(lists.rows, lists.heads, group, splits, count * splits),
             *(lists.entries.ctypes.data, lists.starts.ctypes.data, *self._strides),
-            *(lists.query_dim, lists.value_dim, lists.page_size, self._records.ctypes.data),
-            scratch_bytes := kernel.scratch_bytes(lists.query_dim, lists.value_dim, lists.page_size),
+            *(lists.query_dim, lists.value_dim, lists.page_size, self._records.ctypes.data, scratch_bytes),
         )
+        fields[: len(known)] = known
         tasks = count * splits * -(-group // few)
         part_bytes = tasks * kernel.partial_bytes(width, lists.value_dim)
-        return fields, kernel.compiled(width), used, part_bytes, scratch_bytes
+        return fields.tobytes(), kernel.compiled(width), used, part_bytes, scratch_bytes
 
 
-def _memory(size: int) -> np.ndarray:
-    """Return uninitialised bytes that the next call on this thread may overwrite, from where a line of cache begins."""
-    memory: np.ndarray | None = getattr(_own, "memory", None)
-    if memory is None or len(memory) < size:
+def _memory(size: int) -> tuple[memoryview, int]:
+    """Return uninitialised bytes that the next call on this thread may overwrite, and their address.
+
+    They begin where a line of cache does.
+    """
+    kept: tuple[memoryview, int] | None = getattr(_own, "memory", None)
+    if kept is None or kept[0].nbytes < size:
         memory = np.zeros(size + 64, dtype=np.uint8)
         memory = memory[-memory.ctypes.data % 64 :]
+        kept = memory.data, memory.ctypes.data
         if size <= _KEPT_BYTES:
-            _own.memory = memory
-    return memory
+            _own.memory = kept
+    return kept
 
 
 def _record(pool: ListedPool) -> np.ndarray:

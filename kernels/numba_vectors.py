@@ -177,6 +177,13 @@ def _reads(result: Any, kind: Any) -> Any:
     return function_of(result, [types.int64], lambda builder, address: emit_load(builder, address, kind))
 
 
+def _writes(kind: Any) -> Any:
+    def emit(builder: Any, address: Any, value: Any) -> None:
+        emit_store(builder, address, builder.trunc(value, kind))
+
+    return function_of(types.none, [types.int64, types.int64], emit)
+
+
 def _of_two(emit: Callable[[Any, Any, Any], Any]) -> Any:
     return function_of(vector, [vector, vector], emit)
 
@@ -209,6 +216,7 @@ load_codes = function_of(vector, [types.int64, types.int32, types.int32], _codes
 #: Single numbers at an address.
 read_float, read_int64 = _reads(types.float32, F32), _reads(types.int64, I64)
 read_int16, read_uint8 = _reads(types.int16, ir.IntType(16)), _reads(types.uint8, I8)
+write_int16, write_int32 = (_writes(kind) for kind in (ir.IntType(16), I32))
 write_float = function_of(types.none, [types.int64, types.float32], emit_store)
 #: Adds one to an integer that several threads count with, and returns what it was.
 count_up = function_of(
@@ -216,6 +224,15 @@ count_up = function_of(
     [types.int64],
     lambda builder, at: builder.atomic_rmw("add", builder.inttoptr(at, ir.PointerType(I64)), number(1), "acq_rel"),
 )
+
+
+def _copy_bytes(builder: Any, target: Any, source: Any, size: Any) -> None:
+    target, source = (builder.inttoptr(each, ir.PointerType(I8)) for each in (target, source))
+    cgutils.raw_memcpy(builder, target, source, size, 1)
+
+
+#: Copies so many bytes to an address from another.
+copy_bytes = function_of(types.none, [types.int64] * 3, _copy_bytes)
 
 
 def _prefetch(builder: Any, address: Any) -> None:

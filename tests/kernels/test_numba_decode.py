@@ -20,6 +20,7 @@ from pikv_hf.kernels.page_lists import ListedPool, PageLists, is_listable
 
 pytest.importorskip("numba", reason="the extra [cpu] is not installed")
 numba_decode_kernel = pytest.importorskip("pikv_hf.kernels.numba_decode_kernel")
+numba_compiler = pytest.importorskip("pikv_hf.kernels.numba_compiler")
 
 CPU = torch.device("cpu")
 ALIKE: list[tuple[Kind, Kind]] = [(kind, kind) for kind in KINDS]
@@ -47,7 +48,7 @@ def test_head_dims_and_query_heads(dims: tuple[int, int], groups: int) -> None:
 
 
 # int2 and int4 of a page of 5 have their tokens in rows that do not match; pages of 70 are read in blocks.
-@pytest.mark.parametrize("size", [1, 5, 8, 32, 33, 70])
+@pytest.mark.parametrize("size", [1, 5, 8, 32, 33, 64, 70])
 @pytest.mark.parametrize("kinds", [("none", "none"), ("int4", "int2"), ("int2", "int8"), ("fp8", "int4")], ids="-".join)
 def test_page_sizes(kinds: tuple[Kind, Kind], size: int) -> None:
     check(random_case(kinds, heads=1, size=size, lengths=(3, 6), device=CPU), backend="numba")
@@ -268,5 +269,5 @@ def test_it_is_compiled_where_there_is_no_folder_to_keep_it_in(monkeypatch: pyte
             raise RuntimeError("cannot cache function 'attend_to_lists_2': no locator available for file")
         return lambda function: SimpleNamespace(address=123)
 
-    monkeypatch.setattr(numba_decode_kernel, "cfunc", compile_with)
+    monkeypatch.setattr(numba_compiler, "cfunc", compile_with)
     assert numba_decode_kernel.compiled.__wrapped__(2) == 123

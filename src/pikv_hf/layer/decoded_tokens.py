@@ -4,7 +4,7 @@ import torch
 
 from .layer_part import LayerPart
 from .layer_store import LayerStore
-from .pending_tokens import rows_by_lane, tokens_by_lane
+from .pending_tokens import tokens_by_lane
 
 
 def is_mid_page(store: LayerStore) -> bool:
@@ -59,8 +59,5 @@ def _append_in_page(store: LayerStore, keys: torch.Tensor, values: torch.Tensor)
 
 def record_experts(store: LayerStore, experts: torch.Tensor) -> None:
     """Note the primary experts `(B,)` of the tokens that :func:`append_decoded` has written."""
-    table, rows = store.parts[0].table, experts.shape[0]
-    if table is not None and len(table.rows) > rows:
-        experts = rows_by_lane(experts, len(table.rows) // rows)
     for part in store.parts:
         part.record_experts(experts)

@@ -31,7 +31,7 @@ class ListedPages:
     def __init__(self, lists: PageLists | None, pools: Sequence[PagePool] = ()) -> None:
         self.lists, self.is_current = lists, True
         for pool in pools:
-            pool.listed.add(self)
+            pool.follow(self)
 
     @classmethod
     def of_rows(cls, pools: Sequence[PagePool], pages: Sequence[Sequence[PageIds]], newest: PageIds) -> "ListedPages":

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from ..pages.plain_pool import RowSlots
 from ..pages.pool_id import PLAIN, PoolId
+from ..pages.row_slots import RowSlots
 from ..pages.tokens import TokenBatch
 from ..pages.types import PageIds
 from .equal_rows import equal_rows
@@ -25,21 +25,20 @@ from .table_view import TableView
 class _NextSlots:
     """Where decoding steps write until one of the pages is full: `room` tokens of each row, in pages of its own.
 
-    `taken` have been written to the slots from `first` on. The next `quiet` steps find that no page has left the recent
-    window.
+    `taken` have been written to `slots`. The next `quiet` steps find that no page has left the recent window.
     """
 
     pages: PageIds
-    first: RowSlots | int
+    slots: RowSlots
     room: int
     quiet: int
     taken: int = 0
 
-    def take(self) -> RowSlots | int:
-        """Return the next slot of each row."""
+    def take(self) -> tuple[RowSlots, int]:
+        """Return the next slot of each row, behind the first."""
         offset = self.taken
         self.taken, self.room, self.quiet = offset + 1, self.room - 1, self.quiet - 1
-        return self.first + offset if isinstance(self.first, int) else RowSlots(self.first.first, offset)
+        return self.slots, offset
 
 
 class PageTable:
@@ -71,8 +70,8 @@ class PageTable:
         self.rows = [SequencePages.empty(writer.num_shards)] * batch
         self._view: TableView | None = None
         self._next: _NextSlots | None = None
-        # The slots of the newest tokens: of one row its number.
-        self._newest: RowSlots | int | None = None
+        # The slots of the newest tokens, and how far behind.
+        self._newest: tuple[RowSlots, int] | None = None
         self._numbering = self.pools.numbering
         self.pools.holders[id(self.rows)] = self.rows
         # Dropping a fork gives its pages back to the pools it shares.
@@ -117,7 +116,7 @@ class PageTable:
             self._numbering = self.pools.numbering
             if self._newest is not None:
                 pages, counts = self._tails()
-                self._newest = self.plain.row_slots(pages * self.plain.page_size + counts - 1)
+                self._newest = RowSlots(self.plain, pages * self.plain.page_size + counts - 1), 0
 
     def replace_sequences(self, new: dict[int, SequencePages]) -> None:
         """Replace each sequence by another, which has taken over its references, given by the old one's identity."""
@@ -186,10 +185,10 @@ class PageTable:
             self._follow_numbering()
             taken = self._next = self._open_slots()
         # Counted first, so that it can be taken back wherever writing fails.
-        self._newest = taken.take()
+        slots, offset = self._newest = taken.take()
         self.plain.count[taken.pages] += 1
         try:
-            self.plain.write_newest(self._newest, keys, values, position)
+            slots.write(offset, keys, values, position)
         except BaseException:
             self.take_back_newest()
             raise
@@ -200,15 +199,20 @@ class PageTable:
         newest, self._newest, self._next = self._newest, None, None
         if newest is not None:
             self.plain.count[self._tails()[0]] -= 1
-            self.plain.forget_newest(newest)
+            slots, offset = newest
+            slots.empty(offset)
         return newest is not None
 
     def record_experts(self, experts: torch.Tensor) -> None:
-        """Note the primary experts `(B,)` of the tokens of :meth:`append_newest`, if nothing came after them."""
+        """Note the primary experts of the tokens of :meth:`append_newest`, if nothing came after them.
+
+        `(B,)`, or one for each of as many rows that follow each other.
+        """
         if self._numbering != self.pools.numbering:
             self._follow_numbering()
         if self._newest is not None:
-            self.plain.write_experts(self._newest, experts)
+            slots, offset = self._newest
+            slots.write_experts(offset, experts)
 
     def _tails(self) -> tuple[PageIds, PageIds]:
         """Return the last window page of each row, `(B,)`, and the tokens in it, `(B,)` int64."""
@@ -228,8 +232,9 @@ class PageTable:
         pages, counts = self._tails()
         size = self.plain.page_size
         room = int(size - counts.max())
-        first = self.plain.row_slots(pages * size + counts)
-        return _NextSlots(pages, first, room, min(room, *map(self.writer.until_ripe, rows)))
+        return _NextSlots(
+            pages, RowSlots(self.plain, pages * size + counts), room, min(room, *map(self.writer.until_ripe, rows))
+        )
 
     @property
     def is_at_page_end(self) -> bool:

@@ -60,8 +60,6 @@ class PagePool(ABC):
         Those of the rotary parts, where `bounds` have not got them, since codes tell the others.
     usage : UsageCounters, optional
         The attention that each page took, for scheduling; see :meth:`keep_usage`.
-    listed : weakref.WeakSet
-        What compiled kernels know of the pool's tensors, dropped before these are replaced.
     """
 
     #: The host's arrays with an entry per page, by attribute: the entry of a new page.
@@ -86,7 +84,7 @@ class PagePool(ABC):
         self.bounds: KeyBounds | None = None
         self.rotary_bounds: KeyBounds | None = None
         self.usage: UsageCounters | None = None
-        self.listed: weakref.WeakSet[Droppable] = weakref.WeakSet()
+        self._followers: weakref.WeakSet[Droppable] = weakref.WeakSet()
         # Running transactions, and what they have wiped: pages, their positions and experts before.
         self._transactions = 0
         self._wiped: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -121,6 +119,10 @@ class PagePool(ABC):
     def capacity(self) -> int:
         """Pages, free ones included."""
         return len(self.count)
+
+    def follow(self, reader: Droppable) -> None:
+        """Have what others know of the pool's tensors dropped before these are replaced."""
+        self._followers.add(reader)
 
     def index(self, ids: npt.NDArray[np.integer]) -> torch.Tensor:
         """Return host integers as an int64 tensor on the pool's device."""
@@ -221,8 +223,8 @@ class PagePool(ABC):
         for name, entry in self.new_page.items():
             new = np.full((pages - first, *np.shape(entry)), entry, dtype=entry.dtype)
             arrays[name] = np.append(getattr(self, name)[kept], new, axis=0)
-        while self.listed:
-            self.listed.pop().drop()
+        while self._followers:
+            self._followers.pop().drop()
         if tokens:
             self._replace_tokens(tokens)
         self.positions, self.experts, self.usage = positions, experts, usage

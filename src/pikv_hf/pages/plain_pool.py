@@ -1,14 +1,13 @@
 """The pool of pages that keep their tokens as they came."""
 
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 import torch
 
 from ..common.kv import KV
-from ..kernels import append_newest, append_tokens, gather_dense
-from ..kernels.dispatch import choose
+from ..kernels import append_tokens, gather_dense
 from .key_bounds import KeyBounds
 from .page_contents import PageContents
 from .page_pool import PagePool
@@ -17,24 +16,6 @@ from .types import PageIds
 
 #: The share by which these pools grow.
 PLAIN_GROWTH = 1 / 16
-#: Of at most so many pages a pool keeps views of the slots: each fork that decodes writes to one.
-MAX_VIEWED_PAGES = 64
-
-
-class RowSlots(NamedTuple):
-    """A slot of each row, `offset` behind those `first` `(B,)` int64, which a device has known since a page began."""
-
-    first: torch.Tensor
-    offset: int
-
-
-class _Slot(NamedTuple):
-    """Views of what a pool keeps of one slot: `(1, H, 1, D)`, `(1, H, 1, Dv)`, `(1,)` and `(1,)`."""
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    position: torch.Tensor
-    expert: torch.Tensor
 
 
 class PlainPool(PagePool):
@@ -72,8 +53,6 @@ class PlainPool(PagePool):
         super().__init__(page_size, device, PLAIN_GROWTH)
         self.keys = torch.zeros((num_heads, 0, page_size, key_dim), dtype=dtype, device=device)
         self.values = torch.zeros((num_heads, 0, page_size, value_dim), dtype=dtype, device=device)
-        # Of pages that decoding steps write to, the views of each slot.
-        self._slots: dict[int, list[_Slot]] = {}
 
     def token_tensors(self) -> list[torch.Tensor]:
         """Return keys and values."""
@@ -81,8 +60,6 @@ class PlainPool(PagePool):
 
     def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
         self.keys, self.values = tensors
-        # Views would keep the former tensors alive.
-        self._slots = {}
 
     def _new_bounds(self) -> KeyBounds:
         parts = (KV.KEYS, KV.VALUES) if self.rotary_values else (KV.KEYS,)
@@ -113,59 +90,6 @@ class PlainPool(PagePool):
         append_tokens(self.values, slots, tokens.values)
         self.positions.view(-1).index_copy_(0, slots, tokens.positions)
         self.experts.view(-1).index_copy_(0, slots, tokens.experts)
-
-    def row_slots(self, slots: PageIds) -> RowSlots | int:
-        """Return the slots `(B,)` of a token of each row as :meth:`write_newest` takes them."""
-        if len(slots) == 1 and choose(self.device) == "torch":
-            return int(slots[0])
-        return RowSlots(self.index(slots), 0)
-
-    def write_newest(self, slots: RowSlots | int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        """Store one decoded token per slot, all at one position, their experts yet unknown.
-
-        Parameters
-        ----------
-        slots : RowSlots or int
-            n slots, or the number of a single one.
-        keys, values : torch.Tensor
-            `(n, H, 1, D)` and `(n, H, 1, Dv)`.
-        position : int
-            Of all of them.
-        """
-        if isinstance(slots, int):
-            slot = self._slot(slots)
-            slot.keys.copy_(keys)
-            slot.values.copy_(values)
-            slot.position.fill_(position)
-        else:
-            append_newest(self.keys, self.values, self.positions, *slots, keys, values, position)
-
-    def write_experts(self, slots: RowSlots | int, experts: torch.Tensor) -> None:
-        """Note the primary experts `(n,)` of the tokens in slots, given as for :meth:`write_newest`."""
-        if isinstance(slots, int):
-            self._slot(slots).expert.copy_(experts)
-        else:
-            behind = self.experts.view(-1)[slots.offset :]
-            behind.index_copy_(0, slots.first, experts.to(self.experts.dtype))
-
-    def forget_newest(self, slots: RowSlots | int) -> None:
-        """Empty slots again, given as for :meth:`write_newest`; the caller has counted them."""
-        if isinstance(slots, int):
-            self._slot(slots).position.fill_(-1)
-        else:
-            self.positions.view(-1)[slots.offset :].index_fill_(0, slots.first, -1)
-
-    def _slot(self, slot: int) -> "_Slot":
-        """Return the views of a slot: those of a page are made at once, since each costs as much as writing to it."""
-        page, offset = divmod(slot, self.page_size)
-        views = self._slots.get(page)
-        if views is None:
-            if len(self._slots) >= MAX_VIEWED_PAGES:
-                self._slots = {}
-            keys, values = self.keys[None, :, page].split(1, dim=2), self.values[None, :, page].split(1, dim=2)
-            positions, experts = self.positions[page].split(1), self.experts[page].split(1)
-            views = self._slots[page] = list(map(_Slot, keys, values, positions, experts))
-        return views[offset]
 
     def move(self, sources: torch.Tensor, slots: torch.Tensor) -> None:
         """Copy tokens from one set of slots to another, both `(n,)` int64."""
