@@ -23,6 +23,7 @@ from .numba_vectors import (
     emit_fma,
     emit_fractions,
     emit_load,
+    emit_prefetch,
     emit_splat,
     emit_store,
     function_of,
@@ -69,7 +70,16 @@ def _weighted_codes(width: int, bits: int) -> Any:
     few = LANES // width
 
     def emit(
-        builder: Any, weights: Any, rows: Any, codes: Any, channels: Any, step: Any, least: Any, scales: Any, out: Any
+        builder: Any,
+        weights: Any,
+        rows: Any,
+        codes: Any,
+        channels: Any,
+        step: Any,
+        least: Any,
+        scales: Any,
+        out: Any,
+        ahead: Any,
     ) -> None:
         def of_columns(address: Any, size: int) -> list[Any]:
             return [builder.add(address, number(size * LANES * column)) for column in range(COLUMNS)]
@@ -85,6 +95,8 @@ def _weighted_codes(width: int, bits: int) -> Any:
         with cgutils.for_range(builder, rows) as loop:
             row = builder.add(codes, builder.mul(loop.index, channels))
             wide = [_bytes_at(builder, place) for place in of_columns(row, 1)]
+            if bits == 8:
+                emit_prefetch(builder, builder.add(ahead, builder.mul(loop.index, number(COLUMNS * LANES))))
             of_token = builder.add(weights, builder.mul(loop.index, number(4 * few)))
             for plane in range(8 // bits):
                 values = [
@@ -100,13 +112,14 @@ def _weighted_codes(width: int, bits: int) -> Any:
             for place, total in zip(of_query, totals, strict=True):
                 emit_store(builder, place, builder.load(total))
 
-    return function_of(types.none, [types.int64] * 8, emit)
+    return function_of(types.none, [types.int64] * 9, emit)
 
 
 #: By bits. `store_rows(codes, rows, channels, steps, leasts, out, out_bytes)` writes the tokens in `rows` rows of bytes
 #: as rows of floats, plane after plane.
 store_rows = {bits: _stored_rows(bits) for bits in CODE_BITS}
-#: By width and bits. `add_codes(weights, rows, codes, channels, step, least, scales, out)` scales a sum for each of
-#: `min(16 / width, QUERIES)` queries, and adds to it the values of all tokens in `rows` rows of bytes with their
-#: weights: COLUMNS vectors of channels of the `channels` that there are.
+#: By width and bits. `add_codes(weights, rows, codes, channels, step, least, scales, out, ahead)` scales a sum for each
+#: of `min(16 / width, QUERIES)` queries, and adds to it the values of all tokens in `rows` rows of bytes with their
+#: weights: COLUMNS vectors of channels of the `channels` that there are. Of 8 bits it has as many bytes from `ahead` on
+#: fetched as it reads.
 add_codes = {(width, bits): _weighted_codes(width, bits) for width in WIDTHS for bits in CODE_BITS}

@@ -13,6 +13,7 @@ from numba import float32, int64, njit
 
 from . import numba_tiles
 from .decode_layout import (
+    CODES,
     COUNTS,
     DONE,
     ENTRIES,
@@ -43,8 +44,8 @@ from .decode_layout import (
     VALUE_DIM,
 )
 from .numba_compiler import address_of, sources
-from .numba_decode_pages import VECTOR_BYTES, fetch, named, products_with, sums_of
-from .numba_decode_rows import BLOCK, at
+from .numba_decode_pages import VECTOR_BYTES, fetch, in_bytes, named, products_with, sums_of
+from .numba_decode_rows import BLOCK, at, part_at
 from .numba_tiles import TOKENS, WIDTHS
 from .numba_vectors import (
     LANES,
@@ -155,12 +156,16 @@ def _attention(width: int) -> Any:
                 store(logits + offset, mass)
                 masses = add(masses, mass)
             peak, total = best, fma(total, lessened, masses)
+            ahead = scratch
             if number + 1 < last:
                 entry = at(at(call, ENTRIES), start + number + 1)
                 if entry >= 0:
-                    coming = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS)
-                    fetch(coming, head, entry & 0xFFFFFFFF, 0, min(size, BLOCK), size)
-            add_page(values, head, page, stored, size, count, logits, scales, rows, of_channels, out)
+                    coming, page_after = at(call, POOLS) + (entry >> 32) * (8 * POOL_FIELDS), entry & 0xFFFFFFFF
+                    if in_bytes(coming) and in_bytes(values):
+                        ahead = part_at(coming, CODES, head, page_after)
+                    else:
+                        fetch(coming, head, page_after, 0, min(size, BLOCK), size)
+            add_page(values, head, page, stored, size, count, logits, scales, rows, of_channels, out, ahead)
             if at(call, PAGE_LSE):
                 store(scales, best)
                 store(logits, summed(masses))

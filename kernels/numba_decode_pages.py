@@ -66,6 +66,15 @@ def fetch(part, head, page, first, tokens, size):  # type: ignore[no-untyped-def
         prefetch(start + offset)
 
 
+@njit
+def in_bytes(part):  # type: ignore[no-untyped-def]
+    """Return whether each code of a part takes a byte: its pages are fetched bit by bit, in the course of other work.
+
+    As many lines at once as such a page has would have to wait for each other, and all that comes behind them.
+    """
+    return at(part, KIND) == INTEGERS and at(part, BITS) == 8
+
+
 def products_with(width: int) -> Any:
     """Return the function that multiplies a page's keys with as many queries as a vector of `width` channels has."""
     multiply, pick, place, store_fine = (
@@ -102,8 +111,8 @@ def products_with(width: int) -> Any:
     @njit
     @named(f"products_of_{width}")
     def products_of(keys, values, head, page, stored, size, queries, rows, of_channels, logits):  # type: ignore[no-untyped-def]
-        """Write the products of the queries with the keys of a page."""
-        dim = at(keys, DIM) + at(keys, LATENT_DIM)
+        """Write the products of the queries with the keys of a page, and have its values fetched."""
+        dim, value_dim = at(keys, DIM) + at(keys, LATENT_DIM), at(values, DIM)
         for first in range(0, stored, BLOCK):
             tokens, products = min(BLOCK, stored - first), dim // width
             key_rows, row_bytes = part_at(keys, CODES, head, page) + 4 * first * dim, 4 * dim
@@ -116,8 +125,14 @@ def products_with(width: int) -> Any:
                     products += more // width
             for token in range(0, tokens, TOKENS):
                 written = logits + 4 * few * (first + token)
-                fetch(values, head, page, first + token, min(TOKENS, tokens - token), size)
-                multiply(queries, products, key_rows + token * row_bytes, row_bytes, tokens - 1 - token, written)
+                some, ahead, by = min(TOKENS, tokens - token), logits, 0
+                if in_bytes(values):
+                    ahead = part_at(values, CODES, head, page) + (first + token) * value_dim
+                    by = some * value_dim // products
+                else:
+                    fetch(values, head, page, first + token, some, size)
+                key = key_rows + token * row_bytes
+                multiply(queries, products, key, row_bytes, tokens - 1 - token, written, ahead, by)
 
     return products_of
 
@@ -131,8 +146,11 @@ def sums_of(width: int) -> Any:
 
     @njit
     @named(f"add_page_{width}")
-    def add_page(values, head, page, stored, size, count, weights, scales, rows, of_channels, out):  # type: ignore[no-untyped-def]
-        """Scale what has been summed, and add to it the values of a page with their weights."""
+    def add_page(values, head, page, stored, size, count, weights, scales, rows, of_channels, out, ahead):  # type: ignore[no-untyped-def]
+        """Scale what has been summed, and add to it the values of a page with their weights.
+
+        Of values :func:`in_bytes` it has as many bytes from `ahead` on fetched.
+        """
         dim, kind = at(values, DIM) + at(values, LATENT_DIM), at(values, KIND)
         codes = part_at(values, CODES, head, page)
         if kind == INTEGERS and not at(values, LATENT_DIM) and dim % (COLUMNS * LANES) == 0:
@@ -150,11 +168,12 @@ def sums_of(width: int) -> Any:
                     step, least = of_channels + 4 * channel, leasts + 4 * channel
                     target = out + 4 * (one * dim + channel)
                     if bits == 2:
-                        add_codes_2(of_query, used, codes + channel, dim, step, least, scaled, target)
+                        add_codes_2(of_query, used, codes + channel, dim, step, least, scaled, target, ahead)
                     elif bits == 4:
-                        add_codes_4(of_query, used, codes + channel, dim, step, least, scaled, target)
+                        add_codes_4(of_query, used, codes + channel, dim, step, least, scaled, target, ahead)
                     else:
-                        add_codes_8(of_query, used, codes + channel, dim, step, least, scaled, target)
+                        some = ahead + channel * used
+                        add_codes_8(of_query, used, codes + channel, dim, step, least, scaled, target, some)
             return
         for first in range(0, stored, BLOCK):
             tokens = min(BLOCK, stored - first)

@@ -22,6 +22,7 @@ from .numba_vectors import (
     emit_folded,
     emit_larger,
     emit_load,
+    emit_prefetch,
     emit_shuffle,
     emit_splat,
     emit_store,
@@ -42,7 +43,9 @@ QUERIES = 8
 def _products(width: int) -> Any:
     few = LANES // width
 
-    def emit(builder: Any, queries: Any, steps: Any, rows: Any, row_bytes: Any, last: Any, out: Any) -> None:
+    def emit(
+        builder: Any, queries: Any, steps: Any, rows: Any, row_bytes: Any, last: Any, out: Any, ahead: Any, by: Any
+    ) -> None:
         starts = []
         for token in range(TOKENS):
             row = number(token)
@@ -52,6 +55,7 @@ def _products(width: int) -> Any:
         with cgutils.for_range(builder, steps) as loop:
             query = emit_load(builder, builder.add(queries, builder.mul(loop.index, number(4 * LANES))))
             offset = builder.mul(loop.index, number(4 * width))
+            emit_prefetch(builder, builder.add(ahead, builder.mul(loop.index, by)))
             for start, total in zip(starts, sums, strict=True):
                 key = _repeated(builder, builder.add(start, offset), width)
                 builder.store(emit_fma(builder, query, key, builder.load(total)), total)
@@ -60,7 +64,7 @@ def _products(width: int) -> Any:
             product = emit_shuffle(builder, product, list(range(0, LANES, width)))
             emit_store(builder, builder.add(out, number(4 * few * token)), product)
 
-    return function_of(types.none, [types.int64] * 6, emit)
+    return function_of(types.none, [types.int64] * 8, emit)
 
 
 def _repeated(builder: Any, address: Any, width: int) -> Any:
@@ -152,8 +156,9 @@ def _fine(channels: int) -> Any:
     return function_of(types.none, [types.int64, types.int32, types.int64], emit)
 
 
-#: By width. `multiply(queries, steps, rows, row_bytes, last, out)` writes the products of queries, of `steps` vectors,
-#: with the keys in TOKENS rows, for those beyond the row `last` that of `last`.
+#: By width. `multiply(queries, steps, rows, row_bytes, last, out, ahead, by)` writes the products of queries, of
+#: `steps` vectors, with the keys in TOKENS rows, for those beyond the row `last` that of `last`. On the way it has
+#: `steps` lines fetched, one every `by` bytes from `ahead` on.
 multiply = {width: _products(width) for width in WIDTHS}
 #: `add_values(weights, tokens, rows, row_bytes, scales, out, out_bytes)` scales a sum for each of `min(16 / width,
 #: QUERIES)` queries, and adds to it the values in some rows with their weights: 16 channels, `columns_of` times.

@@ -109,6 +109,15 @@ def emit_fractions(builder: Any, wide: Any, shift: Any, mask: Any) -> Any:
     return builder.bitcast(builder.or_(fraction, constant_ints(0x3F800000)), VECTOR)
 
 
+def emit_prefetch(builder: Any, address: Any) -> None:
+    """Have the processor fetch the line of its cache at an address."""
+    byte = ir.PointerType(I8)
+    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    # To read, into the first level, as data.
+    builder.call(function, [builder.inttoptr(address, byte), *(ir.Constant(I32, number) for number in (0, 3, 1))])
+
+
 # What kernels call
 
 
@@ -235,13 +244,5 @@ def _copy_bytes(builder: Any, target: Any, source: Any, size: Any) -> None:
 copy_bytes = function_of(types.none, [types.int64] * 3, _copy_bytes)
 
 
-def _prefetch(builder: Any, address: Any) -> None:
-    byte = ir.PointerType(I8)
-    kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
-    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    # To read, into the second level, as data.
-    builder.call(function, [builder.inttoptr(address, byte), *(ir.Constant(I32, number) for number in (0, 3, 1))])
-
-
 #: Has the processor fetch the line of its cache at an address, which need not be valid.
-prefetch = function_of(types.none, [types.int64], _prefetch)
+prefetch = function_of(types.none, [types.int64], emit_prefetch)

@@ -5,18 +5,22 @@ a plan predicts from them, are not looked at.
 """
 
 import dataclasses
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from pikv_hf.config import PiKVConfig
 from pikv_hf.kernels.coded_attention import coded_attention
+from pikv_hf.kernels.dispatch import choose
 from pikv_hf.kernels.encode_pages import encode_pages
-from pikv_hf.kernels.page_codes import KINDS, Kind
+from pikv_hf.kernels.page_codes import KINDS, Kind, PageCodes
+from pikv_hf.kernels.page_lists import ListedPool, PageLists
 
 from .hardware import DEVICES, Device, KernelRates
 
@@ -48,12 +52,14 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
     if repeats < 1 or buffer_bytes < 4 * _HEADS * _DIM:
         raise ValueError(f"repeats must be at least 1 and buffer_bytes at least 2048, got {repeats} and {buffer_bytes}")
     overhead, routed, coded = step_overheads(repeats)
+    compiled = is_compiled()
     codes: dict[str, float] = {kind: code_rate(kind, repeats) for kind in KINDS if kind != "none"}
     rates = KernelRates(
-        logits=softmax_rate(repeats),
+        # The compiled kernel's reading has its softmax in it, and it looks pages up.
+        logits=math.inf if compiled else softmax_rate(repeats),
         # The residual of a low-rank part is int4; its coefficients are few beside it.
         codes={**codes, "lowrank+int4": codes["int4"]},
-        copies=DEVICES["cpu"].rates.copies,
+        copies=1.0 if compiled else DEVICES["cpu"].rates.copies,
         routed_overhead=routed,
         coded_overhead=coded,
     )
@@ -67,20 +73,39 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
     )
 
 
+def is_compiled() -> bool:
+    """Return whether decoding steps on the CPU run in the kernel that numba compiles."""
+    return choose(torch.device("cpu"), compiled=True) == "numba"
+
+
 @torch.no_grad()
 def read_bandwidth(buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> float:
-    """Return the bytes per second at which products of few queries with long keys and values read memory."""
-    tokens = buffer_bytes // (4 * _HEADS * _DIM)
+    """Return the bytes per second at which few queries read long keys and values from memory."""
+    pages = max(1, buffer_bytes // (4 * _HEADS * _DIM * _PAGE))
     # Written, or the system would give out the same page of zeros again and again.
-    keys, values = (torch.ones(_HEADS, tokens, _DIM) for _ in range(2))
-    query, weights = torch.ones(_HEADS, _GROUP, _DIM), torch.ones(_HEADS, _GROUP, tokens)
+    keys, values = (torch.ones(_HEADS, pages, _PAGE, _DIM) for _ in range(2))
+    size = 2 * keys.numel() * keys.element_size()
+    if is_compiled():
+        return size / _median_seconds(
+            _attention(PageCodes("none", _PAGE, keys), PageCodes("none", _PAGE, values)), repeats
+        )
+    keys, values = keys.flatten(1, 2), values.flatten(1, 2)
+    query, weights = torch.ones(_HEADS, _GROUP, _DIM), torch.ones(_HEADS, _GROUP, pages * _PAGE)
     out = torch.empty_like(weights)
 
-    def read() -> None:
+    def multiply() -> None:
         torch.bmm(query, keys.transpose(1, 2), out=out)
         torch.bmm(weights, values)
 
-    return 2 * keys.numel() * keys.element_size() / _median_seconds(read, repeats)
+    return size / _median_seconds(multiply, repeats)
+
+
+def _attention(keys: PageCodes, values: PageCodes) -> Callable[[], Any]:
+    """Return a step's attention over all pages of a pool, by the compiled kernel."""
+    pages, query = keys.codes.shape[1], torch.randn(1, _HEADS * _GROUP, _DIM)
+    pool = ListedPool(keys, values, np.full(pages, _PAGE, dtype=np.int16))
+    lists = PageLists([pool], np.arange(pages), np.array([0, pages]), 1, "numba")
+    return lambda: lists.attend(query, 1.0)
 
 
 @torch.no_grad()
@@ -110,8 +135,11 @@ def code_rate(kind: Kind, repeats: int = 7, pages: int = 192) -> float:
     query, few = torch.randn(_HEADS, _GROUP, _DIM), pages // 4
     some = keys.narrow(0, few), values.narrow(0, few)
     # What a call takes in any case is no matter of how much it reads.
-    whole = _median_seconds(lambda: coded_attention(query, keys, values, 1.0), repeats)
-    part = _median_seconds(lambda: coded_attention(query, *some, 1.0), repeats)
+    if is_compiled():
+        whole, part = (_median_seconds(_attention(*each), repeats) for each in ((keys, values), some))
+    else:
+        whole = _median_seconds(lambda: coded_attention(query, keys, values, 1.0), repeats)
+        part = _median_seconds(lambda: coded_attention(query, *some, 1.0), repeats)
     numbers = 2 * tokens.numel()
     return numbers * (1 - few / pages) / max(whole - part, whole / 4)
 
