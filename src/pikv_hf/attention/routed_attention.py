@@ -81,7 +81,7 @@ def _attend_part(
     page_lse = call.new_page_lse(heads * batch, groups, pages.shape[2], query)
     how, listed = listed_pool(pool, _NO_PAGES)
     if how == "numba" and listed is not None and not call.absorbed:
-        out, lse = _attend_listed(listed, query.view(heads, batch, groups, -1), pages, taken, call, page_lse)
+        out, lse = _attend_chosen(listed, query.view(heads, batch, groups, -1), pages, taken, call, page_lse)
     elif choose(folded.device) != "torch":
         out, lse = _attend_looked_up(reader, query, pages, taken, call, page_lse)
     else:
@@ -93,7 +93,7 @@ def _attend_part(
     return reader.output(out, call.absorbed), lse.reshape(heads, batch, groups)
 
 
-def _attend_listed(
+def _attend_chosen(
     pool: ListedPool,
     query: torch.Tensor,
     pages: torch.Tensor,

@@ -54,10 +54,8 @@ class PagePool(ABC):
         `(N,)` int16 / int16 / bool: tokens in the page, its shard (-1: window), whether it ever held tokens.
     rotary_values : bool
         Whether values are the rotary parts of the keys, as in latent attention: bounds are then of both, side by side.
-    bounds : KeyBounds, optional
-        The least and largest keys of each page, for routing; see :meth:`keep_bounds`.
-    rotary_bounds : KeyBounds, optional
-        Those of the rotary parts, where `bounds` have not got them, since codes tell the others.
+    bounds, rotary_bounds : KeyBounds, optional
+        The least and largest keys of each page, for routing, and those of rotary parts alone where codes tell the rest.
     usage : UsageCounters, optional
         The attention that each page took, for scheduling; see :meth:`keep_usage`.
     """

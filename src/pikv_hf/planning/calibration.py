@@ -33,6 +33,9 @@ _PASSED_BYTES = 64 << 20
 # Heads and dims of what is measured: four KV heads of 128 channels, eight queries each.
 _HEADS, _DIM, _GROUP, _PAGE = 4, 128, 8, 32
 
+# Pages that a step chooses for each KV head, as routing does.
+_CHOSEN = 64
+
 
 def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Device:
     """Return the device `"cpu"` with what this machine does, in some seconds, on as many threads as torch now has.
@@ -52,21 +55,21 @@ def calibrated_cpu(*, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> Dev
     if repeats < 1 or buffer_bytes < 4 * _HEADS * _DIM:
         raise ValueError(f"repeats must be at least 1 and buffer_bytes at least 2048, got {repeats} and {buffer_bytes}")
     overhead, routed, coded = step_overheads(repeats)
-    compiled = is_compiled()
+    compiled, bandwidth = is_compiled(), read_bandwidth(buffer_bytes, repeats)
     codes: dict[str, float] = {kind: code_rate(kind, repeats) for kind in KINDS if kind != "none"}
     rates = KernelRates(
-        # The compiled kernel's reading has its softmax in it, and it looks pages up.
+        # The compiled kernel's reading has its softmax in it.
         logits=math.inf if compiled else softmax_rate(repeats),
         # The residual of a low-rank part is int4; its coefficients are few beside it.
         codes={**codes, "lowrank+int4": codes["int4"]},
-        copies=1.0 if compiled else DEVICES["cpu"].rates.copies,
+        copies=scattered_copies(bandwidth, buffer_bytes, repeats) if compiled else DEVICES["cpu"].rates.copies,
         routed_overhead=routed,
         coded_overhead=coded,
     )
     return dataclasses.replace(
         DEVICES["cpu"],
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        bandwidth=read_bandwidth(buffer_bytes, repeats),
+        bandwidth=bandwidth,
         flops=product_rate(repeats),
         overhead=overhead,
         rates=rates,
@@ -100,12 +103,34 @@ def read_bandwidth(buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> float:
     return size / _median_seconds(multiply, repeats)
 
 
+@torch.no_grad()
+def scattered_copies(bandwidth: float, buffer_bytes: int = BUFFER_BYTES, repeats: int = 7) -> float:
+    """Return how many times as long the compiled kernel takes for pages that a step chooses as at this bandwidth."""
+    pages = max(_CHOSEN, buffer_bytes // (4 * _HEADS * _DIM * _PAGE))
+    pool, query = _pool(*(PageCodes("none", _PAGE, torch.ones(_HEADS, pages, _PAGE, _DIM)) for _ in range(2))), _query()
+    starts, chance = np.arange(_HEADS + 1) * _CHOSEN, np.random.default_rng(0)
+
+    def read() -> None:
+        chosen = [chance.choice(pages, _CHOSEN, replace=False) for _ in range(_HEADS)]
+        PageLists([pool], np.concatenate(chosen), starts, 1, "numba").attend(query, 1.0)
+
+    size = 2 * 4 * _HEADS * _CHOSEN * _PAGE * _DIM
+    return max(1.0, _median_seconds(read, 4 * repeats) * bandwidth / size)
+
+
 def _attention(keys: PageCodes, values: PageCodes) -> Callable[[], Any]:
     """Return a step's attention over all pages of a pool, by the compiled kernel."""
-    pages, query = keys.codes.shape[1], torch.randn(1, _HEADS * _GROUP, _DIM)
-    pool = ListedPool(keys, values, np.full(pages, _PAGE, dtype=np.int16))
+    pool, query, pages = _pool(keys, values), _query(), keys.codes.shape[1]
     lists = PageLists([pool], np.arange(pages), np.array([0, pages]), 1, "numba")
     return lambda: lists.attend(query, 1.0)
+
+
+def _pool(keys: PageCodes, values: PageCodes) -> ListedPool:
+    return ListedPool(keys, values, np.full(keys.codes.shape[1], _PAGE, dtype=np.int16))
+
+
+def _query() -> torch.Tensor:
+    return torch.randn(1, _HEADS * _GROUP, _DIM)
 
 
 @torch.no_grad()
