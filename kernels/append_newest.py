@@ -36,10 +36,11 @@ def newest_writer(
     callable
         `offset` says how many slots behind that the row's token goes, not below 0. `keys` and `values` are
         `(B, H, 1, D)` and `(B, H, 1, Dv)` of the pool's dtype, with any strides, and `position` is that of all of them.
-        It raises `ValueError` for other shapes, and `TypeError` for another dtype.
+        It raises `ValueError` for other shapes or another device, and `TypeError` for another dtype.
     """
     pool = key_pages, value_pages, positions
-    how = choose(key_pages.device, backend, compiled=_is_contiguous(key_pages) and _is_contiguous(value_pages))
+    alike = key_pages.dtype == value_pages.dtype and _is_contiguous(key_pages) and _is_contiguous(value_pages)
+    how = choose(key_pages.device, backend, compiled=alike)
     if how == "numba":
         write: Callable[[int, torch.Tensor, torch.Tensor, int], None] = load("append_newest", how).Writer(*pool, slots)
     elif how == "torch":
@@ -47,14 +48,16 @@ def newest_writer(
     else:
         write = functools.partial(run, "append_newest", how, key_pages.device, *pool, slots)
     (heads, _, _, dim), value_dim, rows = key_pages.shape, value_pages.shape[-1], len(slots)
-    shapes, dtype = ((rows, heads, 1, dim), (rows, heads, 1, value_dim)), key_pages.dtype
+    shapes, device = ((rows, heads, 1, dim), (rows, heads, 1, value_dim)), key_pages.device
+    key_dtype, value_dtype = key_pages.dtype, value_pages.dtype
 
     def checked(offset: int, keys: torch.Tensor, values: torch.Tensor, position: int) -> None:
-        if (keys.shape, values.shape) != shapes:
-            got = tuple(keys.shape), tuple(values.shape)
-            raise ValueError(f"tokens {got} for {rows} slots of a pool {tuple(key_pages.shape)}")
-        if keys.dtype != dtype or values.dtype != dtype:
-            raise TypeError(f"tokens of {keys.dtype} and {values.dtype} for a pool of {dtype}")
+        if (keys.shape, values.shape) != shapes or keys.device != device or values.device != device:
+            got = f"{tuple(keys.shape)} on {keys.device} and {tuple(values.shape)} on {values.device}"
+            raise ValueError(f"tokens {got} for {rows} slots of a pool {tuple(key_pages.shape)} on {device}")
+        if keys.dtype != key_dtype or values.dtype != value_dtype:
+            got = f"{keys.dtype} and {values.dtype}"
+            raise TypeError(f"tokens of {got} for a pool of {key_dtype} and {value_dtype}")
         write(offset, keys, values, position)
 
     return checked
@@ -77,13 +80,24 @@ def expert_writer(
     Returns
     -------
     callable
-        `chosen` is `(B,)` integers, or `(B / n,)` if each is of n slots that follow each other.
+        `chosen` is `(B,)` integers, or `(B / n,)` if each is of n slots that follow each other. It raises `ValueError`
+        for another shape or device.
     """
     how = choose(experts.device, backend, compiled=True)
     if how == "numba":
         note: Callable[[int, torch.Tensor], None] = load("append_newest", how).ExpertWriter(experts, slots)
-        return note
-    return functools.partial(_write_experts, experts, slots)
+    else:
+        note = functools.partial(_write_experts, experts, slots)
+    rows, device = len(slots), experts.device
+
+    def checked(offset: int, chosen: torch.Tensor) -> None:
+        if not rows and not chosen.numel():
+            return
+        if chosen.ndim != 1 or not len(chosen) or rows % len(chosen) or chosen.device != device:
+            raise ValueError(f"experts {tuple(chosen.shape)} on {chosen.device} for {rows} slots on {device}")
+        note(offset, chosen)
+
+    return checked
 
 
 def append_newest(

@@ -1,4 +1,4 @@
-"""Compiled CPU version of :func:`.append_newest.append_newest`: one call for keys, values and positions of all rows.
+"""Compiled CPU versions of what :mod:`.append_newest` makes: a call for all rows' tokens, and one for their experts.
 
 Each operation of torch costs more than the few numbers that it copies, and of several rows it takes a dozen.
 """

@@ -17,7 +17,7 @@ def sources() -> int:
     of, constants too. One that refers to this number is kept by it.
     """
     folder = Path(__file__).parent
-    files = [*sorted(folder.glob("numba_*.py")), folder / "decode_layout.py", folder / "page_codes.py"]
+    files = [file for name in ("numba_*.py", "decode_layout.py", "page_codes.py") for file in sorted(folder.glob(name))]
     return zlib.crc32(b"".join(file.read_bytes() for file in files)) | 1
 
 

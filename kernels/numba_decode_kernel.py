@@ -44,8 +44,8 @@ from .decode_layout import (
     VALUE_DIM,
 )
 from .numba_compiler import address_of, sources
-from .numba_decode_pages import VECTOR_BYTES, fetch, in_bytes, named, products_with, sums_of
 from .numba_decode_rows import BLOCK, at, part_at
+from .numba_page_products import VECTOR_BYTES, fetch, in_bytes, named, products_with, sums_of
 from .numba_tiles import TOKENS, WIDTHS
 from .numba_vectors import (
     LANES,

@@ -68,6 +68,18 @@ def test_experts_are_noted_by_row_or_for_rows_that_follow(lanes: int, dtype: tor
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_experts_that_do_not_fit_are_refused(backend: str) -> None:
+    pytest.importorskip("numba", reason="the extra [cpu] is not installed")
+    experts = pool_of(1, (1, 1), torch.float32)[3]
+    note = expert_writer(experts, torch.tensor([0, 5, 10, 15]), backend=backend)
+    for wrong in (torch.arange(3), torch.arange(8), torch.arange(4)[None], torch.arange(0)):
+        with pytest.raises(ValueError, match="for 4 slots"):
+            note(0, wrong)
+    assert (experts == -1).all()
+    expert_writer(experts, torch.zeros(0, dtype=torch.int64), backend=backend)(0, torch.arange(0))
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_tokens_that_do_not_fit_are_refused(backend: str) -> None:
     pytest.importorskip("numba", reason="the extra [cpu] is not installed")
     *pool, _ = pool_of(2, (8, 4), torch.float32)
@@ -78,4 +90,7 @@ def test_tokens_that_do_not_fit_are_refused(backend: str) -> None:
             write(0, *wrong, 0)
     with pytest.raises(TypeError, match=r"float16 for a pool of torch\.float32"):
         write(0, keys, values.half(), 0)
+    half = newest_writer(pool[0], pool[1].half(), pool[2], torch.tensor([0, 5]), backend=backend)
+    with pytest.raises(TypeError, match=r"float32 for a pool of torch\.float32 and torch\.float16"):
+        half(0, keys, values, 0)
     assert (pool[2] == -1).all()

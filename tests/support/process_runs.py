@@ -7,7 +7,6 @@ other through a file. `python -P process_runs.py FOLDER` does all of it and leav
 import datetime
 import functools
 import gc
-import importlib.util
 import os
 import signal
 import sys
@@ -24,6 +23,8 @@ from process_scenarios import AS_IN_ONE, ASSISTED, EXACT, NOT_EIGHT, ON_FOUR, ST
 from process_traffic import MEMORY, TRAFFIC
 
 import pikv_hf.page_table.table_view
+from pikv_hf.kernels import append_newest, expert_writer
+from pikv_hf.kernels.dispatch import choose
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 #: A group of processes that is not through after this many seconds is killed.
@@ -97,19 +98,23 @@ def scenarios_of(world: int) -> dict[str, Scenario]:
     return {**EXACT, **ASSISTED, **STORED, **MEMORY, **TRAFFIC}
 
 
-def compile_kernel() -> None:
+def compile_kernels() -> None:
     """Compile what the children share, which each of them would otherwise do while others wait for it."""
-    if importlib.util.find_spec("numba"):
-        from pikv_hf.kernels import numba_decode_kernel, numba_tiles
+    if choose(torch.device("cpu"), compiled=True) != "numba":
+        return
+    from pikv_hf.kernels import numba_decode_kernel, numba_tiles
 
-        for width in numba_tiles.WIDTHS:
-            numba_decode_kernel.compiled(width)
+    for width in numba_tiles.WIDTHS:
+        numba_decode_kernel.compiled(width)
+    keys, numbers, slots = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+    append_newest(keys, keys.clone(), numbers.int(), slots, 0, keys, keys, 0)
+    expert_writer(numbers.short(), slots)(0, slots)
 
 
 def main(folder: Path, only: list[str]) -> None:
     """Run everything, or what is named."""
     torch.set_num_threads(1)
-    compile_kernel()
+    compile_kernels()
     pikv_hf.page_table.table_view.MIN_RUN_BYTES = 1
     # The children share what is imported, which their collectors need not look through.
     gc.freeze()

@@ -119,7 +119,7 @@ class PagePool(ABC):
         return len(self.count)
 
     def follow(self, reader: Droppable) -> None:
-        """Have what others know of the pool's tensors dropped before these are replaced."""
+        """Drop what a reader knows of the tensors when they are next replaced; it then has to follow again."""
         self._followers.add(reader)
 
     def index(self, ids: npt.NDArray[np.integer]) -> torch.Tensor:

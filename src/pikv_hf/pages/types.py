@@ -10,7 +10,7 @@ PageIds = npt.NDArray[np.int64]
 
 
 class Droppable(Protocol):
-    """What holds tensors of a pool, and makes itself anew when it is next asked for."""
+    """What holds tensors of a pool, and makes itself anew, following the pool again, when it is next asked for."""
 
     def drop(self) -> None:
         """Let go of the tensors."""

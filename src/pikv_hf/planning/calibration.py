@@ -108,20 +108,21 @@ def scattered_copies(bandwidth: float, buffer_bytes: int = BUFFER_BYTES, repeats
     """Return how many times as long the compiled kernel takes for pages that a step chooses as at this bandwidth."""
     pages = max(_CHOSEN, buffer_bytes // (4 * _HEADS * _DIM * _PAGE))
     pool, query = _pool(*(PageCodes("none", _PAGE, torch.ones(_HEADS, pages, _PAGE, _DIM)) for _ in range(2))), _query()
-    starts, chance = np.arange(_HEADS + 1) * _CHOSEN, np.random.default_rng(0)
-
-    def read() -> None:
-        chosen = [chance.choice(pages, _CHOSEN, replace=False) for _ in range(_HEADS)]
-        PageLists([pool], np.concatenate(chosen), starts, 1, "numba").attend(query, 1.0)
-
+    starts, chance = np.arange(_HEADS + 1, dtype=np.int64) * _CHOSEN, np.random.default_rng(0)
+    choices = [
+        np.concatenate([chance.choice(pages, _CHOSEN, replace=False) for _ in range(_HEADS)])
+        for _ in range(4 * repeats + 1)
+    ]
+    # What it takes to list pages is known as an overhead of routing.
+    lists = iter([PageLists([pool], chosen, starts, 1, "numba") for chosen in choices])
     size = 2 * 4 * _HEADS * _CHOSEN * _PAGE * _DIM
-    return max(1.0, _median_seconds(read, 4 * repeats) * bandwidth / size)
+    return max(1.0, _median_seconds(lambda: next(lists).attend(query, 1.0), 4 * repeats) * bandwidth / size)
 
 
 def _attention(keys: PageCodes, values: PageCodes) -> Callable[[], Any]:
     """Return a step's attention over all pages of a pool, by the compiled kernel."""
     pool, query, pages = _pool(keys, values), _query(), keys.codes.shape[1]
-    lists = PageLists([pool], np.arange(pages), np.array([0, pages]), 1, "numba")
+    lists = PageLists([pool], np.arange(pages, dtype=np.int64), np.array([0, pages], dtype=np.int64), 1, "numba")
     return lambda: lists.attend(query, 1.0)
 
 
@@ -157,12 +158,13 @@ def code_rate(kind: Kind, repeats: int = 7, pages: int = 192) -> float:
     """Return the packed numbers per second that attention reads, of a pool of few pages and no cache around it."""
     tokens = torch.randn(_HEADS, pages, _PAGE, _DIM)
     keys, values = encode_pages(tokens, kind, keys=True), encode_pages(tokens, kind, keys=False)
-    query, few = torch.randn(_HEADS, _GROUP, _DIM), pages // 4
+    few = pages // 4
     some = keys.narrow(0, few), values.narrow(0, few)
     # What a call takes in any case is no matter of how much it reads.
     if is_compiled():
         whole, part = (_median_seconds(_attention(*each), repeats) for each in ((keys, values), some))
     else:
+        query = torch.randn(_HEADS, _GROUP, _DIM)
         whole = _median_seconds(lambda: coded_attention(query, keys, values, 1.0), repeats)
         part = _median_seconds(lambda: coded_attention(query, *some, 1.0), repeats)
     numbers = 2 * tokens.numel()

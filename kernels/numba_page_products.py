@@ -68,11 +68,12 @@ def fetch(part, head, page, first, tokens, size):  # type: ignore[no-untyped-def
 
 @njit
 def in_bytes(part):  # type: ignore[no-untyped-def]
-    """Return whether each code of a part takes a byte: its pages are fetched bit by bit, in the course of other work.
+    """Return whether each channel of a part takes a byte: pages are fetched bit by bit, in the course of other work.
 
     As many lines at once as such a page has would have to wait for each other, and all that comes behind them.
     """
-    return at(part, KIND) == INTEGERS and at(part, BITS) == 8
+    alone = at(part, LATENT_DIM) == 0 and at(part, DIM) % (COLUMNS * LANES) == 0
+    return at(part, KIND) == INTEGERS and at(part, BITS) == 8 and alone
 
 
 def products_with(width: int) -> Any:
@@ -111,7 +112,10 @@ def products_with(width: int) -> Any:
     @njit
     @named(f"products_of_{width}")
     def products_of(keys, values, head, page, stored, size, queries, rows, of_channels, logits):  # type: ignore[no-untyped-def]
-        """Write the products of the queries with the keys of a page, and have its values fetched."""
+        """Write the products of the queries with the keys of a page, and have its values fetched.
+
+        Values :func:`in_bytes` take as many lines as there are steps at most: of few queries not all of them.
+        """
         dim, value_dim = at(keys, DIM) + at(keys, LATENT_DIM), at(values, DIM)
         for first in range(0, stored, BLOCK):
             tokens, products = min(BLOCK, stored - first), dim // width
