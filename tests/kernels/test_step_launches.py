@@ -163,4 +163,4 @@ def test_a_layers_step_takes_three_launches(codec: str, launches: Launches, monk
     assert launches.names["attention"] == ["listed_kernel", "_merge_kernel", "_to_copy"] * times
     # Beside the attention: the primary experts of the token, int16, and where heads keep other tokens one for each.
     of_lanes = [] if widths is None else ["clone"]
-    assert launches.names["experts"] == [*of_lanes, "_to_copy", "index_copy_"] * times
+    assert launches.names["experts"] == ["_to_copy", *of_lanes, "index_copy_"] * times

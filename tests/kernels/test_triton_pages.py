@@ -290,7 +290,7 @@ def test_append_newest(dtype: torch.dtype, backend: str) -> None:
 def test_append_newest_names_what_does_not_match() -> None:
     pool, positions = torch.zeros(2, 3, 4, 8, device=DEVICE), torch.zeros(3, 4, dtype=torch.int32, device=DEVICE)
     slots, tokens = torch.arange(2, device=DEVICE), torch.zeros(2, 2, 1, 8, device=DEVICE)
-    with pytest.raises(ValueError, match=r"\(2, 3, 1, 8\) for 2 slots of a pool \(2, 3, 4, 8\)"):
+    with pytest.raises(ValueError, match=r"\(2, 3, 1, 8\) .* for 2 slots of a pool \(2, 3, 4, 8\)"):
         append_newest(pool, pool, positions, slots, 0, torch.zeros(2, 3, 1, 8, device=DEVICE), tokens, 0)
     with pytest.raises(TypeError, match=r"float16 for a pool of torch\.float32"):
         append_newest(pool, pool, positions, slots, 0, tokens, tokens.half(), 0)
