@@ -37,14 +37,23 @@ def newest_writer(
         `offset` says how many slots behind that the row's token goes, not below 0. `keys` and `values` are
         `(B, H, 1, D)` and `(B, H, 1, Dv)` of the pool's dtype, with any strides, and `position` is that of all of them.
         It raises `ValueError` for other shapes or another device, and `TypeError` for another dtype.
+
+    Raises
+    ------
+    ValueError
+        If the pool is not contiguous: what would be written to might be a copy.
     """
     pool = key_pages, value_pages, positions
-    alike = key_pages.dtype == value_pages.dtype and _is_contiguous(key_pages) and _is_contiguous(value_pages)
-    how = choose(key_pages.device, backend, compiled=alike)
+    for pages in (key_pages, value_pages, positions[None, ..., None]):
+        _, _, size, dim = pages.shape
+        if pages.stride()[1:] != (size * dim, dim, 1):
+            raise ValueError(f"a pool of shape {tuple(pages.shape)} has strides {pages.stride()}: pages not contiguous")
+    how = choose(key_pages.device, backend, compiled=key_pages.dtype == value_pages.dtype)
     if how == "numba":
         write: Callable[[int, torch.Tensor, torch.Tensor, int], None] = load("append_newest", how).Writer(*pool, slots)
     elif how == "torch":
-        write = functools.partial(_write, *pool, slots)
+        flat = key_pages.flatten(1, 2), value_pages.flatten(1, 2), positions.view(-1)
+        write = functools.partial(_write, *flat, slots)
     else:
         write = functools.partial(run, "append_newest", how, key_pages.device, *pool, slots)
     (heads, _, _, dim), value_dim, rows = key_pages.shape, value_pages.shape[-1], len(slots)
@@ -87,7 +96,7 @@ def expert_writer(
     if how == "numba":
         note: Callable[[int, torch.Tensor], None] = load("append_newest", how).ExpertWriter(experts, slots)
     else:
-        note = functools.partial(_write_experts, experts, slots)
+        note = functools.partial(_write_experts, experts.view(-1), slots)
     rows, device = len(slots), experts.device
 
     def checked(offset: int, chosen: torch.Tensor) -> None:
@@ -117,8 +126,8 @@ def append_newest(
 
 
 def _write(
-    key_pages: torch.Tensor,
-    value_pages: torch.Tensor,
+    all_keys: torch.Tensor,
+    all_values: torch.Tensor,
     positions: torch.Tensor,
     slots: torch.Tensor,
     offset: int,
@@ -126,19 +135,14 @@ def _write(
     values: torch.Tensor,
     position: int,
 ) -> None:
-    for pages, tokens in ((key_pages, keys), (value_pages, values)):
-        pages.flatten(1, 2)[:, offset:].index_copy_(1, slots, tokens.squeeze(2).transpose(0, 1))
-    positions.view(-1)[offset:].index_fill_(0, slots, position)
+    """Write to a pool whose slots are one after the other, `(H, N * P, D)`, `(H, N * P, Dv)` and `(N * P,)`."""
+    for stored, tokens in ((all_keys, keys), (all_values, values)):
+        stored[:, offset:].index_copy_(1, slots, tokens.squeeze(2).transpose(0, 1))
+    positions[offset:].index_fill_(0, slots, position)
 
 
 def _write_experts(experts: torch.Tensor, slots: torch.Tensor, offset: int, chosen: torch.Tensor) -> None:
     chosen = chosen.to(experts.dtype)
     if len(chosen) != len(slots):
         chosen = chosen.repeat_interleave(len(slots) // len(chosen))
-    experts.view(-1)[offset:].index_copy_(0, slots, chosen)
-
-
-def _is_contiguous(pages: torch.Tensor) -> bool:
-    """Return whether the pages of a head lie side by side."""
-    _, _, size, dim = pages.shape
-    return pages.stride()[1:] == (size * dim, dim, 1)
+    experts[offset:].index_copy_(0, slots, chosen)

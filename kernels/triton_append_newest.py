@@ -46,10 +46,6 @@ def append_newest(
     position: int,
 ) -> None:
     """Launch the kernel; see the public function."""
-    for pages in (key_pages, value_pages, positions[None, ..., None]):
-        _, _, size, dim = pages.shape
-        if pages.stride()[1:] != (size * dim, dim, 1):
-            raise ValueError(f"a pool of shape {tuple(pages.shape)} has strides {pages.stride()}: pages not contiguous")
     batch, heads = keys.shape[:2]
     if batch and heads:
         dims = keys.shape[3], values.shape[3]

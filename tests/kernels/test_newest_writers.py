@@ -93,4 +93,6 @@ def test_tokens_that_do_not_fit_are_refused(backend: str) -> None:
     half = newest_writer(pool[0], pool[1].half(), pool[2], torch.tensor([0, 5]), backend=backend)
     with pytest.raises(TypeError, match=r"float32 for a pool of torch\.float32 and torch\.float16"):
         half(0, keys, values, 0)
+    with pytest.raises(ValueError, match="not contiguous"):
+        newest_writer(pool[0].transpose(1, 2), *pool[1:], torch.tensor([0, 5]), backend=backend)
     assert (pool[2] == -1).all()
