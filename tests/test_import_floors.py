@@ -22,6 +22,7 @@ FLOORS = """
 .eval.bench .eval.demo .eval.report
 .eval
 .eval.runner
+.eval.real_model
 .eval.tasks
 .eval.tasks.ruler .eval.tasks.longbench
 .eval.tasks.frame

@@ -12,8 +12,13 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache, attach
 from pikv_hf.common.transformers_release import cache_argument
+from pikv_hf.config import Placement
 from pikv_hf.eval.bench.decode import Timing, geometry_model, timed
+from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.runner.models import load_model, position_limit
 from pikv_hf.eval.runner.presses import press_factory
+from pikv_hf.eval.tasks.ruler import Haystack
+from pikv_hf.integration.model_modules import find_expert_routers
 
 #: Presses of this project as `pikv eval` takes them.
 PRESSES = ("QueryAwarePress", "PyramidPress", "DuoPress", "LoRAPress", "ExpertPress", "PiKVPress")
@@ -52,9 +57,13 @@ class PressTiming:
 
 
 def run_presses(
-    tokens: int = 8192, ratio: float = 0.75, repeats: int = 5, presses: Sequence[str] = PRESSES
+    tokens: int = 8192,
+    ratio: float = 0.75,
+    repeats: int = 5,
+    presses: Sequence[str] = PRESSES,
+    model: str | None = None,
 ) -> Iterator[PressTiming]:
-    """Time a prompt through a model of two layers, with each press and without one.
+    """Time a prompt through a model, with each press and without one.
 
     Parameters
     ----------
@@ -67,19 +76,30 @@ def run_presses(
         before them, which is not counted, pays for what a press does once per model, such as `DuoPress` finding heads.
     presses : sequence of str
         As `pikv eval` takes them.
+    model : str, optional
+        Reads the bundled essays, as often as fills the prompt; by default a random model of two layers reads random
+        tokens.
 
     Raises
     ------
     InputError
-        At once, for a press or ratio that cannot be used.
+        At once, for a press or ratio that cannot be used, and for a model without so many positions.
     """
-    return _rounds(tokens, ratio, repeats, {name: press_factory(name, ratio).make() for name in presses})
+    made = {name: press_factory(name, ratio).make() for name in presses}
+    if model is None:
+        return _rounds(geometry_model(layers=2), None, tokens, ratio, repeats, made)
+    loaded, tokenizer = load_model(model)
+    limit = position_limit(loaded)
+    if limit is not None and tokens > limit:
+        raise InputError(f"--tokens {tokens:,} do not fit the {limit:,} positions of {model}")
+    return _rounds(loaded, tokenizer, tokens, ratio, repeats, made)
 
 
 @torch.no_grad()
-def _rounds(tokens: int, ratio: float, repeats: int, presses: Mapping[str, Any]) -> Iterator[PressTiming]:
-    model = geometry_model(layers=2)
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens))
+def _rounds(
+    model: Any, tokenizer: Any, tokens: int, ratio: float, repeats: int, presses: Mapping[str, Any]
+) -> Iterator[PressTiming]:
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens)) if tokenizer is None else _essays(tokenizer, tokens)
     calls: dict[str, Callable[[], Any]] = {
         "dynamic": functools.partial(_dynamic, model, ids),
         NONE: functools.partial(_paged, model, ids),
@@ -96,6 +116,12 @@ def _rounds(tokens: int, ratio: float, repeats: int, presses: Mapping[str, Any])
         to_none, to_dynamic = (median_ratio(counted[name], counted[other]) for other in (NONE, "dynamic"))
         asked = 0.0 if name == NONE else ratio
         yield PressTiming(name, asked, tokens, Timing.of(counted[name]), to_none, to_dynamic, sizes[name])
+
+
+def _essays(tokenizer: Any, tokens: int) -> torch.Tensor:
+    """Return so many tokens of the bundled essays, `(1, T)`, from the beginning again at their end."""
+    ids = tokenizer(Haystack.bundled().text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids
+    return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
 
 
 def _turned(names: list[str], by: int) -> list[str]:
@@ -122,8 +148,9 @@ def dense_bytes(cache: DynamicCache) -> int:
 def _paged(model: Any, ids: torch.Tensor, press: Any = None) -> tuple[float, int]:
     """Return the seconds of a prompt, until its tokens are stored, and the cache's bytes."""
     # Attaching is set-up, not prefill; after the block the model runs transformers' own SDPA.
-    with attach(model):
-        return timed(_read, model, ids, PiKVCache.for_model(model), press)
+    placement: Placement = "expert" if find_expert_routers(model) else "hash"
+    with attach(model, placement):
+        return timed(_read, model, ids, PiKVCache.for_model(model, placement=placement), press)
 
 
 def _read(model: Any, ids: torch.Tensor, cache: PiKVCache, press: Any) -> int:

@@ -141,15 +141,19 @@ def press(
     presses: Annotated[
         list[str] | None, typer.Option("--press", help="Only this one, any that pikv eval takes; may be repeated.")
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="smollm2, smollm2-moe, a folder or a Hub name reads prose; by default two layers."),
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds in which every press reads the prompt once.")] = 5,
     threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
-    """What each press of this project adds to the prefill of a model of two layers on PiKVCache."""
+    """What each press of this project adds to a prefill on PiKVCache: of a model of two layers, or of yours."""
     from pikv_hf.eval.bench.bench_table import run_and_show_presses
     from pikv_hf.eval.bench.press_prefill import PRESSES, run_presses
 
-    timings = run_presses(tokens, ratio, repeats, presses or PRESSES)
+    timings = run_presses(tokens, ratio, repeats, presses or PRESSES, model)
     run_and_show_presses(timings, threads, output)
 
 

@@ -31,7 +31,10 @@ RESULTS = Path("results")
 
 #: Options of several suites, in the order of the help: what a value is, and its default.
 _METHOD: dict[str, tuple[Any, Any]] = {
-    "model": (Annotated[str, typer.Option(help="reference (bundled), a folder or a Hub name.")], _DEFAULT.model),
+    "model": (
+        Annotated[str, typer.Option(help="reference (bundled), smollm2, smollm2-moe, a folder or a Hub name.")],
+        _DEFAULT.model,
+    ),
     "cache": (
         Annotated[str, typer.Option(help="dynamic, quantized:quanto:4, pikv or pikv:OPTION=VALUE,...")],
         _DEFAULT.cache,

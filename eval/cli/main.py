@@ -34,7 +34,9 @@ _DEFAULT = DemoOptions()
 
 @app.command()
 def demo(
-    model: Annotated[str | None, typer.Option(help="Folder or Hub name; by default the bundled model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, Hub name, smollm2 or smollm2-moe; by default the bundled model.")
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="File to ask about; by default a synthetic haystack.")] = None,
     questions: Annotated[list[str] | None, typer.Option("--question", help="About --text; may be repeated.")] = None,
     tokens: Annotated[int, typer.Option(help="Length of the haystack.")] = _DEFAULT.tokens,
@@ -44,7 +46,10 @@ def demo(
     recent_window: Annotated[int, typer.Option(help="Newest tokens, not in a shard.")] = _DEFAULT.pikv.recent_window,
     sink_tokens: Annotated[int, typer.Option(help="First tokens, not in a shard.")] = _DEFAULT.pikv.sink_tokens,
     num_shards: Annotated[int, typer.Option(help="Groups of experts.")] = _DEFAULT.pikv.num_shards,
-    placement: Annotated[str, typer.Option(help="expert or balanced (by router), or hash (by position).")] = "expert",
+    placement: Annotated[
+        str | None,
+        typer.Option(help="expert or balanced (by router), or hash (by position); by default expert if there is one."),
+    ] = None,
     tiers: Annotated[
         str | None, typer.Option(help="Where pages go that do not fit: cpu=4MiB,disk keeps 4 MiB in memory.")
     ] = None,

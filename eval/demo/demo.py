@@ -1,5 +1,7 @@
 """The demo: one context read once and several questions, answered with `DynamicCache` and three `PiKVCache`s."""
 
+import dataclasses
+
 import torch
 import transformers
 
@@ -16,6 +18,7 @@ from pikv_hf.eval.errors import user_input
 from pikv_hf.eval.runner.quiet import quiet_transformers
 from pikv_hf.eval.runner.refusals import refusals
 from pikv_hf.integration.expert_router import ExpertRouter
+from pikv_hf.integration.model_modules import find_expert_routers
 from pikv_hf.planning.simulate.routing_trace import save_trace
 
 
@@ -30,11 +33,13 @@ def run_demo(options: DemoOptions) -> DemoResult:
     torch.set_num_threads(options.threads)
     with quiet_transformers():
         task = build_task(options)
+        placement = options.pikv.placement or ("expert" if find_expert_routers(task.model) else "hash")
+        options = dataclasses.replace(options, pikv=dataclasses.replace(options.pikv, placement=placement))
         _check_supported(task, options)
         # Before attaching: the baseline is the model as it is loaded, with transformers' own attention.
         with refusals(f"cannot run {task.name} with DynamicCache"):
             dynamic = measure(task, dynamic_cache(task.model), options.max_new_tokens)
-        with attach(task.model, options.pikv.placement or "expert") as attached:
+        with attach(task.model, placement) as attached:
             kind = pikv_cache(task.model, options.pikv, options.cache_devices)
             pikv = measure(task, kind, options.max_new_tokens)
             _save_trace(task, kind, attached.expert_routers, options)

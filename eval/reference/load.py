@@ -39,7 +39,7 @@ def load_reference_model(
     """
     path = reference_model_path()
     verify_digest(path)
-    with _no_progress_bar():
+    with no_progress_bar():
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, local_files_only=True
         )
@@ -48,7 +48,7 @@ def load_reference_model(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Switch transformers' progress bars off for a while; 46 small tensors need none."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

