@@ -1,0 +1,188 @@
+"""Arrange runs as methods by budgets: the same questions to one or several models, a row per method."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pikv_hf.eval.report.budgets import TOLERANCE
+from pikv_hf.eval.report.common_options import Common, Traits, common_options, traits_of
+from pikv_hf.eval.report.groups import Entry, Group, model_name
+from pikv_hf.eval.report.pareto import pareto_front
+from pikv_hf.eval.report.summary_file import Measure
+
+#: So many methods besides the baseline have a colour; more could not be told apart.
+COLOURED = 6
+BASELINE = "base"
+
+#: A column: which of the block's groups, and the share of the tokens that presses were asked to remove.
+Place = tuple[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One method: its runs by place.
+
+    Attributes
+    ----------
+    name : str
+        The press, or the cache.
+    notes : tuple of str
+        What its runs have that most others have not.
+    style : str
+        Class of its colour: `base`, `c0` to `c5`, or empty.
+    runs : Mapping
+        Its run at each place.
+    """
+
+    name: str
+    notes: tuple[str, ...]
+    style: str
+    runs: Mapping[Place, Entry]
+
+    @property
+    def label(self) -> str:
+        """Name and notes on one line."""
+        return ", ".join((self.name, *self.notes))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The same questions asked of one or several models.
+
+    Attributes
+    ----------
+    title, slug : str
+        What was asked, and of which model if it is one; the first word of names of files.
+    measure : Measure
+        What the scores are.
+    groups : tuple of Group
+        One per model.
+    models : tuple of str
+        Their names.
+    places : tuple of Place
+        Columns: model by model, from the largest budget to the smallest.
+    rows : tuple of Row
+        Caches without a press, the baseline first; then presses, the best first.
+    common : str
+        One sentence on what the runs have in common.
+    """
+
+    title: str
+    slug: str
+    measure: Measure
+    groups: tuple[Group, ...]
+    models: tuple[str, ...]
+    places: tuple[Place, ...]
+    rows: tuple[Row, ...]
+    common: str
+
+    def best(self, place: Place) -> float | None:
+        """Return the best score, as it is shown, of the runs that keep to a budget; None if there are not two."""
+        entries = [row.runs[place] for row in self.rows if place in row.runs]
+        scores = [shown(entry.summary.score.mean, self.measure) for entry in entries if keeps_budget(entry)]
+        if not place[1] or len(scores) < 2:
+            return None
+        return max(scores) if self.measure.higher_is_better else min(scores)
+
+
+def blocks(groups: Sequence[Group]) -> list[Block]:
+    """Put the groups that differ in the model alone into one block."""
+    keyed: dict[tuple[str, str, str], list[Group]] = {}
+    for group in groups:
+        summary = group.entries[0].summary
+        keyed.setdefault((summary.dataset, summary.data_dir, group.measure.name), []).append(group)
+    return [_block(tuple(members)) for members in keyed.values()]
+
+
+def shown(score: float, measure: Measure) -> float:
+    """Return a score rounded as tables show it."""
+    return round(score, 1 if measure.unit == "%" else 3)
+
+
+def keeps_budget(entry: Entry) -> bool:
+    """Whether a run holds at most a tenth more than it was asked to; bytes in the model's own dtype."""
+    share = entry.summary.cost.kv_share_prefill_dtype
+    return share is not None and share <= (1 + TOLERANCE) * (1 - entry.summary.compression_ratio)
+
+
+def _block(groups: tuple[Group, ...]) -> Block:
+    methods = _methods(groups)
+    common = common_options([traits for traits, _ in methods])
+    ratios = [sorted({place[1] for runs in methods.values() for place in runs if place[0] == index})
+              for index in range(len(groups))]  # fmt: skip
+    places = tuple((index, ratio) for index, each in enumerate(ratios) for ratio in each)
+    summaries = [group.entries[0].summary for group in groups]
+    models = tuple(model_name(summary.model) for summary in summaries)
+    asked = " ".join(part for part in (summaries[0].dataset, summaries[0].data_dir) if part)
+    rows = _rows(methods, groups, common)
+    return Block(
+        title=groups[0].title if len(groups) == 1 else f"{asked}, {' and '.join(models)}",
+        slug=groups[0].slug,
+        measure=groups[0].measure,
+        groups=groups,
+        models=models,
+        places=places,
+        rows=rows,
+        common=common.sentence(any(row.notes for row in rows)),
+    )
+
+
+#: Methods, and for runs that are alike in everything which of them.
+_Methods = dict[tuple[Traits, int], dict[Place, Entry]]
+
+
+def _methods(groups: Sequence[Group]) -> _Methods:
+    methods: _Methods = {}
+    for index, group in enumerate(groups):
+        for entry in group.entries:
+            traits, place, copy = traits_of(entry.summary), (index, entry.summary.compression_ratio), 0
+            while place in methods.setdefault((traits, copy), {}):
+                copy += 1
+            methods[traits, copy][place] = entry
+    return methods
+
+
+def _rows(methods: _Methods, groups: Sequence[Group], common: Common) -> tuple[Row, ...]:
+    ratios = [set(runs) for (traits, _), runs in methods.items() if traits.press]
+    # A method that failed at a budget does not take it from the others.
+    everyone = set.intersection(*(each for each in ratios if len(each) == max(map(len, ratios)))) if ratios else set()
+    ordered = sorted(methods.items(), key=lambda item: _order(item[0], item[1], everyone))
+    styles = _styles([runs for _, runs in ordered], groups)
+    return tuple(
+        Row(traits.name, (*common.notes(traits), *_where(copy, runs, methods[traits, 0])), style, runs)
+        for ((traits, copy), runs), style in zip(ordered, styles, strict=True)
+    )
+
+
+def _order(method: tuple[Traits, int], runs: Mapping[Place, Entry], everyone: set[Place]) -> tuple[object, ...]:
+    """Sort caches by their bytes, the largest first, and presses by their mean score over the budgets most have."""
+    traits, copy = method
+    first = next(iter(runs.values())).summary
+    if not traits.press:
+        bytes_held = first.cost.kv_share_prefill
+        return (0, not first.is_baseline, -bytes_held if bytes_held is not None else 0.0, traits.name, copy)
+    sign = -1 if first.measure.higher_is_better else 1
+    means = [runs[place].summary.score.mean for place in sorted(everyone) if place in runs]
+    mean = statistics.fmean(means or [entry.summary.score.mean for entry in runs.values()])
+    return (1, len(means) < len(everyone), sign * mean, traits.name, copy)
+
+
+def _styles(ordered: Sequence[Mapping[Place, Entry]], groups: Sequence[Group]) -> list[str]:
+    """Colour the first methods of the Pareto fronts, and as many others from the top as there are colours left."""
+    front = {id(entry) for group in groups for entry in pareto_front(group)}
+    full = [any(entry.summary.is_baseline for entry in runs.values()) for runs in ordered]
+    best = [any(id(entry) in front for entry in runs.values()) for runs in ordered]
+    drawn = [any(entry.summary.cost.kv_share_prefill is not None for entry in runs.values()) for runs in ordered]
+    bare = [any(entry.summary.press is None for entry in runs.values()) for runs in ordered]
+    candidates = sorted((not best[i], bare[i], i) for i in range(len(ordered)) if drawn[i] and not full[i])
+    chosen = sorted(index for *_, index in candidates[:COLOURED])
+    colours = {index: f"c{place}" for place, index in enumerate(chosen)}
+    return [BASELINE if full[index] else colours.get(index, "") for index in range(len(ordered))]
+
+
+def _where(copy: int, runs: Mapping[Place, Entry], first: Mapping[Place, Entry]) -> tuple[str, ...]:
+    """Name the folder of a run whose like there is already: the one above it, if that tells them apart."""
+    if not copy:
+        return ()
+    own, other = (next(iter(each.values())).run.folder.resolve() for each in (runs, first))
+    return (own.parent.name if own.parent != other.parent else own.name,)
