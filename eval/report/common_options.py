@@ -76,14 +76,16 @@ class Common:
         different = {name: value for name, value in own.items() if common.get(name) != value}
         absent = [name for name in common if name not in own] if traits.cache == _CACHES["pikv"] else []
         on = f"on {traits.cache}" if traits.press and traits.cache != self.cache else ""
-        default = "default options" if absent and not own else f"default {', '.join(absent)}" if absent else ""
+        default = f"default {', '.join(absent)}" if absent else ""
+        if absent and len(absent) == len(common):
+            default = "else default" if own else "default options"
         aware = "" if traits.query_aware == (self.query_aware or False) else _asked(traits.query_aware)
         dtype = traits.dtype if traits.dtype != self.dtype else ""
         batch = f"batch {traits.batch}" if traits.batch and traits.batch != self.batch else ""
         return tuple(filter(None, (on, *_written(different), default, aware, dtype, batch)))
 
-    def sentence(self, several: bool) -> str:
-        """Say what is common in words; `several` methods may differ from it."""
+    def sentence(self, methods: Sequence[Traits]) -> str:
+        """Say what is common in words, and whether some of the methods differ from it."""
         options, paged = ", ".join(_written(dict(self.options))), _CACHES["pikv"]
         caches = f"presses on {self.cache}" if self.cache else ""
         if options and self.cache == paged:
@@ -96,7 +98,19 @@ class Common:
             f"{paged} with {options}" if options else "",
         ]
         said = "; ".join(filter(None, facts))
-        return said and f"{said[0].upper()}{said[1:]}{', unless a row says otherwise' if several else ''}."
+        return said and f"{said[0].upper()}{said[1:]}{', unless a row says otherwise' if any(map(self._differs, methods)) else ''}."
+
+
+    def _differs(self, traits: Traits) -> bool:
+        """Whether a method has another value of what is said; options of its own are no such thing."""
+        own, paged = dict(traits.options), traits.cache == _CACHES["pikv"]
+        return (
+            (self.dtype is not None and traits.dtype != self.dtype)
+            or (self.batch is not None and traits.batch != self.batch)
+            or (traits.press and self.query_aware is not None and traits.query_aware != self.query_aware)
+            or (traits.press and self.cache is not None and traits.cache != self.cache)
+            or (paged and any(own.get(name) != value for name, value in self.options))
+        )
 
 
 def traits_of(summary: Summary) -> Traits:

@@ -1,5 +1,7 @@
 """Draw accuracy against measured bytes as SVG: what a method keeps, and what that costs."""
 
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
@@ -17,8 +19,12 @@ from pikv_hf.eval.report.svg_labels import Label, place_labels
 from pikv_hf.eval.report.table import interval, measure_name
 
 #: Units of the figure; shown at 350 to 600 pixels.
-WIDTH, HEIGHT = 480, 350
-_LEFT, _TOP, _RIGHT, _BOTTOM = 40.0, 26.0, 466.0, 304.0
+WIDTH, HEIGHT = 480, 390
+#: Beside other figures it is lower, so that the table below begins on the first screen.
+LOW = 340
+_LEFT, _TOP, _RIGHT, _BELOW = 40.0, 26.0, 466.0, 46.0
+#: Up to so many methods are all named.
+FEW = 10
 #: Letters of a label in the figure; the table beside it has the whole name.
 _LONGEST = 18
 _X_NAME = "KV bytes after prefill, % of DynamicCache in bf16 (log)"
@@ -69,17 +75,17 @@ def write_figure(block: Block, index: int, path: Path) -> Path:
 
 def draw_accuracy(block: Block, index: int, style: str = "") -> str:
     """Return the figure of one of a block's models as an `svg` element; all text in it is escaped."""
-    group = block.groups[index]
+    group, height = block.groups[index], HEIGHT if len(block.groups) == 1 else LOW
     lines = [(number, row, _points(row, index)) for number, row in enumerate(block.rows)]
     lines = [line for line in lines if line[2]]
-    x, y = _axes(group)
+    x, y = _axes(group, height - _BELOW)
     # Grey ones lie below.
     ordered = sorted(lines, key=lambda line: (bool(line[1].style), -line[0]))
     methods = [_method(number, row, entries, x, y, group.measure) for number, row, entries in ordered]
     what = f"{measure_name(group.measure)} against KV bytes, {group.title}. The table has the same numbers."
     return "".join(
         [
-            f'<svg class="accuracy" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(what)}">',
+            f'<svg class="accuracy" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(what)}">',
             style,
             _grid(x, y, group),
             _front(pareto_front(group), x, y),
@@ -96,7 +102,7 @@ def _points(row: Row, index: int) -> list[Entry]:
     return [row.runs[place] for place in places if is_drawn(row.runs[place])]
 
 
-def _axes(group: Group) -> tuple[Axis, Axis]:
+def _axes(group: Group, bottom: float) -> tuple[Axis, Axis]:
     drawn = [entry for entry in group.entries if is_drawn(entry)]
     shares, scores = [point(entry)[0] for entry in drawn], [entry.summary.score for entry in drawn]
     # A share of nothing would have no place on a log axis.
@@ -106,17 +112,17 @@ def _axes(group: Group) -> tuple[Axis, Axis]:
     x = Axis(low / wider / 1.12, high * min(wider, 1.4) * 1.08, _LEFT, _RIGHT, log=True)
     if group.measure.unit == "%":
         limits = percent_limits([each.low for each in scores], [each.high for each in scores])
-        return x, Axis(*limits, _BOTTOM, _TOP)
+        return x, Axis(*limits, bottom, _TOP)
     means = [each.mean for each in scores]
-    return x, Axis(*wide_limits(means), _BOTTOM, _TOP)
+    return x, Axis(*wide_limits(means), bottom, _TOP)
 
 
 def _grid(x: Axis, y: Axis, group: Group) -> str:
     across = [f"M{short(_LEFT)} {short(y.place(tick))}H{short(_RIGHT)}" for tick in y.ticks(6)]
-    up = [f"M{short(x.place(tick))} {short(_TOP)}V{short(_BOTTOM)}" for tick in halvings(x.low, x.high)]
+    up = [f"M{short(x.place(tick))} {short(_TOP)}V{short(y.start)}" for tick in halvings(x.low, x.high)]
     names = [_text(_LEFT - 6, y.place(tick) + 4, f"{tick:.6g}", "end") for tick in y.ticks(6)]
-    names += [_text(x.place(tick), _BOTTOM + 17, f"{tick:.3g}%", "middle") for tick in halvings(x.low, x.high)]
-    titles = [_text(4, 13, measure_name(group.measure), "start"), _text(_RIGHT, HEIGHT - 8, _X_NAME, "end")]
+    names += [_text(x.place(tick), y.start + 17, f"{tick:.4g}%", "middle") for tick in halvings(x.low, x.high)]
+    titles = [_text(4, 13, measure_name(group.measure), "start"), _text(_RIGHT, y.start + 38, _X_NAME, "end")]
     return f'<path class="grid" d="{"".join(across + up)}"/><g class="ticks">{"".join(names + titles)}</g>'
 
 
@@ -157,14 +163,14 @@ def _at(entry: Entry, x: Axis, y: Axis) -> tuple[float, float]:
 
 
 def _labels(lines: Sequence[tuple[int, Row, list[Entry]]], x: Axis, y: Axis) -> str:
-    """Name the coloured methods beside their lines, at the smallest budget where there is room."""
-    named = [(number, row, entries) for number, row, entries in lines if row.style]
-    shared = len({row.name for _, row, _ in named}) < len(named)
-    wanted = [(_short_name(row, shared), [_at(entry, x, y) for entry in reversed(entries)])
-              for _, row, entries in named]  # fmt: skip
+    """Name the coloured methods beside their lines, all if there are few, at the smallest budget if there is room."""
+    named = [(number, row, entries) for number, row, entries in lines if row.style or len(lines) <= FEW]
+    names = _short_names([row for _, row, _ in named])
+    wanted = [(name, [_at(entry, x, y) for entry in reversed(entries)])
+              for name, (_, _, entries) in zip(names, named, strict=True)]  # fmt: skip
     points = [_at(entry, x, y) for _, _, entries in lines for entry in entries]
     along = [place for _, places in wanted for place in _along(places)]
-    placed = place_labels(wanted, points, along, (_LEFT + 2, _TOP - 8, _RIGHT + 8, _BOTTOM - 2))
+    placed = place_labels(wanted, points, along, (_LEFT + 2, _TOP - 8, _RIGHT + 8, y.start - 2))
     texts = [f'<g class="m {row.style}" data-m="{number}">{_text(label.x, label.y, label.text, label.anchor)}</g>'
              for (number, row, _), label in zip(named, placed, strict=True) if isinstance(label, Label)]  # fmt: skip
     return f'<g class="names">{"".join(texts)}</g>'
@@ -176,10 +182,33 @@ def _along(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(a + (c - a) * t, b + (d - b) * t) for (a, b), (c, d) in pairwise(places) for t in steps]
 
 
-def _short_name(row: Row, shared: bool) -> str:
-    """Call a method by what tells it apart: its notes where names are shared."""
-    name = ", ".join(row.notes) if shared and row.notes else row.name
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1].rstrip()}…"
+def _short_names(rows: Sequence[Row]) -> list[str]:
+    """Call methods by what tells them apart: notes where names are shared, and the rest where they begin alike."""
+    count = Counter(row.name for row in rows)
+    names = [_with_note(row, rows) if count[row.name] > 1 else row.name for row in rows]
+    return [_distinct(name, [other for other in names if other != name]) for name in names]
+
+
+def _with_note(row: Row, rows: Sequence[Row]) -> str:
+    """Name a method by what it has that no other of its name has: a cache by that alone, a press also by that."""
+    others = {note for other in rows if other is not row and other.name == row.name for note in other.notes}
+    note = ", ".join(note for note in row.notes if note not in others).removeprefix("codec=")
+    if not note or next(iter(row.runs.values())).summary.press is None:
+        return note or row.name
+    return f"{_cut(row.name, max(6, _LONGEST - 2 - len(note)))}, {note}"
+
+
+def _distinct(name: str, others: Sequence[str]) -> str:
+    """Cut a name at its end, or also at its beginning if others would look the same."""
+    alike = [other for other in others if _cut(other) == _cut(name)]
+    if not alike:
+        return _cut(name)
+    begin = max(0, len(os.path.commonprefix([name, *alike])) - _LONGEST // 3)
+    return _cut(f"…{name[begin:]}")
+
+
+def _cut(name: str, length: int = _LONGEST) -> str:
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> str:

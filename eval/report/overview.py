@@ -62,7 +62,7 @@ class Block:
     places : tuple of Place
         Columns: model by model, from the largest budget to the smallest.
     rows : tuple of Row
-        Caches without a press, the baseline first; then presses, the best first.
+        The baseline, caches without a press, presses from the best to the worst; many caches come after the presses.
     common : str
         One sentence on what the runs have in common.
     """
@@ -76,33 +76,43 @@ class Block:
     rows: tuple[Row, ...]
     common: str
 
+    @property
+    def has_budgets(self) -> bool:
+        """Whether any press was asked for a budget."""
+        return any(ratio for _, ratio in self.places)
+
     def best(self, place: Place) -> float | None:
         """Return the best score, as it is shown, of the runs that keep to a budget; None if there are not two."""
         entries = [row.runs[place] for row in self.rows if place in row.runs]
-        scores = [shown(entry.summary.score.mean, self.measure) for entry in entries if keeps_budget(entry)]
+        scores = [shown(entry.summary.score.mean, self.measure) for entry in entries if self.keeps_budget(entry)]
         if not place[1] or len(scores) < 2:
             return None
         return max(scores) if self.measure.higher_is_better else min(scores)
 
+    def keeps_budget(self, entry: Entry) -> bool:
+        """Whether a run holds at most a tenth more than it was asked to, in percent of the model's dtype.
+
+        Runs of several dtypes are held to bf16.
+        """
+        dtypes = {each.summary.conditions.get("dtype") for group in self.groups for each in group.entries}
+        cost = entry.summary.cost
+        share = cost.kv_share_prefill_dtype if len(dtypes) == 1 else cost.kv_share_prefill
+        return share is not None and share <= (1 + TOLERANCE) * (1 - entry.summary.compression_ratio)
+
 
 def blocks(groups: Sequence[Group]) -> list[Block]:
-    """Put the groups that differ in the model alone into one block."""
+    """Put the groups that differ in the model alone into one block; blocks with more runs come first."""
     keyed: dict[tuple[str, str, str], list[Group]] = {}
     for group in groups:
         summary = group.entries[0].summary
         keyed.setdefault((summary.dataset, summary.data_dir, group.measure.name), []).append(group)
-    return [_block(tuple(members)) for members in keyed.values()]
+    found = [_block(tuple(members)) for members in keyed.values()]
+    return sorted(found, key=lambda block: -sum(len(group.entries) for group in block.groups))
 
 
 def shown(score: float, measure: Measure) -> float:
     """Return a score rounded as tables show it."""
     return round(score, 1 if measure.unit == "%" else 3)
-
-
-def keeps_budget(entry: Entry) -> bool:
-    """Whether a run holds at most a tenth more than it was asked to; bytes in the model's own dtype."""
-    share = entry.summary.cost.kv_share_prefill_dtype
-    return share is not None and share <= (1 + TOLERANCE) * (1 - entry.summary.compression_ratio)
 
 
 def _block(groups: tuple[Group, ...]) -> Block:
@@ -123,7 +133,7 @@ def _block(groups: tuple[Group, ...]) -> Block:
         models=models,
         places=places,
         rows=rows,
-        common=common.sentence(any(row.notes for row in rows)),
+        common=common.sentence([traits for traits, _ in methods]),
     )
 
 
@@ -143,10 +153,11 @@ def _methods(groups: Sequence[Group]) -> _Methods:
 
 
 def _rows(methods: _Methods, groups: Sequence[Group], common: Common) -> tuple[Row, ...]:
-    ratios = [set(runs) for (traits, _), runs in methods.items() if traits.press]
-    # A method that failed at a budget does not take it from the others.
-    everyone = set.intersection(*(each for each in ratios if len(each) == max(map(len, ratios)))) if ratios else set()
-    ordered = sorted(methods.items(), key=lambda item: _order(item[0], item[1], everyone))
+    means = _means([runs for (traits, _), runs in methods.items() if traits.press])
+    bare = sum(not traits.press for traits, _ in methods)
+    # Two may stand above the presses, to compare with; more would push them off the first screen.
+    last = bool(means) and bare > 2
+    ordered = sorted(methods.items(), key=lambda item: _order(item[0], item[1], means, last))
     styles = _styles([runs for _, runs in ordered], groups)
     return tuple(
         Row(traits.name, (*common.notes(traits), *_where(copy, runs, methods[traits, 0])), style, runs)
@@ -154,17 +165,31 @@ def _rows(methods: _Methods, groups: Sequence[Group], common: Common) -> tuple[R
     )
 
 
-def _order(method: tuple[Traits, int], runs: Mapping[Place, Entry], everyone: set[Place]) -> tuple[object, ...]:
-    """Sort caches by their bytes, the largest first, and presses by their mean score over the budgets most have."""
+def _means(pressed: Sequence[Mapping[Place, Entry]]) -> dict[Place, float]:
+    """Return the mean score of the presses at each place that several have."""
+    scores: dict[Place, list[float]] = {}
+    for runs in pressed:
+        for place, entry in runs.items():
+            scores.setdefault(place, []).append(entry.summary.score.mean)
+    return {place: statistics.fmean(each) for place, each in scores.items() if len(each) > 1}
+
+
+def _order(
+    method: tuple[Traits, int], runs: Mapping[Place, Entry], means: Mapping[Place, float], last: bool
+) -> tuple[object, ...]:
+    """Sort caches by their bytes, the largest first, and presses by how far they are above the others.
+
+    The baseline comes first; other caches without a press come last where they are `last`.
+    """
     traits, copy = method
     first = next(iter(runs.values())).summary
     if not traits.press:
-        bytes_held = first.cost.kv_share_prefill
-        return (0, not first.is_baseline, -bytes_held if bytes_held is not None else 0.0, traits.name, copy)
+        held = first.cost.kv_share_prefill
+        rank = 2 if last and not first.is_baseline else 0
+        return (rank, not first.is_baseline, -held if held is not None else 0.0, traits.name, copy)
     sign = -1 if first.measure.higher_is_better else 1
-    means = [runs[place].summary.score.mean for place in sorted(everyone) if place in runs]
-    mean = statistics.fmean(means or [entry.summary.score.mean for entry in runs.values()])
-    return (1, len(means) < len(everyone), sign * mean, traits.name, copy)
+    above = [entry.summary.score.mean - means[place] for place, entry in runs.items() if place in means]
+    return (1, not above, sign * statistics.fmean(above or [first.score.mean]), traits.name, copy)
 
 
 def _styles(ordered: Sequence[Mapping[Place, Entry]], groups: Sequence[Group]) -> list[str]:

@@ -2,11 +2,13 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from markupsafe import Markup
 
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.output_files import write_file
@@ -45,6 +47,7 @@ class Section:
     block: Block
     asked: str
     measure: str
+    corner: str
     figures: tuple[str, ...]
     caption: str
     budgets: Grid
@@ -107,6 +110,7 @@ def _render(shown: Sequence[Block], title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breaking"] = _breaking
     rows, origins = run_rows(shown)
     script = (_FOLDER / "script.js.jinja").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(
@@ -130,6 +134,7 @@ def _section(block: Block) -> Section:
         block=block,
         asked=_asked(block),
         measure=measure_name(block.measure),
+        corner=measure_name(block.measure) if block.has_budgets else "cache",
         figures=tuple(draw_accuracy(block, index) for index in _drawn(block)),
         caption=_caption(block),
         budgets=budget_grid(block),
@@ -172,8 +177,8 @@ def _caption(block: Block) -> str:
 
 def _legend(block: Block) -> str:
     """Say how the table of budgets is read, as far as there is anything to say."""
-    if not any(ratio for _, ratio in block.places):
-        return "Small: 95% interval, and the bytes held as a share of DynamicCache in bf16."
+    if not block.has_budgets:
+        return "KV bytes: held after the context was read, as a share of DynamicCache in bf16."
     return (
         "Columns: share of the tokens that presses were asked to keep; below it, the bytes then held as a share of "
         "DynamicCache in bf16. Small: 95% interval. Green: best of those that hold at most a tenth more than was "
@@ -203,6 +208,11 @@ def _not_shown(shown: Sequence[Block]) -> str:
     entries = [entry for block in shown for group in block.groups for entry in group.entries]
     without = sum(entry.run.samples is None for entry in entries)
     return f"The samples of {without} of {len(entries)} runs were not kept: no answers of these." * bool(without)
+
+
+def _breaking(name: str) -> Markup:
+    """Let a name break into lines between its words and before parentheses."""
+    return Markup("<wbr>").join(re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=\w)(?=\()|(?<=,)", name))
 
 
 def _hash(script: str) -> str:

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pikv_hf.eval.report.budgets import TOLERANCE
 from pikv_hf.eval.report.groups import Entry, Group
-from pikv_hf.eval.report.overview import Block, Place, Row, keeps_budget, shown
+from pikv_hf.eval.report.overview import Block, Place, Row, shown
 from pikv_hf.eval.report.runs import DEPTH
 from pikv_hf.eval.report.summary_file import Estimate, Measure
-from pikv_hf.eval.report.table import NOTHING, number, percent, times
+from pikv_hf.eval.report.table import NOTHING, measure_name, number, percent, times
 
 MEAN = "mean"
 #: Speeds of `Cost` and what they are called.
@@ -74,13 +73,35 @@ def budget_name(ratio: float) -> str:
 
 def budget_grid(block: Block) -> Grid:
     """Return the scores of all runs with their intervals, the best of each budget marked."""
+    if not block.has_budgets:
+        return _cache_grid(block)
     best = {place: block.best(place) for place in block.places}
     columns = [Column(budget_name(ratio), _held(block, (index, ratio))) for index, ratio in block.places]
 
     def cells(row: Row) -> list[Cell]:
         return [_score(row, place, best[place], block) for place in block.places]
 
-    return _grid(block, "Scores by method and budget", columns, cells)
+    spans = [(model, sum(place[0] == index for place in block.places)) for index, model in enumerate(block.models)]
+    return _grid(block, "Scores by method and budget", columns, cells, spans if len(spans) > 1 else ())
+
+
+def _cache_grid(block: Block) -> Grid:
+    """Return scores and bytes of caches: without budgets bytes are what tells them apart."""
+    columns = [Column(measure_name(block.measure), "95% interval"), Column("KV bytes", "of bf16")] * len(block.models)
+
+    def cells(row: Row) -> list[Cell]:
+        return [cell for place in block.places for cell in _score_and_bytes(row.runs.get(place), block.measure)]
+
+    spans = [(model, 2) for model in block.models]
+    return _grid(block, "Scores and bytes", columns, cells, spans if len(spans) > 1 else ())
+
+
+def _score_and_bytes(entry: Entry | None, measure: Measure) -> tuple[Cell, Cell]:
+    if entry is None:
+        return Cell(), Cell()
+    score, share = entry.summary.score, entry.summary.cost.kv_share_prefill
+    text = number(score.mean, measure.unit)
+    return Cell(text, bounds(score, measure), value=score.mean), Cell(percent(share), value=share)
 
 
 def task_grids(block: Block) -> list[tuple[str, Grid]]:
@@ -144,15 +165,7 @@ def _grid(
 ) -> Grid:
     rows = [(index, row, tuple(cells(row))) for index, row in enumerate(block.rows)]
     kept = tuple(row for row in rows if any(cell.text != NOTHING for cell in row[2]))
-    return Grid(name, tuple(spans) or _models(block, len(columns) // len(block.models)), tuple(columns), kept)
-
-
-def _models(block: Block, columns: int) -> tuple[tuple[str, int], ...]:
-    """Name the models over their columns, where there are several."""
-    if len(block.models) == 1:
-        return ()
-    return tuple((model, sum(place[0] == index for place in block.places) or columns)
-                 for index, model in enumerate(block.models))  # fmt: skip
+    return Grid(name, tuple(spans), tuple(columns), kept)
 
 
 def _held(block: Block, place: Place) -> str:
@@ -172,32 +185,26 @@ def _score(row: Row, place: Place, best: float | None, block: Block) -> Cell:
         return Cell()
     score, share = entry.summary.score, entry.summary.cost.kv_share_prefill
     text, small = number(score.mean, measure.unit), bounds(score, measure)
-    if not place[1]:
-        # Beside presses a full cache is nothing to be told; without them bytes are all that differs.
-        full = share is not None and abs(share - 1) <= TOLERANCE and any(ratio for _, ratio in block.places)
-        return Cell(text, small if share is None or full else f"{small} at {_round_percent(share):g}%", value=score.mean)
-    if share is not None and not keeps_budget(entry):
+    if place[1] and share is not None and not block.keeps_budget(entry):
         return Cell(f"{text}{OVER}", small, "over", score.mean)
     return Cell(text, small, "best" if shown(score.mean, measure) == best else "", score.mean)
 
 
 def _tasks(block: Block, ratio: float) -> Grid:
-    columns, spans = [], []
-    for group in block.groups:
-        names = (*group.tasks, *([MEAN] if len(group.tasks) > 1 else []))
-        metrics = {task: score.metric for entry in group.entries for task, score in entry.summary.tasks.items()}
-        columns += [Column(name, metrics.get(name, "").replace("_", " ")) for name in names]
-        spans.append((len(names)))
-    over = tuple(zip(block.models, spans, strict=True)) if len(spans) > 1 else ()
+    asked = [(index, task) for index, group in enumerate(block.groups) for task in _with_mean(group)]
+    metrics = {task: score.metric for group in block.groups for entry in group.entries
+               for task, score in entry.summary.tasks.items()}  # fmt: skip
+    columns = [Column(task, metrics.get(task, "").replace("_", " ")) for _, task in asked]
+    spans = [(model, len(_with_mean(group))) for model, group in zip(block.models, block.groups, strict=True)]
 
     def cells(row: Row) -> list[Cell]:
-        return [
-            _task(row.runs.get((index, ratio)), task, block.measure)
-            for index, group in enumerate(block.groups)
-            for task in (*group.tasks, *([MEAN] if len(group.tasks) > 1 else []))
-        ]
+        return [_task(row.runs.get((index, ratio)), task, block.measure) for index, task in asked]
 
-    return _grid(block, f"Scores by task, {budget_name(ratio)} kept", columns, cells, over)
+    return _grid(block, f"Scores by task, {budget_name(ratio)} kept", columns, cells, spans if len(spans) > 1 else ())
+
+
+def _with_mean(group: Group) -> tuple[str, ...]:
+    return (*group.tasks, MEAN) if len(group.tasks) > 1 else group.tasks
 
 
 def _task(entry: Entry | None, task: str, measure: Measure) -> Cell:
@@ -213,14 +220,23 @@ def _ratios(block: Block, index: int) -> list[float]:
 
 def _speeds(block: Block, index: int, names: Sequence[str]) -> Grid:
     group, ratios = block.groups[index], _ratios(block, index)
-    spans = [(f"{SPEEDS[name]}, {'times the baseline' if is_relative(group, name) else 'tokens/s'}", len(ratios))
-             for name in names]  # fmt: skip
+    phases = [(SPEEDS[name], "times the baseline" if is_relative(group, name) else "tokens/s") for name in names]
 
     def cells(row: Row) -> list[Cell]:
         return [_speed(group, row.runs.get((index, ratio)), name) for name in names for ratio in ratios]
 
-    columns = [Column(budget_name(ratio)) for _ in names for ratio in ratios]
+    columns, spans = _by_budget(block, ratios, phases)
     return _grid(block, f"Speed, {block.models[index]}", columns, cells, spans)
+
+
+def _by_budget(
+    block: Block, ratios: Sequence[float], measured: Sequence[tuple[str, str]]
+) -> tuple[list[Column], list[tuple[str, int]]]:
+    """Return a column per budget below each of what was measured, or a column for each where there are no budgets."""
+    if not block.has_budgets:
+        return [Column(name, unit) for name, unit in measured], []
+    columns = [Column(budget_name(ratio)) for _ in measured for ratio in ratios]
+    return columns, [(f"{name}, {unit}", len(ratios)) for name, unit in measured]
 
 
 def _speed(group: Group, entry: Entry | None, name: str) -> Cell:
@@ -238,7 +254,7 @@ def _speed(group: Group, entry: Entry | None, name: str) -> Cell:
 
 def _memory(block: Block, index: int) -> Grid:
     ratios = _ratios(block, index)
-    spans = [*((f"KV {name}, % of DynamicCache in bf16", len(ratios)) for name in _SHARES.values()), ("process", 1)]
+    columns, spans = _by_budget(block, ratios, [(f"KV {name}", "share of bf16") for name in _SHARES.values()])
 
     def cells(row: Row) -> list[Cell]:
         own = [row.runs.get((index, ratio)) for ratio in ratios]
@@ -247,8 +263,8 @@ def _memory(block: Block, index: int) -> Grid:
         held = [Cell(percent(share), look=_filled(share), value=share) for share in shares]
         return [*held, Cell(size(max(peaks)), value=max(peaks)) if peaks else Cell()]
 
-    columns = [*(Column(budget_name(ratio)) for _ in _SHARES for ratio in ratios), Column("largest peak")]
-    return _grid(block, f"Memory, {block.models[index]}", columns, cells, spans)
+    columns.append(Column("peak"))
+    return _grid(block, f"Memory, {block.models[index]}", columns, cells, [*spans, ("", 1)] if spans else ())
 
 
 def _filled(share: float | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 #: Units of the figure: of a letter, and of a line of letters.
-LETTER, LINE = 6.7, 13.0
+LETTER, LINE = 7.3, 13.0
 #: From a point to its label.
 _GAP = 8.0
 #: Half the width of what a label must not cover around a point.
