@@ -98,8 +98,8 @@ class Common:
             f"{paged} with {options}" if options else "",
         ]
         said = "; ".join(filter(None, facts))
-        return said and f"{said[0].upper()}{said[1:]}{', unless a row says otherwise' if any(map(self._differs, methods)) else ''}."
-
+        rest = ", unless a row says otherwise" if any(map(self._differs, methods)) else ""
+        return said and f"{said[0].upper()}{said[1:]}{rest}."
 
     def _differs(self, traits: Traits) -> bool:
         """Whether a method has another value of what is said; options of its own are no such thing."""

@@ -1,10 +1,9 @@
 """Draw accuracy against measured bytes as SVG: what a method keeps, and what that costs."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from pikv_hf.eval.errors import InputError
@@ -203,7 +202,8 @@ def _distinct(name: str, others: Sequence[str]) -> str:
     alike = [other for other in others if _cut(other) == _cut(name)]
     if not alike:
         return _cut(name)
-    begin = max(0, len(os.path.commonprefix([name, *alike])) - _LONGEST // 3)
+    same = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(name, *alike, strict=False)))
+    begin = max(0, same - _LONGEST // 3)
     return _cut(f"…{name[begin:]}")
 
 

@@ -198,8 +198,8 @@ def _speed_note(block: Block) -> str:
     if not any(is_relative(group, name) for group in block.groups for name in SPEEDS):
         return "Tokens per second; there is no baseline on the same machine to compare with."
     return (
-        "Relative to DynamicCache without a press, higher is faster. A dash: no run at this budget, or the baseline was "
-        "measured on another machine, or with another dtype, batch size or number of processes."
+        "Relative to DynamicCache without a press, higher is faster. A dash: no run at this budget, or the baseline "
+        "was measured on another machine, or with another dtype, batch size or number of processes."
     )
 
 

@@ -8,6 +8,7 @@ from pikv_hf.eval.report.overview import Block, Place, Row, shown
 from pikv_hf.eval.report.runs import DEPTH
 from pikv_hf.eval.report.summary_file import Estimate, Measure
 from pikv_hf.eval.report.table import NOTHING, measure_name, number, percent, times
+from pikv_hf.reports.memory_report import format_bytes
 
 MEAN = "mean"
 #: Speeds of `Cost` and what they are called.
@@ -295,8 +296,6 @@ def peak_bytes(entry: Entry) -> float | None:
 
 def size(count: float | None) -> str:
     """Return bytes as `1.9 MiB`."""
-    from pikv_hf.reports.memory_report import format_bytes
-
     return NOTHING if count is None else format_bytes(count)
 
 
