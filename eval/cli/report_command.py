@@ -44,7 +44,8 @@ def page(
     check_output_folder(output, "--output")
     with user_input("cannot make a report"), _plain_warnings():
         written = write_report(load_runs(folders), output, title)
-    typer.echo(f"{written} and {len(list(output.glob('*.svg')))} figures beside it")
+    figures = len(list(output.glob("*.svg")))
+    typer.echo(f"{written} and {figures} figure{'s' * (figures != 1)} beside it")
 
 
 @app.command()

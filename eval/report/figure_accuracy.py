@@ -22,6 +22,8 @@ WIDTH, HEIGHT = 480, 390
 #: Beside other figures it is lower, so that the table below begins on the first screen.
 LOW = 340
 _LEFT, _TOP, _RIGHT, _BELOW = 40.0, 26.0, 466.0, 46.0
+#: Pixels of a file's width.
+SHOWN = 720
 #: Up to so many methods are all named.
 FEW = 10
 #: Letters of a label in the figure; the table beside it has the whole name.
@@ -65,16 +67,18 @@ def accuracy_figure(runs: Sequence[Run], path: Path | str) -> Path:
 
 
 def write_figure(block: Block, index: int, path: Path) -> Path:
-    """Write the figure of one of a block's models as a file of its own."""
+    """Write the figure of one of a block's models as a file of its own, with a size and a ground to stand on."""
     style = (Path(__file__).parent / "figure.css.jinja").read_text(encoding="utf-8")
-    drawn = draw_accuracy(block, index, f"<style>{style}</style>")
-    write_file(path, drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n")
+    ground = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+    drawn = draw_accuracy(block, index, f"<style>{style}</style>{ground}")
+    size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{SHOWN}" height="{SHOWN * _height(block) // WIDTH}" '
+    write_file(path, drawn.replace("<svg ", size, 1) + "\n")
     return path
 
 
 def draw_accuracy(block: Block, index: int, style: str = "") -> str:
     """Return the figure of one of a block's models as an `svg` element; all text in it is escaped."""
-    group, height = block.groups[index], HEIGHT if len(block.groups) == 1 else LOW
+    group, height = block.groups[index], _height(block)
     lines = [(number, row, _points(row, index)) for number, row in enumerate(block.rows)]
     lines = [line for line in lines if line[2]]
     x, y = _axes(group, height - _BELOW)
@@ -93,6 +97,10 @@ def draw_accuracy(block: Block, index: int, style: str = "") -> str:
             "</svg>",
         ]
     )
+
+
+def _height(block: Block) -> int:
+    return HEIGHT if len(block.groups) == 1 else LOW
 
 
 def _points(row: Row, index: int) -> list[Entry]:

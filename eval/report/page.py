@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.output_files import write_file
@@ -110,7 +109,7 @@ def _render(shown: Sequence[Block], title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["breaking"] = _breaking
+    environment.filters["parts"] = _parts
     rows, origins = run_rows(shown)
     script = (_FOLDER / "script.js.jinja").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(
@@ -182,7 +181,8 @@ def _legend(block: Block) -> str:
     return (
         "Columns: share of the tokens that presses were asked to keep; below it, the bytes then held as a share of "
         "DynamicCache in bf16. Small: 95% interval. Green: best of those that hold at most a tenth more than was "
-        f"asked for. {OVER}: holds more than that, see Memory."
+        f"asked for. {OVER}: holds more than that, see Memory. Presses are in the order of how far they are above the "
+        "others at the same budgets."
     )
 
 
@@ -210,9 +210,9 @@ def _not_shown(shown: Sequence[Block]) -> str:
     return f"The samples of {without} of {len(entries)} runs were not kept: no answers of these." * bool(without)
 
 
-def _breaking(name: str) -> Markup:
-    """Let a name break into lines between its words and before parentheses."""
-    return Markup("<wbr>").join(re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=\w)(?=\()|(?<=,)", name))
+def _parts(name: str) -> list[str]:
+    """Split a name where it may break into lines: between its words and before parentheses."""
+    return re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=\w)(?=\()|(?<=,)", name)
 
 
 def _hash(script: str) -> str:
