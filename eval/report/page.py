@@ -179,10 +179,9 @@ def _legend(block: Block) -> str:
     if not block.has_budgets:
         return "KV bytes: held after the context was read, as a share of DynamicCache in bf16."
     return (
-        "Columns: share of the tokens that presses were asked to keep; below it, the bytes then held as a share of "
-        "DynamicCache in bf16. Small: 95% interval. Green: best of those that hold at most a tenth more than was "
-        f"asked for. {OVER}: holds more than that, see Memory. Presses are in the order of how far they are above the "
-        "others at the same budgets."
+        "Small: below a budget the bytes held, as a share of DynamicCache in bf16; below a score its 95% interval. "
+        f"Green: best of those that hold at most a tenth more than was asked for. {OVER}: holds more than that, see "
+        "Memory. Presses are in the order of how far they are above the others at the same budgets."
     )
 
 

@@ -82,8 +82,10 @@ def budget_grid(block: Block) -> Grid:
     def cells(row: Row) -> list[Cell]:
         return [_score(row, place, best[place], block) for place in block.places]
 
-    spans = [(model, sum(place[0] == index for place in block.places)) for index, model in enumerate(block.models)]
-    return _grid(block, "Scores by method and budget", columns, cells, spans if len(spans) > 1 else ())
+    asked = "tokens kept, as asked of presses"
+    names = [asked] if len(block.models) == 1 else [f"{model}: {asked}" for model in block.models]
+    spans = [(name, sum(place[0] == index for place in block.places)) for index, name in enumerate(names)]
+    return _grid(block, "Scores by method and budget", columns, cells, spans)
 
 
 def _cache_grid(block: Block) -> Grid:
@@ -125,7 +127,8 @@ def speed_grids(block: Block) -> list[tuple[str, Grid]]:
 
 def memory_grids(block: Block) -> list[tuple[str, Grid]]:
     """Return the bytes that each model's runs held, and the largest peak of each method."""
-    return [(block.models[index], _memory(block, index)) for index in range(len(block.groups))]
+    grids = [(model, _memory(block, index)) for index, model in enumerate(block.models)]
+    return [(model, grid) for model, grid in grids if grid.rows]
 
 
 def needle_tables(block: Block) -> list[Needles]:

@@ -22,9 +22,11 @@ def words(page: str) -> str:
 
 
 def suite_of(folder: Path, runs: int, answer: str) -> Path:
-    """As many runs of 20 presses, all with wrong answers of any length."""
-    write_run(folder / "full", "DynamicCache")
-    rows = [{**row, "question": 50 * "Why & how <is> it? "} for row in question_rows(samples=8, wrong=6, answer=answer)]
+    """As many runs of 20 presses on 13 tasks, all with wrong answers of any length."""
+    tasks = [f"niah_multikey_{index}" for index in range(13)]
+    rows = question_rows(tasks, samples=4, wrong=2, answer=answer)
+    rows = [{**row, "question": 50 * "Why & how <is> it? "} for row in rows]
+    write_run(folder / "full", "DynamicCache", rows)
     for index in range(runs - 1):
         name, ratio = f"SomewhatLonger{index // 4}", (0.5, 0.75, 0.875, 0.9375)[index % 4]
         label = f"{name} {100 * ratio:.4g}% on PiKVCache recent_window=0 sink_tokens=0"
@@ -100,7 +102,6 @@ class TestPage:
         page = write_report(load_runs([suite_of(tmp_path / "in", 80, answer)]), tmp_path / "out")
         assert page.stat().st_size < 1_000_000
         examples = page.read_text(encoding="utf-8").count('<dl class="example"')
-        # The baseline has one wrong answer for each of its two tasks, as has every other run.
         assert examples == 80 * min(EXAMPLES, EXAMPLES_OF_PAGE // 80)
 
     def test_runs_without_samples_are_counted(self, tmp_path: Path) -> None:
@@ -145,6 +146,14 @@ class TestKinds:
         assert "ruler-1024-accuracy.svg" in parts
         assert "score (%) all 100% 50% 50% DynamicCache 80.0 77–82 – SnapKV – 80.0 77–82" in text
 
+    def test_what_was_not_measured_has_no_part(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "in" / "run", "DynamicCache", share=None)
+        for name in ("decode_tokens_per_s", "prefill_tokens_per_s", "peak_memory_bytes"):
+            edit(folder / "summary.json", f"cost.{name}", None)
+        text, parts = self.parts(tmp_path / "in")
+        assert parts == {"Tasks"}
+        assert "DynamicCache 80.0 77–82 –" in text
+
     def test_needles_have_a_table_per_run(self, tmp_path: Path) -> None:
         rows = needle_rows((0.0, 0.5, 1.0), (512, 1024))
         for row, score in zip(rows, (1, 0, 0.5, 1, 0, 0.25), strict=True):
@@ -188,5 +197,6 @@ class TestKinds:
         text, parts = self.parts(tmp_path / "in")
         assert {"ruler-1024-accuracy.svg", "ruler-1024-2-accuracy.svg"} <= parts
         assert "ruler 1024, large and small 4 runs, 2 tasks" in text
-        assert "large small score (%) all 100% 50% 50% all 100% 50% 50% DynamicCache" in text
+        asked = "tokens kept, as asked of presses"
+        assert f"large: {asked} small: {asked} score (%) all 100% 50% 50% all 100% 50% 50% DynamicCache" in text
         assert "SnapKV – 60.0 57–62 – 90.0 87–92" in text
