@@ -32,7 +32,7 @@ class Traits:
     options : tuple of (str, str)
         Of the cache, in the order given.
     dtype : str
-        Of the model; empty where the file does not say.
+        Of the model; empty where the file does not say, or all runs of the model have one.
     query_aware : bool
         Whether the press saw the question.
     batch : str
@@ -84,14 +84,17 @@ class Common:
         batch = f"batch {traits.batch}" if traits.batch and traits.batch != self.batch else ""
         return tuple(filter(None, (on, *_written(different), default, aware, dtype, batch)))
 
-    def sentence(self, methods: Sequence[Traits]) -> str:
-        """Say what is common in words, and whether some of the methods differ from it."""
+    def sentence(self, methods: Sequence[Traits], models: str) -> str:
+        """Say what is common in words, and whether some of the methods differ from it.
+
+        `models` says in what dtypes models ran that each ran in one; else it is empty.
+        """
         options, paged = ", ".join(_written(dict(self.options))), _CACHES["pikv"]
         caches = f"presses on {self.cache}" if self.cache else ""
         if options and self.cache == paged:
             caches, options = f"{caches} with {options}", ""
         facts = [
-            f"model in {self.dtype}" if self.dtype else "",
+            models or (f"model in {self.dtype}" if self.dtype else ""),
             f"batches of {self.batch}" if self.batch not in (None, "", "1") else "",
             _asked(self.query_aware) if self.query_aware is not None else "",
             caches,

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pikv_hf.eval.report.budgets import TOLERANCE
 from pikv_hf.eval.report.common_options import Common, Traits, common_options, traits_of
@@ -84,20 +84,19 @@ class Block:
     def best(self, place: Place) -> float | None:
         """Return the best score, as it is shown, of the runs that keep to a budget; None if there are not two."""
         entries = [row.runs[place] for row in self.rows if place in row.runs]
-        scores = [shown(entry.summary.score.mean, self.measure) for entry in entries if self.keeps_budget(entry)]
+        scores = [shown(entry.summary.score.mean, self.measure) for entry in entries if self.keeps_budget(place, entry)]
         if not place[1] or len(scores) < 2:
             return None
         return max(scores) if self.measure.higher_is_better else min(scores)
 
-    def keeps_budget(self, entry: Entry) -> bool:
-        """Whether a run holds at most a tenth more than it was asked to, in percent of the model's dtype.
+    def keeps_budget(self, place: Place, entry: Entry) -> bool:
+        """Whether a run holds at most a tenth more than it was asked to, as a share of `DynamicCache`.
 
-        Runs of several dtypes are held to bf16.
+        That is in the model's dtype; runs of one model in several dtypes are compared in bf16.
         """
-        dtypes = {each.summary.conditions.get("dtype") for group in self.groups for each in group.entries}
         cost = entry.summary.cost
-        share = cost.kv_share_prefill_dtype if len(dtypes) == 1 else cost.kv_share_prefill
-        return share is not None and share <= (1 + TOLERANCE) * (1 - entry.summary.compression_ratio)
+        share = cost.kv_share_prefill_dtype if len(_dtypes(self.groups[place[0]])) == 1 else cost.kv_share_prefill
+        return share is not None and share <= (1 + TOLERANCE) * (1 - place[1])
 
 
 def blocks(groups: Sequence[Group]) -> list[Block]:
@@ -116,7 +115,8 @@ def shown(score: float, measure: Measure) -> float:
 
 
 def _block(groups: tuple[Group, ...]) -> Block:
-    methods = _methods(groups)
+    several = any(len(_dtypes(group)) > 1 for group in groups)
+    methods = _methods(groups, several)
     common = common_options([traits for traits, _ in methods])
     ratios = [sorted({place[1] for runs in methods.values() for place in runs if place[0] == index})
               for index in range(len(groups))]  # fmt: skip
@@ -133,7 +133,7 @@ def _block(groups: tuple[Group, ...]) -> Block:
         models=models,
         places=places,
         rows=rows,
-        common=common.sentence([traits for traits, _ in methods]),
+        common=common.sentence([traits for traits, _ in methods], "" if several else _in_dtypes(groups, models)),
     )
 
 
@@ -141,11 +141,27 @@ def _block(groups: tuple[Group, ...]) -> Block:
 _Methods = dict[tuple[Traits, int], dict[Place, Entry]]
 
 
-def _methods(groups: Sequence[Group]) -> _Methods:
+def _dtypes(group: Group) -> list[str]:
+    """Return the dtypes that a group's model ran in; one is empty where a file does not say."""
+    return list(dict.fromkeys(traits_of(entry.summary).dtype for entry in group.entries))
+
+
+def _in_dtypes(groups: Sequence[Group], models: Sequence[str]) -> str:
+    """Say what each model ran in, where each ran in one dtype."""
+    dtypes = [_dtypes(group)[0] for group in groups]
+    if len(set(dtypes)) == 1:
+        return dtypes[0] and f"model{'s' * (len(models) > 1)} in {dtypes[0]}"
+    return "models: " + ", ".join(f"{model} in {dtype or 'a dtype unknown'}"
+                                  for model, dtype in zip(models, dtypes, strict=True))  # fmt: skip
+
+
+def _methods(groups: Sequence[Group], several_dtypes: bool) -> _Methods:
+    """Arrange runs by traits and place; the dtype is one of the traits only if a model ran in several."""
     methods: _Methods = {}
     for index, group in enumerate(groups):
         for entry in group.entries:
             traits, place, copy = traits_of(entry.summary), (index, entry.summary.compression_ratio), 0
+            traits = traits if several_dtypes else replace(traits, dtype="")
             while place in methods.setdefault((traits, copy), {}):
                 copy += 1
             methods[traits, copy][place] = entry

@@ -7,7 +7,7 @@ from pikv_hf.eval.report.examples import Examples, examples_each, wrong_answers
 from pikv_hf.eval.report.groups import Entry
 from pikv_hf.eval.report.overview import Block, Place, Row
 from pikv_hf.eval.report.page_tables import Cell, bounds, budget_name, count, peak_bytes, size
-from pikv_hf.eval.report.summary_file import Provenance
+from pikv_hf.eval.report.summary_file import Provenance, one_line
 from pikv_hf.eval.report.table import number, percent, times
 
 HEADS = (
@@ -121,9 +121,10 @@ def _cells(block: Block, place: Place, entry: Entry) -> tuple[Cell, ...]:
 
 
 def _circumstances(provenance: Provenance) -> tuple[str, str, str]:
-    machine = [f"{name} {value}" for name, value in provenance.machine.items() if value is not None]
-    versions = [f"{name} {value}" for name, value in provenance.versions.items() if value is not None]
-    return provenance.commit or "unknown", ", ".join(machine), ", ".join(versions)
+    known = [[f"{name} {value}" for name, value in each.items() if value is not None]
+             for each in (provenance.machine, provenance.versions)]  # fmt: skip
+    machine, versions = (one_line(", ".join(each)) for each in known)
+    return provenance.commit or "unknown", machine, versions
 
 
 def _letter(index: int) -> str:

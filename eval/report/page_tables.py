@@ -189,7 +189,7 @@ def _score(row: Row, place: Place, best: float | None, block: Block) -> Cell:
         return Cell()
     score, share = entry.summary.score, entry.summary.cost.kv_share_prefill
     text, small = number(score.mean, measure.unit), bounds(score, measure)
-    if place[1] and share is not None and not block.keeps_budget(entry):
+    if place[1] and share is not None and not block.keeps_budget(place, entry):
         return Cell(f"{text}{OVER}", small, "over", score.mean)
     return Cell(text, small, "best" if shown(score.mean, measure) == best else "", score.mean)
 

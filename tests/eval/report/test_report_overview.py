@@ -71,6 +71,13 @@ class TestNames:
         assert [(row.name, row.notes) for row in block.rows] == [("A", ())]
         assert block.common.endswith("presses on PiKVCache with recent_window=0, sink_tokens=0, num_shards=1.")
 
+    def test_models_in_dtypes_of_their_own_share_rows(self, tmp_path: Path) -> None:
+        for model, dtype in (("one", "float32"), ("two", "bfloat16")):
+            pressed(tmp_path, "A", 0.5, model=model, dtype=dtype)
+        block = block_of(tmp_path)
+        assert [(row.label, sorted(row.runs)) for row in block.rows] == [("A", [(0, 0.5), (1, 0.5)])]
+        assert block.common.startswith("Models: one in float32, two in bfloat16; question")
+
     def test_caches_are_told_apart_by_their_options(self, tmp_path: Path) -> None:
         for codec in ("int8", "int4"):
             options = f"key_codec={codec},value_codec={codec}"
@@ -152,6 +159,12 @@ class TestBest:
         assert {name: each[0] for name, each in looks.items()} == {
             "A": ("80.0", "best"), "B": ("80.0", "best"), "C": ("100.0†", "over"), "D": ("70.0", ""),
         }  # fmt: skip
+
+    def test_bytes_are_in_the_models_own_dtype(self, tmp_path: Path) -> None:
+        for name, share in (("A", 0.5), ("B", 0.6)):
+            write_run(tmp_path / name, f"{name} 50%", dtype="float32", **press(f"{name}Press", 0.5, share=2 * share))
+            edit(tmp_path / name / "summary.json", "cost.kv_share_prefill_dtype", share)
+        assert {name: each[0][0] for name, each in self.looks(tmp_path).items()} == {"A": "80.0", "B": "80.0†"}
 
     def test_runs_of_two_dtypes_are_compared_in_bf16(self, tmp_path: Path) -> None:
         for name, dtype, share in (("A", "bfloat16", 0.5), ("B", "float32", 1.0)):
