@@ -24,7 +24,7 @@ class _FoldersFirst(TyperGroup):
 
 app = typer.Typer(
     cls=_FoldersFirst,
-    help="Show result folders of pikv eval: `pikv report FOLDER...` makes a page, figures and a Markdown table.",
+    help="Show result folders of pikv eval: `pikv report FOLDER...` makes a page, figures and Markdown tables.",
     no_args_is_help=True,
 )
 
@@ -35,7 +35,7 @@ def page(
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("report"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "PiKV evaluation",
 ) -> None:
-    """One HTML page that needs nothing else, its figures as PNG, and its table as Markdown.
+    """One HTML page that needs nothing else, its figures as SVG, and its tables as Markdown.
 
     The command's name may be left out.
     """
@@ -44,7 +44,8 @@ def page(
     check_output_folder(output, "--output")
     with user_input("cannot make a report"), _plain_warnings():
         written = write_report(load_runs(folders), output, title)
-    typer.echo(f"{written} and {len(list(output.glob('*.png')))} figures beside it")
+    figures = len(list(output.glob("*.svg")))
+    typer.echo(f"{written} and {figures} figure{'s' * (figures != 1)} beside it")
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Reports from result folders: figures, an HTML page, Markdown tables and paired comparisons.
 
-Result folders of `pikv eval` come in, all of their fields checked; files come out, the same bytes for the same results.
+Result folders of `pikv eval` come in, all of their fields checked; files come out, the same bytes for the same results:
+`groups` are runs that may be compared, `overview` arranges them as methods by budgets, `page_*` fill the page's tables.
 May import the runner's names of files; knows no model and no cache. Tables and figures need summaries alone,
 comparisons and examples the samples too.
 """

@@ -7,9 +7,10 @@ import pandas as pd
 
 from pikv_hf.eval.report.runs import Run
 
-EXAMPLES = 4
+#: Answers shown of a run, and of all runs of a page together, but for one of each run.
+EXAMPLES, EXAMPLES_OF_PAGE = 4, 160
 #: Characters shown of a question, a list of references and an answer.
-LIMIT = 300
+LIMIT = 240
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,12 @@ class Examples:
     shown: tuple[Example, ...]
 
 
-def wrong_answers(run: Run) -> Examples | None:
+def examples_each(runs: int) -> int:
+    """Return how many answers a page of so many runs shows of each."""
+    return max(1, min(EXAMPLES, EXAMPLES_OF_PAGE // runs))
+
+
+def wrong_answers(run: Run, most: int = EXAMPLES) -> Examples | None:
     """Return the worst answer of each task, the worst tasks first; None if the run has no answers or kept none.
 
     The choice depends on the rows alone: ties go to the earlier row.
@@ -40,7 +46,7 @@ def wrong_answers(run: Run) -> Examples | None:
     if run.samples is None or not run.summary.measure.higher_is_better:
         return None
     wrong = run.rows[run.rows["score"] < 1].sort_values("score", kind="stable")
-    first = wrong.drop_duplicates("task").head(EXAMPLES)
+    first = wrong.drop_duplicates("task").head(most)
     return Examples(len(wrong), tuple(_example(row) for _, row in first.iterrows()))
 
 

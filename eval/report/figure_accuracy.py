@@ -1,141 +1,223 @@
-"""Draw accuracy against measured bytes: what a method keeps, and what that costs."""
+"""Draw accuracy against measured bytes as SVG: what a method keeps, and what that costs."""
 
-import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from itertools import pairwise, takewhile
 from pathlib import Path
-from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
+from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.output_files import write_file
 from pikv_hf.eval.report.groups import Entry, Group, group_runs
+from pikv_hf.eval.report.overview import BASELINE, Block, Row, blocks
+from pikv_hf.eval.report.pareto import is_drawn, pareto_front, point
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.style import (
-    DOTTED,
-    GREY,
-    SMALL,
-    Styles,
-    draw_series,
-    figure,
-    method_styles,
-    wrap,
-    wrapped_lines,
-)
-from pikv_hf.eval.report.table import measure_name
+from pikv_hf.eval.report.summary_file import Measure
+from pikv_hf.eval.report.svg_axes import Axis, halvings, percent_limits, short, wide_limits
+from pikv_hf.eval.report.svg_labels import Label, place_labels
+from pikv_hf.eval.report.table import interval, measure_name
 
-_LEGEND_WIDTH = 30
+#: Units of the figure; shown at 350 to 600 pixels.
+WIDTH, HEIGHT = 480, 390
+#: Beside other figures it is lower, so that the table below begins on the first screen.
+LOW = 340
+_LEFT, _TOP, _RIGHT, _BELOW = 40.0, 26.0, 466.0, 46.0
+#: Pixels of a file's width.
+SHOWN = 720
+#: Up to so many methods are all named.
+FEW = 10
+#: Letters of a label in the figure; the table beside it has the whole name.
+_LONGEST = 18
+_X_NAME = "KV bytes after prefill, % of DynamicCache in bf16 (log)"
+
+#: Shapes by class, around 0: with the colours they tell methods apart twice.
+SHAPES: Mapping[str, str] = {
+    BASELINE: "M0-7 1.7-2.2 6.7-2.2 2.7.9 4.1 5.7 0 2.8-4.1 5.7-2.7.9-6.7-2.2-1.7-2.2z",
+    "c0": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
+    "c1": "M-4-4h8v8h-8z",
+    "c2": "M0-5 5 4h-10z",
+    "c3": "M0-5.5 5.5 0 0 5.5-5.5 0z",
+    "c4": "M0 5 5-4h-10z",
+    "c5": "M-1.7-5h3.4v3.3h3.3v3.4h-3.3v3.3h-3.4v-3.3h-3.3v-3.4h3.3z",
+    "": "M-2.5 0a2.5 2.5 0 1 0 5 0a2.5 2.5 0 1 0-5 0z",
+}
 
 
 def accuracy_figure(runs: Sequence[Run], path: Path | str) -> Path:
-    """Draw score against measured KV bytes, one panel per group, and write a PNG.
+    """Draw score against measured KV bytes, and write it as an SVG file that follows light and dark mode.
 
     Parameters
     ----------
     runs : sequence of Run
-        Of one or several data sets, lengths and models.
+        Of one data set, length and model.
     path : Path or str
-        The PNG to write.
+        The file to write.
+
+    Raises
+    ------
+    InputError
+        If the runs are of several data sets, lengths or models, or the bytes of none were measured.
     """
     groups = group_runs(runs)
-    return draw_accuracy(groups, Path(path), method_styles(groups))
+    if len(groups) != 1:
+        raise InputError(f"a figure shows one data set, length and model, got {len(groups)}")
+    if not any(map(is_drawn, groups[0].entries)):
+        raise InputError("a figure needs a run whose bytes were measured, got none")
+    return write_figure(blocks(groups)[0], 0, Path(path))
 
 
-def draw_accuracy(groups: Sequence[Group], path: Path, styles: Styles) -> Path:
-    """Draw one panel per group with the given colours; see `accuracy_figure`."""
-    shown = [entry.method for group in groups for entry in group.entries if is_drawn(entry)]
-    methods = list(dict.fromkeys(shown))
-    columns = min(2, len(groups))
-    rows = math.ceil(len(groups) / columns)
-    # A legend line is a fifth of an inch.
-    legend = 0.2 * (wrapped_lines(methods, _LEGEND_WIDTH) + 3)
-    with figure(max(4.4, 3.4 * rows, legend + 0.6), path) as drawing:
-        panels = drawing.subplots(rows, columns, squeeze=False).flat
-        for group, axes in zip(groups, panels, strict=False):
-            _panel(axes, group, styles)
-            axes.set_title(wrap(group.title, 80 // columns))
-        drawing.supxlabel("KV bytes after prefill (% of DynamicCache in bf16)", fontsize=10)
-        for axes in list(panels)[len(groups) :]:
-            axes.set_visible(False)
-        _legend(drawing, methods, styles)
+def write_figure(block: Block, index: int, path: Path) -> Path:
+    """Write the figure of one of a block's models as a file of its own, with a size and a ground to stand on."""
+    style = (Path(__file__).parent / "figure.css.jinja").read_text(encoding="utf-8")
+    ground = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+    drawn = draw_accuracy(block, index, f"<style>{style}</style>{ground}")
+    size = f'<svg xmlns="http://www.w3.org/2000/svg" width="{SHOWN}" height="{SHOWN * _height(block) // WIDTH}" '
+    write_file(path, drawn.replace("<svg ", size, 1) + "\n")
     return path
 
 
-def is_drawn(entry: Entry) -> bool:
-    """Whether the bytes of a run were measured, so that it has a place in the figure."""
-    return entry.summary.cost.kv_share_prefill is not None
-
-
-def pareto_front(group: Group) -> list[Entry]:
-    """Return the runs that no other one beats in bytes and score at once, by bytes."""
-    drawn = [entry for entry in group.entries if is_drawn(entry)]
-    front = [entry for entry in drawn if not any(_dominates(other, entry, group) for other in drawn)]
-    return sorted(front, key=_point)
-
-
-def _dominates(one: Entry, other: Entry, group: Group) -> bool:
-    """Whether `one` is at least as good in both, and better in one."""
-    sign = 1 if group.measure.higher_is_better else -1
-    (x1, y1), (x2, y2) = _point(one), _point(other)
-    return x1 <= x2 and sign * y1 >= sign * y2 and (x1, y1) != (x2, y2)
-
-
-def _point(entry: Entry) -> tuple[float, float]:
-    """Return where a run is drawn: its bytes in percent, and its score."""
-    share = entry.summary.cost.kv_share_prefill
-    assert share is not None
-    return 100 * share, entry.summary.score.mean
-
-
-def _panel(axes: Any, group: Group, styles: Styles) -> None:
-    drawn = [entry for entry in group.entries if is_drawn(entry)]
-    axes.axvline(100, color=GREY, linewidth=1, linestyle=DOTTED, zorder=1)
-    for method in dict.fromkeys(entry.method for entry in drawn):
-        _method(axes, [entry for entry in drawn if entry.method == method], styles)
-    _front(axes, pareto_front(group))
-    axes.grid(True)
-    axes.set_ylabel(measure_name(group.measure))
-    # The largest share may be far above 100, when a model runs in fp32.
-    axes.set_xlim(0, 1.06 * max([100.0, *(_point(entry)[0] for entry in drawn)]))
-    if group.measure.unit == "%":
-        axes.set_ylim(*_score_limits(drawn))
-
-
-def _score_limits(entries: Sequence[Entry]) -> tuple[float, float]:
-    """Room for all intervals, of ten points at least, so that noise alone does not look like a cliff."""
-    scores = [entry.summary.score for entry in entries]
-    low, high = min((each.low for each in scores), default=0.0), max((each.high for each in scores), default=100.0)
-    margin = max(0.05 * (high - low), (10 - (high - low)) / 2, 1.0)
-    return max(-2.0, low - margin), min(102.0, high + margin)
-
-
-def _method(axes: Any, entries: Sequence[Entry], styles: Styles) -> None:
-    ordered = sorted(entries, key=lambda entry: entry.summary.compression_ratio)
-    shares = [_point(entry)[0] for entry in ordered]
-    draw_series(axes, shares, [entry.summary.score for entry in ordered], styles[entries[0].method])
-
-
-def _front(axes: Any, front: Sequence[Entry]) -> None:
-    if not front:
-        return
-    x, y = zip(*map(_point, front), strict=True)
-    axes.plot(x, y, color="black", linewidth=5, alpha=0.12, drawstyle="steps-post", zorder=1.5)
-    axes.plot(
-        x,
-        y,
-        linestyle="none",
-        marker="o",
-        markersize=13,
-        fillstyle="none",
-        color="black",
-        mew=0.9,
-        zorder=4,
-        clip_on=False,
+def draw_accuracy(block: Block, index: int, style: str = "") -> str:
+    """Return the figure of one of a block's models as an `svg` element; all text in it is escaped."""
+    group, height = block.groups[index], _height(block)
+    lines = [(number, row, _points(row, index)) for number, row in enumerate(block.rows)]
+    lines = [line for line in lines if line[2]]
+    x, y = _axes(group, height - _BELOW)
+    # Grey ones lie below.
+    ordered = sorted(lines, key=lambda line: (bool(line[1].style), -line[0]))
+    methods = [_method(number, row, entries, x, y, group.measure) for number, row, entries in ordered]
+    what = f"{measure_name(group.measure)} against KV bytes, {group.title}. The table has the same numbers."
+    return "".join(
+        [
+            f'<svg class="accuracy" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(what)}">',
+            style,
+            _grid(x, y, group),
+            _front(pareto_front(group), x, y),
+            *methods,
+            _labels(lines, x, y),
+            "</svg>",
+        ]
     )
 
 
-def _legend(drawing: Figure, methods: Sequence[str], styles: Styles) -> None:
-    front = Line2D([], [], color="#dddddd", linewidth=5, marker="o", markersize=11, mec="black", mfc="none")
-    front.set_label("Pareto front")
-    full = Line2D([], [], color=GREY, linestyle=DOTTED, label="100%: DynamicCache, bf16")
-    handles = [*(styles[method].handle(method) for method in methods), front, full]
-    drawing.legend(handles=handles, loc="outside right upper", fontsize=SMALL, labelspacing=0.6)
+def _height(block: Block) -> int:
+    return HEIGHT if len(block.groups) == 1 else LOW
+
+
+def _points(row: Row, index: int) -> list[Entry]:
+    """Return the runs of a method that have a place in the figure, from the largest budget to the smallest."""
+    places = sorted(place for place in row.runs if place[0] == index)
+    return [row.runs[place] for place in places if is_drawn(row.runs[place])]
+
+
+def _axes(group: Group, bottom: float) -> tuple[Axis, Axis]:
+    drawn = [entry for entry in group.entries if is_drawn(entry)]
+    shares, scores = [point(entry)[0] for entry in drawn], [entry.summary.score for entry in drawn]
+    # A share of nothing would have no place on a log axis.
+    low, high = max(min(shares), 0.01), max(*shares, 0.02)
+    # A range of three halvings at least.
+    wider = max(1.0, (8 / (high / low)) ** 0.5)
+    x = Axis(low / wider / 1.12, high * min(wider, 1.4) * 1.08, _LEFT, _RIGHT, log=True)
+    if group.measure.unit == "%":
+        limits = percent_limits([each.low for each in scores], [each.high for each in scores])
+        return x, Axis(*limits, bottom, _TOP)
+    means = [each.mean for each in scores]
+    return x, Axis(*wide_limits(means), bottom, _TOP)
+
+
+def _grid(x: Axis, y: Axis, group: Group) -> str:
+    across = [f"M{short(_LEFT)} {short(y.place(tick))}H{short(_RIGHT)}" for tick in y.ticks(6)]
+    up = [f"M{short(x.place(tick))} {short(_TOP)}V{short(y.start)}" for tick in halvings(x.low, x.high)]
+    names = [_text(_LEFT - 6, y.place(tick) + 4, f"{tick:.6g}", "end") for tick in y.ticks(6)]
+    names += [_text(x.place(tick), y.start + 17, f"{tick:.4g}%", "middle") for tick in halvings(x.low, x.high)]
+    titles = [_text(4, 13, measure_name(group.measure), "start"), _text(_RIGHT, y.start + 38, _X_NAME, "end")]
+    return f'<path class="grid" d="{"".join(across + up)}"/><g class="ticks">{"".join(names + titles)}</g>'
+
+
+def _front(front: Sequence[Entry], x: Axis, y: Axis) -> str:
+    """Draw the best score up to each number of bytes as steps, with a ring around each run on it."""
+    if len(front) < 2:
+        return ""
+    places = [_at(entry, x, y) for entry in front]
+    steps = f"M{short(places[0][0])} {short(places[0][1])}" + "".join(f"H{short(a)}V{short(b)}" for a, b in places[1:])
+    rings = "".join(f'<circle cx="{short(a)}" cy="{short(b)}" r="9"/>' for a, b in places)
+    return f'<g class="front"><path d="{steps}"/>{rings}</g>'
+
+
+def _method(number: int, row: Row, entries: Sequence[Entry], x: Axis, y: Axis, measure: Measure) -> str:
+    """Draw a method: a line through its budgets, intervals if it has a colour, and a mark at each run."""
+    places = [_at(entry, x, y) for entry in entries]
+    line = "M" + " ".join(f"{short(a)} {short(b)}" for a, b in places)
+    bars = [f"M{short(a)} {short(y.place(entry.summary.score.low))}V{short(y.place(entry.summary.score.high))}"
+            for entry, (a, _) in zip(entries, places, strict=True)]  # fmt: skip
+    strokes = f'<path class="line" d="{line}"/>' * (len(places) > 1)
+    strokes += f'<path class="bars" d="{"".join(bars)}"/>' * bool(row.style)
+    marks = [
+        f'<path transform="translate({short(a)} {short(b)})" d="{SHAPES[row.style]}"><title>'
+        f"{escape(_tip(row, entry, measure))}</title></path>"
+        for entry, (a, b) in zip(entries, places, strict=True)
+    ]
+    return f'<g class="m {row.style}" data-m="{number}">{strokes}{"".join(marks)}</g>'
+
+
+def _tip(row: Row, entry: Entry, measure: Measure) -> str:
+    asked = f", {100 * (1 - entry.summary.compression_ratio):.4g}% asked for" if entry.summary.press else ""
+    return f"{row.label}{asked}: {interval(entry.summary.score, measure)} at {point(entry)[0]:.1f}% of the bytes"
+
+
+def _at(entry: Entry, x: Axis, y: Axis) -> tuple[float, float]:
+    share, score = point(entry)
+    return x.place(share), y.place(score)
+
+
+def _labels(lines: Sequence[tuple[int, Row, list[Entry]]], x: Axis, y: Axis) -> str:
+    """Name the coloured methods beside their lines, all if there are few, at the smallest budget if there is room."""
+    named = [(number, row, entries) for number, row, entries in lines if row.style or len(lines) <= FEW]
+    names = _short_names([row for _, row, _ in named])
+    wanted = [(name, [_at(entry, x, y) for entry in reversed(entries)])
+              for name, (_, _, entries) in zip(names, named, strict=True)]  # fmt: skip
+    points = [_at(entry, x, y) for _, _, entries in lines for entry in entries]
+    along = [place for _, places in wanted for place in _along(places)]
+    placed = place_labels(wanted, points, along, (_LEFT + 2, _TOP - 8, _RIGHT + 8, y.start - 2))
+    texts = [f'<g class="m {row.style}" data-m="{number}">{_text(label.x, label.y, label.text, label.anchor)}</g>'
+             for (number, row, _), label in zip(named, placed, strict=True) if isinstance(label, Label)]  # fmt: skip
+    return f'<g class="names">{"".join(texts)}</g>'
+
+
+def _along(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return ten points on each piece of a line."""
+    steps = [step / 10 for step in range(10)]
+    return [(a + (c - a) * t, b + (d - b) * t) for (a, b), (c, d) in pairwise(places) for t in steps]
+
+
+def _short_names(rows: Sequence[Row]) -> list[str]:
+    """Call methods by what tells them apart: notes where names are shared, and the rest where they begin alike."""
+    count = Counter(row.name for row in rows)
+    names = [_with_note(row, rows) if count[row.name] > 1 else row.name for row in rows]
+    return [_distinct(name, [other for other in names if other != name]) for name in names]
+
+
+def _with_note(row: Row, rows: Sequence[Row]) -> str:
+    """Name a method by what it has that no other of its name has: a cache by that alone, a press also by that."""
+    others = {note for other in rows if other is not row and other.name == row.name for note in other.notes}
+    note = ", ".join(note for note in row.notes if note not in others).removeprefix("codec=")
+    if not note or next(iter(row.runs.values())).summary.press is None:
+        return note or row.name
+    return f"{_cut(row.name, max(6, _LONGEST - 2 - len(note)))}, {note}"
+
+
+def _distinct(name: str, others: Sequence[str]) -> str:
+    """Cut a name at its end, or also at its beginning if others would look the same."""
+    alike = [other for other in others if _cut(other) == _cut(name)]
+    if not alike:
+        return _cut(name)
+    same = sum(1 for _ in takewhile(lambda letters: len(set(letters)) == 1, zip(name, *alike, strict=False)))
+    begin = max(0, same - _LONGEST // 3)
+    return _cut(f"…{name[begin:]}")
+
+
+def _cut(name: str, length: int = _LONGEST) -> str:
+    return name if len(name) <= length else f"{name[: length - 1].rstrip()}…"
+
+
+def _text(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{short(x)}" y="{short(y)}" text-anchor="{anchor}">{escape(text)}</text>'

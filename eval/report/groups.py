@@ -101,7 +101,7 @@ def _group(slug: str, runs: Sequence[Run]) -> Group:
     ordered = sorted(runs, key=_order)
     summary = ordered[0].summary
     entries = [
-        Entry(run, label, _method(label, run.summary)) for run, label in zip(ordered, _labels(ordered), strict=True)
+        Entry(run, label, method_of(label, run.summary)) for run, label in zip(ordered, _labels(ordered), strict=True)
     ]
     where = " ".join(part for part in (summary.dataset, summary.data_dir) if part)
     return Group(f"{where}, {model_name(summary.model)}", slug, summary.measure, tuple(entries))
@@ -124,8 +124,8 @@ def _label(run: Run, several: bool) -> str:
     return f"{run.summary.label} ({run.folder.name})" if several else run.summary.label
 
 
-def _method(label: str, summary: Summary) -> str:
-    """The label without the percentage that is the run's own compression ratio."""
+def method_of(label: str, summary: Summary) -> str:
+    """Return a label without the percentage that is the run's own compression ratio."""
     for found in re.finditer(r"\s*\b(\d+(?:\.\d+)?)\s*%", label):
         if summary.press and abs(float(found[1]) - 100 * summary.compression_ratio) < _ROUNDING:
             return (label[: found.start()] + label[found.end() :]).strip() or label

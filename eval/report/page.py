@@ -1,6 +1,8 @@
-"""Write the report: one HTML page that needs nothing else, its figures as PNG files, and its table as Markdown."""
+"""Write the report: one HTML page that needs nothing else, its figures as SVG files, and its tables as Markdown."""
 
 import base64
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,48 +11,59 @@ import jinja2
 
 from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.output_files import write_file
-from pikv_hf.eval.report.examples import wrong_answers
-from pikv_hf.eval.report.figure_accuracy import draw_accuracy, is_drawn
-from pikv_hf.eval.report.figure_needle import needle_entries, needle_figure
-from pikv_hf.eval.report.figure_speed import has_speeds, is_relative, speed_figure
-from pikv_hf.eval.report.figure_tasks import tasks_figure
-from pikv_hf.eval.report.groups import Group, group_runs
-from pikv_hf.eval.report.page_tables import Table, main_table, origins, tasks_table
+from pikv_hf.eval.report.figure_accuracy import SHAPES, draw_accuracy, write_figure
+from pikv_hf.eval.report.groups import group_runs
+from pikv_hf.eval.report.overview import Block, blocks
+from pikv_hf.eval.report.page_runs import HEADS, run_rows
+from pikv_hf.eval.report.page_tables import (
+    OVER,
+    SPEEDS,
+    Grid,
+    Needles,
+    budget_grid,
+    budget_name,
+    is_relative,
+    memory_grids,
+    needle_tables,
+    speed_grids,
+    task_grids,
+)
+from pikv_hf.eval.report.pareto import is_drawn
 from pikv_hf.eval.report.ratios import ratio_table
 from pikv_hf.eval.report.runs import Run
-from pikv_hf.eval.report.style import Styles, method_styles
 from pikv_hf.eval.report.table import BYTES_NOTE, markdown_table, measure_name
 
 PAGE = "report.html"
 TABLE = "table.md"
 RATIOS = "ratios.md"
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure of the page: what it shows in words, and its PNG as a `data:` address."""
-
-    caption: str
-    alt: str
-    source: str
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """What the page shows of one group."""
+    """What the page shows of one block."""
 
-    group: Group
+    block: Block
     asked: str
-    main: Table
-    pictures: tuple[Picture, ...]
-    tasks: Table | None
-    not_shown: str
+    measure: str
+    corner: str
+    figures: tuple[str, ...]
+    caption: str
+    budgets: Grid
+    legend: str
+    tasks: list[tuple[str, Grid]]
+    opened: str
+    needles: list[Needles]
+    speeds: list[tuple[str, Grid]]
+    speed_note: str
+    memory: list[tuple[str, Grid]]
 
 
 def write_report(runs: Sequence[Run], output: Path | str, title: str = "PiKV evaluation") -> Path:
-    """Write `report.html`, its figures as PNG files, `table.md` (a row per run) and `ratios.md` (a row per method).
+    """Write `report.html`, its figures as SVG files, `table.md` (a row per run) and `ratios.md` (a row per method).
 
-    The same runs give the same bytes. The page loads nothing, runs no script, and escapes all that models wrote.
+    The same runs give the same bytes. The page loads nothing, runs no script but its own, reads as well without it, and
+    escapes all that models wrote. 80 runs make less than 1 MB.
 
     Parameters
     ----------
@@ -79,93 +92,128 @@ def write_report(runs: Sequence[Run], output: Path | str, title: str = "PiKV eva
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / TABLE, markdown_table(runs))
     write_file(output / RATIOS, ratio_table(runs))
+    shown = blocks(group_runs(runs))
+    for block in shown:
+        for index in _drawn(block):
+            write_figure(block, index, output / f"{block.groups[index].slug}-accuracy.svg")
     page = output / PAGE
-    write_file(page, _render(group_runs(runs), output, title))
+    write_file(page, _render(shown, title))
     return page
 
 
-def _render(groups: Sequence[Group], output: Path, title: str) -> str:
-    styles = method_styles(groups)
+def _render(shown: Sequence[Block], title: str) -> str:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(_FOLDER),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["parts"] = _parts
+    rows, origins = run_rows(shown)
+    script = (_FOLDER / "script.js.jinja").read_text(encoding="utf-8")
     return environment.get_template("report.html.jinja").render(
         title=title,
-        sections=[_section(group, output, styles) for group in groups],
+        sections=[_section(block) for block in shown],
+        several_models=any(len(block.models) > 1 for block in shown),
+        shapes=SHAPES,
+        heads=HEADS,
+        runs=rows,
+        origins=origins,
+        not_shown=_not_shown(shown),
         bytes_note=BYTES_NOTE,
-        origins=origins([entry for group in groups for entry in group.entries]),
-        wrong_answers=wrong_answers,
+        script=script,
+        script_hash=_hash(script),
     )
 
 
-def _section(group: Group, output: Path, styles: Styles) -> Section:
-    several = len(group.tasks) > 1
+def _section(block: Block) -> Section:
+    tasks = task_grids(block)
     return Section(
-        group=group,
-        asked=_asked(group),
-        main=main_table(group),
-        pictures=tuple(_pictures(group, output, styles)),
-        tasks=tasks_table(group) if several else None,
-        not_shown=_not_shown(group),
+        block=block,
+        asked=_asked(block),
+        measure=measure_name(block.measure),
+        corner=measure_name(block.measure) if block.has_budgets else "cache",
+        figures=tuple(draw_accuracy(block, index) for index in _drawn(block)),
+        caption=_caption(block),
+        budgets=budget_grid(block),
+        legend=_legend(block),
+        tasks=tasks,
+        opened=_opened(block) if tasks else "",
+        needles=needle_tables(block),
+        speeds=speed_grids(block),
+        speed_note=_speed_note(block),
+        memory=memory_grids(block),
     )
 
 
-def _asked(group: Group) -> str:
-    """One line on what was asked; differing numbers of samples are said, since intervals depend on them."""
-    counts = sorted({entry.summary.samples for entry in group.entries})
+def _drawn(block: Block) -> list[int]:
+    """Return the models with at least two runs to draw: one point alone shows nothing that its row does not say."""
+    return [index for index, group in enumerate(block.groups) if sum(map(is_drawn, group.entries)) > 1]
+
+
+def _asked(block: Block) -> str:
+    """Say what was asked; differing numbers of samples too, since intervals depend on them."""
+    entries = [entry for group in block.groups for entry in group.entries]
+    counts = sorted({entry.summary.samples for entry in entries})
     samples = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-    tasks = f"{len(group.tasks)} tasks" if len(group.tasks) > 1 else "1 task"
-    runs = f"{len(group.entries)} runs" if len(group.entries) > 1 else "1 run"
-    return f"{runs}, {tasks}, {samples} samples each."
+    tasks = max(len(group.tasks) for group in block.groups)
+    return f"{_plural(len(entries), 'run')}, {_plural(tasks, 'task')}, {samples} samples each."
 
 
-def _not_shown(group: Group) -> str:
-    """One line on runs that have no answers to show, empty where there are none."""
-    without = sum(entry.run.samples is None for entry in group.entries)
-    return f"The samples of {without} of {len(group.entries)} runs were not kept: no answers of these." * bool(without)
+def _plural(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count > 1)}"
 
 
-def _pictures(group: Group, output: Path, styles: Styles) -> list[Picture]:
-    pictures = []
-    if any(is_drawn(entry) for entry in group.entries):
-        path = draw_accuracy([group], output / f"{group.slug}-accuracy.png", styles)
-        pictures.append(_picture(path, _accuracy_caption(group), f"{measure_name(group.measure)} against KV bytes"))
-    if len(group.tasks) > 1:
-        path = tasks_figure(group, output / f"{group.slug}-tasks.png", styles)
-        pictures.append(_picture(path, "Scores by task; the table below has the intervals.", "Scores by task"))
-    if needle_entries(group):
-        path = needle_figure(group, output / f"{group.slug}-needle.png")
-        caption = "Score by depth of the needle (0% is the beginning of the context) and length of the context."
-        pictures.append(_picture(path, caption, "Needle in a haystack, one heat map per run"))
-    if has_speeds(group):
-        path = speed_figure(group, output / f"{group.slug}-speed.png", styles)
-        pictures.append(_picture(path, _speed_caption(group), "Speed of prefill and decoding"))
-    return pictures
-
-
-def _accuracy_caption(group: Group) -> str:
-    unplaced = [entry.label for entry in group.entries if not is_drawn(entry)]
+def _caption(block: Block) -> str:
+    unplaced = [row.label for row in block.rows if not any(map(is_drawn, row.runs.values()))]
     missing = f" Not shown, since their bytes were not measured: {', '.join(unplaced)}." if unplaced else ""
     return (
-        "Score with its 95% interval against the bytes that the cache really holds. A line joins the compression "
-        "ratios of one method; methods that only mask tokens stay where DynamicCache is. Rings and the grey line "
-        f"mark the Pareto front: no other run is better in both.{missing}"
+        "Scores against the bytes that the cache really holds. A line joins the budgets of one method; rings and the "
+        f"shaded steps are the Pareto front: no other run is better in both.{missing}"
     )
 
 
-def _speed_caption(group: Group) -> str:
-    if not is_relative(group, "prefill_tokens_per_s") and not is_relative(group, "decode_tokens_per_s"):
+def _legend(block: Block) -> str:
+    """Say how the table of budgets is read, as far as there is anything to say."""
+    if not block.has_budgets:
+        return "KV bytes: held after the context was read, as a share of DynamicCache in bf16."
+    return (
+        "Small: below a budget the bytes held, as a share of DynamicCache in bf16; below a score its 95% interval. "
+        f"Green: best of those that hold at most a tenth more than was asked for. {OVER}: holds more than that, see "
+        "Memory. Presses are in the order of how far they are above the others at the same budgets."
+    )
+
+
+def _opened(block: Block) -> str:
+    """Return the budget that most methods have, the middle one of several."""
+    count = {ratio: sum(place in row.runs for row in block.rows for place in block.places if place[1] == ratio)
+             for _, ratio in block.places}  # fmt: skip
+    most = sorted(ratio for ratio in count if count[ratio] == max(count.values()))
+    return budget_name(most[len(most) // 2])
+
+
+def _speed_note(block: Block) -> str:
+    if not any(is_relative(group, name) for group in block.groups for name in SPEEDS):
         return "Tokens per second; there is no baseline on the same machine to compare with."
     return (
-        "Speed relative to DynamicCache without a press, higher is faster. A dash means that the baseline was measured "
-        "on another machine, or with another dtype, batch size or number of processes."
+        "Relative to DynamicCache without a press, higher is faster. A dash: no run at this budget, or the baseline "
+        "was measured on another machine, or with another dtype, batch size or number of processes."
     )
 
 
-def _picture(path: Path, caption: str, what: str) -> Picture:
-    source = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    return Picture(caption, f"{what}. The tables have the same numbers.", source)
+def _not_shown(shown: Sequence[Block]) -> str:
+    """Say how many runs have no answers to show, empty where all have."""
+    entries = [entry for block in shown for group in block.groups for entry in group.entries]
+    without = sum(entry.run.samples is None for entry in entries)
+    return f"The samples of {without} of {len(entries)} runs were not kept: no answers of these." * bool(without)
+
+
+def _parts(name: str) -> list[str]:
+    """Split a name where it may break into lines: between its words and before parentheses."""
+    return re.split(r"(?<=[a-z0-9])(?=[A-Z])|(?<=\w)(?=\()|(?<=,)", name)
+
+
+def _hash(script: str) -> str:
+    """Return how a content security policy names a script that may run."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')}"

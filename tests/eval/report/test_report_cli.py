@@ -21,7 +21,7 @@ def test_folders_become_a_page_whether_or_not_the_command_is_named(tmp_path, com
     write_suite(tmp_path / "results")
     code, output = report(*command, tmp_path / "results", "--output", tmp_path / "out")
     assert code == 0, output
-    assert "and 3 figures beside it" in output
+    assert "and 1 figure beside it" in output
     assert {"report.html", "table.md", "ratios.md"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 

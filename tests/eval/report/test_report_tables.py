@@ -9,8 +9,8 @@ from report_folders import edit, press, question_rows, window_rows, write_run, w
 
 from pikv_hf.eval.report import load_runs, markdown_table, ratio_table
 from pikv_hf.eval.report.examples import EXAMPLES, LIMIT, shorten, wrong_answers
-from pikv_hf.eval.report.figure_accuracy import pareto_front
 from pikv_hf.eval.report.groups import group_runs, model_name
+from pikv_hf.eval.report.pareto import pareto_front
 from pikv_hf.eval.report.table import escape
 
 
