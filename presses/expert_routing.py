@@ -9,7 +9,7 @@ from torch import nn
 from pikv_hf.common.foreign_attributes import ROUTING_ATTRIBUTE, ROUTING_BELOW_ATTRIBUTE
 from pikv_hf.integration.attachment import ensure_attached
 from pikv_hf.integration.expert_router import Lazy
-from pikv_hf.presses.observed_queries import Observer
+from pikv_hf.allocation.observed_queries import Observer
 
 
 @dataclass(slots=True)

@@ -48,6 +48,7 @@ FLOORS = """
 .config
 .distributed
 .sharding
+.allocation
 .common
 .kernels
 .version

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.presses.base_press import LayerView
-from pikv_hf.presses.eviction_loss import eviction_loss, value_distance
+from pikv_hf.allocation.eviction_loss import eviction_loss, value_distance
 from pikv_hf.presses.pikv_press import PiKVPress, gram_of
 
 from ..errors import InputError

@@ -18,8 +18,8 @@ from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.presses import eviction_loss as utility
-from pikv_hf.presses.bit_allocation import PageCost
+from pikv_hf.allocation import eviction_loss as utility
+from pikv_hf.allocation.bit_allocation import PageCost
 
 #: Tokens per page.
 PAGE = 32

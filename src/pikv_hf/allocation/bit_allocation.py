@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_hf.kernels.page_codes import OUTLIERS
+from ..kernels.page_codes import OUTLIERS
 
 #: Width of a token that is evicted, and of one that is stored as it is.
 EVICTED, FULL = 0, 16
@@ -75,6 +75,27 @@ class PageCost:
         return cls(page_size, {**packed, FULL: element_size * (key_dim + values) * page_size + shared})
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPages:
+    """Pages that were packed before: none of them is packed again, each stays or goes.
+
+    Attributes
+    ----------
+    losses : torch.Tensor
+        `(n,)` floating point, what is lost with each; infinite for those that may not go.
+    nbytes : torch.Tensor
+        `(n,)` int64.
+    """
+
+    losses: torch.Tensor
+    nbytes: torch.Tensor
+
+    @classmethod
+    def none(cls, device: torch.device) -> "PackedPages":
+        """Return no pages."""
+        return cls(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+
+
 def _packed_bytes(page_size: int, bits: int) -> int:
     per_byte = 8 // bits
     return (page_size + per_byte - 1) // per_byte
@@ -88,6 +109,20 @@ def allocate(
     sinks: int = 4,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Give every token a width; see :func:`allocate_beside`, which this is without pages or further needed tokens."""
+    return allocate_beside(losses, cost, budget, sinks=sinks, valid=valid)[0]
+
+
+def allocate_beside(
+    losses: Mapping[int, torch.Tensor],
+    cost: PageCost,
+    budget: int,
+    *,
+    sinks: int = 4,
+    valid: torch.Tensor | None = None,
+    needed: torch.Tensor | None = None,
+    pages: PackedPages | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Give every token a width such that the sum of losses is small and the pages fit the budget.
 
     Equal losses are decided by position and lane, so the result is the same every time. A larger budget never gives any
@@ -107,11 +142,15 @@ def allocate(
         First tokens of every lane that are never evicted; at least one token never is.
     valid : torch.Tensor, optional
         `(..., T)` bool or what broadcasts to it, False for padding, which is not stored.
+    needed : torch.Tensor, optional
+        `(..., T)` bool or what broadcasts to it, further tokens that are never evicted.
+    pages : PackedPages, optional
+        Pages that compete for the same budget: each stays as it is or goes.
 
     Returns
     -------
-    torch.Tensor
-        `(..., T)` int8, bits per number: 0 for evicted tokens.
+    tuple of torch.Tensor
+        `(..., T)` int8, bits per number: 0 for evicted tokens; and `(n,)` bool, which pages stay.
 
     Raises
     ------
@@ -124,15 +163,15 @@ def allocate(
     real = torch.ones((1, 1), dtype=torch.bool, device=curve.device) if valid is None else valid
     real = real.expand(shape).reshape(-1, tokens)
     curve = curve.reshape(len(widths), -1, tokens) * real
-    order, counts = _order(curve[0] - curve[1], real, sinks)
+    never = None if needed is None else needed.expand(shape).reshape(-1, tokens)
+    order, counts = _order(curve[0] - curve[1], real, sinks, never)
     prices = torch.tensor([cost.nbytes.get(width, 0) for width in widths], device=curve.device)
-    pages = _page_losses(curve, order, cost.page_size)
-    start = torch.arange(pages.shape[1], device=curve.device) * cost.page_size
-    forced = start < counts.clamp(max=max(sinks, 1)).unsqueeze(1)
-    level = _water_fill(pages.flatten(0, 1), prices, forced.flatten(), budget)
+    by_page = _page_losses(curve, order, cost.page_size)
+    start = torch.arange(by_page.shape[1], device=curve.device) * cost.page_size
+    level, stays = _water_fill(by_page.flatten(0, 1), prices, (start < counts.unsqueeze(1)).flatten(), budget, pages)
     given = torch.tensor(widths, dtype=torch.int8, device=curve.device)[level].view(len(order), -1)
     per_token = given.repeat_interleave(cost.page_size, dim=1)[:, :tokens]
-    return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape)
+    return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape), stays
 
 
 def pages_nbytes(widths: torch.Tensor, cost: PageCost) -> int:
@@ -173,11 +212,15 @@ def _curve(losses: Mapping[int, torch.Tensor], cost: PageCost) -> tuple[list[int
     return widths, curve
 
 
-def _order(gain: torch.Tensor, real: torch.Tensor, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of each lane `(N, T)`, sinks first, then by gain, padding last; and the real ones' number."""
+def _order(
+    gain: torch.Tensor, real: torch.Tensor, sinks: int, needed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of each lane `(N, T)`, what stays first, then by gain, padding last; and how many stay."""
     rank = real.cumsum(1)
-    key = gain.masked_fill(real & (rank <= sinks), torch.inf).masked_fill(~real, -torch.inf)
-    return key.argsort(dim=1, descending=True, stable=True), rank[:, -1]
+    first = real & (rank <= sinks if needed is None else (rank <= sinks) | needed)
+    key = gain.masked_fill(first, torch.inf).masked_fill(~real, -torch.inf)
+    stay = torch.maximum(first.sum(1), rank[:, -1].clamp(max=1))
+    return key.argsort(dim=1, descending=True, stable=True), stay
 
 
 def _page_losses(curve: torch.Tensor, order: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -190,25 +233,33 @@ def _page_losses(curve: torch.Tensor, order: torch.Tensor, page_size: int) -> to
     return torch.stack(sums, dim=-1)
 
 
-def _water_fill(losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int) -> torch.Tensor:
-    """Return which width each page gets, `(pages,)` int64 indices into `prices`.
+def _water_fill(
+    losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int, packed: PackedPages | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return which width each page gets, `(pages,)` int64 indices into `prices`, and which packed pages stay.
 
-    Every page climbs the lower convex hull of its points (price, loss); all these steps are taken in the order of what
-    they gain per byte, until the first one that the budget does not hold.
+    Every page climbs the lower convex hull of its points (price, loss), and a packed one has a single step; all these
+    steps are taken in the order of what they gain per byte, until the first one that the budget does not hold.
     """
+    packed = PackedPages.none(losses.device) if packed is None else packed
     least = forced * (prices[1:].argmin() + 1)
-    spent = int(prices[least].sum())
+    needed = packed.losses == torch.inf
+    spent = int(prices[least].sum()) + int(packed.nbytes[needed].sum())
     if spent > budget:
         raise ValueError(f"a budget of {budget} bytes does not hold the sinks of every lane, which take {spent} bytes")
     slopes, targets = _hull_steps(losses, prices, least)
     befores = torch.cat([least.unsqueeze(1), targets[:, :-1]], dim=1)
-    order = slopes.flatten().argsort(descending=True, stable=True)
-    order = order[slopes.flatten()[order] > 0]
-    total = spent + (prices[targets] - prices[befores]).flatten()[order].cumsum(0)
-    taken = torch.zeros(slopes.numel(), dtype=torch.bool, device=losses.device)
+    worth = (packed.losses.double() / packed.nbytes).masked_fill(needed, 0)
+    gains = torch.cat([slopes.flatten(), worth])
+    bytes_of = torch.cat([(prices[targets] - prices[befores]).flatten(), packed.nbytes])
+    order = gains.argsort(descending=True, stable=True)
+    order = order[gains[order] > 0]
+    total = spent + bytes_of[order].cumsum(0)
+    taken = torch.zeros(len(gains), dtype=torch.bool, device=losses.device)
     taken[order[total <= budget]] = True
-    steps = taken.view_as(slopes).sum(1, keepdim=True)
-    return torch.cat([least.unsqueeze(1), targets], dim=1).gather(1, steps).squeeze(1)
+    steps = taken[: slopes.numel()].view_as(slopes).sum(1, keepdim=True)
+    level = torch.cat([least.unsqueeze(1), targets], dim=1).gather(1, steps).squeeze(1)
+    return level, taken[slopes.numel() :] | needed
 
 
 def _hull_steps(losses: torch.Tensor, prices: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
