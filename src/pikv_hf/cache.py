@@ -18,6 +18,7 @@ from .layer import layer_list
 from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit
+from .layer.joint_budget import join_budgets
 from .layer.layer import PiKVLayer
 from .layer.layer_making import checked_options, effective_options, make_layers
 from .layer.layer_operation import layer_operation
@@ -276,6 +277,7 @@ class PiKVCache(Cache):
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
         twin = copy.copy(self)
         twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else copied(layer) for layer in self.layers]
+        join_budgets(twin.layers)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":

@@ -27,6 +27,8 @@ SCHEDULERS = (
     "reuse_distance",
     "pikv",
 )
+#: Stands for a decision by all layers together, by token and width, instead of a policy for pages.
+JOINT = "joint"
 TIERS = ("device", "cpu", "disk")
 #: Options that mean something only where `routing` chooses pages.
 OF_ROUTING = frozenset({"max_pages", "coverage", "tier_cost"})
@@ -189,17 +191,32 @@ class PiKVConfig:
 
     def _check_budget(self) -> None:
         if self.scheduler is not None:
-            _one_of("scheduler", self.scheduler, SCHEDULERS)
+            _one_of("scheduler", self.scheduler, (*SCHEDULERS, JOINT))
             if self.budget is None and self.tiers is None:
                 raise ValueError(
                     f"scheduler={self.scheduler!r} decides what goes first, but neither budget nor tiers say when"
                 )
+        if self.scheduler == JOINT and (obstacle := self.joint_obstacle()) is not None:
+            raise ValueError(f"scheduler={JOINT!r} decides by token and width, which {obstacle} leaves no room for")
         if self.budget_scope is not None:
             _one_of("budget_scope", self.budget_scope, get_args(BudgetScope))
         if self.budget is not None:
             Budget.parse(self.budget)
         elif self.budget_scope is not None:
             raise ValueError(f"budget_scope={self.budget_scope!r} without a budget")
+
+    def joint_obstacle(self) -> str | None:
+        """Return the option for which layers cannot decide together what a budget keeps, None if there is none."""
+        if self.budget is None:
+            return "budget=None"
+        if self.tiers is not None:
+            return f"tiers={self.tiers!r}"
+        if self.budget_scope == "shard":
+            return "budget_scope='shard'"
+        for name in ("key_codec", "value_codec"):
+            if (codec := getattr(self, name)) != "none":
+                return f"{name}={codec!r}"
+        return None
 
     def _check_tiers(self) -> None:
         if self.tiers is None:

@@ -106,7 +106,7 @@ def token_widths(
     cost = PageCost(page_size, {width: priced.nbytes[width] for width in widths})
     stored, losses = torch.stack([each.stored for each in layers]), torch.stack([each.loss for each in layers])
     inside = torch.stack([each.pages.mark(torch.zeros_like(each.stored)) for each in layers])
-    needed = _never_evicted(stored, sinks, recent)
+    needed = _never_evicted(stored, sinks, recent).expand_as(stored)
     fresh, left = stored & ~inside, budget
     apart = torch.stack([outsized(each) for each in layers]) * fresh
     if pages_nbytes(apart, priced) > left // 2:
