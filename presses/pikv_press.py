@@ -28,11 +28,11 @@ logger = logging.getLogger(__name__)
 class PiKVPress(JointPress):
     """Gives every token of every KV head a width, full, int8, int4, int2 or none, under one byte budget.
 
-    What evicting a token costs is estimated by :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`: the attention that
-    it can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the mean
-    of its head behind the output projection. That is in units of the residual stream, which heads and layers share:
-    heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of losing it.
-    Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question has to be
+    What evicting a token costs is estimated by :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`: the attention
+    that it can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the
+    mean of its head behind the output projection. That is in units of the residual stream, which heads and layers
+    share: heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of
+    losing it. Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question has to be
     known.
 
     On an attached :class:`~pikv_hf.PiKVCache` the widths are stored and everything else is freed. On another cache the

@@ -88,14 +88,17 @@ class PiKVConfig:
         memory.
     budget : str, int or float, optional
         The most that may be stored: bytes (`"2GiB"`), tokens per sequence and layer (`4096`), or a share of the tokens
-        seen (`0.25`, `"25%"`). What exceeds it is evicted in whole pages.
+        seen (`0.25`, `"25%"`). What exceeds it is evicted, or packed in fewer bits.
     budget_scope : {"cache", "layer", "shard"}, optional
         What the budget is of. By default bytes are of the cache, which divides them evenly among its layers; tokens are
         of each layer; a share is the same for all.
     scheduler : str, optional
-        Which pages go first, by a policy of :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`,
-        `"lru_plus"`, `"streaming_llm"`, `"quest"`, `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By
-        default `"pikv"` where there is a budget, and `"lru"` where there are only tiers.
+        `"joint"`: all layers decide together which tokens of each KV head stay, and in how many bits, as
+        :class:`~pikv_hf.presses.PiKVPress` does. Or which pages go first, by a policy of
+        :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`, `"lru_plus"`, `"streaming_llm"`, `"quest"`,
+        `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default `"joint"` where there is a budget
+        and nothing in its way (codecs, tiers, a budget per shard, latents, several devices or processes), else
+        `"pikv"`; `"lru"` where there are only tiers.
     tiers : dict, optional
         Where full pages go instead of being evicted: the bytes that each of `"device"`, `"cpu"` and `"disk"` may hold,
         as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where

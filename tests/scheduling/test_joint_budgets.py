@@ -64,7 +64,7 @@ def test_the_decision_is_that_of_the_press(budget: Any, family: str, monkeypatch
     with watched(monkeypatch) as (budgets, widths):
         read(model, cache, ids)
     kept = widths[-len(cache.layers) :]
-    assert len({int(width) for given in kept for width in given.unique()}) > 2
+    assert len({int(width) for given in kept for width in given.unique()}) > 1
     expected = widths_of_press(model, ids, budgets[-1], monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))
     check(cache)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pikv_hf.config import SCHEDULERS
+from pikv_hf.config import JOINT, SCHEDULERS
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.studies.scheduling.budget_runs import (
     GENERATED,
@@ -41,7 +41,8 @@ LENGTH, CHUNK, PREFILL_SHARE = 2048, 128, 0.25
 METRIC = (
     "generation: share of needles whose number is answered exactly, in percent, those of the prompt and those of the "
     "generated text; the budget is a share of the tokens of both, in tokens per sequence and layer; held: the most "
-    "tokens that a sequence held in a layer after any step, mean over KV heads. Intervals are 95%, normal, over "
+    "tokens that a sequence held in a layer after any step, mean over KV heads; of 'joint' mean over layers too, "
+    "packed tokens counted as what they take of others. Intervals are 95%, normal, over "
     "documents. ruler: RULER's score in percent, mean over tasks, contexts read in chunks under a budget that is a "
     "share of the tokens seen; differences from full are paired by sample, intervals over samples"
 )
@@ -71,13 +72,13 @@ class Study:
         """Return what is measured, by name."""
         parts: dict[str, Callable[[], Row]] = {"generation full": partial(self.generation, None, 1.0, "expert")}
         for share in SHARES:
-            for name in (*SCHEDULERS, RANDOM):
+            for name in (*SCHEDULERS, JOINT, RANDOM):
                 parts[f"generation {name} {share}"] = partial(self.generation, name, share, "expert")
         for name in SEQUENTIAL:
             parts[f"generation {name} sequential"] = partial(self.generation, name, 0.25, "sequential")
         if self.samples:
             parts["ruler full"] = partial(self.ruler, None)
-            for name in (*SCHEDULERS, RANDOM):
+            for name in (*SCHEDULERS, JOINT, RANDOM):
                 parts[f"ruler {name}"] = partial(self.ruler, name)
         return parts
 

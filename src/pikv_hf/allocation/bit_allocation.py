@@ -77,23 +77,22 @@ class PageCost:
 
 @dataclass(frozen=True, slots=True)
 class PackedPages:
-    """Pages that were packed before: none of them is packed again, each stays or goes.
+    """Pages that were packed before: each stays as it is, goes, or is packed again in fewer bits.
 
     Attributes
     ----------
     losses : torch.Tensor
-        `(n,)` floating point, what is lost with each; infinite for those that may not go.
+        `(n, W)` float64, for width 0 and for the W - 1 widths that may be given, from narrow to wide: what is lost with
+        the page in that width, or as it is where that is no narrower.
     nbytes : torch.Tensor
-        `(n,)` int64.
+        `(n, W)` int64, what the page then takes.
+    needed : torch.Tensor
+        `(n,)` bool, those that may not go.
     """
 
     losses: torch.Tensor
     nbytes: torch.Tensor
-
-    @classmethod
-    def none(cls, device: torch.device) -> "PackedPages":
-        """Return no pages."""
-        return cls(torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64, device=device))
+    needed: torch.Tensor
 
 
 def _packed_bytes(page_size: int, bits: int) -> int:
@@ -145,12 +144,12 @@ def allocate_beside(
     needed : torch.Tensor, optional
         `(..., T)` bool or what broadcasts to it, further tokens that are never evicted.
     pages : PackedPages, optional
-        Pages that compete for the same budget: each stays as it is or goes.
+        Pages that compete for the same budget.
 
     Returns
     -------
     tuple of torch.Tensor
-        `(..., T)` int8, bits per number: 0 for evicted tokens; and `(n,)` bool, which pages stay.
+        `(..., T)` int8, bits per number: 0 for evicted tokens; and `(n,)` int64, which of their W widths pages get.
 
     Raises
     ------
@@ -168,10 +167,15 @@ def allocate_beside(
     prices = torch.tensor([cost.nbytes.get(width, 0) for width in widths], device=curve.device)
     by_page = _page_losses(curve, order, cost.page_size)
     start = torch.arange(by_page.shape[1], device=curve.device) * cost.page_size
-    level, stays = _water_fill(by_page.flatten(0, 1), prices, (start < counts.unsqueeze(1)).flatten(), budget, pages)
-    given = torch.tensor(widths, dtype=torch.int8, device=curve.device)[level].view(len(order), -1)
+    by_page, forced = by_page.flatten(0, 1), (start < counts.unsqueeze(1)).flatten()
+    prices, fresh = prices.expand_as(by_page), len(by_page)
+    if pages is not None:
+        by_page, prices = torch.cat([by_page, pages.losses]), torch.cat([prices, pages.nbytes])
+        forced = torch.cat([forced, pages.needed])
+    level = _water_fill(by_page, prices, forced, budget)
+    given = torch.tensor(widths, dtype=torch.int8, device=curve.device)[level[:fresh]].view(len(order), -1)
     per_token = given.repeat_interleave(cost.page_size, dim=1)[:, :tokens]
-    return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape), stays
+    return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape), level[fresh:]
 
 
 def pages_nbytes(widths: torch.Tensor, cost: PageCost) -> int:
@@ -233,42 +237,34 @@ def _page_losses(curve: torch.Tensor, order: torch.Tensor, page_size: int) -> to
     return torch.stack(sums, dim=-1)
 
 
-def _water_fill(
-    losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int, packed: PackedPages | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return which width each page gets, `(pages,)` int64 indices into `prices`, and which packed pages stay.
+def _water_fill(losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int) -> torch.Tensor:
+    """Return which width each page gets, `(pages,)` int64, of those that `(pages, W)` losses and prices are of.
 
-    Every page climbs the lower convex hull of its points (price, loss), and a packed one has a single step; all these
-    steps are taken in the order of what they gain per byte, until the first one that the budget does not hold.
+    Every page climbs the lower convex hull of its points (price, loss); all these steps are taken in the order of what
+    they gain per byte, until the first one that the budget does not hold.
     """
-    packed = PackedPages.none(losses.device) if packed is None else packed
-    least = forced * (prices[1:].argmin() + 1)
-    needed = packed.losses == torch.inf
-    spent = int(prices[least].sum()) + int(packed.nbytes[needed].sum())
+    least = forced * (prices[:, 1:].argmin(dim=1) + 1)
+    spent = int(prices.gather(1, least.unsqueeze(1)).sum())
     if spent > budget:
         raise ValueError(f"a budget of {budget} bytes does not hold the sinks of every lane, which take {spent} bytes")
     slopes, targets = _hull_steps(losses, prices, least)
     befores = torch.cat([least.unsqueeze(1), targets[:, :-1]], dim=1)
-    worth = (packed.losses.double() / packed.nbytes).masked_fill(needed, 0)
-    gains = torch.cat([slopes.flatten(), worth])
-    bytes_of = torch.cat([(prices[targets] - prices[befores]).flatten(), packed.nbytes])
-    order = gains.argsort(descending=True, stable=True)
-    order = order[gains[order] > 0]
-    total = spent + bytes_of[order].cumsum(0)
-    taken = torch.zeros(len(gains), dtype=torch.bool, device=losses.device)
+    order = slopes.flatten().argsort(descending=True, stable=True)
+    order = order[slopes.flatten()[order] > 0]
+    total = spent + (prices.gather(1, targets) - prices.gather(1, befores)).flatten()[order].cumsum(0)
+    taken = torch.zeros(slopes.numel(), dtype=torch.bool, device=losses.device)
     taken[order[total <= budget]] = True
-    steps = taken[: slopes.numel()].view_as(slopes).sum(1, keepdim=True)
-    level = torch.cat([least.unsqueeze(1), targets], dim=1).gather(1, steps).squeeze(1)
-    return level, taken[slopes.numel() :] | needed
+    steps = taken.view_as(slopes).sum(1, keepdim=True)
+    return torch.cat([least.unsqueeze(1), targets], dim=1).gather(1, steps).squeeze(1)
 
 
 def _hull_steps(losses: torch.Tensor, prices: torch.Tensor, least: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return gain per byte (0: no step) and target of the steps of each page up its hull, `(pages, W - 1)` each."""
     slopes, targets = [], []
     at = least
-    for _ in range(len(prices) - 1):
+    for _ in range(prices.shape[1] - 1):
         gain = losses.gather(1, at.unsqueeze(1)) - losses
-        price = prices - prices[at].unsqueeze(1)
+        price = prices - prices.gather(1, at.unsqueeze(1))
         slope = torch.where(price > 0, gain / price.clamp(min=1), 0.0).clamp(min=0)
         best, target = slope.max(dim=1)
         at = torch.where(best > 0, target, at)

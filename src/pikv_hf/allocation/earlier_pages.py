@@ -1,11 +1,11 @@
-"""What was packed earlier goes or stays page by page, beside new tokens, and is never packed again."""
+"""What was packed earlier: beside new tokens it stays, goes, or is packed again in fewer bits, page by page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .bit_allocation import PackedPages
+from .bit_allocation import EVICTED, FULL, PackedPages, PageCost
 from .eviction_loss import WIDTH_LOSS
 
 
@@ -51,6 +51,11 @@ class StoredPages:
         mask[self.rows[page], head, self.columns[page, head, slot]] = True
         return mask
 
+    def write(self, widths: torch.Tensor, bits: torch.Tensor) -> None:
+        """Write the bits of each page, `(n,)`, to its tokens, in `(B, H, T)`."""
+        page, head, slot = (self.columns >= 0).nonzero(as_tuple=True)
+        widths[self.rows[page], head, self.columns[page, head, slot]] = bits[page].to(widths.dtype)
+
     def sums(self, amounts: torch.Tensor) -> torch.Tensor:
         """Return the sum of `(B, H, T)` over the tokens of each page, `(n,)`."""
         page, head, slot = (self.columns >= 0).nonzero(as_tuple=True)
@@ -58,9 +63,10 @@ class StoredPages:
         return torch.zeros(len(self.rows), dtype=amounts.dtype, device=amounts.device).index_add_(0, page, picked)
 
 
-
-def competing(pages: Sequence[StoredPages], losses: Sequence[torch.Tensor], needed: torch.Tensor) -> PackedPages:
-    """Return the pages of all layers, one layer after the other, with what is lost with each.
+def competing(
+    pages: Sequence[StoredPages], losses: Sequence[torch.Tensor], needed: torch.Tensor, cost: PageCost
+) -> tuple[PackedPages, torch.Tensor]:
+    """Return the pages of all layers, one layer after the other, with what is lost with each, and in fewer bits.
 
     Parameters
     ----------
@@ -70,10 +76,32 @@ def competing(pages: Sequence[StoredPages], losses: Sequence[torch.Tensor], need
         `(B, H, T)` of each, what evicting a token costs.
     needed : torch.Tensor
         `(L, B, H, T)` bool, tokens whose pages may not go.
+    cost : PageCost
+        Of pages in the widths that may be given.
+
+    Returns
+    -------
+    tuple of PackedPages, torch.Tensor
+        n pages; and `(n, W)` uint8, the bits that each choice stands for, :data:`FULL` to stay as it is.
     """
-    worth = []
-    for mine, loss, never in zip(pages, losses, needed, strict=True):
-        rounded = torch.tensor([WIDTH_LOSS.get(bits, 0.0) for bits in mine.widths.tolist()], device=loss.device)
-        kept = mine.sums(loss) * (1 - rounded)
-        worth.append(kept.masked_fill(mine.sums(never.float()) > 0, torch.inf))
-    return PackedPages(torch.cat(worth), torch.cat([mine.nbytes for mine in pages]))
+    evicted = torch.cat([mine.sums(loss.double()) for mine, loss in zip(pages, losses, strict=True)])
+    never = torch.cat([mine.sums(each.double()) > 0 for mine, each in zip(pages, needed, strict=True)])
+    nbytes, bits = (torch.cat([getattr(mine, name) for mine in pages]) for name in ("nbytes", "widths"))
+    known = [EVICTED, *sorted(cost.nbytes)]
+    choices, lost, prices = [], [], []
+    for number, width in enumerate(known):
+        stays = (bits <= width) | (number == len(known) - 1)
+        narrow = torch.full_like(bits, width)
+        choices.append(narrow.where(~stays, FULL))
+        lost.append(evicted * _rates(bits.where(stays, narrow)))
+        prices.append(nbytes.where(stays, cost.nbytes.get(width, 0)))
+    packed = PackedPages(torch.stack(lost, dim=1), torch.stack(prices, dim=1), never)
+    return packed, torch.stack(choices, dim=1).to(torch.uint8)
+
+
+def _rates(bits: torch.Tensor) -> torch.Tensor:
+    """Return the share of the loss of evicting that so many bits lose, `(n,)` float64."""
+    rates = torch.zeros(bits.shape, dtype=torch.float64, device=bits.device)
+    for width, rate in WIDTH_LOSS.items():
+        rates[bits == width] = rate
+    return rates

@@ -1,4 +1,4 @@
-"""Queries as attention used them, after rotary embedding, norms and everything else, and the attention that they pay."""
+"""Queries as attention used them, after rotary embedding, norms and everything else, and what attention they pay."""
 
 from dataclasses import dataclass
 

@@ -51,8 +51,8 @@ class LayerTokens:
 
     def of_row(self, row: int) -> "LayerTokens":
         """Return one sequence."""
-        parts = (part[row : row + 1] for part in (self.keys, self.values, self.stored, self.loss))
-        return LayerTokens(*parts, self.pages.of_row(row))
+        keys, values, stored, loss = (part[row : row + 1] for part in (self.keys, self.values, self.stored, self.loss))
+        return LayerTokens(keys, values, stored, loss, self.pages.of_row(row))
 
 
 def same_shape(layers: Sequence[LayerTokens]) -> list[list[int]]:
@@ -93,7 +93,7 @@ def token_widths(
     Returns
     -------
     torch.Tensor
-        `(L, B, H, T)` uint8; 0 evicts, and what stays in pages that are packed already has :data:`FULL`.
+        `(L, B, H, T)` uint8; 0 evicts, and what stays as it is in pages that are packed already has :data:`FULL`.
 
     Raises
     ------
@@ -116,14 +116,14 @@ def token_widths(
     fresh &= apart == 0
     rates = {EVICTED: 1.0, **{width: WIDTH_LOSS.get(width, 0.0) for width in widths}}
     curve = {width: (losses * rate).where(fresh, 0) for width, rate in rates.items()}
-    pages = competing([each.pages for each in layers], losses, needed)
+    pages, choices = competing([each.pages for each in layers], list(losses), needed, cost)
     if may_exceed:
-        left = max(left, least_bytes(fresh, needed, cost) + int(pages.nbytes[pages.losses == torch.inf].sum()))
-    given, stay = allocate_beside(curve, cost, left, sinks=0, valid=fresh, needed=needed, pages=pages)
+        left = max(left, least_bytes(fresh, needed, cost) + int(pages.nbytes[pages.needed, 1:].amin(dim=1).sum()))
+    given, chosen = allocate_beside(curve, cost, left, sinks=0, valid=fresh, needed=needed, pages=pages)
     result = (given + apart).to(torch.uint8)
-    counts = [len(each.pages.rows) for each in layers]
-    for each, kept, into in zip(layers, stay.split(counts), result, strict=True):
-        into[each.pages.pick(kept).mark(torch.zeros_like(each.stored))] = FULL
+    bits = choices.gather(1, chosen.unsqueeze(1)).squeeze(1)
+    for each, of_layer, into in zip(layers, bits.split([len(each.pages.rows) for each in layers]), result, strict=True):
+        each.pages.write(into, of_layer)
     return result
 
 

@@ -282,7 +282,7 @@ class PiKVLayer(CacheLayerMixin):
         """Evict tokens, each KV head its own, and keep the others in the widths given; frees their memory.
 
         Columns stay what they are: lengths do not change, an evicted token never takes part again. Tokens that a codec
-        has packed stay as they are where they are kept.
+        has packed stay as they are where they are kept, unless they are to have fewer bits than they have.
 
         Parameters
         ----------

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 
 from ..allocation.earlier_pages import StoredPages
-from ..page_table.compaction import WIDTHS
+from ..page_table.compaction import bits_of
 from ..page_table.page_table import PageTable
-from ..pages.packed_pool import PackedPool
 from ..pages.pool_id import UNCODED
 from .layer_store import LayerStore
 from .table_rebuild import TableRebuild, checked_widths, leaders_of, with_exact_ends
@@ -120,7 +119,8 @@ def packed_pages(store: LayerStore) -> StoredPages:
 
 def _packed_pages(store: LayerStore, table: PageTable) -> StoredPages:
     """Return the pages of one part."""
-    rows, columns, sizes, bits = [], [], [], []
+    rows: list[torch.Tensor] = []
+    columns, sizes, bits = list(rows), list(rows), list(rows)
     heads, lanes, device, size = store.heads, store.lanes, store.device, table.plain.page_size
     for pool_id, pool in table.pools.packed.items():
         if pool_id == UNCODED:
@@ -134,14 +134,8 @@ def _packed_pages(store: LayerStore, table: PageTable) -> StoredPages:
             head = slice(None) if lanes == 1 else slice(row % lanes, row % lanes + 1)
             by_head[:, head] = positions[:, None]
             columns.append(by_head)
-            for known, value in ((rows, row // lanes), (sizes, each), (bits, _bits_of(pool))):
+            for known, value in ((rows, row // lanes), (sizes, each), (bits, bits_of(pool_id) or 16)):
                 known.append(torch.full((len(pages),), value, device=device))
     if not rows:
         return StoredPages.none(device)
     return StoredPages(*(torch.cat(known) for known in (rows, columns, sizes, bits)))
-
-
-def _bits_of(pool: PackedPool) -> int:
-    """Return the width of a pool's codes in bits, the narrower of keys and values."""
-    known = {name: bits for bits, name in WIDTHS.items()}
-    return min(known.get(codec.name, 16) for codec in (pool.key_codec, pool.value_codec))

@@ -73,9 +73,7 @@ def evict_tokens(
     return left < tokens
 
 
-def evict_packed(
-    rules: EvictionRules, table: PageTable, rows: Sequence[SequencePages], nbytes: int, seen: int
-) -> int:
+def evict_packed(rules: EvictionRules, table: PageTable, rows: Sequence[SequencePages], nbytes: int, seen: int) -> int:
     """Evict pages of some rows until the tokens that are gone took so many bytes; return how many are missing.
 
     A token takes its part of a page, as :func:`row_bytes` has it.
@@ -103,7 +101,7 @@ def row_bytes(table: PageTable, lanes: int) -> np.ndarray:
     """Return the bytes of the keys and values of each sequence, `(B,)` float64, those that sequences share for each."""
     totals = np.zeros(len(table.rows))
     for pool_id, pool in table.pools.by_id().items():
-        totals += [int(pool.count[row.pages(pool_id)].sum()) * token_bytes(pool) for row in table.rows]
+        totals += np.array([pool.count[row.pages(pool_id)].sum() for row in table.rows]) * token_bytes(pool)
     return totals.reshape(-1, lanes).sum(axis=1)
 
 

@@ -8,7 +8,6 @@ from ..page_table.layer_pools import LayerPools
 from .layer_budget import LayerBudget
 from .shared_budget import BudgetUser
 
-
 #: While layers decide together what they keep, which is measured then.
 _UNLIMITED = 1 << 60
 
