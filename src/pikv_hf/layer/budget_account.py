@@ -127,9 +127,8 @@ class BudgetAccount:
                 lanes = _lanes(member, table)
                 left = evict_packed(scheduler, table, table.rows[row * lanes : (row + 1) * lanes], left, seen)
             else:
-                before = table.pools.nbytes
-                evict_bytes(scheduler, table, list(table.pools.by_id()), left, seen)
-                left -= before - table.pools.nbytes
+                # Whoever needs room asks again, if it is not enough.
+                left = 0 if evict_bytes(scheduler, table, list(table.pools.by_id()), left, seen) else left
             member.store.note_evictions()
         return left
 

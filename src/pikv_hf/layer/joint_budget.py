@@ -135,7 +135,9 @@ class JointBudget(BudgetAccount):
             if missing <= 0:
                 self._count(layers, kept)
                 return True
-            budgets = [budget - -(-missing // self.distinct()) for budget in budgets]
+            # Less by a page at least, or nothing would change.
+            less = max(-(-missing // self.distinct()), layers[0].token_bytes * members[0].store.config.page_size)
+            budgets = [budget - less for budget in budgets]
         return False
 
     def _widths(self, layers: list[LayerTokens], budget: int) -> list[torch.Tensor]:
