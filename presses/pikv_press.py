@@ -83,7 +83,8 @@ class PiKVPress(JointPress):
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over all layers and store what it leaves."""
         layers = [
-            LayerTokens(view.keys, view.values, view.stored, self.token_scores(view), pages_of(view)) for view in views
+            LayerTokens.of(view.keys, view.values, view.stored, self.token_scores(view), pages_of(view))
+            for view in views
         ]
         for group in same_shape(layers):
             self._press_group([views[i] for i in group], [layers[i] for i in group], len(views))

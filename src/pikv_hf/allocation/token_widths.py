@@ -19,40 +19,53 @@ OUTSIZED, HUGE = 8.0, 64.0
 
 @dataclass(frozen=True, slots=True)
 class LayerTokens:
-    """What is known of the tokens of a layer when it is decided which of them stay.
+    """What is known of the tokens of a layer when it is decided which of them stay: without keys and values.
 
     Attributes
     ----------
-    keys, values : torch.Tensor
-        `(B, H, T, D)` and `(B, H, T, Dv)` by column.
+    dims : tuple of int
+        D and Dv, channels of keys and of values.
+    element_size : int
+        Bytes of a number as the model makes it.
     stored : torch.Tensor
         `(B, H, T)` bool: neither padding nor evicted.
+    apart : torch.Tensor
+        `(B, H, T)` int8, see :func:`outsized`.
     loss : torch.Tensor
         `(B, H, T)` float32, what evicting each costs, in a unit that all layers share.
     pages : StoredPages
         What is packed already.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    dims: tuple[int, int]
+    element_size: int
     stored: torch.Tensor
+    apart: torch.Tensor
     loss: torch.Tensor
     pages: StoredPages
+
+    @classmethod
+    def of(
+        cls, keys: torch.Tensor, values: torch.Tensor, stored: torch.Tensor, loss: torch.Tensor, pages: StoredPages
+    ) -> "LayerTokens":
+        """Return what there is to know of keys `(B, H, T, D)` and values `(B, H, T, Dv)` by column."""
+        dims = keys.shape[-1], values.shape[-1]
+        return cls(dims, keys.element_size(), stored, outsized(keys, values, stored), loss, pages)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """What layers have to have in common to share a budget: those of others divide theirs in proportion."""
-        return (*self.keys.shape, self.values.shape[-1])
+        return (*self.stored.shape, *self.dims)
 
     @property
     def token_bytes(self) -> int:
         """Bytes of a token of one KV head as the model makes it."""
-        return (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size()
+        return sum(self.dims) * self.element_size
 
     def of_row(self, row: int) -> "LayerTokens":
         """Return one sequence."""
-        keys, values, stored, loss = (part[row : row + 1] for part in (self.keys, self.values, self.stored, self.loss))
-        return LayerTokens(keys, values, stored, loss, self.pages.of_row(row))
+        stored, apart, loss = (part[row : row + 1] for part in (self.stored, self.apart, self.loss))
+        return LayerTokens(self.dims, self.element_size, stored, apart, loss, self.pages.of_row(row))
 
 
 def same_shape(layers: Sequence[LayerTokens]) -> list[list[int]]:
@@ -100,15 +113,13 @@ def token_widths(
     ValueError
         If the budget does not hold what is never evicted.
     """
-    priced = PageCost.of_pages(
-        page_size, layers[0].keys.shape[-1], layers[0].values.shape[-1], layers[0].keys.element_size()
-    )
+    priced = PageCost.of_pages(page_size, *layers[0].dims, layers[0].element_size)
     cost = PageCost(page_size, {width: priced.nbytes[width] for width in widths})
     stored, losses = torch.stack([each.stored for each in layers]), torch.stack([each.loss for each in layers])
     inside = torch.stack([each.pages.mark(torch.zeros_like(each.stored)) for each in layers])
     needed = _never_evicted(stored, sinks, recent).expand_as(stored)
     fresh, left = stored & ~inside, budget
-    apart = torch.stack([outsized(each) for each in layers]) * fresh
+    apart = torch.stack([each.apart for each in layers]) * fresh
     if pages_nbytes(apart, priced) > left // 2:
         # So many are not outsized but common.
         apart = torch.zeros_like(apart)
@@ -135,12 +146,12 @@ def _never_evicted(stored: torch.Tensor, sinks: int, recent: int) -> torch.Tenso
     return (first | (columns >= stored.shape[-1] - recent)) & stored.any(dim=2, keepdim=True)
 
 
-def outsized(layer: LayerTokens) -> torch.Tensor:
+def outsized(keys: torch.Tensor, values: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     """Return the widths of tokens that would spoil their page's ranges, `(B, H, T)` int8; 0 for all others."""
-    widths = torch.zeros_like(layer.stored, dtype=torch.int8)
-    for part in (layer.keys, layer.values):
+    widths = torch.zeros_like(stored, dtype=torch.int8)
+    for part in (keys, values):
         length = part.float().norm(dim=-1)
-        usual = length.masked_fill(~layer.stored, torch.nan).nanmedian(dim=-1, keepdim=True).values
+        usual = length.masked_fill(~stored, torch.nan).nanmedian(dim=-1, keepdim=True).values
         widths = torch.maximum(widths, 8 * (length > OUTSIZED * usual).to(torch.int8))
         widths = torch.maximum(widths, FULL * (length > HUGE * usual).to(torch.int8))
     return widths

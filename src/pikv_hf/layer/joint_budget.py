@@ -216,11 +216,12 @@ def _tokens_of(member: LayerEdits, observer: Observer) -> LayerTokens:
     module = link.attention_of(store.layer_idx)
     assert module is not None
     gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
-    return LayerTokens(keys, values, stored, token_loss(observer, gram, keys, values, stored), packed_pages(store))
+    loss = token_loss(observer, gram, keys, values, stored)
+    return LayerTokens.of(keys, values, stored, loss, packed_pages(store))
 
 
 def _held_bytes(layer: LayerTokens) -> int:
-    return layer.token_bytes * layer.keys.shape[1]
+    return layer.token_bytes * layer.stored.shape[1]
 
 
 def join_budgets(layers: Iterable[Any]) -> None:
