@@ -32,8 +32,8 @@ class PiKVPress(JointPress):
     that it can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the
     mean of its head behind the output projection. That is in units of the residual stream, which heads and layers
     share: heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of
-    losing it. Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question has to be
-    known.
+    losing it. Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question
+    has to be known.
 
     On an attached :class:`~pikv_hf.PiKVCache` the widths are stored and everything else is freed. On another cache the
     tokens go through the same codes and the evicted ones are hidden: same answers, nothing saved.

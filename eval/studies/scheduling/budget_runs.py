@@ -79,8 +79,8 @@ class Finding(NamedTuple):
 class Generator:
     """The bundled model, reading prompts, "generating" given text token by token, and answering questions."""
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = load_reference_model()
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.tokenizer = load_reference_model(dtype)
 
     def _ids(self, words: str) -> torch.Tensor:
         ids: torch.Tensor = self.tokenizer(words, add_special_tokens=False, return_tensors="pt").input_ids[0]

@@ -64,7 +64,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.generator = Generator()
+        self.generator = Generator(getattr(torch, arguments.dtype))
         self.documents = self.generator.documents(arguments.documents, arguments.seed)
         self.samples = ruler_samples(LENGTH, arguments.samples, arguments.seed) if arguments.samples else []
 
@@ -182,7 +182,7 @@ def _save(file: Path, arguments: argparse.Namespace, tables: dict[str, list[Row]
         "ruler_length": LENGTH,
         "ruler_chunk": CHUNK,
         "ruler_tasks": list(reference.TASKS),
-        "dtype": "float32",
+        "dtype": arguments.dtype,
     }
     write_rows(file, about, tables)
 
@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=16, help="documents of the generation part")
     parser.add_argument("--samples", type=int, default=3, help="RULER samples per task; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--parts", type=Path, help="folder to keep parts in; those already there are not measured anew")
     parser.add_argument("--only", nargs="*", help="measure only parts whose name begins so, such as ruler")

@@ -94,7 +94,7 @@ def test_ruler_reads_its_context_in_chunks(generator: Generator, monkeypatch: py
 
 def test_parts_are_kept_and_taken_again(tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget_study, "Generator", lambda: generator)
-    arguments = argparse.Namespace(documents=1, samples=0, seed=0, parts=tmp_path)
+    arguments = argparse.Namespace(documents=1, samples=0, seed=0, dtype="float32", parts=tmp_path)
     study = Study(arguments)
     assert [name for name in study.parts() if name.startswith("generation")] == list(study.parts())
     assert len(study.parts()) == 1 + len(SHARES) * (len(SCHEDULERS) + 2) + len(SEQUENTIAL)
