@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from budget_runs import check, decode, gave_way, make_cache, paged_layers, run, shared_model
+from eviction_machine import bits_of_tokens
 from families import FAMILIES
 from press_runs import ids_of, padded, read
 
@@ -209,3 +210,22 @@ def test_models_that_cannot_decide_jointly() -> None:
     assert not any(layer.decides_jointly for layer in cache.layers)
     with pytest.raises(ValueError, match="over 2 devices or processes"):
         make_cache(shared_model(), budget=64, devices=["cpu:0", "cpu:1"], scheduler="joint")
+
+
+def test_packed_tokens_get_narrower_and_never_wider() -> None:
+    """Of what was packed some is packed again in fewer bits; nothing has more bits than it had."""
+    model = shared_model()
+    cache = make_cache(model, budget=64, recent_window=8)
+    read(model, cache, ids_of(100))
+    before, narrowed = [bits_of_tokens(layer) for layer in cache.layers], 0
+    for token in ids_of(120, seed=3).split(1, dim=1):
+        with torch.no_grad():
+            model(token, past_key_values=cache)
+        for index, layer in enumerate(cache.layers):
+            now, known = bits_of_tokens(layer), before[index]
+            both = (now[:, :, : known.shape[2]] > 0) & (known > 0)
+            change = (now[:, :, : known.shape[2]] - known)[both]
+            assert bool((change <= 0).all())
+            narrowed += int((change < 0).sum())
+            before[index] = now
+    assert narrowed > 0

@@ -93,7 +93,7 @@ def test_ruler_reads_its_context_in_chunks(generator: Generator, monkeypatch: py
 
 
 def test_parts_are_kept_and_taken_again(tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_study, "Generator", lambda: generator)
+    monkeypatch.setattr(budget_study, "Generator", lambda *_: generator)
     arguments = argparse.Namespace(documents=1, samples=0, seed=0, dtype="float32", parts=tmp_path)
     study = Study(arguments)
     assert [name for name in study.parts() if name.startswith("generation")] == list(study.parts())
@@ -123,7 +123,7 @@ def test_scores_are_compared_by_sample() -> None:
 def test_the_command_writes_its_rows(
     tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(budget_study, "Generator", lambda: generator)
+    monkeypatch.setattr(budget_study, "Generator", lambda *_: generator)
     monkeypatch.setattr(budget_runs, "GENERATED", 96)
     output = tmp_path / "budgets.json"
     arguments = ["--documents", "1", "--samples", "0", "--output", str(output)]
