@@ -119,7 +119,9 @@ class BudgetMachine(RuleBasedStateMachine):
             last = reference_attention(twin, query[:, :, -1])
             torch.testing.assert_close(out[:, -1].double(), last, atol=1e-5, rtol=1e-5)
             experts = torch.randint(0, EXPERTS, (1 if identical else batch, new), generator=self.generator)
-            twin.layer.record_experts(experts.expand(batch, new).reshape(-1))
+            # What was decided together waits for no router.
+            if new == 1 or twin.layer.pending is not None:
+                twin.layer.record_experts(experts.expand(batch, new).reshape(-1))
         except BudgetError:
             for name, value in old.items():
                 setattr(twin, name, value)
