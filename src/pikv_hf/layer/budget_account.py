@@ -165,7 +165,7 @@ class BudgetAccount:
         table = member.store.table
         assert table is not None
         rows, lanes = member.store.batch, _lanes(member, table)
-        pages = -(-interval // table.plain.page_size) + (1 if interval else 0)
+        pages = -(-interval // table.plain.page_size) + 1
         return rows * pages * lanes * table.plain.full_page_bytes
 
     def distinct(self) -> int:

@@ -88,7 +88,7 @@ class JointBudget(BudgetAccount):
             (tokens.tokens, each.store.state.seen) for tokens, each in zip(pending, members, strict=True) if tokens
         }
         # Something else may have changed layers meanwhile, a press of kvpress say.
-        if len(alike) > 1 or not all(pending) or not all(each.awaits_press for each in members) or not self._decide(0):
+        if len(alike) > 1 or not all(pending) or not all(each.awaits_press for each in members) or not self._decide():
             for each in members:
                 each.end_press()
         self._observers = {}
@@ -105,7 +105,7 @@ class JointBudget(BudgetAccount):
             for each in members:
                 each.settle()
                 each.take_requested_snapshot()
-            if not self._decide(self.interval(members[0].store.state.seen)):
+            if not self._decide():
                 self._evict_pages()
 
     def _evict_pages(self) -> None:
@@ -118,14 +118,12 @@ class JointBudget(BudgetAccount):
 
     # Deciding
 
-    def _decide(self, interval: int) -> bool:
-        """Decide what all layers keep and carry it out; return whether that could be done within the budget.
-
-        Room is left for `interval` tokens. After a prompt none is: what comes next tells what it can do without.
-        """
+    def _decide(self) -> bool:
+        """Decide what all layers keep and carry it out; return whether that could be done within the budget."""
         members = self.members
         layers = [_tokens_of(each, self._observer_of(each)) for each in members]
-        batch = members[0].store.batch
+        batch, seen = members[0].store.batch, members[0].store.state.seen
+        interval = self.interval(seen)
         budgets = self.row_budgets(interval)
         for _ in range(ATTEMPTS):
             try:
