@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pikv_hf.allocation.observed_queries import Observer
 from pikv_hf.common.foreign_attributes import ROUTING_ATTRIBUTE, ROUTING_BELOW_ATTRIBUTE
 from pikv_hf.integration.attachment import ensure_attached
 from pikv_hf.integration.expert_router import Lazy
-from pikv_hf.presses.observed_queries import Observer
 
 
 @dataclass(slots=True)

@@ -7,37 +7,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from pikv_hf.common.foreign_attributes import GRAM_ATTRIBUTE
+from pikv_hf.allocation.bit_allocation import FULL
+from pikv_hf.allocation.earlier_pages import StoredPages
+from pikv_hf.allocation.eviction_loss import SMOOTHING
+from pikv_hf.allocation.output_projection import gram_of
+from pikv_hf.allocation.token_loss import token_loss
+from pikv_hf.allocation.token_widths import LAYER_BYTES, LayerTokens, same_shape, token_widths
 from pikv_hf.kernels import decode_pages, encode_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.layer.press_eviction import packed_pages
 from pikv_hf.presses.base_press import LayerView
-from pikv_hf.presses.bit_allocation import EVICTED, FULL, PageCost, allocate, pages_nbytes
-from pikv_hf.presses.earlier_chunks import Earlier
-from pikv_hf.presses.eviction_loss import SMOOTHING, WIDTH_LOSS, eviction_loss, output_gram, value_distance
 from pikv_hf.presses.joint_press import JointPress
-from pikv_hf.presses.observed_queries import attention_mass, observed
+from pikv_hf.presses.observed_queries import observed
 
 logger = logging.getLogger(__name__)
-
-#: Bytes of a layer that no page accounts for: the empty pools' bookkeeping.
-LAYER_BYTES = 512
-
-#: Tokens whose key or value is so many times longer than the lane's median have int8 pages of their own, or stay in
-#: full precision: a page's ranges are those of its tokens, and one such token would take its neighbours' bits.
-OUTSIZED, HUGE = 8.0, 64.0
 
 
 @dataclass
 class PiKVPress(JointPress):
     """Gives every token of every KV head a width, full, int8, int4, int2 or none, under one byte budget.
 
-    What evicting a token costs is estimated by :func:`~pikv_hf.presses.eviction_loss.eviction_loss`: the attention that
-    it can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the mean
-    of its head behind the output projection. That is in units of the residual stream, which heads and layers share:
-    heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of losing it.
-    Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question has to be
-    known.
+    What evicting a token costs is estimated by :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`: the attention
+    that it can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the
+    mean of its head behind the output projection. That is in units of the residual stream, which heads and layers
+    share: heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of
+    losing it. Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question
+    has to be known.
 
     On an attached :class:`~pikv_hf.PiKVCache` the widths are stored and everything else is freed. On another cache the
     tokens go through the same codes and the evicted ones are hidden: same answers, nothing saved.
@@ -79,47 +75,32 @@ class PiKVPress(JointPress):
         kwargs: dict[str, Any],
     ) -> torch.Tensor:
         """Return what evicting each token would cost, `(B, H, T)` float32."""
-        observer, stored = observed(module), kwargs.get("pikv_stored")
+        observer = observed(module)
         assert observer.recent is not None
-        valid = None if stored is None else stored.any(dim=1)
-        causal = keys.shape[2] == observer.seen
-        probability = attention_mass(observer, observer.recent, keys, stored, causal)
         gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
-        distance = value_distance(values, gram, valid=valid)
-        return eviction_loss(probability, distance, smoothing=self.smoothing, valid=valid)
+        return token_loss(observer, gram, keys, values, kwargs.get("pikv_stored"), smoothing=self.smoothing)
 
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over all layers and store what it leaves."""
-        losses = [self.token_scores(view) for view in views]
-        for group in same_shape(views):
-            self._press_group([views[i] for i in group], [losses[i] for i in group], len(views))
+        layers = [
+            LayerTokens.of(view.keys, view.values, view.stored, self.token_scores(view), pages_of(view))
+            for view in views
+        ]
+        for group in same_shape(layers):
+            self._press_group([views[i] for i in group], [layers[i] for i in group], len(views))
 
-    def _press_group(self, views: list[LayerView], losses: list[torch.Tensor], layers: int) -> None:
-        view = views[0]
-        priced = PageCost.of_pages(
-            page_size_of(view), view.keys.shape[-1], view.values.shape[-1], view.keys.element_size()
-        )
-        cost = PageCost(priced.page_size, {width: priced.nbytes[width] for width in self.widths})
-        budget = self._bytes_for(views, layers)
-        earlier = Earlier.of(views, losses, self.sink_tokens, budget)
-        left = budget - earlier.nbytes
-        fresh = torch.stack([view.stored for view in views]) & ~earlier.inside
-        apart = torch.stack([outsized(view) for view in views]) * fresh
-        if pages_nbytes(apart, priced) > left // 2:
-            # So many are not outsized but common.
-            apart = torch.zeros_like(apart)
-        left -= pages_nbytes(apart, priced)
-        fresh &= apart == 0
-        evicted = torch.stack(losses)
-        rates = {EVICTED: 1.0, **{width: WIDTH_LOSS.get(width, 0.0) for width in self.widths}}
-        curve = {width: (evicted * rate).where(fresh, 0) for width, rate in rates.items()}
-        sinks = 0 if earlier.nbytes else self.sink_tokens
-        if self._budget is None or self._budget.kind != "bytes":
+    def _press_group(self, views: list[LayerView], group: list[LayerTokens], layers: int) -> None:
+        given = token_widths(
+            group,
+            self._bytes_for(views, layers),
+            page_size_of(views[0]),
+            widths=self.widths,
+            sinks=self.sink_tokens,
             # A share of a short prompt may be less than a page of each head.
-            left = max(left, least_bytes(fresh, cost, sinks))
-        widths = allocate(curve, cost, left, sinks=sinks, valid=fresh) + apart
-        for view, given, stays in zip(views, widths, earlier.kept, strict=True):
-            self._store(view, given.where(~stays, FULL))
+            may_exceed=self._budget is None or self._budget.kind != "bytes",
+        )
+        for view, widths in zip(views, given, strict=True):
+            self._store(view, widths)
 
     def _bytes_for(self, views: list[LayerView], layers: int) -> int:
         batch, heads, tokens = views[0].stored.shape
@@ -133,7 +114,7 @@ class PiKVPress(JointPress):
 
     def _store(self, view: LayerView, widths: torch.Tensor) -> None:
         if view.is_paged:
-            view.layer.keep(widths.to(torch.uint8))
+            view.layer.keep(widths)
             return
         logger.warning_once(  # type: ignore[attr-defined]
             f"PiKVPress: {type(view.layer).__name__} stores every token as it is; widths only change what attention "
@@ -144,48 +125,16 @@ class PiKVPress(JointPress):
         self.evict(LayerView(view.module, view.layer, keys, values, view.stored), (widths > 0) & view.stored)
 
 
-def outsized(view: LayerView) -> torch.Tensor:
-    """Return the widths of tokens that would spoil their page's ranges, `(B, H, T)` int8; 0 for all others."""
-    widths = torch.zeros_like(view.stored, dtype=torch.int8)
-    for part in (view.keys, view.values):
-        length = part.float().norm(dim=-1)
-        usual = length.masked_fill(~view.stored, torch.nan).nanmedian(dim=-1, keepdim=True).values
-        widths = torch.maximum(widths, 8 * (length > OUTSIZED * usual).to(torch.int8))
-        widths = torch.maximum(widths, FULL * (length > HUGE * usual).to(torch.int8))
-    return widths
-
-
-def least_bytes(stored: torch.Tensor, cost: PageCost, sinks: int) -> int:
-    """Return the bytes of every lane's sinks, or one token, in the narrowest pages; `stored` is `(..., T)` bool."""
-    tokens = stored.sum(dim=-1).clamp(max=max(1, sinks))
-    return int(((tokens + cost.page_size - 1) // cost.page_size).sum()) * min(cost.nbytes.values())
-
-
-def gram_of(module: nn.Module, query_heads: int, value_dim: int) -> torch.Tensor:
-    """Return `(Hq, Dv, Dv)`, how the output projection measures a head's output; the identity if there is none."""
-    weight = getattr(getattr(module, "o_proj", None), "weight", None)
-    if not isinstance(weight, torch.Tensor) or weight.ndim != 2 or weight.shape[1] != query_heads * value_dim:
-        device = next(module.parameters()).device
-        return torch.eye(value_dim, device=device).expand(query_heads, -1, -1)
-    known = getattr(module, GRAM_ATTRIBUTE, None)
-    # Computed once per weight; training it further changes the version.
-    if known is None or known[0] != (weight.data_ptr(), weight._version):
-        known = (weight.data_ptr(), weight._version), output_gram(weight.detach(), query_heads)
-        setattr(module, GRAM_ATTRIBUTE, known)
-    return known[1]
+def pages_of(view: LayerView) -> StoredPages:
+    """Return the pages that are packed already; other caches have none."""
+    if isinstance(view.layer, PiKVLayer) and view.is_paged:
+        return packed_pages(view.layer.store)
+    return StoredPages.none(view.stored.device)
 
 
 def page_size_of(view: LayerView) -> int:
     """Return the tokens per page of a paged layer, and the default for others."""
     return view.layer.config.page_size if isinstance(view.layer, PiKVLayer) else 32
-
-
-def same_shape(views: list[LayerView]) -> list[list[int]]:
-    """Group layers whose K/V have the same sizes: a budget is divided within each, in proportion to its bytes."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, view in enumerate(views):
-        groups.setdefault((*view.keys.shape, view.values.shape[-1]), []).append(index)
-    return list(groups.values())
 
 
 def rounded(tokens: torch.Tensor, widths: torch.Tensor, *, keys: bool, page_size: int = 32) -> torch.Tensor:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from pikv_hf.allocation.observed_queries import attention_mass
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.integration.attachment import attach
-from pikv_hf.presses.observed_queries import attention_mass, is_watched, observed, unwatch, watch
+from pikv_hf.presses.observed_queries import is_watched, observed, unwatch, watch
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ FLOORS = """
 .config
 .distributed
 .sharding
+.allocation
 .common
 .kernels
 .version

@@ -21,7 +21,7 @@ from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
 from .layer.layer_making import checked_options, effective_options, make_layers
 from .layer.layer_operation import layer_operation
-from .layer.own_layer import copied, has_positions, is_state_layer
+from .layer.own_layer import has_positions, is_state_layer
 from .layer.row_choice import beam_rows, rows_at
 from .layer.sliding_layer import kv_format, update_sliding
 from .reports.cache_stats import CacheStats
@@ -275,7 +275,7 @@ class PiKVCache(Cache):
     def fork(self) -> "PiKVCache":
         """Return a copy that shares all pages until either side writes to them: one context, many questions."""
         twin = copy.copy(self)
-        twin.layers = [layer.fork() if isinstance(layer, PiKVLayer) else copied(layer) for layer in self.layers]
+        twin.layers = layer_list.fork_layers(self.layers)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVCache":

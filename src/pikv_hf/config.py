@@ -27,6 +27,8 @@ SCHEDULERS = (
     "reuse_distance",
     "pikv",
 )
+#: Stands for a decision by all layers together, by token and width, instead of a policy for pages.
+JOINT = "joint"
 TIERS = ("device", "cpu", "disk")
 #: Options that mean something only where `routing` chooses pages.
 OF_ROUTING = frozenset({"max_pages", "coverage", "tier_cost"})
@@ -86,14 +88,17 @@ class PiKVConfig:
         memory.
     budget : str, int or float, optional
         The most that may be stored: bytes (`"2GiB"`), tokens per sequence and layer (`4096`), or a share of the tokens
-        seen (`0.25`, `"25%"`). What exceeds it is evicted in whole pages.
+        seen (`0.25`, `"25%"`). What exceeds it is evicted, or packed in fewer bits.
     budget_scope : {"cache", "layer", "shard"}, optional
         What the budget is of. By default bytes are of the cache, which divides them evenly among its layers; tokens are
         of each layer; a share is the same for all.
     scheduler : str, optional
-        Which pages go first, by a policy of :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`,
-        `"lru_plus"`, `"streaming_llm"`, `"quest"`, `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By
-        default `"pikv"` where there is a budget, and `"lru"` where there are only tiers.
+        `"joint"`: all layers decide together which tokens of each KV head stay, and in how many bits, as
+        :class:`~pikv_hf.presses.PiKVPress` does. Or which pages go first, by a policy of
+        :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`, `"lru_plus"`, `"streaming_llm"`, `"quest"`,
+        `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default `"joint"` where there is a budget
+        and nothing in its way (codecs, tiers, a budget per shard, latents, several devices or processes), else
+        `"pikv"`; `"lru"` where there are only tiers.
     tiers : dict, optional
         Where full pages go instead of being evicted: the bytes that each of `"device"`, `"cpu"` and `"disk"` may hold,
         as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where
@@ -189,17 +194,32 @@ class PiKVConfig:
 
     def _check_budget(self) -> None:
         if self.scheduler is not None:
-            _one_of("scheduler", self.scheduler, SCHEDULERS)
+            _one_of("scheduler", self.scheduler, (*SCHEDULERS, JOINT))
             if self.budget is None and self.tiers is None:
                 raise ValueError(
                     f"scheduler={self.scheduler!r} decides what goes first, but neither budget nor tiers say when"
                 )
+        if self.scheduler == JOINT and (obstacle := self.joint_obstacle()) is not None:
+            raise ValueError(f"scheduler={JOINT!r} decides by token and width, which {obstacle} leaves no room for")
         if self.budget_scope is not None:
             _one_of("budget_scope", self.budget_scope, get_args(BudgetScope))
         if self.budget is not None:
             Budget.parse(self.budget)
         elif self.budget_scope is not None:
             raise ValueError(f"budget_scope={self.budget_scope!r} without a budget")
+
+    def joint_obstacle(self) -> str | None:
+        """Return the option for which layers cannot decide together what a budget keeps, None if there is none."""
+        if self.budget is None:
+            return "budget=None"
+        if self.tiers is not None:
+            return f"tiers={self.tiers!r}"
+        if self.budget_scope == "shard":
+            return "budget_scope='shard'"
+        for name in ("key_codec", "value_codec"):
+            if (codec := getattr(self, name)) != "none":
+                return f"{name}={codec!r}"
+        return None
 
     def _check_tiers(self) -> None:
         if self.tiers is None:

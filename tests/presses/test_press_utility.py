@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
+from pikv_hf.allocation.eviction_loss import eviction_loss, output_gram, value_distance
 from pikv_hf.eval.studies.presses.attention_estimates import expected_attention, mean_rotation, observed_mass, turn
-from pikv_hf.presses.eviction_loss import eviction_loss, output_gram, value_distance
 
 B, H, G, M, T, D, DV, SCALE = 2, 2, 3, 6, 20, 8, 6, 0.3
 

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pikv_hf.allocation.bit_allocation import EVICTED, FULL, HOST_BYTES, PageCost, allocate, pages_nbytes
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.presses.bit_allocation import EVICTED, FULL, HOST_BYTES, PageCost, allocate, pages_nbytes
 
 RATIOS = {0: 1.0, 2: 0.2, 4: 0.01, 8: 1e-4}
 

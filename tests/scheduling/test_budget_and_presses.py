@@ -38,7 +38,8 @@ def test_assigned_tokens_are_cut_down_to_the_budget(budget: Any) -> None:
         assert layer.seen == 150
         assert bool(layer.stored_mask()[:, :, -16:].all())
     check(cache)
-    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in cache.layers)
+    # Layers share the budget: one may have room for what another evicts.
+    assert any(layer.parts[0].scheduler.tokens_evicted > 0 for layer in cache.layers)
     decode(model, cache, ids_of(20))
     check(cache)
 

@@ -73,7 +73,7 @@ def test_too_many_rows_are_refused_and_nothing_changes() -> None:
 def test_a_failed_update_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape that does not fit, and a policy that fails."""
     model = shared_model()
-    cache = make_cache(model, budget=56)
+    cache = make_cache(model, budget=56, scheduler="pikv")
     run(model, cache, ids_of(100), 80, 40)
     before = [(layer.seen, layer.stored_mask(), *layer.dense()) for layer in cache.layers]
 
@@ -108,7 +108,7 @@ def test_a_budget_needs_a_model() -> None:
 
 def test_another_attention_cannot_pass_over_evicted_tokens() -> None:
     model = FAMILIES["qwen3_moe"].build()
-    cache = make_cache(model, budget=56)
+    cache = make_cache(model, budget=56, scheduler="pikv")
     read(model, cache, ids_of(100))
     model.set_attn_implementation("eager")
     with torch.no_grad(), pytest.raises(RuntimeError, match="evicted, which only attn_implementation='pikv'"):

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from budget_runs import LEAST, check, decode, make_cache, paged_layers, run, shared_model
+from budget_runs import LEAST, check, decode, gave_way, make_cache, paged_layers, run, shared_model
 from press_runs import ids_of, padded, read
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from pikv_hf.config import SCHEDULERS
+from pikv_hf.config import JOINT, SCHEDULERS
 from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 
@@ -51,7 +51,7 @@ def test_a_budget_holds_with_every_codec(budget: Any, scope: str | None, codec: 
     model = shared_model()
     cache = make_cache(model, budget=budget, budget_scope=scope, key_codec=codec, value_codec=codec, rank=4)
     run(model, cache, ids_of(270, batch=2), 255, 255)
-    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(map(gave_way, paged_layers(cache)))
 
 
 @pytest.mark.parametrize(("budget", "codec"), [(LEAST, "none"), ("76KB", "none"), ("82KB", "int4"), (0.4, "int4")])
@@ -60,7 +60,7 @@ def test_bounded_sliding_layers_count(budget: Any, codec: str) -> None:
     cache = make_cache(model, budget=budget, key_codec=codec, value_codec=codec)
     assert any(isinstance(layer, DynamicSlidingWindowLayer) for layer in cache.layers)
     run(model, cache, ids_of(135, batch=2), 110, 55)
-    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(map(gave_way, paged_layers(cache)))
 
 
 @pytest.mark.parametrize(("budget", "scheduler"), [(56, "h2o"), ("82KB", "quest"), (0.4, "ada_kv")])
@@ -71,16 +71,17 @@ def test_a_budget_holds_with_routing(budget: Any, scheduler: str) -> None:
     assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
 
 
+@pytest.mark.parametrize("scheduler", ["pikv", JOINT])
 @pytest.mark.parametrize("budget", [56, "75KB"])
-def test_every_token_is_counted_where_pages_have_to_go_for_it(budget: Any) -> None:
+def test_every_token_is_counted_where_pages_have_to_go_for_it(budget: Any, scheduler: str) -> None:
     model, ids = shared_model(), ids_of(115)
-    cache = make_cache(model, budget=budget)
+    cache = make_cache(model, budget=budget, scheduler=scheduler)
     with torch.no_grad():
         model(ids[:, :90], past_key_values=cache)
         for seen in range(90, 115):
             model(ids[:, seen : seen + 1], past_key_values=cache)
             assert [layer.seen for layer in paged_layers(cache)] == [seen + 1] * len(paged_layers(cache))
-    assert all(layer.parts[0].scheduler.tokens_evicted > 0 for layer in paged_layers(cache))
+    assert all(map(gave_way, paged_layers(cache)))
 
 
 @pytest.mark.parametrize("budget", [56, 0.3, "220KB"])

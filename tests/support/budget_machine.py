@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from budget_runs import held_bytes
 from budgeted_layer import budgeted_layer, shard_holdings
 from eviction_machine import Twin, reference_attention
 from fake_attachment import ATTENTION, EXPERTS, GROUPS, HEADS, KEY_DIM, SCALE, VALUE_DIM
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pikv_hf.config import SCHEDULERS, PiKVConfig
+from pikv_hf.config import JOINT, SCHEDULERS, PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward
 from pikv_hf.layer.attend import attend
 from pikv_hf.reports.memory_measure import layer_memory
@@ -30,7 +31,7 @@ class BudgetMachine(RuleBasedStateMachine):
         num_shards=st.sampled_from([1, 3]),
         batch=st.integers(1, 3),
         codec=st.sampled_from(["none", "none", "int8", "int4", "fp8", "auto", "lowrank"]),
-        scheduler=st.sampled_from(SCHEDULERS),
+        scheduler=st.sampled_from([*SCHEDULERS, *4 * [JOINT]]),
         unit=st.sampled_from(["tokens", "tokens", "share", "bytes", "shard"]),
         room=st.integers(0, 30),
         seed=st.integers(0, 2**16),
@@ -39,6 +40,8 @@ class BudgetMachine(RuleBasedStateMachine):
         self, batch: int, codec: str, scheduler: str, unit: str, room: int, seed: int, page_size: int, **options: int
     ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
+        if scheduler == JOINT:
+            codec, unit = "none", "share" if unit == "shard" else unit
         self.unit, size = unit, page_size
         sinks = -(-options["sink_tokens"] // size) * size
         self.least = sinks + options["recent_window"] + 2 * size
@@ -116,7 +119,9 @@ class BudgetMachine(RuleBasedStateMachine):
             last = reference_attention(twin, query[:, :, -1])
             torch.testing.assert_close(out[:, -1].double(), last, atol=1e-5, rtol=1e-5)
             experts = torch.randint(0, EXPERTS, (1 if identical else batch, new), generator=self.generator)
-            twin.layer.record_experts(experts.expand(batch, new).reshape(-1))
+            # What was decided together waits for no router.
+            if new == 1 or twin.layer.pending is not None:
+                twin.layer.record_experts(experts.expand(batch, new).reshape(-1))
         except BudgetError:
             for name, value in old.items():
                 setattr(twin, name, value)
@@ -130,9 +135,15 @@ class BudgetMachine(RuleBasedStateMachine):
         elif self.unit == "shard":
             over = shard_holdings(layer) > self.limit
             assert not over.any() or self.kept_apart, "a shard holds more than its budget"
+        elif self.config.scheduler == JOINT:
+            for row in range(layer.batch):
+                assert held_bytes(layer, row) <= self.most(twin) * HEADS * (KEY_DIM + VALUE_DIM) * 4
         else:
-            most = self.limit if self.unit == "tokens" else max(int(self.limit * twin.seen), self.least)
+            most = self.most(twin)
             assert float(twin.held.sum(2).float().mean(1).max()) <= most
+
+    def most(self, twin: Twin) -> float:
+        return self.limit if self.unit == "tokens" else max(int(self.limit * twin.seen), self.least)
 
     kept_apart = False
 

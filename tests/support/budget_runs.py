@@ -59,6 +59,10 @@ def check(cache: PiKVCache, forks: int = 1) -> None:
             assert cache.nbytes <= amount * forks
         return
     cache.memory_report()
+    if layers[0].decides_jointly:
+        for group in [[layer] for layer in layers] if scope == "layer" else [layers]:
+            check_shared(group, budget / len(layers) if scope == "cache" and isinstance(budget, int) else budget)
+        return
     for layer in layers:
         most = budget if isinstance(budget, int) else int(budget * layer.seen)
         if scope == "shard":
@@ -68,6 +72,35 @@ def check(cache: PiKVCache, forks: int = 1) -> None:
             assert held(layer) <= budget / len(layers)
         else:
             assert held(layer) <= (most if isinstance(budget, int) else max(most, LEAST))
+
+
+def gave_way(layer: PiKVLayer) -> bool:
+    """Return whether a layer has evicted or packed anything for its budget."""
+    return layer.parts[0].scheduler.tokens_evicted > 0 or bool(layer.table.pools.packed)
+
+
+def held_bytes(layer: PiKVLayer, row: int) -> float:
+    """Return the bytes of the tokens of a sequence, each with its part of the page that it is in."""
+    total = 0.0
+    for name, pool in layer.table.pools.by_id().items():
+        for lane in range(layer.store.lanes):
+            for page in layer.table.rows[row * layer.store.lanes + lane].pages(name):
+                tokens = int((pool.positions[page] >= 0).sum())
+                total += pool.page_bytes * tokens / pool.page_size
+    return total
+
+
+def check_shared(layers: list[PiKVLayer], budget: float) -> None:
+    """A budget in tokens that layers share holds: each counts with the bytes that it takes, as it came with all."""
+    for row in range(layers[0].batch):
+        held, most = 0.0, 0.0
+        for layer in layers:
+            seen = layer.seen - layer.store.padding()[row]
+            plain = layer.table.plain
+            as_it_came = plain.page_bytes / plain.page_size * layer.store.lanes
+            most += as_it_came * (max(int(budget * seen), LEAST) if budget < 1 else budget)
+            held += held_bytes(layer, row)
+        assert held <= most
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import numpy as np
 from fake_attachment import GROUPS, FakeAttachment
 
 from pikv_hf.config import PiKVConfig
+from pikv_hf.layer.joint_budget import join_budgets
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.scheduling.page_scheduler import make_scheduler
 
@@ -12,6 +13,7 @@ def budgeted_layer(config: PiKVConfig) -> PiKVLayer:
     """Return an empty layer that is the only one of its cache."""
     layer = PiKVLayer(0, config, FakeAttachment())
     layer.parts[0].scheduler = make_scheduler(config, 1, 0, query_groups=GROUPS)
+    join_budgets([layer])
     return layer
 
 

@@ -47,6 +47,19 @@ def reference_attention(twin: Twin, query: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bht,bhtd->bhd", weights.nan_to_num(), values)
 
 
+def bits_of_tokens(layer: PiKVLayer) -> torch.Tensor:
+    """Return `(B, H, T)` int64, in how many bits tokens are packed; 0 where they are not, or by a codec without any."""
+    bits = torch.zeros(layer.batch, HEADS, layer.seen, dtype=torch.int64)
+    by_codec = {"int2": 2, "int4": 4, "int8": 8, "none": 16}
+    for pool_id, pool in layer.table.pools.packed.items():
+        for number, row in enumerate(layer.table.rows):
+            sequence, lane = divmod(number, layer.store.lanes)
+            columns = pool.positions[pool.index(row.pages(pool_id))]
+            heads = slice(lane, lane + 1) if layer.store.lanes > 1 else slice(None)
+            bits[sequence, heads, columns[columns >= 0].long()] = by_codec.get(pool_id.key_codec, 0)
+    return bits
+
+
 class EvictionMachine(RuleBasedStateMachine):
     @initialize(
         page_size=st.sampled_from([1, 3, 4, 8]),
@@ -106,6 +119,9 @@ class EvictionMachine(RuleBasedStateMachine):
         kept = (torch.rand(shape, generator=self.generator) < share).expand_as(twin.held)
         if widths:
             bits = torch.tensor([2, 4, 8, 16])[torch.randint(0, 4, shape, generator=self.generator)]
+            twin.layer.settle()
+            # Only fewer bits than there are have a packed token packed again.
+            twin.packed &= bits_of_tokens(twin.layer) <= bits
             twin.layer.keep(bits.expand_as(kept) * kept)
         else:
             twin.layer.keep(kept)

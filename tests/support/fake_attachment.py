@@ -38,6 +38,9 @@ class FakeAttachment:
     def slides(self, layer_idx: int) -> bool:
         return True
 
+    def attention_of(self, layer_idx: int) -> torch.nn.Module:
+        return ATTENTION
+
     def refer(self, layer: PiKVLayer) -> None:
         raise AssertionError("it has no latents")
 

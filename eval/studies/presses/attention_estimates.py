@@ -1,7 +1,7 @@
 """Ways to estimate the attention that a token will get, which the search for PiKVPress's score compared.
 
-Shapes as in :mod:`pikv_hf.presses.eviction_loss`, m observed queries and D the head dim of keys. Queries and keys are
-those that attention multiplies: after rotary embedding and any norm.
+Shapes as in :mod:`pikv_hf.allocation.eviction_loss`, m observed queries and D the head dim of keys. Queries and keys
+are those that attention multiplies: after rotary embedding and any norm.
 """
 
 import torch

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from pikv_hf.allocation import eviction_loss as utility
+from pikv_hf.allocation.bit_allocation import PageCost
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
@@ -18,8 +20,6 @@ from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.kernels.decode_pages import decode_pages
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
-from pikv_hf.presses import eviction_loss as utility
-from pikv_hf.presses.bit_allocation import PageCost
 
 #: Tokens per page.
 PAGE = 32

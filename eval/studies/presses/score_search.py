@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from pikv_hf.allocation import eviction_loss as utility
+from pikv_hf.allocation.bit_allocation import FULL, PageCost, allocate, pages_nbytes
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.studies.presses import attention_estimates as estimates
 from pikv_hf.eval.studies.presses.press_simulator import PAGE, Model, Prefill, stored
 from pikv_hf.eval.tasks import reference
-from pikv_hf.presses import eviction_loss as utility
-from pikv_hf.presses.bit_allocation import FULL, PageCost, allocate, pages_nbytes
 
 QUERIES, AHEAD, LENGTH, SINKS = 64, 512, 1024, 4
 BUDGETS = (0.5, 0.25, 0.125, 0.0625, 0.05, 0.025)

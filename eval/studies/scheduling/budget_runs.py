@@ -17,6 +17,7 @@ from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.scheduling.eviction import row_bytes
 from pikv_hf.scheduling.policies.registry import Floats, PageStats, SchedulingPolicy
 
 #: Small pages and window, so that budgets of so short texts leave something to choose.
@@ -78,8 +79,8 @@ class Finding(NamedTuple):
 class Generator:
     """The bundled model, reading prompts, "generating" given text token by token, and answering questions."""
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = load_reference_model()
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        self.model, self.tokenizer = load_reference_model(dtype)
 
     def _ids(self, words: str) -> torch.Tensor:
         ids: torch.Tensor = self.tokenizer(words, add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -139,7 +140,7 @@ class Generator:
         most = 0.0
         for ids in (torch.stack([document.prompt for document in documents]), *generated.split(1, dim=1)):
             self._next(ids, cache)
-            most = max(most, *(max(tokens_held(layer)) for layer in cache.layers))
+            most = max(most, most_held(cache))
         right = [
             self._ask([document.needles[number] for document in documents], cache) for number in range(2 * NEEDLES)
         ]
@@ -177,11 +178,25 @@ class Generator:
         return 100 * next(iter(reference.score(sample, words).values()))
 
 
+def most_held(cache: PiKVCache) -> float:
+    """Return the most tokens that a sequence holds in a layer after a call, mean over KV heads.
+
+    Where layers decide together it is the mean over layers, and a packed token counts as what it takes of one that is
+    not.
+    """
+    held = np.array([tokens_held(layer) for layer in cache.layers])
+    return float((held.mean(axis=0) if cache.layers[0].decides_jointly else held).max())
+
+
 def tokens_held(layer: PiKVLayer) -> list[float]:
     """Return the tokens that each sequence holds in a layer after a call, means over KV heads."""
     layer.edits.settle_unless_awaited()
     assert layer.table is not None
-    return [float(tokens) for tokens in np.reshape(layer.table.tokens(), (-1, layer.store.lanes)).mean(axis=1)]
+    lanes, plain = layer.store.lanes, layer.table.plain
+    if layer.decides_jointly:
+        of_token = plain.page_bytes / plain.page_size * lanes
+        return [float(nbytes / of_token) for nbytes in row_bytes(layer.table, lanes)]
+    return [float(tokens) for tokens in np.reshape(layer.table.tokens(), (-1, lanes)).mean(axis=1)]
 
 
 def ruler_samples(length: int, samples: int, seed: int) -> list[EvalSample]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pikv_hf.config import SCHEDULERS
+from pikv_hf.config import JOINT, SCHEDULERS
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.studies.scheduling.budget_runs import (
     GENERATED,
@@ -41,7 +41,8 @@ LENGTH, CHUNK, PREFILL_SHARE = 2048, 128, 0.25
 METRIC = (
     "generation: share of needles whose number is answered exactly, in percent, those of the prompt and those of the "
     "generated text; the budget is a share of the tokens of both, in tokens per sequence and layer; held: the most "
-    "tokens that a sequence held in a layer after any step, mean over KV heads. Intervals are 95%, normal, over "
+    "tokens that a sequence held in a layer after any step, mean over KV heads; of 'joint' mean over layers too, "
+    "packed tokens counted as what they take of others. Intervals are 95%, normal, over "
     "documents. ruler: RULER's score in percent, mean over tasks, contexts read in chunks under a budget that is a "
     "share of the tokens seen; differences from full are paired by sample, intervals over samples"
 )
@@ -63,7 +64,7 @@ class Study:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.generator = Generator()
+        self.generator = Generator(getattr(torch, arguments.dtype))
         self.documents = self.generator.documents(arguments.documents, arguments.seed)
         self.samples = ruler_samples(LENGTH, arguments.samples, arguments.seed) if arguments.samples else []
 
@@ -71,13 +72,13 @@ class Study:
         """Return what is measured, by name."""
         parts: dict[str, Callable[[], Row]] = {"generation full": partial(self.generation, None, 1.0, "expert")}
         for share in SHARES:
-            for name in (*SCHEDULERS, RANDOM):
+            for name in (*SCHEDULERS, JOINT, RANDOM):
                 parts[f"generation {name} {share}"] = partial(self.generation, name, share, "expert")
         for name in SEQUENTIAL:
             parts[f"generation {name} sequential"] = partial(self.generation, name, 0.25, "sequential")
         if self.samples:
             parts["ruler full"] = partial(self.ruler, None)
-            for name in (*SCHEDULERS, RANDOM):
+            for name in (*SCHEDULERS, JOINT, RANDOM):
                 parts[f"ruler {name}"] = partial(self.ruler, name)
         return parts
 
@@ -181,7 +182,7 @@ def _save(file: Path, arguments: argparse.Namespace, tables: dict[str, list[Row]
         "ruler_length": LENGTH,
         "ruler_chunk": CHUNK,
         "ruler_tasks": list(reference.TASKS),
-        "dtype": "float32",
+        "dtype": arguments.dtype,
     }
     write_rows(file, about, tables)
 
@@ -193,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=16, help="documents of the generation part")
     parser.add_argument("--samples", type=int, default=3, help="RULER samples per task; 0 for none")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--parts", type=Path, help="folder to keep parts in; those already there are not measured anew")
     parser.add_argument("--only", nargs="*", help="measure only parts whose name begins so, such as ruler")

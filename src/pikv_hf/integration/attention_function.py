@@ -198,6 +198,10 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
         # Behind rotary keys are those of an indexer, which attention has no part of.
         query = torch.nn.functional.pad(query, (0, store.indexer_width))
     remember_queries(store, query, call.scale)
+    joint = None if decodes else layer.edits.joint
+    if joint is not None:
+        valid = new_tokens_valid(mask, call.query.shape[2])
+        joint.observe(layer.edits, call.query, valid, call.scale, call.sinks, call.softcap)
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         shown = as_averages(mask, query.dtype) if call.keeps_padding and mask is not None else mask
@@ -217,6 +221,8 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
         if torch.is_grad_enabled() and needs_gradients(query, key, value, call.sinks):
             output = _with_gradients(output, layer, call, key, value)
     layer.attend_ends()
+    if joint is not None:
+        joint.ends(layer.edits)
     return output
 
 

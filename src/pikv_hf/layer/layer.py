@@ -115,6 +115,12 @@ class PiKVLayer(CacheLayerMixin):
         return self.store.state
 
     @property
+    def decides_jointly(self) -> bool:
+        """Whether all layers of the cache decide together what each keeps within a budget."""
+        scheduler = self.parts[0].scheduler
+        return scheduler is not None and scheduler.jointly
+
+    @property
     def is_initialized(self) -> bool:
         """Whether pools and page tables exist."""
         return self.store.state.is_initialized
@@ -276,7 +282,7 @@ class PiKVLayer(CacheLayerMixin):
         """Evict tokens, each KV head its own, and keep the others in the widths given; frees their memory.
 
         Columns stay what they are: lengths do not change, an evicted token never takes part again. Tokens that a codec
-        has packed stay as they are where they are kept.
+        has packed stay as they are where they are kept, unless they are to have fewer bits than they have.
 
         Parameters
         ----------
@@ -379,6 +385,8 @@ class PiKVLayer(CacheLayerMixin):
         twin.store.go_on_from(self.store)
         twin.edits.latents.go_on_from(self.edits.latents)
         twin.prompt_mark, twin.reference.code = self.prompt_mark, self.reference.code
+        if self.edits.joint is not None:
+            self.edits.joint.forked(twin)
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PiKVLayer":

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,6 +18,33 @@ from .layer_cropping import Snapshot, reserved_crops, shorten_state
 from .layer_operation import layer_operation
 from .layer_store import LayerStore
 from .model_link import ModelLink
+
+
+class JointDecision(Protocol):
+    """Decides for the layers of a cache; :class:`~pikv_hf.layer.joint_budget.JointBudget` is one."""
+
+    def begins(self, member: "LayerEdits", new: int, waits_already: bool) -> bool:
+        """Return whether `new` tokens that a layer is about to get are to wait for a decision."""
+
+    def observe(
+        self,
+        member: "LayerEdits",
+        query: torch.Tensor,
+        valid: torch.Tensor | None,
+        scale: float,
+        sinks: torch.Tensor | None,
+        softcap: float | None,
+    ) -> None:
+        """Note the queries of a layer's newest tokens."""
+
+    def ends(self, member: "LayerEdits") -> None:
+        """Decide, if tokens wait for it, once the last layer has attended."""
+
+    def forked(self, layer: Any) -> None:
+        """Have the fork of a layer decide for itself, until it is told of the others of its cache."""
+
+    def make_room(self) -> None:
+        """Decide anew, if there is no room for as many single tokens as fit into a page."""
 
 
 class LayerEdits:
@@ -43,6 +70,8 @@ class LayerEdits:
         Of the tables as they were at an earlier length, while nothing but new tokens has come after it.
     awaits_press : bool
         Whether a press will decide at the end of the call what is kept; until then nothing is packed.
+    joint : JointDecision or None
+        What decides for all layers of the cache what they keep within a budget.
     is_read : bool
         Whether the model's attention module is known to have read this layer last, of all caches.
     snapshot_due : bool
@@ -54,6 +83,7 @@ class LayerEdits:
         self.latents = LatentTokens(store, link)
         self.layer_idx, self.exchange = store.layer_idx, store.layout.exchange
         self.is_read = False
+        self.joint: JointDecision | None = None
         self.reset()
 
     @property
@@ -175,6 +205,12 @@ class LayerEdits:
         press_eviction.keep_tokens(self.store, kept)
         self._tokens_changed()
         self.awaits_press = False
+
+    def tokens_decided(self) -> None:
+        """Follow a decision by which the layer keeps other tokens now."""
+        self._tokens_changed()
+        self.awaits_press = False
+        self.give_back()
 
     def settle_marks(self) -> None:
         """Evict the tokens that kvpress's head-wise presses have marked on the attention module."""

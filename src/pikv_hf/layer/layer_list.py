@@ -8,10 +8,11 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from .input_checks import KVFormat, check_not_padded
+from .joint_budget import join_budgets
 from .layer import PiKVLayer
 from .layer_cropping import column_of, cropped_length
 from .layer_reads import check_not_evicted
-from .own_layer import check_can_crop, crop_layer, has_positions, rows_of, select_rows_of, undone_on_error
+from .own_layer import check_can_crop, copied, crop_layer, has_positions, rows_of, select_rows_of, undone_on_error
 from .sliding_layer import kv_format, trim_to_tokens
 
 
@@ -69,6 +70,13 @@ def dense_layers(
             what = "tokens were evicted" if layer.state.evicted else "padding was left out"
             raise ValueError(f"layer {index}: {what}, dense K/V would have zeros in their place")
         yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+
+def fork_layers(layers: Sequence[Any]) -> list[Any]:
+    """Return copies of the layers of a cache that share their pages until either side writes to them."""
+    twins = [layer.fork() if isinstance(layer, PiKVLayer) else copied(layer) for layer in layers]
+    join_budgets(twins)
+    return twins
 
 
 def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:

@@ -8,11 +8,12 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..common.transformers_release import warn_if_newer
-from ..config import PiKVConfig
+from ..config import JOINT, PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout
 from ..scheduling.page_scheduler import make_scheduler, scheduler_name
 from ..tiers.tier_limits import Tiers
 from .indexed_layer import IndexedLayer
+from .joint_budget import join_budgets
 from .layer import PiKVLayer
 from .layer_part import make_parts
 from .model_link import ModelLink
@@ -112,6 +113,10 @@ def make_layers(
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
+    obstacle = _joint_obstacle(layouts, link, parts)
+    jointly = obstacle is None
+    if options.scheduler == JOINT and obstacle is not None:
+        raise ValueError(f"scheduler={JOINT!r} decides by token and width, which cannot be done {obstacle}")
     for index, layout in layouts.items():
         if dims[index] is not None:
             _check_reads_chosen(index, options)
@@ -122,16 +127,28 @@ def make_layers(
                 'attention does not know of: sliding_layers="paged" would show it more; use "bounded"'
             )
         groups = 1 if link is None else link.query_groups(index)
+        latent = link is not None and link.caches_latents(index) and dims[index] is None
         schedulers = [
-            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
+            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups, jointly)
             for location in layout.locations
         ]
-        latent = link is not None and link.caches_latents(index) and dims[index] is None
         made = make_parts(index, options, layout, schedulers, tiers, latent)
         kind = IndexedLayer if dims[index] else PiKVLayer
         layers[index] = kind(index, options, link, layout, made, index == min(layouts), dims[index] or 0)
         layers[index].store.lock = lock
+    join_budgets(layers)
     return layers, tiers
+
+
+def _joint_obstacle(layouts: dict[int, PartLayout], link: ModelLink | None, parts: int) -> str | None:
+    """Return why the layers of a cache cannot decide together what they keep, None if they can."""
+    if link is None:
+        return "without an attached model"
+    if parts > 1:
+        return f"over {parts} devices or processes"
+    if latent := [index for index in layouts if link.caches_latents(index)]:
+        return f"for latents, as layer {latent[0]} has"
+    return None
 
 
 def _masks_windows(config: Any) -> bool:

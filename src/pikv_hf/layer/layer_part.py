@@ -113,7 +113,10 @@ class LayerPart:
 
     def enforce(self, lanes: int, seen: int, headroom: int = 0) -> None:
         """Evict what exceeds a budget in tokens, if pages have changed hands since this was last done."""
-        if self.scheduler is not None and self.table is not None and self.table.is_at_page_end:
+        if self.scheduler is None or self.table is None or not self.table.is_at_page_end:
+            return
+        # Layers that decide together have made room.
+        if self.scheduler.shared is None or not headroom:
             self.scheduler.enforce(self.table, lanes, seen, headroom)
 
     def make_room(self, seen: int, error: NoRoomError) -> None:

@@ -331,10 +331,11 @@ class LayerStore:
                 raise
 
     def enforce(self) -> None:
-        """Evict in every part what exceeds a budget in tokens."""
+        """Evict in every part what exceeds a budget in tokens; where layers share one, they did when tokens came."""
         lanes = self.lanes
         for part in self.parts:
-            part.enforce(lanes, self.state.seen)
+            if part.scheduler is None or part.scheduler.shared is None:
+                part.enforce(lanes, self.state.seen)
         self.note_evictions()
 
     def note_evictions(self) -> None:

@@ -111,6 +111,9 @@ class ModelLink(Protocol):
     def query_groups(self, layer_idx: int) -> int:
         """Return the query heads per KV head of a layer."""
 
+    def attention_of(self, layer_idx: int) -> nn.Module | None:
+        """Return the attention module of a layer, None if there is none or the model is gone."""
+
     def attention_device(self, layer_idx: int) -> torch.device:
         """Return where the attention of a layer computes."""
 

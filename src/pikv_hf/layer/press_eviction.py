@@ -4,7 +4,10 @@ from typing import Any
 
 import torch
 
+from ..allocation.earlier_pages import StoredPages
+from ..page_table.compaction import bits_of
 from ..page_table.page_table import PageTable
+from ..pages.pool_id import UNCODED
 from .layer_store import LayerStore
 from .table_rebuild import TableRebuild, checked_widths, leaders_of, with_exact_ends
 
@@ -102,40 +105,37 @@ def kept_by_marks(store: LayerStore, marks: Any) -> torch.Tensor:
     return kept
 
 
-def packed_pages(store: LayerStore) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the pages of what is kept or packed: they stay as they are, or go as a whole.
+def packed_pages(store: LayerStore) -> StoredPages:
+    """Return the pages that a codec has packed: they stay as they are, or go as a whole.
 
-    Returns
-    -------
-    tuple of torch.Tensor
-        `(n,)` int64 sequences, `(n, H, P)` int64 columns of the page's tokens in each KV head, -1 where it has none,
-        and `(n,)` int64 bytes. Pages that several sequences share come once for each.
+    Pages that several sequences share come once for each. What is stored as the model made it is none of them.
     """
     found = [_packed_pages(store, table) for table in store.tables()]
     if not found:
-        empty = torch.zeros(0, dtype=torch.int64, device=getattr(store, "device", None))
-        return empty, empty.new_zeros((0, 1, store.config.page_size)), empty
-    rows, columns, sizes = (torch.cat(each) for each in zip(*found, strict=True))
-    return rows, columns, sizes
+        return StoredPages.none(getattr(store, "device", torch.device("cpu")))
+    fields = ("rows", "columns", "nbytes", "widths")
+    return StoredPages(*(torch.cat([getattr(pages, name) for pages in found]) for name in fields))
 
 
-def _packed_pages(store: LayerStore, table: PageTable) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _packed_pages(store: LayerStore, table: PageTable) -> StoredPages:
     """Return the pages of one part."""
-    rows, columns, sizes = [], [], []
+    rows: list[torch.Tensor] = []
+    columns, sizes, bits = list(rows), list(rows), list(rows)
     heads, lanes, device, size = store.heads, store.lanes, store.device, table.plain.page_size
     for pool_id, pool in table.pools.packed.items():
+        if pool_id == UNCODED:
+            continue
+        # With its positions, its entry in the table, and what the host knows of it.
+        each = pool.page_bytes + 4 * size + 8 + pool.host_bytes // max(1, pool.capacity)
         for row, sequence in enumerate(table.rows):
             pages = sequence.pages(pool_id)
             positions = pool.positions[pool.index(pages)].long().to(device)
             by_head = positions.new_full((len(pages), heads, size), -1)
             head = slice(None) if lanes == 1 else slice(row % lanes, row % lanes + 1)
             by_head[:, head] = positions[:, None]
-            rows.append(torch.full((len(pages),), row // lanes, device=device))
             columns.append(by_head)
-            # With its positions, its entry in the table, and what the host knows of it.
-            each = pool.page_bytes + 4 * size + 8 + pool.host_bytes // max(1, pool.capacity)
-            sizes.append(torch.full((len(pages),), each, device=device))
+            for known, value in ((rows, row // lanes), (sizes, each), (bits, bits_of(pool_id) or 16)):
+                known.append(torch.full((len(pages),), value, device=device))
     if not rows:
-        empty = torch.zeros(0, dtype=torch.int64, device=device)
-        return empty, empty.new_zeros((0, 1, size)), empty
-    return torch.cat(rows), torch.cat(columns), torch.cat(sizes)
+        return StoredPages.none(device)
+    return StoredPages(*(torch.cat(known) for known in (rows, columns, sizes, bits)))

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import torch
 
 from ..config import PiKVConfig
-from ..page_table.compaction import AS_CONFIGURED, WIDTHS, CodedPages, Compaction, ExactTokens
+from ..page_table.compaction import (
+    AS_CONFIGURED,
+    WIDTHS,
+    CodedPages,
+    Compaction,
+    ExactTokens,
+    bits_of,
+    is_narrower,
+)
 from ..page_table.equal_rows import equal_rows
 from ..page_table.page_table import PageTable
 from ..page_table.sequence_writer import SequenceWriter, ShardOf
@@ -90,11 +98,10 @@ class TableRebuild:
         widths : torch.Tensor
             `(B, H, T)` uint8, see :class:`Compaction`.
         """
-        batch, heads, columns = widths.shape
-        was_split = table.plain.keys.shape[0] != heads
+        was_split = table.plain.keys.shape[0] != widths.shape[1]
         # A low-rank basis belongs to a head: pages of one head cannot share it.
         decoded = [PLAIN, UNCODED] + [pool for pool in table.pools.packed if self.split and pool.is_lowrank]
-        exact = _exact_tokens(table, pending, (batch, heads, columns), decoded)
+        exact = _exact_tokens(table, pending, widths, decoded)
         kept = Compaction(widths, self.leaders, exact, self.config, self.split, table.pools.tiers)
         with kept.retired_on_error():
             if not self.split:
@@ -102,7 +109,8 @@ class TableRebuild:
             kept.add_exact()
             for pool_id, pool in table.pools.packed.items():
                 if pool_id not in decoded:
-                    kept.add_coded(CodedPages(pool, [row.pages(pool_id) for row in table.rows]), was_split)
+                    rows = [row.pages(pool_id) for row in table.rows]
+                    kept.add_coded(CodedPages(pool, rows, bits_of(pool_id)), was_split)
         return self._table_of(kept)
 
     def assigned_table(self, tokens: ExactTokens, tiers: LayerTiers | None) -> PageTable:
@@ -123,9 +131,10 @@ class TableRebuild:
 
 
 def _exact_tokens(
-    table: PageTable, pending: PendingTokens | None, shape: tuple[int, int, int], pool_ids: list[PoolId]
+    table: PageTable, pending: PendingTokens | None, widths: torch.Tensor, pool_ids: list[PoolId]
 ) -> ExactTokens:
-    batch, heads, columns = shape
+    """Return the tokens that are packed anew: those of these pools, and of others what is to have fewer bits."""
+    batch, heads, columns = widths.shape
     stored = columns - (0 if pending is None else pending.tokens)
     is_new = None
     if pending is not None:
@@ -134,9 +143,17 @@ def _exact_tokens(
             is_new &= pending.valid[:, None]
         if not stored:
             return ExactTokens(pending.keys, pending.values, is_new)
-    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.view.dense(stored, pool_ids))
-    by_lane = table.view.stored_mask(stored, pool_ids).view(batch, len(table.rows) // batch, stored)
-    is_stored = by_lane.expand(batch, heads, stored)
+
+    def stored_in(pools: list[PoolId]) -> torch.Tensor:
+        mask = table.view.stored_mask(stored, pools)
+        return mask.view(batch, len(table.rows) // batch, stored).expand(batch, heads, stored)
+
+    is_stored, opened = stored_in(pool_ids), list(pool_ids)
+    for pool_id in table.pools.packed:
+        narrower = is_narrower(widths[:, :, :stored], bits_of(pool_id))
+        if pool_id not in pool_ids and bool((narrower := narrower & stored_in([pool_id])).any()):
+            is_stored, opened = is_stored | narrower, [*opened, pool_id]
+    keys, values = (part.reshape(batch, heads, *part.shape[2:]) for part in table.view.dense(stored, opened))
     if pending is None or is_new is None:
         return ExactTokens(keys, values, is_stored)
     return ExactTokens(

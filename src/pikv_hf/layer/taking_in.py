@@ -49,6 +49,9 @@ def take_in(
         layer.prompt_mark = prompt_mark(keys)
     awaits_press = edits.awaits_press
     within_page = edits.settle_within()
+    joint = edits.joint
+    if joint is not None and new == 1 and state.seen and not within_page:
+        joint.make_room()
     if not state.seen:
         layer.lazy_initialization(keys, values)
     link = layer.attachment
@@ -70,8 +73,10 @@ def take_in(
         room = torch.nn.functional.pad(values, (0, store.indexer_width))
         store.pending = PendingTokens(keys, room, awaits_indexer=True)
     else:
+        # Only PiKV's attention tells when it has read the tokens, and passes over what was evicted.
+        waits = joint is not None and in_place and joint.begins(edits, new, awaits_press)
         store.pending = PendingTokens(keys, values)
-        edits.awaits_press = awaits_press
+        edits.awaits_press = awaits_press or waits
     state.seen += new
     return past
 

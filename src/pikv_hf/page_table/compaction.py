@@ -1,8 +1,8 @@
 """Compaction: what is kept of a layer's tokens is copied into new pools, each token in the width chosen for it.
 
 A table whose rows hold all KV heads becomes one whose rows are *lanes*, one (sequence, KV head) each, as soon as heads
-keep different tokens; the pages of a lane have one head. Pages that a codec has packed are never packed again: what is
-evicted leaves its page, and the page goes with its last token.
+keep different tokens; the pages of a lane have one head. Pages that a codec has packed are packed again only in fewer
+bits: what is evicted or narrowed leaves its page, and the page goes with its last token.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from ..kernels.page_codes import PageCodes, reordered
 from ..pages.packed_pool import PackedPool
 from ..pages.page_contents import PageContents
 from ..pages.plain_pool import PlainPool
+from ..pages.pool_id import PoolId
 from ..pages.types import PageIds
 from ..tiers.tier_limits import LayerTiers
 from ..tiers.tiered_pool import TieredPool
@@ -59,10 +60,24 @@ class CodedPages:
         Where they are.
     rows : list of numpy.ndarray
         For each row of the old table, its pages there.
+    bits : int
+        Of its codes; see :func:`bits_of`.
     """
 
     pool: PackedPool
     rows: Sequence[PageIds]
+    bits: int = 0
+
+
+def bits_of(pool_id: PoolId) -> int:
+    """Return the width of a pool's codes, the fewer of keys and values; 0 for codecs that have none."""
+    known = {codec: bits for bits, codec in WIDTHS.items()}
+    return min(known.get(codec or "", 0) for codec in pool_id)
+
+
+def is_narrower(widths: torch.Tensor, bits: int) -> torch.Tensor:
+    """Return where widths ask for fewer bits than there are: such tokens are packed again."""
+    return (widths > AS_CONFIGURED) & (widths < bits)
 
 
 def config_of_lanes(config: PiKVConfig) -> PiKVConfig:
@@ -203,7 +218,8 @@ class Compaction:
         pages, heads, owners = self._pages_of_leaders(coded, was_split)
         positions = pool.positions[pool.index(pages)]
         lanes = pool.index(owners)[:, None]
-        kept = self._of_leaders(self._widths > 0)[lanes, positions.clamp_min(0).long()] & (positions >= 0)
+        staying = (self._widths > 0) & ~is_narrower(self._widths, coded.bits)
+        kept = self._of_leaders(staying)[lanes, positions.clamp_min(0).long()] & (positions >= 0)
         counts = kept.sum(dim=1).cpu().numpy()
         stays = np.flatnonzero(counts)
         step = pool.chunk_pages() if isinstance(pool, TieredPool) else max(1, len(stays))

@@ -73,6 +73,38 @@ def evict_tokens(
     return left < tokens
 
 
+def evict_packed(rules: EvictionRules, table: PageTable, rows: Sequence[SequencePages], nbytes: int, seen: int) -> int:
+    """Evict pages of some rows until the tokens that are gone took so many bytes; return how many are missing.
+
+    A token takes its part of a page, as :func:`row_bytes` has it.
+    """
+    sources = [PagesOfSequence(row, pool, lane) for lane, row in enumerate(rows) for pool in table.pools.by_id()]
+    pools, left = table.pools.by_id(), nbytes
+    for candidates in _candidates(rules, table, sources, seen):
+        if left <= 0:
+            break
+        going = leaving(rules.policy, candidates.stats, int(candidates.stats.tokens.sum()))
+        rates = np.array([token_bytes(pools[source.pool_id]) for source in sources])
+        sizes = candidates.stats.tokens[going] * rates[candidates.of_source[going]]
+        going = going[: int(np.searchsorted(sizes.cumsum(), left)) + 1]
+        _evict(rules, table, candidates, going)
+        left -= int(sizes[: len(going)].sum())
+    return max(0, left)
+
+
+def token_bytes(pool: PagePool) -> float:
+    """Return the bytes of a token in the pages of a pool, its keys and values alone."""
+    return pool.page_bytes / pool.page_size
+
+
+def row_bytes(table: PageTable, lanes: int) -> np.ndarray:
+    """Return the bytes of the keys and values of each sequence, `(B,)` float64, those that sequences share for each."""
+    totals = np.zeros(len(table.rows))
+    for pool_id, pool in table.pools.by_id().items():
+        totals += np.array([pool.count[row.pages(pool_id)].sum() for row in table.rows]) * token_bytes(pool)
+    return totals.reshape(-1, lanes).sum(axis=1)
+
+
 def evict_for_pages(rules: EvictionRules, table: PageTable, pool: PagePool, pages: int, seen: int) -> bool:
     """Evict until a pool has so many more free pages, of its own if it has any, else of the others."""
     wanted, pools = pool.allocator.free_pages + pages, table.pools.by_id()
@@ -131,7 +163,8 @@ def _candidates(
         candidates = EvictionCandidates.of(table, sources, rules.now, is_open, shard)
         candidates = candidates.pick((candidates.oldest >= rules.sink_tokens) & (candidates.stats.newest < recent))
         # A layer that begins to store latents expanded has queries of another width until the next step.
-        fits = rules.queries is not None and rules.queries.shape[-1] == table.plain.bounds_dim
+        wanted = rules.policy.reads_bounds and rules.queries is not None
+        fits = wanted and rules.queries.shape[-1] == table.plain.bounds_dim  # type: ignore[union-attr]
         if fits and rules.queries is not None and len(candidates.stats):
             candidates = candidates.with_bounds(_logit_bounds(rules.queries, table, candidates))
         yield candidates

@@ -1,29 +1,19 @@
 """By how many bytes the pools of a layer may still grow."""
 
 import weakref
-from typing import Protocol
-
-import torch
 
 from ..common.budget import bytes_text
 from ..common.tensors import live_bytes
 from ..page_table.layer_pools import LayerPools
-from ..pages.plain_pool import PlainPool
 from .layer_budget import LayerBudget
+from .shared_budget import BudgetUser
+
+#: While layers decide together what they keep, which is measured then.
+_UNLIMITED = 1 << 60
 
 
 class BudgetError(RuntimeError):
     """What may not be evicted takes more than the budget."""
-
-
-class BudgetUser(Protocol):
-    """A layer's scheduler, which keeps some bytes beside the pages."""
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the tensors that hold memory."""
-
-    def most_beside(self, pool: PlainPool, rows: int) -> int:
-        """Return the most bytes that these may take for a table of so many rows."""
 
 
 class GrowthLimit:
@@ -43,6 +33,7 @@ class GrowthLimit:
         self._pages, self._layer_budget = weakref.ref(pages), layer_budget
         # Rows of the table of each layer that has pages here.
         self._users: weakref.WeakKeyDictionary[BudgetUser, int] = weakref.WeakKeyDictionary()
+        self._last: weakref.ref[BudgetUser] | None = None
 
     def admit(self, user: BudgetUser, rows: int) -> None:
         """Count the budget of a layer with so many rows.
@@ -53,10 +44,12 @@ class GrowthLimit:
             If it is less than what is never evicted of these rows, naming the smallest that is not; nothing has changed
             then.
         """
+        self._last = weakref.ref(user)
         if self._users.get(user) == rows:
             return
         missing = self._least(user, rows) - self._budget(rows)
-        if missing > 0:
+        # What is decided together is measured then.
+        if missing > 0 and not (user.shared is not None and user.shared.deciding):
             raise BudgetError(self._too_small(rows, missing))
         self._users[user] = rows
 
@@ -95,8 +88,17 @@ class GrowthLimit:
         beside = pages.encoders.most_bytes + user.most_beside(pages.plain, rows)
         return rows * needed * pages.plain.full_page_bytes + beside
 
+    def allowed(self, user: BudgetUser) -> int:
+        """Return the bytes for the pages of one layer, without what it keeps beside them."""
+        return self._budget(self._users[user]) - live_bytes(user.tensors())
+
+    def own(self) -> int:
+        """Return the bytes by which what there is stays below the budgets of the layers that have pages here."""
+        return sum(map(self.allowed, list(self._users))) - self._layer_pools().nbytes
+
     def __call__(self) -> int:
         """Return the bytes; less than 0 if what there is exceeds the budget."""
-        users = dict(self._users)
-        queries = sum(live_bytes(user.tensors()) for user in users)
-        return sum(map(self._budget, users.values())) - self._layer_pools().nbytes - queries
+        user = None if self._last is None else self._last()
+        if user is None or user.shared is None:
+            return self.own()
+        return _UNLIMITED if user.shared.deciding else self.own() + user.shared.room_beside(user)

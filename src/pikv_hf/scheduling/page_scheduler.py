@@ -6,15 +6,16 @@ from typing import TypeVar
 
 import torch
 
-from ..config import PiKVConfig
+from ..config import JOINT, PiKVConfig
 from ..page_table.page_table import PageTable
 from ..pages.plain_pool import PlainPool
 from ..pages.pool_growth import NoRoomError
 from ..tiers.tiered_pool import TieredPool
-from .eviction import evict_bytes, evict_for_pages, evict_tokens, token_count
+from .eviction import evict_bytes, evict_for_pages, evict_packed, evict_tokens, token_count
 from .growth_limit import BudgetError, GrowthLimit
 from .layer_budget import LayerBudget
 from .policies.registry import SchedulingPolicy, make_policy
+from .shared_budget import SharedBudget
 from .tier_priority import TierPriority
 
 # Queries kept for policies that look at bounds.
@@ -29,6 +30,9 @@ BUDGET_GROWTH = 1 / 64
 # Options of `pikv` where pages are evicted. A tier wants the pages of the next steps, for which a half-life of 8 was
 # best; what is evicted is gone, and 64 lost the least attention (`options` in eval/results/page-traces.json).
 BUDGET_OPTIONS = {"half_life": 64.0, "bound_weight": 13.0}
+
+# Those of what is left to pages where layers decide together.
+JOINT_OPTIONS = {"half_life": 64.0}
 
 _Result = TypeVar("_Result")
 
@@ -46,9 +50,13 @@ class PageScheduler:
         As in :class:`~pikv_hf.PiKVConfig`: these tokens never go.
     query_groups : int
         Query heads per KV head, for what a budget in bytes needs at least.
+    jointly : bool
+        Whether all layers of the cache are to decide together what each keeps.
 
     Attributes
     ----------
+    shared : SharedBudget or None
+        The layers that decide together what each keeps; the policy then only says what goes where that cannot be.
     now : int
         Attention steps so far.
     pages_evicted, tokens_evicted : int
@@ -62,13 +70,16 @@ class PageScheduler:
         sink_tokens: int,
         recent_window: int,
         query_groups: int = 1,
+        jointly: bool = False,
     ) -> None:
+        self.jointly = jointly
         self.policy, self.budget = policy, budget
         self.sink_tokens, self.recent_window = sink_tokens, recent_window
         self.now = 0
         self.queries: torch.Tensor | None = None
         self.query_groups = query_groups
         self.pages_evicted = self.tokens_evicted = 0
+        self.shared: SharedBudget | None = None
         # Pages that attention had found in fast memory, and not, when this was last looked at.
         self._read = 0, 0
 
@@ -79,8 +90,13 @@ class PageScheduler:
     def most_beside(self, pool: PlainPool, rows: int) -> int:
         """Return the most bytes that are kept beside the pages of a table of so many rows."""
         heads, dim = pool.keys.shape[0], pool.bounds_dim
-        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.policy.reads_bounds else 0
+        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.remembers else 0
         return queries * dim * pool.keys.element_size()
+
+    @property
+    def remembers(self) -> bool:
+        """Whether it keeps the newest queries."""
+        return self.policy.reads_bounds or self.jointly
 
     def fork(self) -> "PageScheduler":
         """Return an independent scheduler that has seen the same."""
@@ -138,8 +154,8 @@ class PageScheduler:
             pages.plain.growth_limit.admit(self, rows)
 
     def remember_queries(self, query: torch.Tensor, scale: float) -> None:
-        """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds."""
-        if self.policy.reads_bounds:
+        """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds, and for joint decisions."""
+        if self.remembers:
             newest = query[:, :, -RECENT_QUERIES:].detach() * scale
             known = self.queries
             if known is not None and (len(known), known.shape[-1]) == (len(newest), newest.shape[-1]):
@@ -205,7 +221,10 @@ class PageScheduler:
         BudgetError
             If nothing more can be evicted.
         """
-        if not evict_for_pages(self, table, error.pool, error.pages, seen):
+        if evict_for_pages(self, table, error.pool, error.pages, seen):
+            return
+        wanted = error.pages * error.pool.full_page_bytes
+        if self.shared is None or self.shared.evict_elsewhere(self, -1, wanted) > 0:
             given = "the budget" if self.budget is None else f"budget={self.budget.asked_for!r}"
             raise BudgetError(
                 f"{given} leaves no room for {error.pages} more pages of {error.pool.page_size} tokens, and all that "
@@ -248,8 +267,12 @@ class PageScheduler:
         if self.budget is None:
             return False
         limit = self.budget.tokens_of(seen, table.num_shards)
+        if self.shared is not None and self.shared.deciding:
+            return False
         if limit is None and not self.budget.per_shard:
             return self._shrink(table, seen)
+        if self.shared is not None:
+            return self._keep_share(table, lanes, seen)
         done: set[tuple[int, ...]] = set()
         evicted = False
         for first in range(0, len(table.rows), lanes):
@@ -271,6 +294,24 @@ class PageScheduler:
                 evicted |= evict_tokens(self, table, rows, excess, seen)
         return evicted
 
+    def _keep_share(self, table: PageTable, lanes: int, seen: int) -> bool:
+        """Evict pages until the sequences are within a budget that the layers share."""
+        assert self.shared is not None
+        assert self.budget is not None
+        evicted = False
+        for row in range(len(table.rows) // lanes):
+            over = self.shared.over(self, table, row)
+            if over <= 0:
+                continue
+            evicted = True
+            missing = evict_packed(self, table, table.rows[row * lanes : (row + 1) * lanes], over, seen)
+            if missing and (missing := self.shared.evict_elsewhere(self, row, missing)):
+                raise BudgetError(
+                    f"{missing:,} bytes too many are stored under budget={self.budget.asked_for!r}, and none of them "
+                    "may be evicted"
+                )
+        return evicted
+
     def _shard_tokens(self, table: PageTable, lanes: int) -> int:
         """Return a shard's bytes in tokens of one sequence, as they came: packed ones are smaller."""
         assert self.budget is not None
@@ -279,11 +320,15 @@ class PageScheduler:
         return self.budget.total_bytes // per_page * table.plain.page_size
 
 
-def scheduler_name(config: PiKVConfig) -> str | None:
-    """Return the policy that says which pages go first, None if no page ever has to go."""
+def scheduler_name(config: PiKVConfig, jointly: bool = True) -> str | None:
+    """Return what says what goes first, None if nothing ever has to go; `jointly` if layers may decide together."""
     if config.budget is None and config.tiers is None:
         return None
-    return config.scheduler or ("lru" if config.budget is None else "pikv")
+    if config.scheduler is not None:
+        return config.scheduler
+    if config.budget is None:
+        return "lru"
+    return JOINT if jointly and config.joint_obstacle() is None else "pikv"
 
 
 def make_scheduler(
@@ -293,6 +338,7 @@ def make_scheduler(
     parts: int = 1,
     part_share: float = 1.0,
     query_groups: int = 1,
+    jointly: bool = True,
 ) -> PageScheduler | None:
     """Return the scheduler of one part of a paged layer, None if no page ever has to go.
 
@@ -301,9 +347,12 @@ def make_scheduler(
     ValueError
         See :meth:`LayerBudget.of`.
     """
-    budget, name = LayerBudget.of(config, layers, sliding_tokens, parts, part_share), scheduler_name(config)
+    budget = LayerBudget.of(config, layers, sliding_tokens, parts, part_share)
+    name = scheduler_name(config, jointly)
     if name is None:
         return None
     options = BUDGET_OPTIONS if name == "pikv" and budget is not None else {}
-    policy = make_policy(name, **options)
-    return PageScheduler(policy, budget, config.sink_tokens, config.recent_window, query_groups)
+    # Of a joint decision the policy is what is left to pages: it keeps no bounds, which take bytes.
+    options = JOINT_OPTIONS if name == JOINT else options
+    policy = make_policy("pikv" if name == JOINT else name, **options)
+    return PageScheduler(policy, budget, config.sink_tokens, config.recent_window, query_groups, name == JOINT)

@@ -89,7 +89,7 @@ class PartLoader:
         scheduler.pages_evicted, scheduler.tokens_evicted = saved["pages_evicted"], saved["tokens_evicted"]
         if scheduler.policy.name == saved["policy"]:
             scheduler.policy = dataclasses.replace(scheduler.policy, **saved["options"])  # type: ignore[type-var]
-        if saved["has_queries"] and scheduler.policy.reads_bounds:
+        if saved["has_queries"] and scheduler.remembers:
             queries = self._section.file[scheduler_queries_name(self._section.prefix)]
             scheduler.queries = queries.to(device, copy=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from pikv_hf.config import SCHEDULERS
+from pikv_hf.config import JOINT, SCHEDULERS
 from pikv_hf.eval.reference.synthetic import text
 from pikv_hf.eval.studies.scheduling import budget_runs, budget_study
 from pikv_hf.eval.studies.scheduling.budget_runs import (
@@ -93,11 +93,11 @@ def test_ruler_reads_its_context_in_chunks(generator: Generator, monkeypatch: py
 
 
 def test_parts_are_kept_and_taken_again(tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget_study, "Generator", lambda: generator)
-    arguments = argparse.Namespace(documents=1, samples=0, seed=0, parts=tmp_path)
+    monkeypatch.setattr(budget_study, "Generator", lambda *_: generator)
+    arguments = argparse.Namespace(documents=1, samples=0, seed=0, dtype="float32", parts=tmp_path)
     study = Study(arguments)
     assert [name for name in study.parts() if name.startswith("generation")] == list(study.parts())
-    assert len(study.parts()) == 1 + len(SHARES) * (len(SCHEDULERS) + 1) + len(SEQUENTIAL)
+    assert len(study.parts()) == 1 + len(SHARES) * (len(SCHEDULERS) + 2) + len(SEQUENTIAL)
     calls: list[int] = []
 
     def part() -> dict[str, Any]:
@@ -123,7 +123,7 @@ def test_scores_are_compared_by_sample() -> None:
 def test_the_command_writes_its_rows(
     tmp_path: Path, generator: Generator, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(budget_study, "Generator", lambda: generator)
+    monkeypatch.setattr(budget_study, "Generator", lambda *_: generator)
     monkeypatch.setattr(budget_runs, "GENERATED", 96)
     output = tmp_path / "budgets.json"
     arguments = ["--documents", "1", "--samples", "0", "--output", str(output)]
@@ -142,13 +142,13 @@ def results() -> dict[str, Any]:
 
 def test_the_committed_results_are_complete(results: dict[str, Any]) -> None:
     rows = {(row["scheduler"], row["share"], row["placement"]): row for row in results["generation"]}
-    expected = {(name, share, "expert") for name in (*SCHEDULERS, RANDOM) for share in SHARES}
+    expected = {(name, share, "expert") for name in (*SCHEDULERS, JOINT, RANDOM) for share in SHARES}
     assert set(rows) == expected | {("full", 1.0, "expert")} | {(name, 0.25, "sequential") for name in SEQUENTIAL}
     assert all(row["held"] <= row["budget"] for row in rows.values())
     assert all(row["documents"] >= 16 for row in rows.values())
     assert rows["full", 1.0, "expert"]["both"] >= 99
     ruler = {row["scheduler"]: row for row in results["ruler"]}
-    assert set(ruler) == {"full", *SCHEDULERS, RANDOM}
+    assert set(ruler) == {"full", *SCHEDULERS, JOINT, RANDOM}
     assert len({row["samples"] for row in ruler.values()}) == 1
 
 
@@ -157,7 +157,7 @@ def test_the_default_scheduler_is_among_the_best(results: dict[str, Any]) -> Non
     for share in SHARES:
         rows = {row["scheduler"]: row for row in results["generation"] if row["share"] == share}
         best = max(rows.values(), key=lambda row: row["both"])
-        ours = rows["pikv"]
+        ours = rows[JOINT]
         assert ours["both"] >= best["both"] - best["both_ci"], (share, ours["both"], best["scheduler"], best["both"])
         assert ours["both"] - ours["both_ci"] > max(rows["random"]["both"], rows["streaming_llm"]["both"])
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pikv_hf.kernels.page_codes import OUTLIERS
+from ..kernels.page_codes import OUTLIERS
 
 #: Width of a token that is evicted, and of one that is stored as it is.
 EVICTED, FULL = 0, 16
@@ -75,6 +75,26 @@ class PageCost:
         return cls(page_size, {**packed, FULL: element_size * (key_dim + values) * page_size + shared})
 
 
+@dataclass(frozen=True, slots=True)
+class PackedPages:
+    """Pages that were packed before: each stays as it is, goes, or is packed again in fewer bits.
+
+    Attributes
+    ----------
+    losses : torch.Tensor
+        `(n, W)` float64, for width 0 and for the W - 1 widths that may be given, from narrow to wide: what is lost with
+        the page in that width, or as it is where that is no narrower.
+    nbytes : torch.Tensor
+        `(n, W)` int64, what the page then takes.
+    needed : torch.Tensor
+        `(n,)` bool, those that may not go.
+    """
+
+    losses: torch.Tensor
+    nbytes: torch.Tensor
+    needed: torch.Tensor
+
+
 def _packed_bytes(page_size: int, bits: int) -> int:
     per_byte = 8 // bits
     return (page_size + per_byte - 1) // per_byte
@@ -88,6 +108,20 @@ def allocate(
     sinks: int = 4,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Give every token a width; see :func:`allocate_beside`, which this is without pages or further needed tokens."""
+    return allocate_beside(losses, cost, budget, sinks=sinks, valid=valid)[0]
+
+
+def allocate_beside(
+    losses: Mapping[int, torch.Tensor],
+    cost: PageCost,
+    budget: int,
+    *,
+    sinks: int = 4,
+    valid: torch.Tensor | None = None,
+    needed: torch.Tensor | None = None,
+    pages: PackedPages | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Give every token a width such that the sum of losses is small and the pages fit the budget.
 
     Equal losses are decided by position and lane, so the result is the same every time. A larger budget never gives any
@@ -107,11 +141,15 @@ def allocate(
         First tokens of every lane that are never evicted; at least one token never is.
     valid : torch.Tensor, optional
         `(..., T)` bool or what broadcasts to it, False for padding, which is not stored.
+    needed : torch.Tensor, optional
+        `(..., T)` bool or what broadcasts to it, further tokens that are never evicted.
+    pages : PackedPages, optional
+        Pages that compete for the same budget.
 
     Returns
     -------
-    torch.Tensor
-        `(..., T)` int8, bits per number: 0 for evicted tokens.
+    tuple of torch.Tensor
+        `(..., T)` int8, bits per number: 0 for evicted tokens; and `(n,)` int64, which of their W widths pages get.
 
     Raises
     ------
@@ -124,15 +162,20 @@ def allocate(
     real = torch.ones((1, 1), dtype=torch.bool, device=curve.device) if valid is None else valid
     real = real.expand(shape).reshape(-1, tokens)
     curve = curve.reshape(len(widths), -1, tokens) * real
-    order, counts = _order(curve[0] - curve[1], real, sinks)
+    never = None if needed is None else needed.expand(shape).reshape(-1, tokens)
+    order, counts = _order(curve[0] - curve[1], real, sinks, never)
     prices = torch.tensor([cost.nbytes.get(width, 0) for width in widths], device=curve.device)
-    pages = _page_losses(curve, order, cost.page_size)
-    start = torch.arange(pages.shape[1], device=curve.device) * cost.page_size
-    forced = start < counts.clamp(max=max(sinks, 1)).unsqueeze(1)
-    level = _water_fill(pages.flatten(0, 1), prices, forced.flatten(), budget)
-    given = torch.tensor(widths, dtype=torch.int8, device=curve.device)[level].view(len(order), -1)
+    by_page = _page_losses(curve, order, cost.page_size)
+    start = torch.arange(by_page.shape[1], device=curve.device) * cost.page_size
+    by_page, forced = by_page.flatten(0, 1), (start < counts.unsqueeze(1)).flatten()
+    prices, fresh = prices.expand_as(by_page), len(by_page)
+    if pages is not None:
+        by_page, prices = torch.cat([by_page, pages.losses]), torch.cat([prices, pages.nbytes])
+        forced = torch.cat([forced, pages.needed])
+    level = _water_fill(by_page, prices, forced, budget)
+    given = torch.tensor(widths, dtype=torch.int8, device=curve.device)[level[:fresh]].view(len(order), -1)
     per_token = given.repeat_interleave(cost.page_size, dim=1)[:, :tokens]
-    return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape)
+    return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape), level[fresh:]
 
 
 def pages_nbytes(widths: torch.Tensor, cost: PageCost) -> int:
@@ -173,11 +216,15 @@ def _curve(losses: Mapping[int, torch.Tensor], cost: PageCost) -> tuple[list[int
     return widths, curve
 
 
-def _order(gain: torch.Tensor, real: torch.Tensor, sinks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of each lane `(N, T)`, sinks first, then by gain, padding last; and the real ones' number."""
+def _order(
+    gain: torch.Tensor, real: torch.Tensor, sinks: int, needed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of each lane `(N, T)`, what stays first, then by gain, padding last; and how many stay."""
     rank = real.cumsum(1)
-    key = gain.masked_fill(real & (rank <= sinks), torch.inf).masked_fill(~real, -torch.inf)
-    return key.argsort(dim=1, descending=True, stable=True), rank[:, -1]
+    first = real & (rank <= sinks if needed is None else (rank <= sinks) | needed)
+    key = gain.masked_fill(first, torch.inf).masked_fill(~real, -torch.inf)
+    stay = torch.maximum(first.sum(1), rank[:, -1].clamp(max=1))
+    return key.argsort(dim=1, descending=True, stable=True), stay
 
 
 def _page_losses(curve: torch.Tensor, order: torch.Tensor, page_size: int) -> torch.Tensor:
@@ -191,20 +238,20 @@ def _page_losses(curve: torch.Tensor, order: torch.Tensor, page_size: int) -> to
 
 
 def _water_fill(losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int) -> torch.Tensor:
-    """Return which width each page gets, `(pages,)` int64 indices into `prices`.
+    """Return which width each page gets, `(pages,)` int64, of those that `(pages, W)` losses and prices are of.
 
     Every page climbs the lower convex hull of its points (price, loss); all these steps are taken in the order of what
     they gain per byte, until the first one that the budget does not hold.
     """
-    least = forced * (prices[1:].argmin() + 1)
-    spent = int(prices[least].sum())
+    least = forced * (prices[:, 1:].argmin(dim=1) + 1)
+    spent = int(prices.gather(1, least.unsqueeze(1)).sum())
     if spent > budget:
         raise ValueError(f"a budget of {budget} bytes does not hold the sinks of every lane, which take {spent} bytes")
     slopes, targets = _hull_steps(losses, prices, least)
     befores = torch.cat([least.unsqueeze(1), targets[:, :-1]], dim=1)
     order = slopes.flatten().argsort(descending=True, stable=True)
     order = order[slopes.flatten()[order] > 0]
-    total = spent + (prices[targets] - prices[befores]).flatten()[order].cumsum(0)
+    total = spent + (prices.gather(1, targets) - prices.gather(1, befores)).flatten()[order].cumsum(0)
     taken = torch.zeros(slopes.numel(), dtype=torch.bool, device=losses.device)
     taken[order[total <= budget]] = True
     steps = taken.view_as(slopes).sum(1, keepdim=True)
@@ -215,9 +262,9 @@ def _hull_steps(losses: torch.Tensor, prices: torch.Tensor, least: torch.Tensor)
     """Return gain per byte (0: no step) and target of the steps of each page up its hull, `(pages, W - 1)` each."""
     slopes, targets = [], []
     at = least
-    for _ in range(len(prices) - 1):
+    for _ in range(prices.shape[1] - 1):
         gain = losses.gather(1, at.unsqueeze(1)) - losses
-        price = prices - prices[at].unsqueeze(1)
+        price = prices - prices.gather(1, at.unsqueeze(1))
         slope = torch.where(price > 0, gain / price.clamp(min=1), 0.0).clamp(min=0)
         best, target = slope.max(dim=1)
         at = torch.where(best > 0, target, at)

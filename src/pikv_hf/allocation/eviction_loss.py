@@ -103,7 +103,7 @@ def eviction_loss(
     -------
     torch.Tensor
         `(B, H, T)` float32; its multiples by :data:`WIDTH_LOSS` are the losses that
-        :func:`pikv_hf.presses.bit_allocation.allocate` takes, all layers of a model together.
+        :func:`pikv_hf.allocation.bit_allocation.allocate` takes, all layers of a model together.
 
     Raises
     ------

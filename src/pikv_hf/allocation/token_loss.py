@@ -1,0 +1,38 @@
+"""What evicting each token of a layer costs, by the queries that were observed and the layer's output projection."""
+
+import torch
+
+from .eviction_loss import SMOOTHING, eviction_loss, value_distance
+from .observed_queries import Observer, attention_mass
+
+
+def token_loss(
+    observer: Observer,
+    gram: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    stored: torch.Tensor | None,
+    *,
+    smoothing: float = SMOOTHING,
+) -> torch.Tensor:
+    """Return what evicting each token would cost, `(B, H, T)` float32.
+
+    Parameters
+    ----------
+    observer : Observer
+        The latest queries.
+    gram : torch.Tensor
+        `(Hq, Dv, Dv)`, see :func:`~pikv_hf.allocation.eviction_loss.output_gram`.
+    keys, values : torch.Tensor
+        `(B, H, T, D)` and `(B, H, T, Dv)` by column.
+    stored : torch.Tensor, optional
+        `(B, H, T)` bool, False for padding and what was evicted.
+    smoothing : float
+        Share of the expected attention that is spread evenly.
+    """
+    assert observer.recent is not None
+    valid = None if stored is None else stored.any(dim=1)
+    causal = keys.shape[2] == observer.seen
+    probability = attention_mass(observer, observer.recent, keys, stored, causal)
+    distance = value_distance(values, gram, valid=valid)
+    return eviction_loss(probability, distance, smoothing=smoothing, valid=valid)
