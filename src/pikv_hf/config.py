@@ -73,8 +73,8 @@ class PiKVConfig:
     routing : str
         Which full pages outside of the window a decoding step reads: `"all"`, or those that a policy of
         :mod:`pikv_hf.routing.policies` chooses for each KV head: `"page_bound"`, `"page_mass"`, `"expert_topk"`,
-        `"cache_aware"`, `"adaptive"`, `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with
-        several new tokens read everything.
+        `"cache_aware"`, `"adaptive"`, `"hierarchical"`. Sinks, recent window and pages that are not full are always
+        read; calls with several new tokens read everything.
     max_pages : int or float
         Of these pages, the most that a KV head reads in a step; a float is a share of them. Like `coverage` and
         `tier_cost` only where a `routing` chooses.

@@ -1,4 +1,4 @@
-"""What routing would read in each decoding step of a model, and how much of the attention that takes."""
+"""What routing would read in each decoding step of the bundled model, and how much of the attention that takes."""
 
 import dataclasses
 import math
@@ -11,8 +11,8 @@ import torch
 from pikv_hf import PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.config import PiKVConfig
-from pikv_hf.eval.runner.models import REFERENCE, load_model
-from pikv_hf.eval.tasks import reference, ruler
+from pikv_hf.eval.reference.load import load_reference_model
+from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.layer.layer import PiKVLayer
@@ -228,20 +228,11 @@ class Counter(RoutingPolicy):
 
 
 class Reader:
-    """A model, by default the bundled one, reading contexts and questions as `pikv eval` does, into caches of a layout.
+    """The bundled model, reading contexts and questions as `pikv eval` does, into caches of a layout."""
 
-    Parameters
-    ----------
-    name : str
-        Of the model, see :func:`~pikv_hf.eval.runner.models.load_model`.
-    """
-
-    def __init__(self, name: str = REFERENCE) -> None:
-        self.model, self.tokenizer = load_model(name, "float32", "cpu")
+    def __init__(self) -> None:
+        self.model, self.tokenizer = load_reference_model()
         self._before, self._between = frame(self.tokenizer)
-        self._score = reference.score if name == REFERENCE else ruler.score
-        end = self.model.generation_config.eos_token_id
-        self._ends = tuple(end) if isinstance(end, list) else (end,)
 
     def _ids(self, text: str) -> torch.Tensor:
         ids: torch.Tensor = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
@@ -275,14 +266,14 @@ class Reader:
         for step in range(sample.max_new_tokens):
             if step:
                 token = self._next(token, cache)
-            if token.item() in self._ends:
+            if token.item() == self.tokenizer.eos_token_id:
                 return
             yield int(token.item())
 
     def score(self, sample: EvalSample, cache: PiKVCache, token: torch.Tensor) -> float:
         """Return the score of a greedy answer in percent."""
         text = self.tokenizer.decode(list(self.steps(sample, cache, token)), skip_special_tokens=True)
-        return 100 * next(iter(self._score(sample, text).values()))
+        return 100 * next(iter(reference.score(sample, text).values()))
 
     @torch.inference_mode()
     def coverage(self, sample: EvalSample, layout: Layout, rules: Iterable[Rule]) -> dict[Rule, Note]:

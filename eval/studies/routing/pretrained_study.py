@@ -14,14 +14,22 @@ from typing import Any
 
 from rich.console import Console
 
+from pikv_hf import PiKVCache, PiKVConfig
 from pikv_hf.eval.report.result_rows import show_table, write_rows
-from pikv_hf.eval.studies.routing.decode_trace import SINKS, WINDOW, Layout, Reader, Rule
+from pikv_hf.eval.runner.models import load_model
+from pikv_hf.eval.runner.protocol import Asker
+from pikv_hf.eval.studies.routing.decode_trace import PLACEMENTS, SINKS, WINDOW, Rule
 from pikv_hf.eval.studies.routing.routing_study import interval
-from pikv_hf.eval.tasks.ruler import generate
+from pikv_hf.eval.tasks.ruler import generate, score
+from pikv_hf.eval.tasks.sample import EvalSample
+from pikv_hf.layer.layer import PiKVLayer
+from pikv_hf.routing.page_router import PageRouter, make_page_router
 
 #: Those that SmolLM2-135M answers at these lengths.
 TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multivalue")
 SHARES = (0.25, 0.125)
+#: Samples of a task that are read at once.
+BATCH = 4
 METRIC = (
     "score: mean over tasks of RULER's score in percent of answers whose steps read only what a policy chooses, exact: "
     "that of the same samples with everything read; read: share of all pages that a step reads, those included that "
@@ -60,24 +68,65 @@ def plan(samples: int) -> list[Part]:
         Part(4096, 16, both, samples // 4),
         Part(2048, 8, both, samples // 2),
         Part(2048, 32, both, samples // 4),
-        Part(2048, 16, ("adaptive", "oracle"), samples // 4),
+        Part(2048, 16, ("adaptive",), samples // 4),
     ]
 
 
-def measure(reader: Reader, part: Part, seed: int, file: Path) -> Iterator[Row]:
+def measure(asker: Asker, part: Part, seed: int, file: Path) -> Iterator[Row]:
     """Yield what each sample of a part scores and reads; those in the file are not measured anew."""
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     yield from known
     file.parent.mkdir(parents=True, exist_ok=True)
-    samples = generate(reader.tokenizer, part.length, part.samples, tasks=TASKS, seed=seed)
-    # Task after task, so that what was stopped has some of each.
-    order = [samples[task * part.samples + number] for number in range(part.samples) for task in range(len(TASKS))]
-    for sample in order[len(known) :]:
-        exact, found = reader.scores(sample, Layout("sequential", part.page_size), part.rules)
-        row = {"id": sample.id, "exact": exact, "found": [found[rule] for rule in part.rules]}
+    samples = generate(asker.tokenizer, part.length, part.samples, tasks=TASKS, seed=seed)
+    # Some of each task, so that what was stopped has about as many of all.
+    batches = [
+        samples[task * part.samples :][first : min(first + BATCH, part.samples)]
+        for first in range(0, part.samples, BATCH)
+        for task in range(len(TASKS))
+    ]
+    for batch in batches:
+        if any(sample.id == row["id"] for sample in batch for row in known):
+            continue
+        rows = measured(asker, batch, part)
         with file.open("a") as out:
-            out.write(json.dumps(row) + "\n")
-        yield row
+            out.writelines(json.dumps(row) + "\n" for row in rows)
+        yield from rows
+
+
+def measured(asker: Asker, batch: Sequence[EvalSample], part: Part) -> list[Row]:
+    """Answer a batch of samples with everything read and by every rule, from one reading of their contexts."""
+    encoded = [asker.encode(sample) for sample in batch]
+    layout = {"page_size": part.page_size, "recent_window": WINDOW, "sink_tokens": SINKS, **PLACEMENTS["sequential"]}
+    cache = PiKVCache.for_model(asker.model, **layout)
+    seen = asker.read_batch(encoded, cache)
+    rows: list[Row] = [{"id": sample.id, "task": sample.task, "found": []} for sample in batch]
+    for rule in [None, *part.rules]:
+        twin = cache.fork()
+        further = statistics.fmean(own.question.shape[1] for own in encoded) / part.page_size
+        routers = [] if rule is None else [route(layer, rule, further) for layer in twin.layers]
+        for row, sample, own, tokens in zip(rows, batch, encoded, asker.answer_batch(encoded, twin, seen), strict=True):
+            points = 100 * next(iter(score(sample, asker.text_of(own, tokens)).values()))
+            if rule is None:
+                row["exact"] = points
+            else:
+                read = [int(router.counts.read) / max(1, router.counts.reachable) for router in routers]
+                row["found"].append((points, statistics.fmean(read)))
+    return rows
+
+
+def route(layer: PiKVLayer, rule: Rule, further: float) -> PageRouter:
+    """Let the steps of a layer read the share that a rule says of its pages, of which each row will have some more."""
+    assert layer.table is not None
+    rows = len(layer.table.rows)
+    always = layer.table.view.always_read / rows
+    pages = layer.table.view.full_pages().page_count / rows + always + further
+    most = max(1, round(rule.share * pages - always))
+    router = make_page_router(
+        PiKVConfig(routing=rule.name, max_pages=most, recent_window=WINDOW, sink_tokens=SINKS, coverage=1.0)
+    )
+    assert router is not None
+    layer.parts[0].page_router = router
+    return router
 
 
 def rows_of(part: Part, measured: Sequence[Row], dim: int) -> list[Row]:
@@ -86,7 +135,7 @@ def rows_of(part: Part, measured: Sequence[Row], dim: int) -> list[Row]:
     for place, rule in enumerate(part.rules):
         scores, exact = [row["found"][place][0] for row in measured], [row["exact"] for row in measured]
         differences = [score - full for score, full in zip(scores, exact, strict=True)]
-        read = statistics.fmean(row["found"][place][1] for row in measured)
+        read = statistics.fmean(row["found"][place][1] for row in measured if row["found"][place][1])
         rows.append({
             "tokens": part.length,
             "page_size": part.page_size,
@@ -94,7 +143,7 @@ def rows_of(part: Part, measured: Sequence[Row], dim: int) -> list[Row]:
             "share": rule.share,
             "samples": len(measured),
             "read": read,
-            "share_of_bytes": None if rule.name == "oracle" else read + known_bytes(rule.name, part.page_size, dim),
+            "share_of_bytes": read + known_bytes(rule.name, part.page_size, dim),
             "score": statistics.fmean(scores),
             "exact": statistics.fmean(exact),
             "difference": statistics.fmean(differences),
@@ -114,23 +163,24 @@ def known_bytes(policy: str, page_size: int, dim: int) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the study, print its table and write its rows."""
-    parser = argparse.ArgumentParser(prog="python -m pikv_hf.eval.studies.routing.pretrained_study", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="a folder or a name, as of pikv eval")
     parser.add_argument("--output", type=Path, help="file for the results")
     parser.add_argument("--samples", type=int, default=16, help="samples per task in the largest part")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--parts", type=Path, required=True, help="folder to keep samples in")
     arguments = parser.parse_args(argv)
-    console, reader = Console(highlight=False), Reader(arguments.model)
-    text = reader.model.config.get_text_config(decoder=True)
+    console = Console(highlight=False)
+    asker = Asker(*load_model(arguments.model, "float32"))
+    text = asker.model.config.get_text_config(decoder=True)
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rows: list[Row] = []
     for part in plan(arguments.samples):
-        measured: list[Row] = []
-        for row in measure(reader, part, arguments.seed, arguments.parts / f"{part.name}.jsonl"):
-            measured.append(row)
-            console.print(f"{part.name}: {len(measured)} of {part.samples * len(TASKS)}: {row}", soft_wrap=True)
-        rows += rows_of(part, measured, dim)
+        done: list[Row] = []
+        for row in measure(asker, part, arguments.seed, arguments.parts / f"{part.name}.jsonl"):
+            done.append(row)
+            console.print(f"{part.name}: {len(done)} of {part.samples * len(TASKS)}: {row}", soft_wrap=True)
+        rows += rows_of(part, done, dim)
         if arguments.output is not None:
             about = {"metric": METRIC, "recent_window": WINDOW, "sink_tokens": SINKS, "placement": "sequential"}
             about |= {"dtype": "float32", "tasks": list(TASKS), "seed": arguments.seed}

@@ -37,8 +37,8 @@ class PageBoundRouting(RoutingPolicy):
 class PageMassRouting(RoutingPolicy):
     """The pages whose keys, known in 2 bits each, take the largest shares of the attention to all pages.
 
-    A bound, a centroid or a radius says little of the one key in a page that a query looks up; its own code does. Shares
-    are means over the query heads of a KV head. PQCache (arXiv 2407.12820) finds tokens by quantised keys too.
+    A bound, a centroid or a radius says little of the one key in a page that a query looks up; its own code does.
+    Shares are means over the query heads of a KV head. PQCache (arXiv 2407.12820) finds tokens by quantised keys too.
     """
 
     def prepare(self, pools: LayerPools) -> None:
