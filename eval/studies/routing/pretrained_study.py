@@ -74,7 +74,7 @@ def plan(samples: int) -> list[Part]:
 
 def measure(asker: Asker, part: Part, seed: int, file: Path) -> Iterator[Row]:
     """Yield what each sample of a part scores and reads; those in the file are not measured anew."""
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = kept(file)
     yield from known
     file.parent.mkdir(parents=True, exist_ok=True)
     samples = generate(asker.tokenizer, part.length, part.samples, tasks=TASKS, seed=seed)
@@ -91,6 +91,11 @@ def measure(asker: Asker, part: Part, seed: int, file: Path) -> Iterator[Row]:
         with file.open("a") as out:
             out.writelines(json.dumps(row) + "\n" for row in rows)
         yield from rows
+
+
+def kept(file: Path) -> list[Row]:
+    """Return what is known of samples."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def measured(asker: Asker, batch: Sequence[EvalSample], part: Part) -> list[Row]:
@@ -169,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=16, help="samples per task in the largest part")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--parts", type=Path, required=True, help="folder to keep samples in")
+    parser.add_argument("--only", nargs="*", help="parts to measure, by name; those kept are taken in any case")
     arguments = parser.parse_args(argv)
     console = Console(highlight=False)
     asker = Asker(*load_model(arguments.model, "float32"))
@@ -176,11 +182,12 @@ def main(argv: list[str] | None = None) -> None:
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rows: list[Row] = []
     for part in plan(arguments.samples):
-        done: list[Row] = []
-        for row in measure(asker, part, arguments.seed, arguments.parts / f"{part.name}.jsonl"):
+        file, done = arguments.parts / f"{part.name}.jsonl", list[Row]()
+        goes_on = arguments.only is None or part.name in arguments.only
+        for row in measure(asker, part, arguments.seed, file) if goes_on else kept(file):
             done.append(row)
             console.print(f"{part.name}: {len(done)} of {part.samples * len(TASKS)}: {row}", soft_wrap=True)
-        rows += rows_of(part, done, dim)
+        rows += rows_of(part, done, dim) if done else []
         if arguments.output is not None:
             about = {"metric": METRIC, "recent_window": WINDOW, "sink_tokens": SINKS, "placement": "sequential"}
             about |= {"dtype": "float32", "tasks": list(TASKS), "seed": arguments.seed}
