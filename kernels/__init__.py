@@ -10,6 +10,7 @@ from .decode_pages import decode_pages
 from .encode_pages import encode_pages
 from .gather_pages import gather_dense, gather_pages
 from .merge_partials import merge_pair, merge_partials
+from .page_masses import page_masses
 from .page_scores import page_scores
 from .paged_decode_attention import paged_decode_attention
 from .partial_attention import causal_attention, partial_attention
@@ -30,6 +31,7 @@ __all__ = [
     "merge_pair",
     "merge_partials",
     "newest_writer",
+    "page_masses",
     "page_scores",
     "paged_decode_attention",
     "partial_attention",

@@ -151,11 +151,24 @@ class Asker:
     def ask_batch(self, batch: Sequence[Encoded], cache: Any) -> list[Answer]:
         """Answer several samples at once, contexts and questions padded on the left; for caches without a press."""
         self.meter.start()
+        seen = self.read_batch(batch, cache)
+        self.meter.prefilled(cache)
+        generated = self.answer_batch(batch, cache, seen)
+        cost = self.meter.finish(cache)
+        return [self._answer(*pair, len(batch), cost) for pair in zip(batch, generated, strict=True)]
+
+    @torch.no_grad()
+    def read_batch(self, batch: Sequence[Encoded], cache: Any) -> torch.Tensor:
+        """Read contexts, padded on the left; return which columns hold a token, `(B, T)`."""
         contexts, seen = self._padded(batch, query_aware=False)
         self.model.model(
             input_ids=contexts, attention_mask=seen, position_ids=_positions(seen), **cache_argument(cache)
         )
-        self.meter.prefilled(cache)
+        return seen
+
+    @torch.no_grad()
+    def answer_batch(self, batch: Sequence[Encoded], cache: Any, seen: torch.Tensor) -> list[list[int]]:
+        """Answer the questions about contexts that a cache holds; return the tokens of each row, and what follows."""
         ids, mask = pad_left([encoded.question for encoded in batch], self._pad_token)
         limits = torch.tensor([encoded.max_new_tokens for encoded in batch], device=ids.device)
         ends = torch.tensor(self._end_tokens, device=ids.device)
@@ -174,17 +187,23 @@ class Asker:
             steps.append(new)
             open_rows &= ~torch.isin(new, ends) & (len(steps) < limits)
             ids, mask = new[:, None], open_rows[:, None].to(mask.dtype)
-        cost = self.meter.finish(cache)
-        columns = torch.stack(steps, dim=1).tolist()
-        return [self._answer(*pair, len(batch), cost) for pair in zip(batch, columns, strict=True)]
+        return torch.stack(steps, dim=1).tolist()
+
+    def text_of(self, encoded: Encoded, generated: Sequence[int]) -> str:
+        """Return what a row says, up to its end."""
+        kept = self._until_end(encoded, generated)
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True))
+
+    def _until_end(self, encoded: Encoded, generated: Sequence[int]) -> Sequence[int]:
+        generated = generated[: encoded.max_new_tokens]
+        end = next((i for i, token in enumerate(generated) if token in self._end_tokens), len(generated) - 1)
+        return generated[: end + 1]
 
     def _answer(self, encoded: Encoded, generated: list[int], rows: int, cost: Cost) -> Answer:
         """Cut what `generate` or a batch wrote behind the end of this row's answer."""
-        generated = generated[: encoded.max_new_tokens]
-        end = next((i for i, token in enumerate(generated) if token in self._end_tokens), len(generated) - 1)
-        kept = generated[: end + 1]
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
-        return Answer(str(text), encoded.context.shape[1], encoded.question.shape[1], len(kept), rows, cost)
+        kept = self._until_end(encoded, generated)
+        text = self.text_of(encoded, generated)
+        return Answer(text, encoded.context.shape[1], encoded.question.shape[1], len(kept), rows, cost)
 
     @property
     def _pad_token(self) -> int:

@@ -14,7 +14,7 @@ BudgetScope = Literal["cache", "layer", "shard"]
 
 #: What each option may be; policies register themselves under these names.
 CODECS = ("none", "int8", "int4", "int2", "fp8", "lowrank", "lowrank+int4", "auto")
-ROUTINGS = ("all", "page_bound", "expert_topk", "cache_aware", "adaptive", "hierarchical")
+ROUTINGS = ("all", "page_bound", "page_mass", "expert_topk", "cache_aware", "adaptive", "hierarchical")
 SCHEDULERS = (
     "h2o",
     "lru",
@@ -74,9 +74,9 @@ class PiKVConfig:
         Of the low-rank codecs, at most the head dim; by default a quarter of it.
     routing : str
         Which full pages outside of the window a decoding step reads: `"all"`, or those that a policy of
-        :mod:`pikv_hf.routing.policies` chooses for each KV head: `"page_bound"`, `"expert_topk"`, `"cache_aware"`,
-        `"adaptive"`, `"hierarchical"`. Sinks, recent window and pages that are not full are always read; calls with
-        several new tokens read everything.
+        :mod:`pikv_hf.routing.policies` chooses for each KV head: `"page_bound"`, `"page_mass"`, `"expert_topk"`,
+        `"cache_aware"`, `"adaptive"`, `"hierarchical"`. Sinks, recent window and pages that are not full are always
+        read; calls with several new tokens read everything.
     max_pages : int or float
         Of these pages, the most that a KV head reads in a step; a float is a share of them. Like `coverage` and
         `tier_cost` only where a `routing` chooses.

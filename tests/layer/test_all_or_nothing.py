@@ -28,6 +28,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "int4": {"key_codec": "int4", "value_codec": "int4"},
     "lowrank": {"key_codec": "lowrank+int4", "value_codec": "lowrank"},
     "routed": {"routing": "page_bound", "key_codec": "int8", "value_codec": "int8"},
+    "page_mass": {"routing": "page_mass", "value_codec": "int4"},
     "tiers": {"tiers": {"cpu": "16KiB", "disk": None}, "key_codec": "int4", "value_codec": "int4"},
     "devices": {"devices": ["cpu:0", "cpu:1"]},
     "balanced": {"placement": "balanced", "devices": ["cpu:0", "cpu:1"], "key_codec": "int4"},

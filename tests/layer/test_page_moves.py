@@ -16,8 +16,10 @@ from families import FAMILIES
 
 from pikv_hf import PiKVCache
 from pikv_hf.codecs.page_encoder import PageEncoder
+from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
 from pikv_hf.distributed.device_layout import PartLayout
+from pikv_hf.kernels import decode_pages, encode_pages
 from pikv_hf.layer.attend import attend
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.layer.page_migration import MAX_MIGRATED, migrate_pages
@@ -275,6 +277,25 @@ def test_bounds_for_routing_follow(codec: str) -> None:
                 torch.testing.assert_close(high[:, ids], of_pages.amax(dim=2))
             assert torch.isfinite(low).all()
             assert torch.isfinite(high).all()
+
+
+@pytest.mark.parametrize("codec", ["none", "int4"])
+def test_key_codes_for_routing_follow(codec: str) -> None:
+    """They are those of what a page holds where it now is."""
+    reader = uneven(key_codec=codec, value_codec=codec, routing="page_mass", max_pages=4)
+    reader.output()
+    moved = 0
+    while count := migrate_pages(reader.layer.parts, reader.layer.store.shard_map):
+        moved += count
+    assert moved
+    table = reader.layer.parts[1].table
+    for name, pool in table.pools.by_id().items():
+        for page in (ids := table.rows[0].full_pages(name)).tolist():
+            index = torch.tensor([page])
+            keys = pool.decoded(index, KV.KEYS).unflatten(1, (1, -1))
+            expected = decode_pages(encode_pages(keys, "int2", keys=True), torch.float32)
+            found = decode_pages(pool.key_codes(ids).pick(index), torch.float32)
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_statistics_of_use_follow(tmp_path: Any) -> None:

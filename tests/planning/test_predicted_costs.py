@@ -125,11 +125,12 @@ def test_predicted_bytes_are_within_two_percent_of_real_caches(model, codec, siz
     assert cell.predicted == pytest.approx(cell.measured, rel=0.02)
 
 
-def test_bounds_for_routing_are_counted():
+@pytest.mark.parametrize("routing", ["page_bound", "page_mass"])
+def test_what_routing_keeps_of_pages_is_counted(routing):
     torch.manual_seed(0)
     model = geometry_model()
     keys = torch.randn(1, 4, 6000, 128)
-    storage = {"routing": "page_bound", "max_pages": 8, "page_size": 16}
+    storage = {"routing": routing, "max_pages": 8, "page_size": 16}
     cache = filled_pikv(model, keys, keys, **storage)
     with torch.no_grad():
         _our_step(cache, model.model.layers[0].self_attn, *_decode_inputs(1))

@@ -61,6 +61,8 @@ def _assert_best(
             if total < config.coverage:
                 enough, total = enough + 1, total + share
         most = min(most, max(enough, math.ceil(most / 4)))
+    elif name == "page_mass":
+        ranks = slow.shares_by_codes(free, head, query, config.page_size)
     else:
         of_all = slow.ranks(name, pages, head, query, config, costs)
         ranks = [rank for page, rank in zip(pages, of_all, strict=True) if page in free]

@@ -148,7 +148,7 @@ def test_nothing_of_other_rows_is_read() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs where there is no GPU")
-@pytest.mark.parametrize("name", ["page_bound", "adaptive"])
+@pytest.mark.parametrize("name", ["page_bound", "adaptive", "page_mass"])
 def test_in_the_interpreter(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores and attention of one launch each, with rows of different lengths and packed pages."""
     model = FAMILIES["qwen3_moe"].build(num_hidden_layers=1)

@@ -11,6 +11,7 @@ from padded_masks import only_padding
 from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
 from pikv_hf.integration.attention_function import pikv_attention_forward
+from pikv_hf.kernels import decode_pages, encode_pages
 from pikv_hf.kernels.page_codes import BITS, SPREAD_ONE, SPREAD_STEPS
 from pikv_hf.layer.layer import PiKVLayer
 from pikv_hf.pages.pool_id import PLAIN, PoolId
@@ -147,6 +148,21 @@ def ranks(name: str, pages: list[Page], head: int, queries: torch.Tensor, config
         return [bound if page.shard in kept else None for bound, page in zip(bounds, pages, strict=True)]
     assert name == "page_bound"
     return bounds
+
+
+def shares_by_codes(pages: list[Page], head: int, queries: torch.Tensor, page_size: int) -> list[float]:
+    """Return the share of each page in the attention of queries `(G, D)` to these pages, of keys in 2 bits each."""
+    of_query = []
+    for query in queries.double():
+        masses = []
+        for page in pages:
+            # What fills a page up changes no range.
+            keys = page.keys[head].float()
+            filled = torch.cat([keys, keys[:1].expand(page_size - len(keys), -1)])[None, None]
+            coded = decode_pages(encode_pages(filled, "int2", keys=True, backend="torch"), torch.float32)[0, 0].double()
+            masses.append(sum(math.exp(float(query @ key) * SCALE) for key in coded[: len(keys)]))
+        of_query.append([mass / sum(masses) for mass in masses])
+    return [sum(shares) / len(queries) for shares in zip(*of_query, strict=True)]
 
 
 def estimated_shares(pages: list[Page], head: int, queries: torch.Tensor) -> list[float]:

@@ -81,7 +81,7 @@ class LayerPart:
         if self.scheduler is not None:
             self.scheduler.prepare(table)
         if self.page_router is not None:
-            pages.keep_bounds()
+            self.page_router.policy.prepare(pages)
         return table
 
     def assign_shards(self, writer: SequenceWriter, shard_map: ShardMap | None) -> None:

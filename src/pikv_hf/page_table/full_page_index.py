@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..kernels.page_codes import spread_values
+from ..kernels.page_masses import page_masses
 from ..kernels.page_scores import page_scores
 from ..pages.page_pool import PagePool
 from ..pages.pool_id import PoolId
@@ -55,7 +56,7 @@ class FullPageIndex:
     last: int
     _shard_ends: torch.Tensor | None = None
     _places: torch.Tensor | None = None
-    _found: set[PoolId] = dataclasses.field(default_factory=set)
+    _found: set[tuple[PoolId, str]] = dataclasses.field(default_factory=set)
 
     @classmethod
     def from_rows(cls, rows: Sequence[SequencePages], pools: Mapping[PoolId, PagePool]) -> "FullPageIndex":
@@ -164,12 +165,34 @@ class FullPageIndex:
         """Return the bounds for several sets of queries at once, `(copies * B, Hq, D)`: `(H, copies * B, n)`."""
         scores = []
         for pool_id, pool in self.pools.items():
-            low, high = pool.key_bounds(self._own(pool_id))
+            low, high = pool.key_bounds(self._own(pool_id, "bounds"))
             table, lengths = self.pages[:, self.columns[pool_id]].int(), self.lengths[pool_id]
             if copies > 1:
                 table, lengths = table.repeat(copies, 1), lengths.repeat(copies)
             scores.append(page_scores(query, low, high, table, lengths).transpose(0, 1))
         return torch.cat(scores, dim=2)
+
+    def masses(self, query: torch.Tensor, scale: float) -> torch.Tensor:
+        """Return the log-sum-exp of the logits of each page's keys, as their 2-bit codes tell, for each query head.
+
+        Parameters
+        ----------
+        query : torch.Tensor
+            `(B, Hq, D)`.
+        scale : float
+            Factor on the logits.
+
+        Returns
+        -------
+        torch.Tensor
+            `(H, G, B, n)` float32, `-inf` where unused.
+        """
+        masses = []
+        for pool_id, pool in self.pools.items():
+            keys = pool.key_codes(self._own(pool_id, "codes"))
+            table, lengths = self.pages[:, self.columns[pool_id]].int(), self.lengths[pool_id]
+            masses.append(page_masses(query, keys, table, lengths, pool.counts(), scale))
+        return torch.cat(masses, dim=2).unflatten(1, (self.heads, -1)).permute(1, 2, 0, 3)
 
     def shard_ends(self) -> torch.Tensor:
         """Return what bounds the keys of each shard.
@@ -200,17 +223,17 @@ class FullPageIndex:
         return self._shard_ends
 
     def _pool_ends(self, pool_id: PoolId) -> tuple[torch.Tensor, torch.Tensor]:
-        low, high = self.pools[pool_id].key_bounds(self._own(pool_id))
+        low, high = self.pools[pool_id].key_bounds(self._own(pool_id, "bounds"))
         index = self.pages[:, self.columns[pool_id]].reshape(-1)
         shape = len(self.pages), -1
         least, most = (part.index_select(1, index).unflatten(1, shape) for part in (low, high))
         return least.float(), spread_values(most) + least.float() if most.dtype == torch.uint8 else most.float()
 
-    def _own(self, pool_id: PoolId) -> np.ndarray:
-        """Return the pages whose bounds may be unknown: full pages stay as they are."""
-        if pool_id in self._found:
+    def _own(self, pool_id: PoolId, what: str) -> np.ndarray:
+        """Return the pages of which it may be unknown, bounds or codes: full pages stay as they are."""
+        if (pool_id, what) in self._found:
             return np.zeros(0, dtype=np.int64)
-        self._found.add(pool_id)
+        self._found.add((pool_id, what))
         part = self.columns[pool_id]
         return np.unique(self.pages[:, part][self.valid[:, part]].cpu().numpy())
 

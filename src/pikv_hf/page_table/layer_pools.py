@@ -182,6 +182,8 @@ class LayerPools:
             pool.keep_usage(self.plain.usage.now)
         if self.plain.bounds is not None:
             pool.keep_bounds()
+        if self.plain.codes is not None:
+            pool.keep_codes()
 
     def limit_growth(self, growth_limit: Callable[[], int]) -> None:
         """Let pools grow only by the bytes that `growth_limit` returns."""
@@ -199,6 +201,11 @@ class LayerPools:
         """Keep bounds of the keys of all pages from now on."""
         for pool in self.by_id().values():
             pool.keep_bounds()
+
+    def keep_codes(self) -> None:
+        """Keep the keys of all pages in 2 bits from now on."""
+        for pool in self.by_id().values():
+            pool.keep_codes()
 
     def keep_usage(self, now: int) -> None:
         """Keep usage counters of all pages, from step `now` on."""

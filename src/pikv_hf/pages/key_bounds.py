@@ -127,10 +127,15 @@ class KeyBounds:
 
 def read_bounds(pages: BoundedPages, index: torch.Tensor, parts: tuple[KV, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the bounds of what is stored in pages `(n,)`, `(H, n, D)` each; slots without a token do not count."""
+    keys, empty = stored_keys(pages, index, parts)
+    return keys.masked_fill(empty, torch.inf).amin(dim=2), keys.masked_fill(empty, -torch.inf).amax(dim=2)
+
+
+def stored_keys(pages: BoundedPages, index: torch.Tensor, parts: tuple[KV, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the keys of pages `(n,)`, `(H, n, P, D)`, and which slots hold no token, `(n, P, 1)` bool."""
     stored = [pages.decoded(index, which) for which in parts]
     keys = (stored[0] if len(stored) == 1 else torch.cat(stored, dim=-1)).unflatten(1, (len(index), pages.page_size))
-    empty = (pages.positions[index] < 0)[..., None]
-    return keys.masked_fill(empty, torch.inf).amin(dim=2), keys.masked_fill(empty, -torch.inf).amax(dim=2)
+    return keys, (pages.positions[index] < 0)[..., None]
 
 
 def beside_rotary(low: torch.Tensor, spread: torch.Tensor, rotary: KeyBounds) -> tuple[torch.Tensor, torch.Tensor]:

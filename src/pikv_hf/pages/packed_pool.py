@@ -82,9 +82,12 @@ class PackedPool(PagePool):
     def _new_bounds(self) -> KeyBounds | None:
         if self._codes_have_bounds:
             return None
-        parts = (KV.KEYS, KV.VALUES) if self.rotary_values else (KV.KEYS,)
-        dim = self.key_dim + (self.value_dim if self.rotary_values else 0)
-        return KeyBounds(self.keys.heads, dim, self.dtype, self.device, parts)
+        return KeyBounds(*self.key_shape, self.dtype, self.device, self.key_parts)
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads and channels of the keys, rotary parts included."""
+        return self.keys.heads, self.key_dim + (self.value_dim if self.rotary_values else 0)
 
     def keep_bounds(self) -> None:
         """Have a place for the bounds of all pages from now on; see :meth:`PagePool.keep_bounds`."""

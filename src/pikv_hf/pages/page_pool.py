@@ -1,7 +1,7 @@
 """A pool of fixed-size pages: what is kept of every page, its allocation and its growth; subclasses keep the K/V."""
 
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import ClassVar
@@ -10,19 +10,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..common.kv import KV
 from ..common.tensors import resized
-from .key_bounds import KeyBounds, read_bounds
 from .page_allocator import PageAllocator
+from .page_notes import PageNotes
 from .pool_growth import NoRoomError, growth_of, kept_free
 from .types import Droppable, PageIds
-from .usage_counters import UsageCounters
 
 #: The most bytes that the host keeps of a page: counts, errors, and its number in a table.
 HOST_BYTES_PER_PAGE = 48
 
 
-class PagePool(ABC):
+class PagePool(PageNotes):
     """The pages of one layer on one device: their tokens' positions, and who refers to them.
 
     A page holds up to `page_size` tokens of one sequence, of all KV heads, in order of position. Page numbers stay
@@ -52,12 +50,6 @@ class PagePool(ABC):
         `(N, P)` int16, the token's primary expert, -1 where unknown; `(N, 0)` where it is not kept.
     count, shard, used : numpy.ndarray
         `(N,)` int16 / int16 / bool: tokens in the page, its shard (-1: window), whether it ever held tokens.
-    rotary_values : bool
-        Whether values are the rotary parts of the keys, as in latent attention: bounds are then of both, side by side.
-    bounds, rotary_bounds : KeyBounds, optional
-        The least and largest keys of each page, for routing, and those of rotary parts alone where codes tell the rest.
-    usage : UsageCounters, optional
-        The attention that each page took, for scheduling; see :meth:`keep_usage`.
     """
 
     #: The host's arrays with an entry per page, by attribute: the entry of a new page.
@@ -73,15 +65,12 @@ class PagePool(ABC):
     used: np.ndarray
 
     def __init__(self, page_size: int, device: torch.device, growth: float, keeps_experts: bool = True) -> None:
+        super().__init__()
         self.page_size, self.device, self.growth = page_size, device, growth
         self.growth_limit: Callable[[], int] | None = None
         self.allocator = PageAllocator()
         self.positions = torch.full((0, page_size), -1, dtype=torch.int32, device=device)
         self.experts = torch.full((0, page_size if keeps_experts else 0), -1, dtype=torch.int16, device=device)
-        self.rotary_values = False
-        self.bounds: KeyBounds | None = None
-        self.rotary_bounds: KeyBounds | None = None
-        self.usage: UsageCounters | None = None
         self._followers: weakref.WeakSet[Droppable] = weakref.WeakSet()
         # Running transactions, and what they have wiped: pages, their positions and experts before.
         self._transactions = 0
@@ -103,14 +92,6 @@ class PagePool(ABC):
     def _replace_tokens(self, tensors: list[torch.Tensor]) -> None:
         """Take grown copies of :meth:`token_tensors`, in that order."""
 
-    @abstractmethod
-    def decoded(self, index: torch.Tensor, which: KV) -> torch.Tensor:
-        """Return the keys, or the values, of the pages at `index` `(n,)` in the model's dtype, `(H, n * P, D)`."""
-
-    @abstractmethod
-    def _new_bounds(self) -> KeyBounds | None:
-        """Return the bounds of no pages; None where the stored keys tell them."""
-
     # What is known of pages
 
     @property
@@ -130,43 +111,6 @@ class PagePool(ABC):
         """Return the tokens in each page, `(N,)` int32 on the device; stale in free pages."""
         # Always up to date in the positions, which a decoded token's slot is given when it is written.
         return (self.positions >= 0).sum(dim=1, dtype=torch.int32)
-
-    def _kept_beside(self) -> list[KeyBounds | UsageCounters]:
-        """Return what is kept of pages for routing and scheduling, which follows whatever happens to the pages."""
-        return [each for each in (self.bounds, self.rotary_bounds, self.usage) if each is not None]
-
-    def keep_usage(self, now: int) -> None:
-        """Count the attention that pages take from step `now` on."""
-        if self.usage is None:
-            every = np.arange(self.capacity)
-            usage = UsageCounters(self.device).resized(self.capacity, every[:0], 0)
-            usage.now = now
-            usage.reset(every)
-            self.usage = usage
-
-    def keep_bounds(self) -> None:
-        """Have a place for the bounds of all pages from now on, so that their bytes count."""
-        if self.bounds is None and (bounds := self._new_bounds()) is not None:
-            self.bounds = bounds.resized(self.capacity, np.arange(0), 0)
-
-    def key_bounds(self, ids: PageIds) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the bounds of the keys of all pages, known at least for those at `ids`.
-
-        Returns
-        -------
-        tuple of torch.Tensor
-            `(H, N, D)` least values, and `(H, N, D)` largest ones or codes of the spreads above the least, as
-            :func:`pikv_hf.kernels.page_scores.page_scores` takes them.
-        """
-        self.keep_bounds()
-        assert self.bounds is not None
-        self.bounds.find(self, ids, self._read_bounds)
-        return self.bounds.low, self.bounds.high
-
-    def _read_bounds(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the bounds of the keys of pages `(n,)`; see :func:`read_bounds`."""
-        assert self.bounds is not None
-        return read_bounds(self, index, self.bounds.parts)
 
     # Memory
 
@@ -213,10 +157,7 @@ class PagePool(ABC):
         tokens = [resized(tensor, pages, 1, index) for tensor in self._page_tensors()]
         positions, experts = (resized(each, pages, 0, index) for each in (self.positions, self.experts))
         positions[first:], experts[first:] = -1, -1
-        bounds, rotary_bounds = (
-            None if each is None else each.resized(pages, kept, index) for each in (self.bounds, self.rotary_bounds)
-        )
-        usage = None if self.usage is None else self.usage.resized(pages, kept, index)
+        beside = {name: each.resized(pages, kept, index) for name in self.noted if (each := getattr(self, name))}
         arrays = {}
         for name, entry in self.new_page.items():
             new = np.full((pages - first, *np.shape(entry)), entry, dtype=entry.dtype)
@@ -225,10 +166,9 @@ class PagePool(ABC):
             self._followers.pop().drop()
         if tokens:
             self._replace_tokens(tokens)
-        self.positions, self.experts, self.usage = positions, experts, usage
-        self.bounds, self.rotary_bounds = bounds, rotary_bounds
-        for name, array in arrays.items():
-            setattr(self, name, array)
+        self.positions, self.experts = positions, experts
+        for name, new in (arrays | beside).items():
+            setattr(self, name, new)
         self._resize_beside(pages, kept)
 
     def _resize_beside(self, pages: int, kept: PageIds) -> None:
@@ -346,10 +286,7 @@ class PagePool(ABC):
     def wipe(self, ids: PageIds) -> None:
         """Forget the tokens of pages `(n,)` beyond their counts; within a transaction, which can undo it."""
         assert self._transactions
-        for bounds in (self.bounds, self.rotary_bounds):
-            if bounds is not None:
-                # Other tokens may come in their place.
-                bounds.reset(ids)
+        self._forget_keys(ids)
         index = self.index(ids)
         positions, experts = self.positions[index], self.experts[index]
         beyond = self._beyond(ids)

@@ -62,13 +62,17 @@ class PlainPool(PagePool):
         self.keys, self.values = tensors
 
     def _new_bounds(self) -> KeyBounds:
-        parts = (KV.KEYS, KV.VALUES) if self.rotary_values else (KV.KEYS,)
-        return KeyBounds(self.keys.shape[0], self.bounds_dim, self.keys.dtype, self.device, parts)
+        return KeyBounds(*self.key_shape, self.keys.dtype, self.device, self.key_parts)
+
+    @property
+    def key_shape(self) -> tuple[int, int]:
+        """Heads and channels of the keys, rotary parts included."""
+        return self.keys.shape[0], self.keys.shape[-1] + (self.values.shape[-1] if self.rotary_values else 0)
 
     @property
     def bounds_dim(self) -> int:
-        """Channels of the bounds of keys, rotary parts included."""
-        return self.keys.shape[-1] + (self.values.shape[-1] if self.rotary_values else 0)
+        """Channels of the keys, rotary parts included."""
+        return self.key_shape[1]
 
     def allocate(self, pages: int, after: int = -1, shard: int = -1, holders: int = 1) -> PageIds:
         """Take free pages; see :meth:`PagePool.allocate`."""

@@ -6,7 +6,7 @@ import math
 from pikv_hf.config import PiKVConfig
 
 from .cache_contents import CacheContents
-from .cache_memory import is_packed, kept_bounds, packed_page_bytes
+from .cache_memory import is_packed, kept_bounds, key_codes_bytes, packed_page_bytes
 from .model_shape import DTYPE_BYTES, LayerShape
 from .page_counts import page_counts, shard_loads
 
@@ -18,7 +18,7 @@ class AttentionWork:
     Attributes
     ----------
     bytes_read : float
-        K/V as they came, and bounds of pages; without codes.
+        K/V as they came, and what pages are ranked by; without codes of K/V.
     scattered_bytes : float
         Of these, and of codes, what lies scattered because routing chose it.
     coded : tuple of (str, float, float, float)
@@ -73,11 +73,13 @@ def layer_work(layer: LayerShape, contents: CacheContents, dtype: str) -> Attent
         return work
     ranked = batch * counts.full
     kept = kept_bounds(layer, options)
-    bounds = ranked * layer.kv_heads * (kept * 2 * element + (layer.bounds_dim - kept) * 3)
+    known, products = layer.kv_heads * (kept * 2 * element + (layer.bounds_dim - kept) * 3), 2
+    if coded := key_codes_bytes(layer, options):
+        known, products = coded, size
     return dataclasses.replace(
         work,
-        bytes_read=work.bytes_read + bounds,
-        flops=work.flops + 4 * ranked * layer.query_heads * layer.bounds_dim,
+        bytes_read=work.bytes_read + ranked * known,
+        flops=work.flops + 2 * products * ranked * layer.query_heads * layer.bounds_dim,
     )
 
 

@@ -14,6 +14,7 @@ from pikv_hf.codecs.codec import FIT_TOKENS_PER_DIM, Codec, is_lowrank
 from pikv_hf.common.budget import Budget
 from pikv_hf.common.kv import KV
 from pikv_hf.config import PiKVConfig
+from pikv_hf.kernels.page_codes import PageCodes, empty_codes
 from pikv_hf.page_table.layer_encoders import MAX_ERROR_QUERIES
 from pikv_hf.pages.packed_pool import PACKED_GROWTH
 from pikv_hf.scheduling.layer_budget import LayerBudget
@@ -215,7 +216,7 @@ def packed_page_bytes(layer: LayerShape, options: PiKVConfig, dtype: str) -> int
         # What "auto" will choose is not known before: it is counted as the int4 that it mostly chose.
         codec = Codec("int4" if name == "auto" else name, which, rank)
         codes = codec.empty(layer.kv_heads, options.page_size, dim, getattr(torch, dtype), torch.device("meta"))
-        total += sum(t.element_size() * t.shape[0] * int(np.prod(t.shape[2:])) for t in codes.tensors())
+        total += _page_bytes(codes)
     return total
 
 
@@ -226,10 +227,24 @@ def is_packed(options: PiKVConfig) -> bool:
 
 def kept_bounds(layer: LayerShape, options: PiKVConfig) -> int:
     """Return of how many channels routing keeps bounds beside pages: integer codes of keys tell theirs."""
-    if options.routing == "all":
+    if options.routing in ("all", "page_mass"):
         return 0
     told = layer.key_dim if options.key_codec in ("int8", "int4", "int2", "auto") else 0
     return layer.bounds_dim - told
+
+
+def key_codes_bytes(layer: LayerShape, options: PiKVConfig) -> int:
+    """Return the bytes that routing keeps beside a page, of all KV heads, where it keeps keys in 2 bits."""
+    if options.routing != "page_mass":
+        return 0
+    codes = empty_codes(
+        "int2", layer.kv_heads, options.page_size, layer.bounds_dim, torch.float32, torch.device("meta"), keys=True
+    )
+    return _page_bytes(codes)
+
+
+def _page_bytes(codes: PageCodes) -> int:
+    return sum(t.element_size() * t.shape[0] * int(np.prod(t.shape[2:])) for t in codes.tensors())
 
 
 def _packs(options: PiKVConfig, layer: LayerShape, counts: PageCounts) -> bool:
@@ -252,6 +267,8 @@ def _metadata(
         total += (plain + packed) * _USAGE
     if channels := kept_bounds(layer, options):
         total += (packed or plain) * (2 * channels * layer.kv_heads * element + 1)
+    if coded := key_codes_bytes(layer, options):
+        total += (packed or plain) * (coded + 1)
     if is_packed(options):
         # Those of the prompt's end, later those of the steps that filled a page.
         seen = 1 if contents.generated > size else _ERROR_QUERY_POSITIONS

@@ -9,6 +9,7 @@ What became of the routers of the original (arXiv 2508.06526) is in `docs/routin
 
 import torch
 
+from ..page_table.layer_pools import LayerPools
 from .policy import POLICIES, RoutingPolicy
 from .routing_view import RoutingView
 
@@ -19,6 +20,7 @@ __all__ = [
     "ExpertTopkRouting",
     "HierarchicalRouting",
     "PageBoundRouting",
+    "PageMassRouting",
 ]
 
 
@@ -29,6 +31,23 @@ class PageBoundRouting(RoutingPolicy):
     def rank(self, view: RoutingView) -> torch.Tensor:
         """Return the pages' upper bounds."""
         return view.page_bounds()
+
+
+@POLICIES.register("page_mass")
+class PageMassRouting(RoutingPolicy):
+    """The pages whose keys, known in 2 bits each, take the largest shares of the attention to all pages.
+
+    A bound, a centroid or a radius says little of the one key in a page that a query looks up; its own code does.
+    Shares are means over the query heads of a KV head. PQCache (arXiv 2407.12820) finds tokens by quantised keys too.
+    """
+
+    def prepare(self, pools: LayerPools) -> None:
+        """Have the keys of pages kept in 2 bits."""
+        pools.keep_codes()
+
+    def rank(self, view: RoutingView) -> torch.Tensor:
+        """Return the logarithms of the pages' estimated shares."""
+        return view.coded_masses()
 
 
 @POLICIES.register("expert_topk")

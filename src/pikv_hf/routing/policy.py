@@ -9,6 +9,7 @@ import torch
 
 from ..common.registry import Registry
 from ..config import ROUTINGS, PiKVConfig
+from ..page_table.layer_pools import LayerPools
 from .routing_view import RoutingView
 
 
@@ -54,6 +55,10 @@ class RoutingPolicy(ABC):
         self.max_pages = config.max_pages
         self.coverage = config.coverage
         self.tier_cost = config.tier_cost
+
+    def prepare(self, pools: LayerPools) -> None:
+        """Have the pools of a layer keep what ranking pages needs of them."""
+        pools.keep_bounds()
 
     @abstractmethod
     def rank(self, view: RoutingView) -> torch.Tensor:

@@ -53,7 +53,14 @@ class RoutingView:
             `(H, B, n)` float32, `-inf` where unused and where a page is protected.
         """
         middle, half = self.index.ranges(self.query)
-        logits = (middle + half * (DEVIATIONS * DEVIATION * self.query.shape[2] ** -0.5)) * self.scale
+        return self._shares((middle + half * (DEVIATIONS * DEVIATION * self.query.shape[2] ** -0.5)) * self.scale)
+
+    def coded_masses(self) -> torch.Tensor:
+        """Return what :meth:`page_masses` estimates, from the 2-bit codes of every key of a page, `(H, B, n)`."""
+        return self._shares(self.index.masses(self.query, self.scale))
+
+    def _shares(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logarithms of shares, means over query heads, of pages with logits `(H, G, B, n)`."""
         hidden = ~self.index.valid if self.protected is None else ~self.index.valid | self.protected
         shares = logits.masked_fill_(hidden, -torch.inf).log_softmax(dim=3).logsumexp(dim=1) - log(logits.shape[1])
         # A row with nothing to choose from has no shares.

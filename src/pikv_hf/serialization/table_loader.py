@@ -31,7 +31,7 @@ def build_table(saved: TableReader, layer: PiKVLayer, part: LayerPart, device: t
     part.assign_shards(writer, layer.store.shard_map)
     table = PageTable.from_rows(writer, [sequences[number] for number in saved.rows.tolist()])
     if part.page_router is not None:
-        pools.keep_bounds()
+        part.page_router.policy.prepare(pools)
     if part.scheduler is not None:
         part.scheduler.prepare(table)
     # Older files have bounds of latents without their rotary keys: those of both are found again where they are read.
