@@ -117,5 +117,26 @@ def eviction_loss(
     return smoothed * distance
 
 
+def recall_loss(recalled: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """Return what evicting each token costs where it is known how well it would be recalled.
+
+    How far the head's output moves, to first order: the most attention that the token would get, times the distance of
+    its value from the mean (not its square, so that few tokens of long values do not take everything).
+
+    Parameters
+    ----------
+    recalled : torch.Tensor
+        `(B, H, T)`, of :func:`pikv_hf.allocation.recall.recall_mass`.
+    distance : torch.Tensor
+        `(B, H, T)`, of :func:`value_distance`, a square.
+
+    Returns
+    -------
+    torch.Tensor
+        `(B, H, T)` float32, as of :func:`eviction_loss`.
+    """
+    return recalled * distance.sqrt()
+
+
 def _shares(amounts: torch.Tensor) -> torch.Tensor:
     return amounts / amounts.sum(-1, keepdim=True).clamp(min=torch.finfo(amounts.dtype).tiny)

@@ -1,11 +1,15 @@
 """Queries as attention used them, after rotary embedding, norms and everything else, and what attention they pay."""
 
+import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..common.foreign_attributes import OBSERVER_ATTRIBUTE
+from .query_turn import Turn
+from .recall import SINKS, recall_mass
 
 #: Queries kept per layer, the latest ones.
 RECENT = 64
@@ -49,13 +53,32 @@ class Observed:
         return torch.ones(shape, dtype=torch.bool, device=self.queries.device)
 
 
+@dataclass(frozen=True, slots=True)
+class RunningTurn:
+    """How queries of a running call are moved behind the call's tokens.
+
+    Attributes
+    ----------
+    turn : Turn or None
+        None if that is not known.
+    layer : Any
+        The layer of a cache that the call writes to.
+    """
+
+    turn: Turn | None
+    layer: Any
+
+
 class Observer:
-    """Keeps the latest queries of one attention module.
+    """Keeps the latest queries of one attention module, and how well its tokens would be recalled.
 
     Attributes
     ----------
     recent : Observed or None
         The latest queries.
+    recalled : torch.Tensor or None
+        `(B, H, T)` float32 of :func:`~pikv_hf.allocation.recall.recall_mass`, for all tokens that were read; None where
+        it is not known how queries are moved, or the tokens before the last call were not observed.
     scale : float
         What attention multiplies logits by.
     sinks : torch.Tensor or None
@@ -70,6 +93,9 @@ class Observer:
 
     def __init__(self) -> None:
         self.recent: Observed | None = None
+        self.recalled: torch.Tensor | None = None
+        self._first: torch.Tensor | None = None
+        self._layer: Any = lambda: None
         self.scale, self.batch, self.new, self.seen, self.calls = 1.0, 0, 0, 0, 0
         self.sinks: torch.Tensor | None = None
         self.softcap: float | None = None
@@ -91,8 +117,13 @@ class Observer:
         scale: float,
         sinks: torch.Tensor | None,
         softcap: float | None,
+        keys: torch.Tensor | None = None,
+        running: RunningTurn | None = None,
     ) -> None:
-        """Note the queries `(B, Hq, Q, D)` of a call after `past` tokens; `valid` `(B, Q)` is False for padding."""
+        """Note the queries `(B, Hq, Q, D)` of a call after `past` tokens; `valid` `(B, Q)` is False for padding.
+
+        `keys` are those of the same tokens, `(B, H, Q, D)`; with how queries are moved, these tell what is recalled.
+        """
         new = query.shape[2]
         self.batch, self.new = query.shape[0], new
         self.calls += 1
@@ -103,6 +134,54 @@ class Observer:
         latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
         joined = latest if self.recent is None else self.recent + latest
         self.recent = joined.pick(torch.arange(len(joined.positions), device=query.device)[-RECENT:])
+        self._recall(query.detach(), past, valid, keys, running)
+
+    def _recall(
+        self,
+        query: torch.Tensor,
+        past: int,
+        valid: torch.Tensor | None,
+        keys: torch.Tensor | None,
+        running: RunningTurn | None,
+    ) -> None:
+        before, layer = self.recalled, None if running is None else running.layer
+        continues = before is not None and 0 < past and self._layer() is layer and before.shape[0] == query.shape[0]
+        if not continues:
+            before = self._first = None
+        self.recalled = None
+        if keys is None or running is None or running.turn is None or (past and before is None):
+            return
+        if query.shape[2] > 1:
+            turned = running.turn(query)
+            new = recall_mass(
+                query,
+                turned,
+                keys.detach(),
+                scale=self.scale,
+                valid=valid,
+                sinks=self.sinks,
+                softcap=self.softcap,
+                first=self._first,
+            )
+            if before is None:
+                self._first = _first_keys(keys.detach(), valid)
+        elif before is not None:
+            # What follows a single token is not known yet: it counts like most.
+            new = before.mean(dim=-1, keepdim=True)
+        if before is not None:
+            # A cache may have been cropped since, or have read single tokens that nobody has observed.
+            missing = before.mean(dim=-1, keepdim=True).expand(-1, -1, max(0, past - before.shape[2]))
+            new = torch.cat([before[:, :, :past], missing, new], dim=2)
+        self.recalled, self._layer = new, weakref.ref(layer) if layer is not None else lambda: None
+
+
+def _first_keys(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Return the first keys of each sequence `(B, H, S, D)`, of those that are no padding."""
+    if valid is None:
+        return keys[:, :, :SINKS].clone()
+    start = valid.long().argmax(dim=1)
+    index = (start[:, None] + torch.arange(SINKS, device=keys.device)).clamp(max=keys.shape[2] - 1)
+    return keys.gather(2, index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))
 
 
 def attention_mass(

@@ -2,7 +2,7 @@
 
 import torch
 
-from .eviction_loss import SMOOTHING, eviction_loss, value_distance
+from .eviction_loss import SMOOTHING, eviction_loss, recall_loss, value_distance
 from .observed_queries import Observer, attention_mass
 
 
@@ -28,10 +28,12 @@ def token_loss(
     stored : torch.Tensor, optional
         `(B, H, T)` bool, False for padding and what was evicted.
     smoothing : float
-        Share of the expected attention that is spread evenly.
+        Share of the expected attention that is spread evenly, where what would be recalled is not known.
     """
     assert observer.recent is not None
     valid = None if stored is None else stored.any(dim=1)
+    if observer.recalled is not None and observer.recalled.shape == keys.shape[:3]:
+        return recall_loss(observer.recalled, value_distance(values, gram, valid=valid))
     causal = keys.shape[2] == observer.seen
     probability = attention_mass(observer, observer.recent, keys, stored, causal)
     distance = value_distance(values, gram, valid=valid)
