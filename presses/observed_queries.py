@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
 
 from pikv_hf.allocation.observed_queries import Observer
 from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
@@ -17,9 +16,8 @@ from pikv_hf.common.transformers_release import INSTALLED, cache_of_call, with_c
 from pikv_hf.integration.attachment import ensure_attached
 from pikv_hf.integration.attention_implementation import ATTENTION_NAME
 from pikv_hf.integration.latent_attention import expands_latents
+from pikv_hf.integration.noted_call import note_call
 from pikv_hf.layer.mask_columns import new_tokens_valid
-
-_NOTING = "pikv-noting"
 
 
 def observed(module: nn.Module, call: dict[str, Any] | None = None) -> Observer:
@@ -56,19 +54,12 @@ def attends_by_pikv(config: Any) -> bool:
     return getattr(config, "_attn_implementation", ATTENTION_NAME) == ATTENTION_NAME
 
 
-@torch.no_grad()
 def _observed_again(module: nn.Module, config: Any, call: dict[str, Any]) -> Observer:
     """Run an attention module without a cache, up to where it attends."""
     observer = Observer()
     known = {name: value for name, value in call.items() if name != "pikv_stored"}
-    arguments = {**with_cache(known, None), "pikv_note": partial(_note, observer, _columns_before(module, call))}
-    implementation = config._attn_implementation
-    AttentionInterface.register(_NOTING, _note_only)
-    config._attn_implementation = _NOTING
-    try:
-        module.forward(**arguments)
-    finally:
-        config._attn_implementation = implementation
+    arguments = with_cache(known, None)
+    note_call(module, arguments, partial(_note, observer, _columns_before(module, call)))
     return observer
 
 
@@ -83,14 +74,6 @@ def _columns_before(module: nn.Module, call: dict[str, Any]) -> int:
 def _note(observer: Observer, past: int, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
     scale = query.shape[-1] ** -0.5 if given.get("scaling") is None else given["scaling"]
     observer(query, past, new_tokens_valid(mask, query.shape[2]), scale, given.get("s_aux"), given.get("softcap"))
-
-
-def _note_only(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **given: Any
-) -> tuple[torch.Tensor, None]:
-    """Stand in for an attention function of transformers: hand over the queries and attend to nothing."""
-    given["pikv_note"](query, mask, given)
-    return query.new_zeros((*query.transpose(1, 2).shape[:3], value.shape[-1])), None
 
 
 def watch(model: Any) -> None:

@@ -145,7 +145,7 @@ class Observer:
         running: RunningTurn | None,
     ) -> None:
         before, layer = self.recalled, None if running is None else running.layer
-        continues = before is not None and 0 < past and self._layer() is layer and before.shape[0] == query.shape[0]
+        continues = before is not None and past > 0 and self._layer() is layer and before.shape[0] == query.shape[0]
         if not continues:
             before = self._first = None
         self.recalled = None

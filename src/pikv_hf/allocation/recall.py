@@ -1,14 +1,13 @@
 """How well a text that is read again would be recalled: the attention its own queries, moved behind it, pay to it.
 
 What a token of a context is worth shows when the context is asked about. KVzip (arXiv 2505.23416) has the model repeat
-it, in a second pass, and takes the most attention that a token gets then. But what comes next in a repeated text was
-there to be attended to already, except that no query may look ahead. So here the queries of the first pass are used once
-more, as if they stood behind the text: turned by its length, looking at the tokens around their own place, later ones
-too. Nothing is read twice. On SmolLM2 what follows ranks tokens as well as a second pass does; `docs/presses.md` has the
-figures.
+it, in a second pass, and takes the most attention that a token gets then. Here the queries of the first pass are used
+once more, as if they stood behind the text: turned by its length, looking at the tokens around their own place, later
+ones too, which they were not allowed to see. Nothing is read twice. `docs/presses.md` has the figures of both.
 """
 
 import torch
+from torch.nn.functional import pad
 
 #: A query looks at the block of tokens that it is in and at those before and after: what it recalls is near its own
 #: place, so the cost grows with the tokens and not with their square.
@@ -91,25 +90,26 @@ def _of_head(
         logits = logits.mul_(scale)
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
-    asked, moved = (torch.nn.functional.pad(part, (0, 0, 0, missing)).unflatten(1, (blocks, BLOCK)) for part in (queries, turned))
-    around = torch.nn.functional.pad(keys, (0, 0, BLOCK, BLOCK + missing)).unfold(0, 3 * BLOCK, BLOCK)
-    column = torch.arange(blocks, device=keys.device)[:, None] * BLOCK + torch.arange(-BLOCK, 2 * BLOCK, device=keys.device)
+    asked, moved = (pad(part, (0, 0, 0, missing)).unflatten(1, (blocks, BLOCK)) for part in (queries, turned))
+    around = pad(keys, (0, 0, BLOCK, BLOCK + missing)).unfold(0, 3 * BLOCK, BLOCK)
+    near = torch.arange(-BLOCK, 2 * BLOCK, device=keys.device)
+    column = torch.arange(blocks, device=keys.device)[:, None] * BLOCK + near
     outside = (column < 0) | (column >= tokens)
     recalled = capped(moved @ around).masked_fill_(outside[:, None], -torch.inf)
-    later = torch.arange(-BLOCK, BLOCK, device=keys.device) > torch.arange(BLOCK, device=keys.device)[:, None]
-    hidden = outside[:, None, : 2 * BLOCK] | later
-    repeated = capped(asked @ around[..., : 2 * BLOCK]).masked_fill_(hidden, -torch.inf)
+    later = near[: 2 * BLOCK] > near[BLOCK : 2 * BLOCK, None]
+    repeated = capped(asked @ around[..., : 2 * BLOCK])
+    repeated.masked_fill_(outside[:, None, : 2 * BLOCK] | later, -torch.inf)
     total = torch.logaddexp(recalled.logsumexp(-1), repeated.logsumexp(-1))
     start = keys[:SINKS] if first is None else first
     at_first = capped(moved @ start.T)
     if first is None:
         # Those around a query's own place count once.
-        near = column[:, :1] <= torch.arange(len(start), device=keys.device)
-        at_first.masked_fill_(near[:, None], -torch.inf)
+        counted = column[:, :1] <= torch.arange(len(start), device=keys.device)
+        at_first.masked_fill_(counted[:, None], -torch.inf)
     total = torch.logaddexp(total, at_first.logsumexp(-1))
     if sinks is not None:
         total = torch.logaddexp(total, sinks[:, None, None])
-    total = total.masked_fill((column[:, BLOCK : 2 * BLOCK] >= tokens), torch.inf)
+    # What fills up the last block asks nothing.
+    total = total.masked_fill(column[:, BLOCK : 2 * BLOCK] >= tokens, torch.inf)
     most = recalled.sub_(total.unsqueeze(-1)).exp_().amax(dim=(0, 2))
-    mass = keys.new_zeros(tokens)
-    return mass.index_reduce_(0, column[~outside], most[~outside], "amax")
+    return keys.new_zeros(tokens).scatter_reduce_(0, column[~outside], most[~outside], "amax")

@@ -11,7 +11,8 @@ LAYER_ATTRIBUTE = "_pikv_layer"
 COLUMNS_ATTRIBUTE = "_pikv_columns"
 
 #: On an attention module: what a press wants called with the queries of each call, as
-#: `(query, tokens before it, which of its tokens are real, scale, sinks, softcap)`.
+#: `(query, tokens before it, which of its tokens are real, scale, sinks, softcap, keys of the same tokens, how queries
+#: are moved)`.
 OBSERVER_ATTRIBUTE = "_pikv_observer"
 
 #: On an attention module: what its layer's expert router chose, and what that of the layer below chose, while a press

@@ -35,6 +35,7 @@ from .expanded_history import attend_expanded, expanding_is_cheaper
 from .kvpress_marks import forget_reader, without_marked
 from .latent_attention import absorbed_queries, expanded_outputs, expands_latents, holds_latents, layer_of_latents
 from .mask_function import columns_of_layer
+from .query_turns import running_turn
 from .running_attention import check_running_was_read
 
 
@@ -82,7 +83,7 @@ def pikv_attention_forward(
         mask, seen, pending = _checked_mask(layer, call, dropout, kwargs), store.state.seen, store.pending
         # A module looks long for what it does not have.
         if OBSERVER_ATTRIBUTE in vars(module):
-            call.show_to_observer(seen)
+            call.show_to_observer(seen, key)
         call.query, call.mask = query.to(store.dtype), mask
         if call.keeps_padding:
             call.mask = shown_to_blocks(mask, kwargs["position_ids"], seen)
@@ -94,7 +95,7 @@ def pikv_attention_forward(
         return attend_layer(layer, call, key, value).to(autocast_dtype(query)), None
     check_running_was_read(module)
     check_arguments(module, kwargs)
-    call.show_to_observer(key.shape[2])
+    call.show_to_observer(key.shape[2], key)
     if key.shape[2] == query.shape[2]:
         forget_reader(module)
     if (positions := chosen_positions(module, query, key.shape[2], kwargs)) is not None:
@@ -149,12 +150,14 @@ class _Call:
         """Return whether the layer is the attention's own, not that of another whose K/V it shares."""
         return getattr(self.module, "layer_idx", layer.layer_idx) == layer.layer_idx
 
-    def show_to_observer(self, tokens: int) -> None:
-        """Call what a press has put on the module; `tokens` are those of the layer with the new ones."""
+    def show_to_observer(self, tokens: int, key: torch.Tensor) -> None:
+        """Call what a press has put on the module; `tokens` are those of the layer with the new ones, the last keys."""
         if (observer := vars(self.module).get(OBSERVER_ATTRIBUTE)) is not None:
             new = self.query.shape[2]
             valid = new_tokens_valid(self.mask, new)
-            observer(self.query, tokens - new, valid, self.scale, self.sinks, self.softcap)
+            keys = key[:, :, -new:] if key.shape[2] >= new else None
+            running = running_turn(self.module)
+            observer(self.query, tokens - new, valid, self.scale, self.sinks, self.softcap, keys, running)
 
     def output(self, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """Return `(B, Hq, Q, Dv)` and its LSE as transformers wants it, sinks included: `(B, Q, Hq, Dv)`."""
@@ -201,7 +204,8 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     joint = None if decodes else layer.edits.joint
     if joint is not None:
         valid = new_tokens_valid(mask, call.query.shape[2])
-        joint.observe(layer.edits, call.query, valid, call.scale, call.sinks, call.softcap)
+        keys, running = key[:, :, -call.query.shape[2] :], running_turn(call.module)
+        joint.observe(layer.edits, call.query, valid, call.scale, call.sinks, call.softcap, keys, running)
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         shown = as_averages(mask, query.dtype) if call.keeps_padding and mask is not None else mask

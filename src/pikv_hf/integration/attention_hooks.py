@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..common.foreign_attributes import OBSERVER_ATTRIBUTE
 from ..layer.layer import PiKVLayer
 from .attention_calls import DECODER, AttentionCalls, called_cache, layer_of_call
 from .attention_code import running_code
@@ -17,6 +18,7 @@ from .call_checks import check_call
 from .model_hook import place_hook
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
+from .query_turns import begin_turn, end_turn
 from .running_attention import check_was_read, note_running
 
 
@@ -87,6 +89,8 @@ def _before_attention(
         alive.attention_calls.begin(index, layer)
         if is_paged:
             layer.reference.attends_with(running_code(module))
+        if OBSERVER_ATTRIBUTE in vars(module) or (is_paged and layer.edits.joint is not None):
+            begin_turn(module, layer, kwargs)
         note_running(cache)
         if getattr(cache, "tiers", None) is not None:
             prefetch_next_layer(alive.attention_of, module, args, kwargs)
@@ -103,6 +107,7 @@ def _after_attention(
     calls: AttentionCalls, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     calls.end(layer_idx)
+    end_turn(module)
     # A forward that has failed has no output.
     if output is not None:
         check_was_read(module, called_cache(args, kwargs))

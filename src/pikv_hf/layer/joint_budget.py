@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..allocation.observed_queries import Observed, Observer
+from ..allocation.observed_queries import Observed, Observer, RunningTurn
 from ..allocation.output_projection import gram_of
 from ..allocation.token_loss import token_loss
 from ..allocation.token_widths import LayerTokens, same_shape, token_widths
@@ -70,11 +70,13 @@ class JointBudget(BudgetAccount):
         scale: float,
         sinks: torch.Tensor | None,
         softcap: float | None,
+        keys: torch.Tensor,
+        running: RunningTurn | None,
     ) -> None:
-        """Note the queries `(B, Hq, Q, D)` of a layer's newest tokens, of which `valid` `(B, Q)` are no padding."""
+        """Note queries `(B, Hq, Q, D)` and keys of a layer's newest tokens; `valid` `(B, Q)` are no padding."""
         observer = self._observers.setdefault(member.layer_idx, Observer())
         if self._waits:
-            observer(query, member.store.state.seen - query.shape[2], valid, scale, sinks, softcap)
+            observer(query, member.store.state.seen - query.shape[2], valid, scale, sinks, softcap, keys, running)
 
     @layer_operation
     def ends(self, member: LayerEdits) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..allocation.observed_queries import RunningTurn
 from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.cropping import Crop
@@ -34,8 +35,10 @@ class JointDecision(Protocol):
         scale: float,
         sinks: torch.Tensor | None,
         softcap: float | None,
+        keys: torch.Tensor,
+        running: RunningTurn | None,
     ) -> None:
-        """Note the queries of a layer's newest tokens."""
+        """Note the queries of a layer's newest tokens, their keys, and how queries are moved behind them."""
 
     def ends(self, member: "LayerEdits") -> None:
         """Decide, if tokens wait for it, once the last layer has attended."""

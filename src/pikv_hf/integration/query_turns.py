@@ -1,0 +1,108 @@
+"""Find out how an attention module's queries are moved behind a prompt, on any architecture that rotates them.
+
+Which channels a module rotates, in which pairs, or whether it does at all, is in its code alone. So a few of a prompt's
+tokens go through the module twice, with the rotary embeddings of the prompt's first positions and with those of its
+last; the layout by which the queries of one become those of the other is the module's.
+"""
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from ..allocation.observed_queries import RunningTurn
+from ..allocation.query_turn import Layout, Turn
+from ..common.foreign_attributes import LAYOUT_ATTRIBUTE, RUNNING_TURN_ATTRIBUTE
+from ..common.transformers_release import with_cache
+from .noted_call import note_call
+
+#: Tokens that are tried, and how far queries may be off, as a share of the largest: a few roundings of bfloat16.
+TRIED, TOLERANCE = 4, 0.03
+
+#: Angles below are no test.
+LEAST_ANGLE = 0.5
+
+Embeddings = tuple[torch.Tensor, torch.Tensor]
+
+
+def begin_turn(module: nn.Module, layer: Any, kwargs: dict[str, Any]) -> None:
+    """Note on an attention module how queries of the call that begins are moved behind its tokens."""
+    setattr(module, RUNNING_TURN_ATTRIBUTE, RunningTurn(_turn(module, kwargs), layer))
+
+
+def end_turn(module: nn.Module) -> None:
+    """Forget what :func:`begin_turn` noted."""
+    vars(module).pop(RUNNING_TURN_ATTRIBUTE, None)
+
+
+def running_turn(module: nn.Module) -> RunningTurn | None:
+    """Return what :func:`begin_turn` noted of the running call, None if nothing."""
+    running = vars(module).get(RUNNING_TURN_ATTRIBUTE)
+    return running if isinstance(running, RunningTurn) else None
+
+
+def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
+    """Return the rotation from the first position of a call to its last, None if it is not known."""
+    embeddings, hidden = kwargs.get("position_embeddings"), kwargs.get("hidden_states")
+    if not _is_pair(embeddings) or not isinstance(hidden, torch.Tensor) or hidden.shape[1] < 2:
+        return None
+    layout = vars(module).get(LAYOUT_ATTRIBUTE)
+    if layout is None and (layout := _layout(module, hidden, embeddings, kwargs)) is not None:
+        setattr(module, LAYOUT_ATTRIBUTE, layout)
+    if layout is None:
+        return None
+    return _between(embeddings, slice(0, 1), slice(-1, None)).by(layout)
+
+
+def _is_pair(embeddings: Any) -> TypeGuard[Embeddings]:
+    return (
+        isinstance(embeddings, tuple)
+        and len(embeddings) == 2
+        and all(isinstance(part, torch.Tensor) and part.ndim == 3 and part.is_floating_point() for part in embeddings)
+    )
+
+
+def _between(embeddings: Embeddings, start: slice, end: slice) -> Turn:
+    cos, sin = embeddings
+    return Turn.between((cos[:, start], sin[:, start]), (cos[:, end], sin[:, end]))
+
+
+def _layout(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwargs: dict[str, Any]) -> Layout | None:
+    """Return which channels a module rotates, None if its queries do not tell."""
+    count = min(TRIED, hidden.shape[1] // 2)
+    starts, ends = slice(0, count), slice(hidden.shape[1] - count, None)
+    turns = _between(embeddings, starts, ends)
+    # A row of padding has the same position everywhere.
+    row = int(turns.sin.abs().sum(dim=(1, 2)).argmax())
+    turn = Turn(turns.cos[row : row + 1], turns.sin[row : row + 1], turns.layout)
+    if float(turn.sin.abs().max()) < LEAST_ANGLE:
+        return None
+    tokens = hidden[row if hidden.shape[0] > 1 else 0, starts][None]
+    cos, sin = (part[row if part.shape[0] > 1 else 0][None] for part in embeddings)
+    try:
+        early, late = (_queries(module, tokens, (cos[:, at], sin[:, at]), kwargs) for at in (starts, ends))
+    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
+        # A module that wants more than what is its own of a call.
+        return None
+    if early.shape != late.shape:
+        return None
+    errors = {layout: _error(turn.by(layout), early, late) for layout in Layout.all()}
+    best = min(errors, key=errors.__getitem__)
+    return best if errors[best] <= TOLERANCE * float(late.abs().max()) else None
+
+
+def _error(turn: Turn, early: torch.Tensor, late: torch.Tensor) -> float:
+    try:
+        return float((turn(early) - late.float()).abs().max())
+    except (ValueError, RuntimeError):
+        # More angles than channels.
+        return float("inf")
+
+
+def _queries(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwargs: dict[str, Any]) -> torch.Tensor:
+    """Return the queries `(1, Hq, n, D)` of some tokens at positions with these embeddings."""
+    noted: list[torch.Tensor] = []
+    given = {name: value for name, value in kwargs.items() if name not in ("position_ids", "cache_position")}
+    given |= {"hidden_states": hidden, "position_embeddings": embeddings, "attention_mask": None}
+    note_call(module, with_cache(given, None), lambda query, mask, more: noted.append(query))
+    return noted[0]
