@@ -1,6 +1,7 @@
 """Queries as attention used them, after rotary embedding, norms and everything else, and what attention they pay."""
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,12 +62,12 @@ class RunningTurn:
     ----------
     turn : Turn or None
         None if that is not known.
-    layer : Any
-        The layer of a cache that the call writes to.
+    cache : Any
+        What the call writes to, None if nothing.
     """
 
     turn: Turn | None
-    layer: Any
+    cache: Any
 
 
 class Observer:
@@ -95,7 +96,7 @@ class Observer:
         self.recent: Observed | None = None
         self.recalled: torch.Tensor | None = None
         self._first: torch.Tensor | None = None
-        self._layer: Any = lambda: None
+        self._cache: Callable[[], Any] = lambda: None
         self.scale, self.batch, self.new, self.seen, self.calls = 1.0, 0, 0, 0, 0
         self.sinks: torch.Tensor | None = None
         self.softcap: float | None = None
@@ -144,35 +145,28 @@ class Observer:
         keys: torch.Tensor | None,
         running: RunningTurn | None,
     ) -> None:
-        before, layer = self.recalled, None if running is None else running.layer
-        continues = before is not None and past > 0 and self._layer() is layer and before.shape[0] == query.shape[0]
-        if not continues:
+        before, cache = self.recalled, None if running is None else running.cache
+        if past == 0 or before is None or cache is None or self._cache() is not cache or len(before) != len(query):
             before = self._first = None
         self.recalled = None
-        if keys is None or running is None or running.turn is None or (past and before is None):
+        if running is None or cache is None or keys is None or (past and before is None):
             return
-        if query.shape[2] > 1:
-            turned = running.turn(query)
-            new = recall_mass(
-                query,
-                turned,
-                keys.detach(),
-                scale=self.scale,
-                valid=valid,
-                sinks=self.sinks,
-                softcap=self.softcap,
-                first=self._first,
-            )
+        if query.shape[2] > 1 and running.turn is not None:
+            keys, sinks = keys.detach(), None if self.sinks is None else self.sinks.detach()
+            given = query, running.turn(query), keys, self.scale
+            new = recall_mass(*given, valid=valid, sinks=sinks, softcap=self.softcap, first=self._first)
             if before is None:
-                self._first = _first_keys(keys.detach(), valid)
-        elif before is not None:
+                self._first = _first_keys(keys, valid)
+        elif query.shape[2] == 1 and before is not None:
             # What follows a single token is not known yet: it counts like most.
             new = before.mean(dim=-1, keepdim=True)
+        else:
+            return
         if before is not None:
             # A cache may have been cropped since, or have read single tokens that nobody has observed.
             missing = before.mean(dim=-1, keepdim=True).expand(-1, -1, max(0, past - before.shape[2]))
             new = torch.cat([before[:, :, :past], missing, new], dim=2)
-        self.recalled, self._layer = new, weakref.ref(layer) if layer is not None else lambda: None
+        self.recalled, self._cache = new, weakref.ref(cache)
 
 
 def _first_keys(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

@@ -90,7 +90,7 @@ def _before_attention(
         if is_paged:
             layer.reference.attends_with(running_code(module))
         if OBSERVER_ATTRIBUTE in vars(module) or (is_paged and layer.edits.joint is not None):
-            begin_turn(module, layer, kwargs)
+            begin_turn(module, cache, kwargs)
         note_running(cache)
         if getattr(cache, "tiers", None) is not None:
             prefetch_next_layer(alive.attention_of, module, args, kwargs)

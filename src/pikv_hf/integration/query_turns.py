@@ -5,7 +5,7 @@ tokens go through the module twice, with the rotary embeddings of the prompt's f
 last; the layout by which the queries of one become those of the other is the module's.
 """
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,15 +19,18 @@ from .noted_call import note_call
 #: Tokens that are tried, and how far queries may be off, as a share of the largest: a few roundings of bfloat16.
 TRIED, TOLERANCE = 4, 0.03
 
+_GIVEN = "position_embeddings"
+
 #: Angles below are no test.
 LEAST_ANGLE = 0.5
 
+#: Cosine and sine by position, `(B or 1, T, W)` each.
 Embeddings = tuple[torch.Tensor, torch.Tensor]
 
 
-def begin_turn(module: nn.Module, layer: Any, kwargs: dict[str, Any]) -> None:
+def begin_turn(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
     """Note on an attention module how queries of the call that begins are moved behind its tokens."""
-    setattr(module, RUNNING_TURN_ATTRIBUTE, RunningTurn(_turn(module, kwargs), layer))
+    setattr(module, RUNNING_TURN_ATTRIBUTE, RunningTurn(_turn(module, kwargs), cache))
 
 
 def end_turn(module: nn.Module) -> None:
@@ -43,8 +46,8 @@ def running_turn(module: nn.Module) -> RunningTurn | None:
 
 def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
     """Return the rotation from the first position of a call to its last, None if it is not known."""
-    embeddings, hidden = kwargs.get("position_embeddings"), kwargs.get("hidden_states")
-    if not _is_pair(embeddings) or not isinstance(hidden, torch.Tensor) or hidden.shape[1] < 2:
+    embeddings, hidden = _embeddings(kwargs), kwargs.get("hidden_states")
+    if embeddings is None or not isinstance(hidden, torch.Tensor) or hidden.shape[1] < 2:
         return None
     layout = vars(module).get(LAYOUT_ATTRIBUTE)
     if layout is None and (layout := _layout(module, hidden, embeddings, kwargs)) is not None:
@@ -54,12 +57,23 @@ def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
     return _between(embeddings, slice(0, 1), slice(-1, None)).by(layout)
 
 
-def _is_pair(embeddings: Any) -> TypeGuard[Embeddings]:
-    return (
-        isinstance(embeddings, tuple)
-        and len(embeddings) == 2
-        and all(isinstance(part, torch.Tensor) and part.ndim == 3 and part.is_floating_point() for part in embeddings)
-    )
+def _embeddings(kwargs: dict[str, Any]) -> Embeddings | None:
+    """Return the rotary embeddings that an attention module is given; Llama 4 and DeepSeek-V2 have complex ones."""
+    given = kwargs.get(_GIVEN)
+    if isinstance(given, torch.Tensor) and given.is_complex() and given.ndim == 3:
+        return given.real, given.imag
+    if not isinstance(given, tuple) or len(given) != 2:
+        return None
+    cos, sin = given
+    known = all(isinstance(part, torch.Tensor) and part.ndim == 3 and part.is_floating_point() for part in given)
+    return (cos, sin) if known else None
+
+
+def _at(given: Any, row: int, columns: slice) -> Any:
+    """Return rotary embeddings, as they were given, of some columns of a row."""
+    if isinstance(given, tuple):
+        return tuple(_at(part, row, columns) for part in given)
+    return given[row if given.shape[0] > 1 else 0, columns][None]
 
 
 def _between(embeddings: Embeddings, start: slice, end: slice) -> Turn:
@@ -77,10 +91,9 @@ def _layout(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwa
     turn = Turn(turns.cos[row : row + 1], turns.sin[row : row + 1], turns.layout)
     if float(turn.sin.abs().max()) < LEAST_ANGLE:
         return None
-    tokens = hidden[row if hidden.shape[0] > 1 else 0, starts][None]
-    cos, sin = (part[row if part.shape[0] > 1 else 0][None] for part in embeddings)
+    tokens = _at(hidden, row, starts)
     try:
-        early, late = (_queries(module, tokens, (cos[:, at], sin[:, at]), kwargs) for at in (starts, ends))
+        early, late = (_queries(module, tokens, _at(kwargs[_GIVEN], row, at), kwargs) for at in (starts, ends))
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
         # A module that wants more than what is its own of a call.
         return None
@@ -99,10 +112,10 @@ def _error(turn: Turn, early: torch.Tensor, late: torch.Tensor) -> float:
         return float("inf")
 
 
-def _queries(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwargs: dict[str, Any]) -> torch.Tensor:
+def _queries(module: nn.Module, hidden: torch.Tensor, embeddings: Any, kwargs: dict[str, Any]) -> torch.Tensor:
     """Return the queries `(1, Hq, n, D)` of some tokens at positions with these embeddings."""
     noted: list[torch.Tensor] = []
     given = {name: value for name, value in kwargs.items() if name not in ("position_ids", "cache_position")}
-    given |= {"hidden_states": hidden, "position_embeddings": embeddings, "attention_mask": None}
+    given |= {"hidden_states": hidden, _GIVEN: embeddings, "attention_mask": None}
     note_call(module, with_cache(given, None), lambda query, mask, more: noted.append(query))
     return noted[0]

@@ -1,0 +1,110 @@
+"""Queries are moved right on every architecture: what is recalled is what queries at later positions would recall."""
+
+import pytest
+import torch
+from families import FAMILIES
+from transformers import AttentionInterface, DynamicCache
+
+from pikv_hf import PiKVCache, attach
+from pikv_hf.allocation.observed_queries import Observer
+from pikv_hf.allocation.recall import recall_mass
+from pikv_hf.common.transformers_release import cache_argument
+
+TOKENS = 90
+
+#: Normalises queries after it has rotated them, with weights of their own.
+NOT_MOVED = {"hunyuan_v1_moe"}
+
+
+def observed(model, caches):
+    """Return the observer of the first layer after its model has read parts of a prompt, each with its cache."""
+    with attach(model, "hash") as attached, torch.no_grad():
+        first = attached.attention_modules()[0]
+        observer = Observer.of(first)
+        for ids, cache in caches(model):
+            model(ids, **cache_argument(cache))
+        return observer
+
+
+class FirstLayer(Exception):
+    """Ends a forward once its first layer attends."""
+
+
+def noted(model, ids, positions):
+    """Return queries, keys, and what else the first layer's attention is given, with these positions."""
+    found = []
+
+    def note(module, query, key, value, mask, **given):
+        found.append((query, key, given))
+        raise FirstLayer
+
+    AttentionInterface.register("noting", note)
+    config = model.config.get_text_config(decoder=True)
+    config._attn_implementation = "noting"
+    with torch.no_grad(), pytest.raises(FirstLayer):
+        model(ids, position_ids=positions[None], use_cache=False)
+    return found[0]
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_recall_is_that_of_queries_behind_the_prompt(name) -> None:
+    model = FAMILIES[name].build(max_position_embeddings=4096)
+    ids = torch.randint(3, 190, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    observer = observed(model, lambda model: [(ids, PiKVCache.for_model(model, placement="hash"))])
+    if name in NOT_MOVED:
+        assert observer.recalled is None
+        return
+    positions = torch.arange(TOKENS)
+    query, keys, given = noted(model, ids, positions)
+    moved = noted(model, ids, positions + TOKENS - 1)[0]
+    expected = recall_mass(query, moved, keys, scale=observer.scale, sinks=given.get("s_aux"), softcap=observer.softcap)
+    # Angles of hundreds of radians, added up in float32.
+    torch.testing.assert_close(observer.recalled, expected, rtol=1e-2, atol=1e-4)
+    assert float(expected.std()) > 1e-3
+
+
+def prompt(seed: int, tokens: int = TOKENS) -> torch.Tensor:
+    return torch.randint(3, 190, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def test_other_caches_hear_the_same() -> None:
+    model, ids = FAMILIES["qwen3_moe"].build(), prompt(0)
+    ours = observed(model, lambda model: [(ids, PiKVCache.for_model(model, placement="hash"))]).recalled
+    theirs = observed(model, lambda model: [(ids, DynamicCache(config=model.config))]).recalled
+    torch.testing.assert_close(theirs, ours)
+
+
+@pytest.mark.parametrize("make", [lambda m: PiKVCache.for_model(m, placement="hash"), lambda m: DynamicCache()])
+def test_a_prompt_in_parts_is_recalled_part_by_part(make) -> None:
+    model, ids = FAMILIES["qwen3_moe"].build(), prompt(1)
+
+    def parts(model):
+        cache = make(model)
+        return [(ids[:, :40], cache), (ids[:, 40:], cache)]
+
+    whole = observed(model, lambda model: [(ids[:, :40], make(model))]).recalled
+    both = observed(model, parts).recalled
+    assert both.shape[-1] == TOKENS
+    torch.testing.assert_close(both[:, :, :40], whole)
+
+
+def test_what_another_cache_has_read_is_not_recalled() -> None:
+    model, ids = FAMILIES["qwen3_moe"].build(), prompt(2)
+
+    def alternating(model):
+        one, other = (PiKVCache.for_model(model, placement="hash") for _ in range(2))
+        return [(ids[:, :40], one), (prompt(3, 40), other), (ids[:, 40:], one)]
+
+    assert observed(model, alternating).recalled is None
+
+
+def test_single_tokens_count_like_most() -> None:
+    model, ids = FAMILIES["qwen3_moe"].build(), prompt(4)
+
+    def parts(model):
+        cache = PiKVCache.for_model(model, placement="hash")
+        return [(ids[:, :40], cache), (ids[:, 40:41], cache), (ids[:, 41:], cache)]
+
+    recalled = observed(model, parts).recalled
+    assert recalled.shape[-1] == TOKENS
+    torch.testing.assert_close(recalled[:, :, 40], recalled[:, :, :40].mean(-1))
