@@ -20,11 +20,6 @@ OBSERVER_ATTRIBUTE = "_pikv_observer"
 ROUTING_ATTRIBUTE = "_pikv_routing"
 ROUTING_BELOW_ATTRIBUTE = "_pikv_routing_below"
 
-#: On an attention module: how queries of its running call are moved behind the call's tokens, and of which layer of a
-#: cache that call is; and which channels the module rotates.
-RUNNING_TURN_ATTRIBUTE = "_pikv_running_turn"
-LAYOUT_ATTRIBUTE = "_pikv_layout"
-
 #: On an attention module: the Gram matrices of its output projection, and of which weights they are.
 GRAM_ATTRIBUTE = "_pikv_gram"
 

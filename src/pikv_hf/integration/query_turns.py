@@ -5,6 +5,8 @@ tokens go through the module twice, with the rotary embeddings of the prompt's f
 last; the layout by which the queries of one become those of the other is the module's.
 """
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -12,7 +14,6 @@ from torch import nn
 
 from ..allocation.observed_queries import RunningTurn
 from ..allocation.query_turn import Layout, Turn
-from ..common.foreign_attributes import LAYOUT_ATTRIBUTE, RUNNING_TURN_ATTRIBUTE
 from ..common.transformers_release import with_cache
 from .noted_call import note_call
 
@@ -28,20 +29,28 @@ LEAST_ANGLE = 0.5
 Embeddings = tuple[torch.Tensor, torch.Tensor]
 
 
+#: What was found of each module.
+_layouts: "weakref.WeakKeyDictionary[nn.Module, Layout]" = weakref.WeakKeyDictionary()
+
+#: The module whose forward runs in this thread, and how its queries are moved.
+_running = threading.local()
+
+
 def begin_turn(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
-    """Note on an attention module how queries of the call that begins are moved behind its tokens."""
-    setattr(module, RUNNING_TURN_ATTRIBUTE, RunningTurn(_turn(module, kwargs), cache))
+    """Note how queries of the call of an attention module that begins are moved behind its tokens."""
+    _running.call = module, RunningTurn(_turn(module, kwargs), cache)
 
 
 def end_turn(module: nn.Module) -> None:
     """Forget what :func:`begin_turn` noted."""
-    vars(module).pop(RUNNING_TURN_ATTRIBUTE, None)
+    if running_turn(module) is not None:
+        _running.call = None
 
 
 def running_turn(module: nn.Module) -> RunningTurn | None:
     """Return what :func:`begin_turn` noted of the running call, None if nothing."""
-    running = vars(module).get(RUNNING_TURN_ATTRIBUTE)
-    return running if isinstance(running, RunningTurn) else None
+    call = getattr(_running, "call", None)
+    return call[1] if call is not None and call[0] is module else None
 
 
 def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
@@ -49,11 +58,10 @@ def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
     embeddings, hidden = _embeddings(kwargs), kwargs.get("hidden_states")
     if embeddings is None or not isinstance(hidden, torch.Tensor) or hidden.shape[1] < 2:
         return None
-    layout = vars(module).get(LAYOUT_ATTRIBUTE)
-    if layout is None and (layout := _layout(module, hidden, embeddings, kwargs)) is not None:
-        setattr(module, LAYOUT_ATTRIBUTE, layout)
-    if layout is None:
-        return None
+    if (layout := _layouts.get(module)) is None:
+        if (layout := _layout(module, hidden, embeddings, kwargs)) is None:
+            return None
+        _layouts[module] = layout
     return _between(embeddings, slice(0, 1), slice(-1, None)).by(layout)
 
 
