@@ -10,9 +10,11 @@ from torch import nn
 from pikv_hf.allocation.bit_allocation import FULL
 from pikv_hf.allocation.earlier_pages import StoredPages
 from pikv_hf.allocation.eviction_loss import SMOOTHING
+from pikv_hf.allocation.observed_queries import Observer
 from pikv_hf.allocation.output_projection import gram_of
 from pikv_hf.allocation.token_loss import token_loss
 from pikv_hf.allocation.token_widths import LAYER_BYTES, LayerTokens, same_shape, token_widths
+from pikv_hf.integration.attachment import attachment_of
 from pikv_hf.kernels import decode_pages, encode_pages
 from pikv_hf.kernels.page_codes import Kind
 from pikv_hf.layer.layer import PiKVLayer
@@ -28,12 +30,12 @@ logger = logging.getLogger(__name__)
 class PiKVPress(JointPress):
     """Gives every token of every KV head a width, full, int8, int4, int2 or none, under one byte budget.
 
-    What evicting a token costs is estimated by :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`: the attention
-    that it can expect, half by what the latest queries paid and half spread evenly, times how far its value is from the
-    mean of its head behind the output projection. That is in units of the residual stream, which heads and layers
-    share: heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of
-    losing it. Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question
-    has to be known.
+    What evicting a token costs is estimated by :func:`~pikv_hf.allocation.recall.recall_mass`: the most attention that
+    the prompt's own queries pay to it when they are moved behind the prompt, times how far its value is from the mean
+    of its head behind the output projection. That is in units of the residual stream, which heads and layers share:
+    heads that look nothing up get few bytes without a prior. Storing a token in fewer bits costs a share of losing it.
+    Reverse water-filling, as in RDKV (arXiv 2605.08317), then gives bytes where they save most. No question has to be
+    known.
 
     On an attached :class:`~pikv_hf.PiKVCache` the widths are stored and everything else is freed. On another cache the
     tokens go through the same codes and the evicted ones are hidden: same answers, nothing saved.
@@ -43,7 +45,8 @@ class PiKVPress(JointPress):
     compression_ratio, budget, sink_tokens
         As in :class:`ObservingPress`; the share is one of bytes: of what `DynamicCache` holds in the model's dtype.
     smoothing : float
-        Share of the expected attention that is spread evenly.
+        Where it is not known how a model's queries are moved, the attention that the latest ones paid stands in for
+        what is recalled, :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`; this share of it is spread evenly.
     widths : tuple of int
         Bits that may be given beside 0.
 
@@ -64,6 +67,14 @@ class PiKVPress(JointPress):
         known = {2, 4, 8, FULL}
         if not self.widths or set(self.widths) - known:
             raise ValueError(f"widths must be among {sorted(known)}, got {self.widths}")
+
+    def post_init_from_model(self, model: Any) -> None:
+        """Attach the model, and have it noted how well its tokens would be recalled."""
+        super().post_init_from_model(model)
+        attachment = attachment_of(model)
+        assert attachment is not None
+        for module in attachment.attention_modules().values():
+            Observer.of(module).recalls = True
 
     def score(
         self,

@@ -1,5 +1,8 @@
 """Queries are moved right on every architecture: what is recalled is what queries at later positions would recall."""
 
+import gc
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import FAMILIES
@@ -17,13 +20,17 @@ NOT_MOVED = {"hunyuan_v1_moe"}
 
 
 def observed(model, caches):
-    """Return the observer of the first layer after its model has read parts of a prompt, each with its cache."""
+    """Return what was observed at the first layer when its model has read parts of a prompt, each with its cache."""
     with attach(model, "hash") as attached, torch.no_grad():
         first = attached.attention_modules()[0]
         observer = Observer.of(first)
-        for ids, cache in caches(model):
+        observer.recalls = True
+        parts = caches(model)
+        for ids, cache in parts:
             model(ids, **cache_argument(cache))
-        return observer
+        return SimpleNamespace(
+            recalled=observer.recalled, scale=observer.scale, softcap=observer.softcap, observer=observer
+        )
 
 
 class FirstLayer(Exception):
@@ -108,3 +115,17 @@ def test_single_tokens_count_like_most() -> None:
     recalled = observed(model, parts).recalled
     assert recalled.shape[-1] == TOKENS
     torch.testing.assert_close(recalled[:, :, 40], recalled[:, :, :40].mean(-1))
+
+
+def test_what_is_known_goes_with_the_cache() -> None:
+    model, kept = FAMILIES["qwen3_moe"].build(), []
+
+    def read(model):
+        kept.append(PiKVCache.for_model(model, placement="hash"))
+        return [(prompt(5), kept[0])]
+
+    observer = observed(model, read).observer
+    assert observer.recalled is not None
+    kept.clear()
+    gc.collect()
+    assert observer.recalled is None

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from pikv_hf.allocation import eviction_loss as utility
 from pikv_hf.allocation.bit_allocation import FULL, PageCost, allocate, pages_nbytes
+from pikv_hf.allocation.recall import recall_mass
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.studies.presses import attention_estimates as estimates
 from pikv_hf.eval.studies.presses.press_simulator import PAGE, Model, Prefill, stored
@@ -56,8 +57,17 @@ class Rules:
         queries = self.prefill.queries[:, :, positions]
         return estimates.observed_mass(queries, positions, self.keys, scale=self.model.scale)
 
+    def recalled(self) -> torch.Tensor:
+        """The most attention that the context's own queries pay to each token when they are moved behind it."""
+        queries = self.prefill.queries
+        turned = estimates.turn(queries, *self.model.angles(torch.full((self.tokens,), self.tokens - 1)))
+        return recall_mass(queries, turned, self.keys, self.model.scale)
+
     def shipped(self, probability: torch.Tensor, smoothing: float = utility.SMOOTHING) -> torch.Tensor:
-        """Probability, partly spread evenly, times the distance of values behind the output projection."""
+        """Probability, partly spread evenly, times the squared distance of values behind the output projection.
+
+        What shipped before :meth:`recalled` did, and still does where queries cannot be moved.
+        """
         return utility.eviction_loss(probability, self.distance, smoothing=smoothing)
 
     def kvpress(self) -> torch.Tensor:
@@ -116,9 +126,14 @@ def _score(score: Callable[[Rules], torch.Tensor]) -> Callable[[Rules], Losses]:
     return lambda rules: _widths(score(rules), utility.WIDTH_LOSS)
 
 
-#: What ships first, then its parts left out or replaced one at a time, then other methods.
+#: What ships first, with its parts left out or replaced; what shipped before, likewise; then other methods.
 RULES: dict[str, Callable[[Rules], Losses]] = {
-    "shipped": _shipped(utility.WIDTH_LOSS),
+    "recall": _score(lambda rules: utility.recall_loss(rules.recalled(), rules.distance)),
+    "recall, distance squared": _score(lambda rules: rules.recalled() * rules.distance),
+    "recall squared, distance squared": _score(lambda rules: rules.recalled().square() * rules.distance),
+    "recall, no distance": _score(Rules.recalled),
+    "recall smoothed, distance squared": _score(lambda rules: rules.shipped(rules.recalled())),
+    "latest queries": _shipped(utility.WIDTH_LOSS),
     "half lane importance": _score(lambda rules: rules.weighted(0.5)),
     "lane importance": _score(lambda rules: rules.weighted(1.0)),
     "expected attention": _score(lambda rules: rules.shipped(rules.expected())),

@@ -90,9 +90,12 @@ class Observer:
         Rows and new tokens of the last call, and tokens read so far.
     calls : int
         How often attention has run.
+    recalls : bool
+        Whether anybody wants to know what is recalled, which takes some time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recalls: bool = False) -> None:
+        self.recalls = recalls
         self.recent: Observed | None = None
         self.recalled: torch.Tensor | None = None
         self._first: torch.Tensor | None = None
@@ -135,7 +138,8 @@ class Observer:
         latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
         joined = latest if self.recent is None else self.recent + latest
         self.recent = joined.pick(torch.arange(len(joined.positions), device=query.device)[-RECENT:])
-        self._recall(query.detach(), past, valid, keys, running)
+        if self.recalls:
+            self._recall(query.detach(), past, valid, keys, running)
 
     def _recall(
         self,
@@ -166,7 +170,12 @@ class Observer:
             # A cache may have been cropped since, or have read single tokens that nobody has observed.
             missing = before.mean(dim=-1, keepdim=True).expand(-1, -1, max(0, past - before.shape[2]))
             new = torch.cat([before[:, :, :past], missing, new], dim=2)
-        self.recalled, self._cache = new, weakref.ref(cache)
+        # What is known of a cache goes with it: nobody may ever call again.
+        self.recalled, self._cache = new, weakref.ref(cache, self._forget)
+
+    def _forget(self, cache: Any) -> None:
+        if self._cache is cache:
+            self.recalled = self._first = None
 
 
 def _first_keys(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:

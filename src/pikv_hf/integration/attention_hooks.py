@@ -89,7 +89,8 @@ def _before_attention(
         alive.attention_calls.begin(index, layer)
         if is_paged:
             layer.reference.attends_with(running_code(module))
-        if OBSERVER_ATTRIBUTE in vars(module) or (is_paged and layer.edits.joint is not None):
+        observer = vars(module).get(OBSERVER_ATTRIBUTE)
+        if getattr(observer, "recalls", False) or (is_paged and layer.edits.joint is not None):
             begin_turn(module, cache, kwargs)
         note_running(cache)
         if getattr(cache, "tiers", None) is not None:

@@ -74,7 +74,7 @@ class JointBudget(BudgetAccount):
         running: RunningTurn | None,
     ) -> None:
         """Note queries `(B, Hq, Q, D)` and keys of a layer's newest tokens; `valid` `(B, Q)` are no padding."""
-        observer = self._observers.setdefault(member.layer_idx, Observer())
+        observer = self._observers.setdefault(member.layer_idx, Observer(recalls=True))
         if self._waits:
             observer(query, member.store.state.seen - query.shape[2], valid, scale, sinks, softcap, keys, running)
 
