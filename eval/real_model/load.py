@@ -71,13 +71,14 @@ def load_real_model(
     if not is_fetched():
         fetch(folder)
     given = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or torch.float32, local_files_only=True, **given
-        )
+    model = _dense(folder, dtype or torch.float32, **given)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model.eval()
-    return (model if name == DENSE else upcycle(model, _routers(folder, model, tokenizer))), tokenizer
+    return (model if name == DENSE else upcycle(model, _routers(folder, tokenizer))), tokenizer
+
+
+def _dense(folder: Path, dtype: torch.dtype, **given: Any) -> Any:
+    with no_progress_bar():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **given).eval()
 
 
 def fetch(folder: Path) -> None:
@@ -123,12 +124,12 @@ def _steps(count: int) -> Iterator[Any]:
         yield lambda text: bar.update(task, description=text, completed=next(begun) + (text == "done"))
 
 
-def _routers(folder: Path, model: Any, tokenizer: Any) -> torch.Tensor:
+def _routers(folder: Path, tokenizer: Any) -> torch.Tensor:
     """Return the routers of all layers, `(L, E, hidden)`, fitted the first time."""
     file = folder / _ROUTERS
     if not file.is_file():
         with user_input(f"cannot write {file}"):
-            write_file(file, save({"routers": _fitted(model, tokenizer)}))
+            write_file(file, save({"routers": _fitted(_dense(folder, torch.float32), tokenizer)}))
     return load_file(file)["routers"]
 
 
@@ -137,7 +138,7 @@ def _fitted(model: Any, tokenizer: Any) -> torch.Tensor:
     console = Console(stderr=True)
     console.print(f"fitting {EXPERTS} experts per layer to {_TOKENS:,} tokens of the bundled essays, once")
     ids = tokenizer(Haystack.bundled().text, return_tensors="pt", verbose=False).input_ids[:, :_TOKENS]
-    inputs = ffn_inputs(model.float(), ids.split(_WINDOW, dim=1))
+    inputs = ffn_inputs(model, ids.split(_WINDOW, dim=1))
     routers = torch.stack([fit_router(layer, EXPERTS, CHOSEN) for layer in inputs])
     shares = torch.stack([loads(*pair, CHOSEN) for pair in zip(inputs, routers, strict=True)])
     entropy = -(shares * shares.clamp(min=1e-9).log2()).sum(1)

@@ -96,9 +96,9 @@ class PiKVConfig:
         `"joint"`: all layers decide together which tokens of each KV head stay, and in how many bits, as
         :class:`~pikv_hf.presses.PiKVPress` does. Or which pages go first, by a policy of
         :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`, `"lru_plus"`, `"streaming_llm"`, `"quest"`,
-        `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default `"joint"` where there is a budget
-        and nothing in its way (codecs, tiers, a budget per shard, latents, several devices or processes), else
-        `"pikv"`; `"lru"` where there are only tiers.
+        `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default `"pikv"`;
+        `"lru"` where there are only tiers. Codecs, tiers, a budget per shard, latents, and several devices or processes
+        leave no room for `"joint"`.
     tiers : dict, optional
         Where full pages go instead of being evicted: the bytes that each of `"device"`, `"cpu"` and `"disk"` may hold,
         as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where

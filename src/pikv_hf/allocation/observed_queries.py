@@ -62,12 +62,12 @@ class RunningTurn:
     ----------
     turn : Turn or None
         None if that is not known.
-    cache : Any
+    cache : weakref.ref or None
         What the call writes to, None if nothing.
     """
 
     turn: Turn | None
-    cache: Any
+    cache: "weakref.ref[Any] | None"
 
 
 class Observer:
@@ -139,7 +139,8 @@ class Observer:
         joined = latest if self.recent is None else self.recent + latest
         self.recent = joined.pick(torch.arange(len(joined.positions), device=query.device)[-RECENT:])
         if self.recalls:
-            self._recall(query.detach(), past, valid, keys, running)
+            with torch.autocast(query.device.type, enabled=False):
+                self._recall(query.detach(), past, valid, keys, running)
 
     def _recall(
         self,
@@ -149,7 +150,7 @@ class Observer:
         keys: torch.Tensor | None,
         running: RunningTurn | None,
     ) -> None:
-        before, cache = self.recalled, None if running is None else running.cache
+        before, cache = self.recalled, None if running is None or running.cache is None else running.cache()
         if past == 0 or before is None or cache is None or self._cache() is not cache or len(before) != len(query):
             before = self._first = None
         self.recalled = None
@@ -159,7 +160,7 @@ class Observer:
             keys, sinks = keys.detach(), None if self.sinks is None else self.sinks.detach()
             given = query, running.turn(query), keys, self.scale
             new = recall_mass(*given, valid=valid, sinks=sinks, softcap=self.softcap, first=self._first)
-            if before is None:
+            if self._first is None:
                 self._first = _first_keys(keys, valid)
         elif query.shape[2] == 1 and before is not None:
             # What follows a single token is not known yet: it counts like most.
@@ -178,10 +179,12 @@ class Observer:
             self.recalled = self._first = None
 
 
-def _first_keys(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
-    """Return the first keys of each sequence `(B, H, S, D)`, of those that are no padding."""
+def _first_keys(keys: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the first keys of each sequence `(B, H, S, D)` that are no padding, None if one has none yet."""
     if valid is None:
         return keys[:, :, :SINKS].clone()
+    if not bool(valid.any(dim=1).all()):
+        return None
     start = valid.long().argmax(dim=1)
     index = (start[:, None] + torch.arange(SINKS, device=keys.device)).clamp(max=keys.shape[2] - 1)
     return keys.gather(2, index[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3]))

@@ -63,6 +63,8 @@ def recall_mass(
     groups = queries.shape[1] // heads
     for row in range(batch):
         columns = real[row].nonzero().squeeze(1)
+        if not len(columns):
+            continue
         for head in range(heads):
             own = slice(head * groups, (head + 1) * groups)
             at = queries[row, own][:, columns].float(), turned[row, own][:, columns].float()

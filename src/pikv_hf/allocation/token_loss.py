@@ -30,6 +30,19 @@ def token_loss(
     smoothing : float
         Share of the expected attention that is spread evenly, where what would be recalled is not known.
     """
+    # Sums over thousands of tokens want more than half precision.
+    with torch.autocast(keys.device.type, enabled=False):
+        return _loss(observer, gram, keys, values, stored, smoothing)
+
+
+def _loss(
+    observer: Observer,
+    gram: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    stored: torch.Tensor | None,
+    smoothing: float,
+) -> torch.Tensor:
     assert observer.recent is not None
     valid = None if stored is None else stored.any(dim=1)
     if observer.recalled is not None and observer.recalled.shape == keys.shape[:3]:

@@ -1,5 +1,6 @@
 """Run an attention module up to where it attends, and have its queries noted instead."""
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,9 @@ from torch import nn
 from transformers import AttentionInterface
 
 _NOTING = "pikv-noting"
+
+#: In each thread, what an attached module's queries are noted by.
+_noting = threading.local()
 
 #: What is called with queries `(B, Hq, Q, D)`, the mask, and what else attention was given.
 Note = Callable[[torch.Tensor, torch.Tensor | None, dict[str, Any]], None]
@@ -24,6 +28,24 @@ def note_call(module: nn.Module, arguments: dict[str, Any], note: Note) -> None:
         module.forward(**arguments, pikv_note=note)
     finally:
         config._attn_implementation = implementation
+
+
+@torch.no_grad()
+def note_attached_call(module: nn.Module, arguments: dict[str, Any], note: Note) -> None:
+    """Do the same with a module that calls PiKV's attention function: what other threads run is not touched."""
+    _noting.note = note
+    try:
+        module.forward(**arguments)
+    finally:
+        _noting.note = None
+
+
+def noted(query: torch.Tensor, value: torch.Tensor, mask: Any, given: dict[str, Any]) -> torch.Tensor | None:
+    """Note what PiKV's attention function is given, and return what it is to return, if a call is only noted."""
+    if (note := getattr(_noting, "note", None)) is None:
+        return None
+    note(query, mask, given)
+    return query.new_zeros((*query.transpose(1, 2).shape[:3], value.shape[-1]))
 
 
 def _note_only(

@@ -15,12 +15,15 @@ from torch import nn
 from ..allocation.observed_queries import RunningTurn
 from ..allocation.query_turn import Layout, Turn
 from ..common.transformers_release import with_cache
-from .noted_call import note_call
+from .noted_call import note_attached_call
 
 #: Tokens that are tried, and how far queries may be off, as a share of the largest: a few roundings of bfloat16.
 TRIED, TOLERANCE = 4, 0.03
 
 _GIVEN = "position_embeddings"
+
+#: Of a module whose queries are moved by no rotation, or that cannot be tried.
+NOT_MOVED = Layout("unknown")
 
 #: Angles below are no test.
 LEAST_ANGLE = 0.5
@@ -36,21 +39,26 @@ _layouts: "weakref.WeakKeyDictionary[nn.Module, Layout]" = weakref.WeakKeyDictio
 _running = threading.local()
 
 
+@torch.compiler.disable
 def begin_turn(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
     """Note how queries of the call of an attention module that begins are moved behind its tokens."""
-    _running.call = module, RunningTurn(_turn(module, kwargs), cache)
+    turn, alive = _turn(module, kwargs), None if cache is None else weakref.ref(cache)
+    # Nothing may keep a cache alive: after Ctrl-C nobody ends the call.
+    _running.call = weakref.ref(module), RunningTurn(turn, alive)
 
 
+@torch.compiler.disable
 def end_turn(module: nn.Module) -> None:
     """Forget what :func:`begin_turn` noted."""
     if running_turn(module) is not None:
         _running.call = None
 
 
+@torch.compiler.disable
 def running_turn(module: nn.Module) -> RunningTurn | None:
     """Return what :func:`begin_turn` noted of the running call, None if nothing."""
     call = getattr(_running, "call", None)
-    return call[1] if call is not None and call[0] is module else None
+    return call[1] if call is not None and call[0]() is module else None
 
 
 def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
@@ -62,6 +70,8 @@ def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
         if (layout := _layout(module, hidden, embeddings, kwargs)) is None:
             return None
         _layouts[module] = layout
+    if layout == NOT_MOVED:
+        return None
     return _between(embeddings, slice(0, 1), slice(-1, None)).by(layout)
 
 
@@ -102,14 +112,14 @@ def _layout(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwa
     tokens = _at(hidden, row, starts)
     try:
         early, late = (_queries(module, tokens, _at(kwargs[_GIVEN], row, at), kwargs) for at in (starts, ends))
-    except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
-        # A module that wants more than what is its own of a call.
-        return None
+    except Exception:
+        # A module that wants more of a call than what is its own, or somebody's hook that does.
+        return NOT_MOVED
     if early.shape != late.shape:
-        return None
+        return NOT_MOVED
     errors = {layout: _error(turn.by(layout), early, late) for layout in Layout.all()}
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] <= TOLERANCE * float(late.abs().max()) else None
+    return best if errors[best] <= TOLERANCE * float(late.abs().max()) else NOT_MOVED
 
 
 def _error(turn: Turn, early: torch.Tensor, late: torch.Tensor) -> float:
@@ -125,5 +135,5 @@ def _queries(module: nn.Module, hidden: torch.Tensor, embeddings: Any, kwargs: d
     noted: list[torch.Tensor] = []
     given = {name: value for name, value in kwargs.items() if name not in ("position_ids", "cache_position")}
     given |= {"hidden_states": hidden, _GIVEN: embeddings, "attention_mask": None}
-    note_call(module, with_cache(given, None), lambda query, mask, more: noted.append(query))
+    note_attached_call(module, with_cache(given, None), lambda query, mask, more: noted.append(query))
     return noted[0]

@@ -113,9 +113,7 @@ def make_layers(
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
-    obstacle = _joint_obstacle(layouts, link, parts)
-    jointly = obstacle is None
-    if options.scheduler == JOINT and obstacle is not None:
+    if options.scheduler == JOINT and (obstacle := _joint_obstacle(layouts, link, parts)) is not None:
         raise ValueError(f"scheduler={JOINT!r} decides by token and width, which cannot be done {obstacle}")
     for index, layout in layouts.items():
         if dims[index] is not None:
@@ -129,7 +127,7 @@ def make_layers(
         groups = 1 if link is None else link.query_groups(index)
         latent = link is not None and link.caches_latents(index) and dims[index] is None
         schedulers = [
-            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups, jointly)
+            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
             for location in layout.locations
         ]
         made = make_parts(index, options, layout, schedulers, tiers, latent)

@@ -320,15 +320,13 @@ class PageScheduler:
         return self.budget.total_bytes // per_page * table.plain.page_size
 
 
-def scheduler_name(config: PiKVConfig, jointly: bool = True) -> str | None:
-    """Return what says what goes first, None if nothing ever has to go; `jointly` if layers may decide together."""
+def scheduler_name(config: PiKVConfig) -> str | None:
+    """Return what says what goes first, None if nothing ever has to go."""
     if config.budget is None and config.tiers is None:
         return None
     if config.scheduler is not None:
         return config.scheduler
-    if config.budget is None:
-        return "lru"
-    return JOINT if jointly and config.joint_obstacle() is None else "pikv"
+    return "lru" if config.budget is None else "pikv"
 
 
 def make_scheduler(
@@ -338,7 +336,6 @@ def make_scheduler(
     parts: int = 1,
     part_share: float = 1.0,
     query_groups: int = 1,
-    jointly: bool = True,
 ) -> PageScheduler | None:
     """Return the scheduler of one part of a paged layer, None if no page ever has to go.
 
@@ -348,7 +345,7 @@ def make_scheduler(
         See :meth:`LayerBudget.of`.
     """
     budget = LayerBudget.of(config, layers, sliding_tokens, parts, part_share)
-    name = scheduler_name(config, jointly)
+    name = scheduler_name(config)
     if name is None:
         return None
     options = BUDGET_OPTIONS if name == "pikv" and budget is not None else {}
