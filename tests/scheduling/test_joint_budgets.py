@@ -61,7 +61,7 @@ def widths_of_press(model: Any, ids: torch.Tensor, nbytes: int, patch: pytest.Mo
 @pytest.mark.parametrize("family", ["qwen3_moe", "llama"])
 def test_the_decision_is_that_of_the_press(budget: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = shared_model(family), ids_of(240)
-    cache = make_cache(model, budget=budget, **EXACT)
+    cache = make_cache(model, budget=budget, scheduler="joint", **EXACT)
     with watched(monkeypatch) as (budgets, widths):
         read(model, cache, ids)
     kept = widths[-len(cache.layers) :]
@@ -76,12 +76,12 @@ def test_rows_of_a_batch_are_decided_as_if_alone(budget: Any, monkeypatch: pytes
     """With padding, which is not stored, and of which no query counts."""
     model = shared_model("llama")
     rows, ids, mask = padded([200, 131])
-    together, alone = make_cache(model, budget=budget, **EXACT), []
+    together, alone = make_cache(model, budget=budget, scheduler="joint", **EXACT), []
     with watched(monkeypatch) as (_, widths):
         read(model, together, ids, mask=mask)
         both = widths[-2:]
         for row in rows:
-            read(model, make_cache(model, budget=budget, **EXACT), row)
+            read(model, make_cache(model, budget=budget, scheduler="joint", **EXACT), row)
             alone.append(widths[-2:])
     check(together)
     for layer in range(2):
@@ -103,7 +103,7 @@ def test_chunks_and_decoding_keep_to_the_budget(budget: Any, chunk: int) -> None
 @pytest.mark.parametrize("budget", [64, 0.4])
 def test_sinks_and_recent_tokens_stay(budget: Any) -> None:
     model = shared_model()
-    cache = make_cache(model, budget=budget)
+    cache = make_cache(model, budget=budget, scheduler="joint")
     for part in (*ids_of(200).split(50, dim=1), *ids_of(60, seed=2).split(1, dim=1)):
         with torch.no_grad():
             model(part, past_key_values=cache)
@@ -116,7 +116,7 @@ def test_sinks_and_recent_tokens_stay(budget: Any) -> None:
 def test_forks_go_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fork decides for its own layers, and its original is left as it was."""
     model, ids = shared_model(), ids_of(200)
-    cache = make_cache(model, budget=64)
+    cache = make_cache(model, budget=64, scheduler="joint")
     run(model, cache, ids[:, :150], 140, 70)
     fork = cache.fork()
     before = [(layer.stored_mask(), *layer.dense()) for layer in cache.layers]
@@ -130,7 +130,7 @@ def test_forks_go_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_saved_cache_goes_on_as_it_would_have(tmp_path: Any) -> None:
     model, ids = shared_model(), ids_of(200)
-    cache = make_cache(model, budget=64)
+    cache = make_cache(model, budget=64, scheduler="joint")
     run(model, cache, ids[:, :150], 140, 70)
     cache.save(tmp_path / "cache")
     loaded = PiKVCache.load(tmp_path / "cache", model)
@@ -142,7 +142,7 @@ def test_a_saved_cache_goes_on_as_it_would_have(tmp_path: Any) -> None:
 def test_a_decision_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some layers have taken what they keep when another fails: none has."""
     model, ids = shared_model(), ids_of(100)
-    cache = make_cache(model, budget=56)
+    cache = make_cache(model, budget=56, scheduler="joint")
     read(model, cache, ids[:, :60])
     before = [(layer.stored_mask(), *layer.dense()) for layer in cache.layers]
     keep, calls = joint_budget.keep_tokens, []
@@ -166,7 +166,7 @@ def test_a_decision_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_press_decides_before_the_budget_does() -> None:
     model = shared_model()
-    cache = make_cache(model, budget=100)
+    cache = make_cache(model, budget=100, scheduler="joint")
     read(model, cache, ids_of(160), press=PiKVPress(compression_ratio=0.9))
     assert all(layer.parts[0].scheduler.tokens_evicted == 0 for layer in cache.layers)
     check(cache)
@@ -175,7 +175,7 @@ def test_a_press_decides_before_the_budget_does() -> None:
 def test_one_budget_for_all_layers_or_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
     model = shared_model()
     for scope, decisions in (("layer", 2), ("cache", 1)):
-        cache = make_cache(model, budget=112, budget_scope=scope, **EXACT)
+        cache = make_cache(model, budget=112, budget_scope=scope, scheduler="joint", **EXACT)
         with watched(monkeypatch) as (budgets, _):
             read(model, cache, ids_of(300))
         assert len(budgets) == decisions
@@ -215,7 +215,7 @@ def test_models_that_cannot_decide_jointly() -> None:
 def test_packed_tokens_get_narrower_and_never_wider() -> None:
     """Of what was packed some is packed again in fewer bits; nothing has more bits than it had."""
     model = shared_model()
-    cache = make_cache(model, budget=64, recent_window=8)
+    cache = make_cache(model, budget=64, recent_window=8, scheduler="joint")
     read(model, cache, ids_of(100))
     before, narrowed = [bits_of_tokens(layer) for layer in cache.layers], 0
     for token in ids_of(120, seed=3).split(1, dim=1):

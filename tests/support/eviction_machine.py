@@ -51,12 +51,13 @@ def bits_of_tokens(layer: PiKVLayer) -> torch.Tensor:
     """Return `(B, H, T)` int64, in how many bits tokens are packed; 0 where they are not, or by a codec without any."""
     bits = torch.zeros(layer.batch, HEADS, layer.seen, dtype=torch.int64)
     by_codec = {"int2": 2, "int4": 4, "int8": 8, "none": 16}
-    for pool_id, pool in layer.table.pools.packed.items():
-        for number, row in enumerate(layer.table.rows):
-            sequence, lane = divmod(number, layer.store.lanes)
-            columns = pool.positions[pool.index(row.pages(pool_id))]
-            heads = slice(lane, lane + 1) if layer.store.lanes > 1 else slice(None)
-            bits[sequence, heads, columns[columns >= 0].long()] = by_codec.get(pool_id.key_codec, 0)
+    for table in [part.table for part in layer.parts if part.table is not None]:
+        for pool_id, pool in table.pools.packed.items():
+            for number, row in enumerate(table.rows):
+                sequence, lane = divmod(number, layer.store.lanes)
+                columns = pool.positions[pool.index(row.pages(pool_id))]
+                heads = slice(lane, lane + 1) if layer.store.lanes > 1 else slice(None)
+                bits[sequence, heads, columns[columns >= 0].long()] = by_codec.get(pool_id.key_codec, 0)
     return bits
 
 

@@ -152,7 +152,7 @@ def test_the_committed_results_are_complete(results: dict[str, Any]) -> None:
     assert len({row["samples"] for row in ruler.values()}) == 1
 
 
-def test_the_default_scheduler_is_among_the_best(results: dict[str, Any]) -> None:
+def test_joint_decisions_are_among_the_best(results: dict[str, Any]) -> None:
     """Within the interval of the best at every budget, and ahead of chance and of the newest tokens alone."""
     for share in SHARES:
         rows = {row["scheduler"]: row for row in results["generation"] if row["share"] == share}
