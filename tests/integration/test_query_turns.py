@@ -1,6 +1,7 @@
 """Queries are moved right on every architecture: what is recalled is what queries at later positions would recall."""
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from pikv_hf import PiKVCache, attach
 from pikv_hf.allocation.observed_queries import Observer
 from pikv_hf.allocation.recall import recall_mass
 from pikv_hf.common.transformers_release import cache_argument
+from pikv_hf.presses import PiKVPress
 
 TOKENS = 90
 
@@ -129,3 +131,37 @@ def test_what_is_known_goes_with_the_cache() -> None:
     kept.clear()
     gc.collect()
     assert observer.recalled is None
+
+
+def test_threads_that_find_out_at_once_disturb_nobody() -> None:
+    """Each with a cache of its own, on a model whose modules nobody has tried yet."""
+    model = FAMILIES["qwen3_moe"].build()
+    alone = FAMILIES["qwen3_moe"].build()
+    ids = prompt(6, 120)
+
+    def read(model):
+        cache = PiKVCache.for_model(
+            model, placement="hash", budget=64, scheduler="joint", page_size=8, recent_window=16
+        )
+        with torch.no_grad():
+            return model(ids, **cache_argument(cache)).logits
+
+    expected = read(alone)
+    with ThreadPoolExecutor(4) as pool:
+        for logits in pool.map(lambda _: read(model), range(8)):
+            torch.testing.assert_close(logits, expected)
+    assert model.config._attn_implementation == "pikv"
+
+
+def test_a_row_of_padding_alone_is_read_like_others() -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    ids = torch.cat([prompt(7, 60), prompt(8, 60)])
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    cache = PiKVCache.for_model(model, placement="hash", page_size=4)
+    with PiKVPress(budget="50%")(model), torch.no_grad():
+        for part in (slice(0, 30), slice(30, 60)):
+            seen = mask[:, : part.stop]
+            positions = (seen.cumsum(1) - 1).clamp(min=0)[:, part]
+            model(ids[:, part], attention_mask=seen, position_ids=positions, **cache_argument(cache))
+    assert cache.get_seq_length() == 60

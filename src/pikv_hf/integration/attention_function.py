@@ -35,7 +35,7 @@ from .expanded_history import attend_expanded, expanding_is_cheaper
 from .kvpress_marks import forget_reader, without_marked
 from .latent_attention import absorbed_queries, expanded_outputs, expands_latents, holds_latents, layer_of_latents
 from .mask_function import columns_of_layer
-from .noted_call import noted
+from .noted_call import NOTING, attend_to_nothing
 from .query_turns import running_turn
 from .running_attention import check_running_was_read
 
@@ -73,8 +73,9 @@ def pikv_attention_forward(
     tuple
         `(B, Q, Hq, Dv)` and None: the attention weights are never formed.
     """
-    if (nothing := noted(query, value, attention_mask, {"scaling": scaling, **kwargs})) is not None:
-        return nothing, None
+    if NOTING.note is not None:
+        NOTING.note(query, attention_mask, {"scaling": scaling, **kwargs})
+        return attend_to_nothing(query, value)
     layer = LayerReference.on(key, value) or layer_of_latents(module)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if "read_index" in kwargs and is_batched(kwargs):

@@ -18,7 +18,7 @@ from .call_checks import check_call
 from .model_hook import place_hook
 from .model_parts import ModelParts
 from .prefetch import prefetch_next_layer
-from .query_turns import begin_turn, end_turn
+from .query_turns import begin_turn
 from .running_attention import check_was_read, note_running
 
 
@@ -108,7 +108,6 @@ def _after_attention(
     calls: AttentionCalls, layer_idx: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     calls.end(layer_idx)
-    end_turn(module)
     # A forward that has failed has no output.
     if output is not None:
         check_was_read(module, called_cache(args, kwargs))

@@ -10,11 +10,17 @@ from transformers import AttentionInterface
 
 _NOTING = "pikv-noting"
 
-#: In each thread, what an attached module's queries are noted by.
-_noting = threading.local()
-
 #: What is called with queries `(B, Hq, Q, D)`, the mask, and what else attention was given.
 Note = Callable[[torch.Tensor, torch.Tensor | None, dict[str, Any]], None]
+
+
+class _Noting(threading.local):
+    """In each thread, what an attached module's queries are noted by."""
+
+    note: Note | None = None
+
+
+NOTING = _Noting()
 
 
 @torch.no_grad()
@@ -33,19 +39,16 @@ def note_call(module: nn.Module, arguments: dict[str, Any], note: Note) -> None:
 @torch.no_grad()
 def note_attached_call(module: nn.Module, arguments: dict[str, Any], note: Note) -> None:
     """Do the same with a module that calls PiKV's attention function: what other threads run is not touched."""
-    _noting.note = note
+    NOTING.note = note
     try:
         module.forward(**arguments)
     finally:
-        _noting.note = None
+        NOTING.note = None
 
 
-def noted(query: torch.Tensor, value: torch.Tensor, mask: Any, given: dict[str, Any]) -> torch.Tensor | None:
-    """Note what PiKV's attention function is given, and return what it is to return, if a call is only noted."""
-    if (note := getattr(_noting, "note", None)) is None:
-        return None
-    note(query, mask, given)
-    return query.new_zeros((*query.transpose(1, 2).shape[:3], value.shape[-1]))
+def attend_to_nothing(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, None]:
+    """Return what an attention function returns, without its work."""
+    return query.new_zeros((*query.transpose(1, 2).shape[:3], value.shape[-1])), None
 
 
 def _note_only(
@@ -53,4 +56,4 @@ def _note_only(
 ) -> tuple[torch.Tensor, None]:
     """Stand in for an attention function of transformers: hand over the queries and attend to nothing."""
     given["pikv_note"](query, mask, given)
-    return query.new_zeros((*query.transpose(1, 2).shape[:3], value.shape[-1])), None
+    return attend_to_nothing(query, value)

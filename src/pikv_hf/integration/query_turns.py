@@ -43,20 +43,13 @@ _running = threading.local()
 def begin_turn(module: nn.Module, cache: Any, kwargs: dict[str, Any]) -> None:
     """Note how queries of the call of an attention module that begins are moved behind its tokens."""
     turn, alive = _turn(module, kwargs), None if cache is None else weakref.ref(cache)
-    # Nothing may keep a cache alive: after Ctrl-C nobody ends the call.
+    # It stays until the next call begins, which may never be, so it keeps nothing alive.
     _running.call = weakref.ref(module), RunningTurn(turn, alive)
 
 
 @torch.compiler.disable
-def end_turn(module: nn.Module) -> None:
-    """Forget what :func:`begin_turn` noted."""
-    if running_turn(module) is not None:
-        _running.call = None
-
-
-@torch.compiler.disable
 def running_turn(module: nn.Module) -> RunningTurn | None:
-    """Return what :func:`begin_turn` noted of the running call, None if nothing."""
+    """Return what :func:`begin_turn` noted of the running call of a module, None if nothing."""
     call = getattr(_running, "call", None)
     return call[1] if call is not None and call[0]() is module else None
 
