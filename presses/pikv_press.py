@@ -89,6 +89,11 @@ class PiKVPress(JointPress):
         observer = observed(module)
         assert observer.recent is not None
         gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
+        if not observer.knows_recall_of(keys):
+            logger.warning_once(  # type: ignore[attr-defined]
+                f"PiKVPress: what would be recalled is not known of {type(module).__name__}; its tokens are judged by "
+                "the attention that the latest queries paid"
+            )
         return token_loss(observer, gram, keys, values, kwargs.get("pikv_stored"), smoothing=self.smoothing)
 
     def press_layers(self, views: list[LayerView]) -> None:

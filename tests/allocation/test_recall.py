@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pikv_hf.allocation.query_turn import Layout, Turn
+from pikv_hf.allocation.query_turn import RotaryLayout, Turn
 from pikv_hf.allocation.recall import BLOCK, SINKS, recall_mass
 
 HEADS, GROUPS, DIM = 2, 2, 8
@@ -83,8 +83,8 @@ def rotated(states, positions, frequencies, layout):
     return out
 
 
-@given(layout=st.sampled_from([each for each in Layout.all() if each.pairs != "none"]), seed=st.integers(0, 9))
-def test_a_turn_goes_from_one_position_to_another(layout: Layout, seed: int) -> None:
+@given(layout=st.sampled_from([each for each in RotaryLayout.all() if each.pairs != "none"]), seed=st.integers(0, 9))
+def test_a_turn_goes_from_one_position_to_another(layout: RotaryLayout, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     frequencies = torch.rand(3, generator=draw, dtype=torch.float64)
     states = torch.randn(5, 10, generator=draw, dtype=torch.float64)
@@ -105,10 +105,10 @@ def test_a_turn_goes_from_one_position_to_another(layout: Layout, seed: int) -> 
 
 def test_a_module_that_rotates_nothing_leaves_queries_as_they_are() -> None:
     states = torch.randn(1, 2, 3, 4)
-    turn = Turn(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), Layout())
+    turn = Turn(torch.zeros(1, 1, 2), torch.ones(1, 1, 2), RotaryLayout())
     assert torch.equal(turn(states), states)
 
 
 def test_more_angles_than_channels() -> None:
     with pytest.raises(ValueError, match="rotating 12 channels needs as many, got 8"):
-        Turn(torch.ones(1, 1, 6), torch.zeros(1, 1, 6), Layout("halves"))(torch.zeros(1, 1, 1, 8))
+        Turn(torch.ones(1, 1, 6), torch.zeros(1, 1, 6), RotaryLayout("halves"))(torch.zeros(1, 1, 1, 8))

@@ -142,6 +142,10 @@ class Observer:
             with torch.autocast(query.device.type, enabled=False):
                 self._recall(query.detach(), past, valid, keys, running)
 
+    def knows_recall_of(self, keys: torch.Tensor) -> bool:
+        """Return whether it is known how well each of the tokens with keys `(B, H, T, D)` would be recalled."""
+        return self.recalled is not None and self.recalled.shape == keys.shape[:3]
+
     def _recall(
         self,
         query: torch.Tensor,

@@ -7,7 +7,7 @@ import torch
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RotaryLayout:
     """Which channels an attention module rotates, and in which pairs.
 
     Attributes
@@ -27,7 +27,7 @@ class Layout:
     last: bool = False
 
     @classmethod
-    def all(cls) -> "Iterator[Layout]":
+    def all(cls) -> "Iterator[RotaryLayout]":
         """Yield all that are known."""
         for pairs in ("halves", "neighbours"):
             for angles in ("twice", "repeated", "once"):
@@ -50,13 +50,13 @@ class Turn:
     ----------
     cos, sin : torch.Tensor
         `(B or 1, T or 1, W)` float32 of its angles, as the module is given those of positions.
-    layout : Layout
+    layout : RotaryLayout
         Of the module.
     """
 
     cos: torch.Tensor
     sin: torch.Tensor
-    layout: Layout
+    layout: RotaryLayout
 
     @classmethod
     def between(cls, start: tuple[torch.Tensor, torch.Tensor], end: tuple[torch.Tensor, torch.Tensor]) -> "Turn":
@@ -67,9 +67,11 @@ class Turn:
         cos, sin = (part.float() for part in start)
         later_cos, later_sin = (part.float() for part in end)
         size = cos.square() + sin.square()
-        return cls((later_cos * cos + later_sin * sin) / size, (later_sin * cos - later_cos * sin) / size, Layout())
+        return cls(
+            (later_cos * cos + later_sin * sin) / size, (later_sin * cos - later_cos * sin) / size, RotaryLayout()
+        )
 
-    def by(self, layout: Layout) -> "Turn":
+    def by(self, layout: RotaryLayout) -> "Turn":
         """Return the same of another layout."""
         return Turn(self.cos, self.sin, layout)
 

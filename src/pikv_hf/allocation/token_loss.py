@@ -45,7 +45,7 @@ def _loss(
 ) -> torch.Tensor:
     assert observer.recent is not None
     valid = None if stored is None else stored.any(dim=1)
-    if observer.recalled is not None and observer.recalled.shape == keys.shape[:3]:
+    if observer.recalled is not None and observer.knows_recall_of(keys):
         return recall_loss(observer.recalled, value_distance(values, gram, valid=valid))
     causal = keys.shape[2] == observer.seen
     probability = attention_mass(observer, observer.recent, keys, stored, causal)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..allocation.observed_queries import RunningTurn
-from ..allocation.query_turn import Layout, Turn
+from ..allocation.query_turn import RotaryLayout, Turn
 from ..common.transformers_release import with_cache
 from .noted_call import note_attached_call
 
@@ -22,18 +22,14 @@ TRIED, TOLERANCE = 4, 0.03
 
 _GIVEN = "position_embeddings"
 
-#: Of a module whose queries are moved by no rotation, or that cannot be tried.
-NOT_MOVED = Layout("unknown")
-
 #: Angles below are no test.
 LEAST_ANGLE = 0.5
 
 #: Cosine and sine by position, `(B or 1, T, W)` each.
 Embeddings = tuple[torch.Tensor, torch.Tensor]
 
-
-#: What was found of each module.
-_layouts: "weakref.WeakKeyDictionary[nn.Module, Layout]" = weakref.WeakKeyDictionary()
+#: What was found of each module, None where no rotation moves its queries.
+_layouts: "weakref.WeakKeyDictionary[nn.Module, RotaryLayout | None]" = weakref.WeakKeyDictionary()
 
 #: The module whose forward runs in this thread, and how its queries are moved.
 _running = threading.local()
@@ -59,11 +55,11 @@ def _turn(module: nn.Module, kwargs: dict[str, Any]) -> Turn | None:
     embeddings, hidden = _embeddings(kwargs), kwargs.get("hidden_states")
     if embeddings is None or not isinstance(hidden, torch.Tensor) or hidden.shape[1] < 2:
         return None
-    if (layout := _layouts.get(module)) is None:
-        if (layout := _layout(module, hidden, embeddings, kwargs)) is None:
+    if module not in _layouts:
+        if (tried := _tried(module, hidden, embeddings, kwargs)) is None:
             return None
-        _layouts[module] = layout
-    if layout == NOT_MOVED:
+        _layouts[module] = _layout(*tried)
+    if (layout := _layouts[module]) is None:
         return None
     return _between(embeddings, slice(0, 1), slice(-1, None)).by(layout)
 
@@ -92,8 +88,10 @@ def _between(embeddings: Embeddings, start: slice, end: slice) -> Turn:
     return Turn.between((cos[:, start], sin[:, start]), (cos[:, end], sin[:, end]))
 
 
-def _layout(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwargs: dict[str, Any]) -> Layout | None:
-    """Return which channels a module rotates, None if its queries do not tell."""
+def _tried(
+    module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwargs: dict[str, Any]
+) -> tuple[Turn, torch.Tensor, torch.Tensor] | None:
+    """Return the queries of a few tokens at early and at late positions, and the turn between; None if that fails."""
     count = min(TRIED, hidden.shape[1] // 2)
     starts, ends = slice(0, count), slice(hidden.shape[1] - count, None)
     turns = _between(embeddings, starts, ends)
@@ -106,13 +104,16 @@ def _layout(module: nn.Module, hidden: torch.Tensor, embeddings: Embeddings, kwa
     try:
         early, late = (_queries(module, tokens, _at(kwargs[_GIVEN], row, at), kwargs) for at in (starts, ends))
     except Exception:
-        # A module that wants more of a call than what is its own, or somebody's hook that does.
-        return NOT_MOVED
-    if early.shape != late.shape:
-        return NOT_MOVED
-    errors = {layout: _error(turn.by(layout), early, late) for layout in Layout.all()}
+        # A module that wants more of a call than what is its own, somebody's hook that does, or no memory just now.
+        return None
+    return turn, early, late
+
+
+def _layout(turn: Turn, early: torch.Tensor, late: torch.Tensor) -> RotaryLayout | None:
+    """Return the layout by which a turn makes late queries of early ones, None if there is none."""
+    errors = {layout: _error(turn.by(layout), early, late) for layout in RotaryLayout.all()}
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] <= TOLERANCE * float(late.abs().max()) else NOT_MOVED
+    return best if errors[best] <= TOLERANCE * float(late.abs().max()) else None
 
 
 def _error(turn: Turn, early: torch.Tensor, late: torch.Tensor) -> float:

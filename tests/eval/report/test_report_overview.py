@@ -101,7 +101,6 @@ class TestNames:
         write_run(tmp_path / "b", "Top 10% press 50%", **press("Top", 0.5))
         assert [row.name for row in block_of(tmp_path).rows] == ["PiKVCache of mine", "Top 10% press"]
 
-    @pytest.mark.skipif(not (RESULTS / "presses").is_dir(), reason="eval/results/presses is not there")
     def test_rows_of_the_committed_presses_repeat_no_option(self) -> None:
         block = block_of(RESULTS / "presses")
         notes = {note for row in block.rows for note in row.notes}
