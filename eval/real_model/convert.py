@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from pikv_hf.common.extras import extra
 from pikv_hf.eval.reference.load import no_progress_bar
 
 #: What the file calls tokens that are no text.
 _CONTROL = 3
+#: Whether this transformers can leave the weights of such files quantised.
+_KEEPS_BLOCKS = hasattr(transformers, "GgufConfig")
 
 
 def convert(weights: Path, folder: Path) -> None:
@@ -39,9 +42,24 @@ def convert(weights: Path, folder: Path) -> None:
     fields = GGUFReader(weights).fields
     # A bar of its own is drawn by what reads the weights.
     with no_progress_bar(), contextlib.redirect_stderr(io.StringIO()):
-        model = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
-        model.save_pretrained(folder)
+        _model(weights).save_pretrained(folder)
     _tokenizer({name: field.contents() for name, field in fields.items()}).save_pretrained(folder)
+
+
+def _model(weights: Path) -> PreTrainedModel:
+    """Return the float32 model of a GGUF file, as one that was never quantised: newer transformers save no other."""
+    # Newer ones leave weights as they are in the file where they have kernels for them, unless told not to.
+    unpacked = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _KEEPS_BLOCKS else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        weights.parent, gguf_file=weights.name, dtype=torch.float32, **unpacked
+    )
+    if not hasattr(model.config, "quantization_config"):
+        return model
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
