@@ -1,72 +1,51 @@
 """Recall against the formula, token by token in float64; turns against rotations of every layout."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recall_reference import expected_recall
 
+from pikv_hf.allocation import recall
 from pikv_hf.allocation.query_turn import RotaryLayout, Turn
-from pikv_hf.allocation.recall import BLOCK, SINKS, recall_mass
+from pikv_hf.allocation.recall import SINKS, recall_mass
 
 HEADS, GROUPS, DIM = 2, 2, 8
-
-
-def expected(query, moved, keys, scale, softcap, sink, first):
-    """Return `(T,)` of one KV head: `(G, T, D)` queries, `(T, D)` keys, in float64 and one query after the other."""
-    groups, tokens, _ = query.shape
-    best = [0.0] * tokens
-    for group in range(groups):
-        for at in range(tokens):
-            block = at // BLOCK
-            near = [j for j in range(tokens) if abs(j // BLOCK - block) <= 1]
-
-            def logit(q, k):
-                value = scale * float(q @ k)
-                return value if softcap is None else softcap * math.tanh(value / softcap)
-
-            recalled = {j: logit(moved[group, at], keys[j]) for j in near}
-            others = [logit(query[group, at], keys[j]) for j in near if j // BLOCK <= block and j <= at]
-            if first is None:
-                others += [logit(moved[group, at], keys[j]) for j in range(min(SINKS, tokens)) if j not in near]
-            else:
-                others += [logit(moved[group, at], key) for key in first]
-            if sink is not None:
-                others.append(float(sink[group]))
-            top = max([*recalled.values(), *others])
-            total = sum(math.exp(value - top) for value in [*recalled.values(), *others])
-            for j, value in recalled.items():
-                best[j] = max(best[j], math.exp(value - top) / total)
-    return torch.tensor(best)
+LAYOUT = RotaryLayout("halves", "once")
 
 
 @given(
-    tokens=st.sampled_from([1, 2, 63, 64, 65, 150]),
+    tokens=st.sampled_from([1, 2, 31, 32, 33, 64, 150]),
+    at_once=st.sampled_from([1, 1 << 14, 1 << 18]),
     padding=st.integers(0, 70),
     softcap=st.sampled_from([None, 3.0]),
     has_sinks=st.booleans(),
     later=st.booleans(),
     seed=st.integers(0, 9),
 )
-def test_recall_is_what_the_formula_says(tokens, padding, softcap, has_sinks, later, seed) -> None:
+def test_recall_is_what_the_formula_says(tokens, padding, softcap, has_sinks, later, at_once, seed) -> None:
     draw = torch.Generator().manual_seed(seed)
     shape = 2, HEADS * GROUPS, tokens + padding, DIM
-    query, moved = torch.randn(2, *shape, generator=draw) * 2
+    query = torch.randn(shape, generator=draw) * 2
     keys = torch.randn(2, HEADS, tokens + padding, DIM, generator=draw) * 2
     valid = torch.ones(2, tokens + padding, dtype=torch.bool)
     valid[1, :padding] = False
     sinks = torch.randn(HEADS * GROUPS, generator=draw) if has_sinks else None
     first = torch.randn(2, HEADS, SINKS, DIM, generator=draw) if later else None
-    given_valid = valid if padding else None
-    got = recall_mass(query, moved, keys, scale=0.4, valid=given_valid, sinks=sinks, softcap=softcap, first=first)
+    turn = Turn(torch.tensor([[[0.6, 0.0, 1.0, -0.8]]]), torch.tensor([[[0.8, 1.0, 0.0, -0.6]]]), LAYOUT)
+    moved, back = turn(query), turn.back()
+    given = {"valid": valid if padding else None, "sinks": sinks, "softcap": softcap}
+    start = None if first is None else back(first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "LOGITS_AT_ONCE", at_once)
+        got = recall_mass(query, keys, back(keys), scale=0.4, first=start, **given)
     assert bool((got[1, :, :padding] == 0).all())
     for row, head in ((0, 0), (1, 1)):
         own, real = slice(head * GROUPS, (head + 1) * GROUPS), valid[row]
-        parts = (part[row, own][:, real].double() for part in (query, moved))
+        parts = (part[row, own][:, real] for part in (query, moved))
         sink = None if sinks is None else sinks[own]
-        start = None if first is None else first[row, head].double()
-        reference = expected(*parts, keys[row, head, real].double(), 0.4, softcap, sink, start)
+        start = None if first is None else first[row, head]
+        reference = expected_recall(*parts, keys[row, head, real], 0.4, softcap, sink, start)
         # A float32 softmax over logits of at most 60.
         torch.testing.assert_close(got[row, head, real], reference.float(), rtol=1e-4, atol=1e-6)
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import FAMILIES
+from recall_reference import expected_recall
 from transformers import AttentionInterface, DynamicCache
 
 from pikv_hf import PiKVCache, attach
 from pikv_hf.allocation.observed_queries import Observer
-from pikv_hf.allocation.recall import recall_mass
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.presses import PiKVPress
 
@@ -66,7 +66,16 @@ def test_recall_is_that_of_queries_behind_the_prompt(name) -> None:
     positions = torch.arange(TOKENS)
     query, keys, given = noted(model, ids, positions)
     moved = noted(model, ids, positions + TOKENS - 1)[0]
-    expected = recall_mass(query, moved, keys, scale=observer.scale, sinks=given.get("s_aux"), softcap=observer.softcap)
+    heads, sinks = keys.shape[1], given.get("s_aux")
+    groups = query.shape[1] // heads
+    asked, later = (part[0].unflatten(0, (heads, groups)) for part in (query, moved))
+    of_heads = [None] * heads if sinks is None else list(sinks.detach().unflatten(0, (heads, groups)))
+    expected = torch.stack(
+        [
+            expected_recall(*pair, key, observer.scale, observer.softcap, sink)
+            for *pair, key, sink in zip(asked, later, keys[0], of_heads, strict=True)
+        ]
+    )[None]
     # Angles of hundreds of radians, added up in float32.
     torch.testing.assert_close(observer.recalled, expected, rtol=1e-2, atol=1e-4)
     assert float(expected.std()) > 1e-3

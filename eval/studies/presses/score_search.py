@@ -59,9 +59,9 @@ class Rules:
 
     def recalled(self) -> torch.Tensor:
         """The most attention that the context's own queries pay to each token when they are moved behind it."""
-        queries = self.prefill.queries
-        turned = estimates.turn(queries, *self.model.angles(torch.full((self.tokens,), self.tokens - 1)))
-        return recall_mass(queries, turned, self.keys, self.model.scale)
+        cos, sin = self.model.angles(torch.full((self.tokens,), self.tokens - 1))
+        moved = estimates.turn(self.keys, cos, -sin)
+        return recall_mass(self.prefill.queries, self.keys, moved, self.model.scale)
 
     def shipped(self, probability: torch.Tensor, smoothing: float = utility.SMOOTHING) -> torch.Tensor:
         """Probability, partly spread evenly, times the squared distance of values behind the output projection.

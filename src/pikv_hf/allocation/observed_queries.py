@@ -162,8 +162,10 @@ class Observer:
             return
         if query.shape[2] > 1 and running.turn is not None:
             keys, sinks = keys.detach(), None if self.sinks is None else self.sinks.detach()
-            given = query, running.turn(query), keys, self.scale
-            new = recall_mass(*given, valid=valid, sinks=sinks, softcap=self.softcap, first=self._first)
+            back = running.turn.back()
+            first = None if self._first is None else back(self._first)
+            given = query, keys, back(keys), self.scale
+            new = recall_mass(*given, valid=valid, sinks=sinks, softcap=self.softcap, first=first)
             if self._first is None:
                 self._first = _first_keys(keys, valid)
         elif query.shape[2] == 1 and before is not None:

@@ -75,15 +75,19 @@ class Turn:
         """Return the same of another layout."""
         return Turn(self.cos, self.sin, layout)
 
-    def __call__(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return queries `(B, Hq, T, D)` as they would have been so many positions later, in float32.
+    def back(self) -> "Turn":
+        """Return the rotation the other way: a query that is turned meets a key as it meets the key turned back."""
+        return Turn(self.cos, -self.sin, self.layout)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Return queries or keys `(B, H, T, D)` as they would have been so many positions later, in float32.
 
         Raises
         ------
         ValueError
             If there are more angles than pairs of channels.
         """
-        states = queries.float()
+        states = states.float()
         if self.layout.pairs == "none":
             return states
         cos, sin = (self.layout.distinct(part).unsqueeze(1) for part in (self.cos, self.sin))
