@@ -82,6 +82,10 @@ class ObservingPress(ScorerPress):
         ratios and shares, nothing else.
     sink_tokens : int
         First tokens of each sequence that always survive.
+    compression_interval : int, optional
+        Decide again during generation, whenever so many more tokens have been seen, on a `PiKVCache`. What is decided
+        leaves room for the tokens until then, so that the budget holds after every step. By default only prompts are
+        compressed.
 
     Raises
     ------
@@ -92,6 +96,7 @@ class ObservingPress(ScorerPress):
     compression_ratio: float = 0.0
     budget: Given | None = None
     sink_tokens: int = 4
+    compression_interval: int | None = None
     _budget: PressBudget | None = field(init=False, repr=False, default=None)
     _entered: int = field(init=False, repr=False, default=0)
     _eager: bool = field(init=False, repr=False, default=False)
@@ -106,6 +111,8 @@ class ObservingPress(ScorerPress):
             )
         if self.sink_tokens < 0:
             raise ValueError(f"{name}: sink_tokens must be at least 0, got {self.sink_tokens}")
+        if self.compression_interval is not None and self.compression_interval < 1:
+            raise ValueError(f"{name}: compression_interval must be at least 1 token, got {self.compression_interval}")
         self._budget = None if self.budget is None else PressBudget.parse(self.budget)
         if self._budget is not None and self._budget.kind == "share":
             # A ratio is what kvpress's wrappers read and set.
@@ -136,14 +143,25 @@ class ObservingPress(ScorerPress):
         return self._budget is not None or self.compression_ratio > 0
 
     def kept_shares(self, view: LayerView) -> list[float]:
-        """Return the share of each row's tokens that the budget leaves of a layer."""
+        """Return the share of each row's tokens that the budget leaves of a layer, with room for those to come."""
         seen = self.tokens_seen(view)
         if self._budget is None:
-            return [1 - self.compression_ratio] * len(seen)
-        config: Any = view.module.config
-        layers = int(config.get_text_config().num_hidden_layers)
-        whole = layers * view.stored.shape[1] * sum(seen) * view.token_bytes
-        return [self._budget.share(tokens, whole) for tokens in seen]
+            shares = [1 - self.compression_ratio] * len(seen)
+        else:
+            config: Any = view.module.config
+            layers = int(config.get_text_config().num_hidden_layers)
+            whole = layers * view.stored.shape[1] * sum(seen) * view.token_bytes
+            shares = [self._budget.share(tokens, whole) for tokens in seen]
+        rooms = [self.room(share) / max(tokens, 1) for share, tokens in zip(shares, seen, strict=True)]
+        return [min(1.0, max(0.0, share - room)) for share, room in zip(shares, rooms, strict=True)]
+
+    def room(self, share: float) -> float:
+        """Return the tokens for which a decision leaves room: those until the next one.
+
+        A budget that is a share of the tokens grows with them.
+        """
+        coming = 0 if self.compression_interval is None else self.compression_interval - 1
+        return coming * (1 - share) if self._budget is None else coming
 
     def kept_tokens(self, tokens: int, share: float) -> int:
         """Return how many of a lane's `tokens` to keep: at least one, and the sinks."""
@@ -227,12 +245,14 @@ class ObservingPress(ScorerPress):
         watch(model)
 
     def forward_hook(self, module: nn.Module, input: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        """Compress the layer of the cache that this attention has just filled; single tokens are decoding."""
+        """Compress the layer of the cache that this attention has just filled; single tokens are generated ones."""
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else input[0]
         cache = cache_of_call(kwargs)
-        if cache is None or hidden.shape[1] < 2:
+        if cache is None or (hidden.shape[1] < 2 and self.compression_interval is None):
             return output
         layer = cache.layers[module.layer_idx]
+        if hidden.shape[1] < 2 and layer.get_seq_length() % (self.compression_interval or 1):
+            return output
         if not self.removes or getattr(layer, "is_sliding", False) or getattr(module, "sliding_window", None):
             if isinstance(layer, PiKVLayer):
                 layer.edits.end_press()
@@ -243,6 +263,12 @@ class ObservingPress(ScorerPress):
                 "a PiKVCache, which can quantise as well"
             )
         view = view_of(module, layer, kwargs, hidden.shape[1])
+        if self.compression_interval is not None and not view.is_paged:
+            raise ValueError(
+                f"{type(self).__name__}: compression_interval={self.compression_interval} decides while tokens are "
+                f"generated, when a {type(layer).__name__} no longer knows their positions; use "
+                "PiKVCache.for_model(model)"
+            )
         self.press_layer(view, kwargs)
         self.done(view)
         return output

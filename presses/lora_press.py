@@ -57,6 +57,11 @@ class LoRAPress(ObservingPress):
         if self.error is not None and not 0 < self.error < 1:
             raise ValueError(f"error must be between 0 and 1, got {self.error}")
         # A share has been turned into a ratio by now.
+        if self.compression_interval is not None:
+            raise ValueError(
+                f"compression_interval={self.compression_interval}: what LoRAPress leaves behind is a codec, which "
+                "codes generated tokens as well; leave it out"
+            )
         given = {"compression_ratio": (self.budget is None and self.compression_ratio) or None, "budget": self.budget}
         given |= {"rank": self.rank, "error": self.error}
         named = {name: value for name, value in given.items() if value is not None}

@@ -126,7 +126,10 @@ class PiKVPress(JointPress):
             share = 1 - self.compression_ratio
         else:
             share = self._budget.share(tokens, layers * views[0].token_bytes * batch * heads * tokens)
-        return max(0, int(whole * share) - LAYER_BYTES * len(views))
+        page = page_size_of(views[0])
+        # Tokens to come fill pages of each head.
+        room = -(-self.room(share) // page) * page * batch * heads * sum(view.token_bytes for view in views)
+        return max(0, int(whole * share - room) - LAYER_BYTES * len(views))
 
     def _store(self, view: LayerView, widths: torch.Tensor) -> None:
         if view.is_paged:

@@ -58,6 +58,6 @@ class PressBudget:
         return cls(kind, amount)
 
     def share(self, tokens: int, nbytes: int) -> float:
-        """Return the budget as a share of `tokens` per KV head, which take `nbytes` as they are; at most 1."""
+        """Return the budget as a share of `tokens` per KV head, which take `nbytes` as they are; may be more than 1."""
         whole = {"share": 1.0, "tokens": float(tokens), "bytes": float(nbytes)}[self.kind]
-        return min(1.0, self.amount / max(whole, 1.0))
+        return self.amount / max(whole, 1.0)

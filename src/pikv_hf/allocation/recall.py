@@ -66,9 +66,11 @@ def recall_mass(
     mass = torch.zeros((batch, heads, tokens), dtype=torch.float32, device=keys.device)
     groups = queries.shape[1] // heads
     for row in range(batch):
-        real = slice(None) if valid is None else valid[row].nonzero().squeeze(1)
-        if valid is not None and not len(real):
-            continue
+        real: slice | torch.Tensor = slice(None)
+        if valid is not None:
+            if not bool(valid[row].any()):
+                continue
+            real = valid[row].nonzero().squeeze(1)
         for head in range(heads):
             own = slice(head * groups, (head + 1) * groups)
             near, far = (part[row, head][real].float() * scale for part in (keys, moved))
