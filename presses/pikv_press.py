@@ -25,6 +25,9 @@ from pikv_hf.presses.observed_queries import observed
 
 logger = logging.getLogger(__name__)
 
+#: Bytes, more than there are.
+NO_LIMIT = 1 << 62
+
 
 @dataclass
 class PiKVPress(JointPress):
@@ -44,6 +47,9 @@ class PiKVPress(JointPress):
     ----------
     compression_ratio, budget, sink_tokens
         As in :class:`ObservingPress`; the share is one of bytes: of what `DynamicCache` holds in the model's dtype.
+    error_budget : float, optional
+        Instead of a ratio or a budget: keep as few bytes as lose no more than this share, in (0, 1), of what evicting
+        all tokens would. Prompts differ in what they need: `docs/presses.md` has the bytes and scores that shares gave.
     smoothing : float
         Where it is not known how a model's queries are moved, the attention that the latest ones paid stands in for
         what is recalled, :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`; this share of it is spread evenly.
@@ -57,16 +63,30 @@ class PiKVPress(JointPress):
         of a prompt that is shorter than its pages is exceeded by these instead.
     """
 
+    error_budget: float | None = None
     smoothing: float = SMOOTHING
     widths: tuple[int, ...] = (2, 4, 8, FULL)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.error_budget is not None:
+            if not 0 < self.error_budget < 1:
+                raise ValueError(f"error_budget must be between 0 and 1, got {self.error_budget}")
+            if self.budget is not None or self.compression_ratio or self.compression_interval is not None:
+                raise ValueError(
+                    f"error_budget={self.error_budget} says by itself how many bytes a prompt is worth; leave out "
+                    "compression_ratio, budget and compression_interval"
+                )
         if not 0 <= self.smoothing <= 1:
             raise ValueError(f"smoothing must be between 0 and 1, got {self.smoothing}")
         known = {2, 4, 8, FULL}
         if not self.widths or set(self.widths) - known:
             raise ValueError(f"widths must be among {sorted(known)}, got {self.widths}")
+
+    @property
+    def removes(self) -> bool:
+        """Whether the press changes anything."""
+        return super().removes or self.error_budget is not None
 
     def post_init_from_model(self, model: Any) -> None:
         """Attach the model, and have it noted how well its tokens would be recalled."""
@@ -114,11 +134,14 @@ class PiKVPress(JointPress):
             sinks=self.sink_tokens,
             # A share of a short prompt may be less than a page of each head.
             may_exceed=self._budget is None or self._budget.kind != "bytes",
+            error_budget=self.error_budget,
         )
         for view, widths in zip(views, given, strict=True):
             self._store(view, widths)
 
     def _bytes_for(self, views: list[LayerView], layers: int) -> int:
+        if self.error_budget is not None:
+            return NO_LIMIT
         batch, heads, tokens = views[0].stored.shape
         seen = sum(self.tokens_seen(views[0])) * heads
         whole = sum(view.token_bytes for view in views) * seen

@@ -289,3 +289,25 @@ def test_a_press_that_removes_nothing_changes_nothing() -> None:
         pressed = read(model, attached(model, **coded), ids_of(100), make(compression_ratio=0.0))
         assert pressed.nbytes == plain.nbytes, name
         assert torch.equal(pressed.layers[0].keys, plain.layers[0].keys)
+
+
+@pytest.mark.parametrize("error", [0.3, 0.03])
+def test_an_error_budget_says_how_many_bytes(error: float) -> None:
+    model, ids = shared_model(), ids_of(200)
+
+    def nbytes(press: Any) -> int:
+        cache = read(model, attached(model, num_shards=1, recent_window=0, sink_tokens=0), ids, press)
+        gc.collect()
+        return paged_bytes(cache)
+
+    loose, strict = nbytes(PiKVPress(error_budget=error)), nbytes(PiKVPress(error_budget=error / 10))
+    assert loose < strict
+    assert nbytes(PiKVPress(error_budget=1e-9)) > 0.9 * dense_bytes(model, 200)
+
+
+@pytest.mark.parametrize("given", [{"budget": 0.5}, {"compression_ratio": 0.5}, {"compression_interval": 8}])
+def test_an_error_budget_stands_alone(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"error_budget=0\.1 says by itself how many bytes"):
+        PiKVPress(error_budget=0.1, **given)
+    with pytest.raises(ValueError, match="error_budget must be between 0 and 1, got 1"):
+        PiKVPress(error_budget=1)

@@ -10,7 +10,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pikv_hf.allocation.bit_allocation import EVICTED, FULL, HOST_BYTES, PageCost, allocate, pages_nbytes
+from pikv_hf.allocation.bit_allocation import (
+    EVICTED,
+    FULL,
+    HOST_BYTES,
+    PageCost,
+    allocate,
+    allocate_beside,
+    pages_nbytes,
+)
 from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
 
@@ -38,6 +46,23 @@ def problems(draw: st.DrawFn) -> tuple[dict[int, torch.Tensor], PageCost, int, t
 def least_bytes(cost: PageCost, sinks: int, valid: torch.Tensor, lanes: int) -> int:
     kept = valid.sum(-1).clamp(max=sinks)
     return lanes * int(torch.ceil(kept / cost.page_size).sum()) * min(cost.nbytes.values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), error=st.sampled_from((0.5, 0.1, 0.01, 0.001)), share=st.floats(0, 1))
+def test_what_is_enough_is_reached_and_no_byte_more_is_given(problem, error, share):
+    losses, cost, sinks, valid = problem
+    losses = {width: loss * valid for width, loss in losses.items()}
+    enough = error * float(losses[0].double().sum())
+    widths = allocate_beside(losses, cost, 1 << 60, sinks=sinks, valid=valid, enough=enough)[0]
+    # Sums of thousands of float64 steps.
+    assert total_loss(widths, losses) <= enough * (1 + 1e-9) + 1e-9
+    # A budget below what that took loses more: it stops before the same steps' last one, or earlier.
+    spent = pages_nbytes(widths, cost)
+    least = least_bytes(cost, sinks, valid, losses[0].shape[1])
+    if spent > least:
+        fewer = allocate(losses, cost, least + int(share * (spent - 1 - least)), sinks=sinks, valid=valid)
+        assert total_loss(fewer, losses) > enough * (1 - 1e-9)
 
 
 @settings(max_examples=150, deadline=None)

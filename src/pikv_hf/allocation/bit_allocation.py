@@ -7,6 +7,7 @@ what widths are given to: the tokens of a lane are sorted by what losing them co
 follows its own curve. Page rounding is then part of the problem instead of an error on top of its solution.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -121,6 +122,7 @@ def allocate_beside(
     valid: torch.Tensor | None = None,
     needed: torch.Tensor | None = None,
     pages: PackedPages | None = None,
+    enough: float = -math.inf,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Give every token a width such that the sum of losses is small and the pages fit the budget.
 
@@ -145,6 +147,8 @@ def allocate_beside(
         `(..., T)` bool or what broadcasts to it, further tokens that are never evicted.
     pages : PackedPages, optional
         Pages that compete for the same budget.
+    enough : float
+        Sum of losses at which no more bytes are given, though the budget may hold them.
 
     Returns
     -------
@@ -172,7 +176,7 @@ def allocate_beside(
     if pages is not None:
         by_page, prices = torch.cat([by_page, pages.losses]), torch.cat([prices, pages.nbytes])
         forced = torch.cat([forced, pages.needed])
-    level = _water_fill(by_page, prices, forced, budget)
+    level = _water_fill(by_page, prices, forced, budget, enough)
     given = torch.tensor(widths, dtype=torch.int8, device=curve.device)[level[:fresh]].view(len(order), -1)
     per_token = given.repeat_interleave(cost.page_size, dim=1)[:, :tokens]
     return torch.zeros_like(per_token).scatter_(1, order, per_token).mul_(real).view(shape), level[fresh:]
@@ -237,11 +241,13 @@ def _page_losses(curve: torch.Tensor, order: torch.Tensor, page_size: int) -> to
     return torch.stack(sums, dim=-1)
 
 
-def _water_fill(losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int) -> torch.Tensor:
+def _water_fill(
+    losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor, budget: int, enough: float
+) -> torch.Tensor:
     """Return which width each page gets, `(pages,)` int64, of those that `(pages, W)` losses and prices are of.
 
     Every page climbs the lower convex hull of its points (price, loss); all these steps are taken in the order of what
-    they gain per byte, until the first one that the budget does not hold.
+    they gain per byte, until the first one that the budget does not hold, or until the losses are `enough`.
     """
     least = forced * (prices[:, 1:].argmin(dim=1) + 1)
     spent = int(prices.gather(1, least.unsqueeze(1)).sum())
@@ -252,8 +258,10 @@ def _water_fill(losses: torch.Tensor, prices: torch.Tensor, forced: torch.Tensor
     order = slopes.flatten().argsort(descending=True, stable=True)
     order = order[slopes.flatten()[order] > 0]
     total = spent + (prices.gather(1, targets) - prices.gather(1, befores)).flatten()[order].cumsum(0)
+    gains = (losses.gather(1, befores) - losses.gather(1, targets)).flatten()[order]
+    lost = losses.gather(1, least.unsqueeze(1)).sum() - (gains.cumsum(0) - gains)
     taken = torch.zeros(slopes.numel(), dtype=torch.bool, device=losses.device)
-    taken[order[total <= budget]] = True
+    taken[order[(total <= budget) & (lost > enough)]] = True
     steps = taken.view_as(slopes).sum(1, keepdim=True)
     return torch.cat([least.unsqueeze(1), targets], dim=1).gather(1, steps).squeeze(1)
 
