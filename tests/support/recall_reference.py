@@ -30,7 +30,7 @@ def expected_recall(
         for at in range(tokens):
             block = at // BLOCK
             near = [j for j in range(tokens) if j // BLOCK - block in (0, 1)]
-            others = [float(repeated[group, at, j]) for j in range(block * BLOCK, at + 1)]
+            others = [float(repeated[group, at, j]) for j in range(max(0, block - 1) * BLOCK, at + 1)]
             others += [float(at_first[group, at, j]) for j in range(len(start)) if first is not None or j not in near]
             others += [] if sinks is None else [float(sinks[group])]
             wanted = {j: float(recalled[group, at, j]) for j in near}

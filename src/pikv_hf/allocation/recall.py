@@ -36,7 +36,7 @@ def recall_mass(
     """Return the most attention that a text's own queries, moved behind it, would pay to each of its tokens.
 
     A query competes for attention with what it saw in its own place, which would be repeated too: keys of its own block
-    up to itself.
+    and of the one before, up to itself.
 
     Parameters
     ----------
@@ -83,31 +83,34 @@ def recall_mass(
 
 
 def _columns(near: torch.Tensor, far: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-    """Return `(blocks, D, 3 BLOCK + S)`, what the queries of each block are multiplied by.
+    """Return `(blocks, D, 4 BLOCK + S)`, what the queries of each block are multiplied by.
 
-    Moved keys of the block and of the next, keys in their own place of the block, the first keys of the text.
+    Moved keys of the block and of the next, keys in their own place of the block before and of the block, the first
+    keys of the text.
     """
     tokens, dim = near.shape
     blocks = -(-tokens // BLOCK)
     near, far = (pad(part, (0, 0, 0, blocks * BLOCK - tokens)).view(blocks, BLOCK, dim) for part in (near, far))
-    following = pad(far[1:], (0, 0, 0, 0, 0, 1))
-    return torch.cat([far, following, near, start.expand(blocks, -1, -1)], dim=1).transpose(1, 2).contiguous()
+    before, after = pad(near[:-1], (0, 0, 0, 0, 1, 0)), pad(far[1:], (0, 0, 0, 0, 0, 1))
+    parts = [far, after, before, near, start.expand(blocks, -1, -1)]
+    return torch.cat(parts, dim=1).transpose(1, 2).contiguous()
 
 
 def _bias(tokens: int, starts: int, repeated: bool, device: torch.device) -> torch.Tensor:
-    """Return `(blocks, 1, BLOCK, 3 BLOCK + S)`, -inf where a query does not look; `(1, ...)` where that is the same.
+    """Return `(blocks, 1, BLOCK, 4 BLOCK + S)`, -inf where a query does not look.
 
     `repeated` says that the first keys are the first block's own, which count once.
     """
     blocks = -(-tokens // BLOCK)
     place = torch.arange(BLOCK, device=device)
-    bias = torch.zeros((blocks, 1, BLOCK, 3 * BLOCK + starts), device=device)
-    bias[..., 2 * BLOCK : 3 * BLOCK].masked_fill_(place > place[:, None], -torch.inf)
+    bias = torch.zeros((blocks, 1, BLOCK, 4 * BLOCK + starts), device=device)
+    bias[..., 3 * BLOCK : 4 * BLOCK].masked_fill_(place > place[:, None], -torch.inf)
+    bias[0, ..., 2 * BLOCK : 3 * BLOCK] = -torch.inf
     column = torch.arange(blocks * BLOCK + BLOCK, device=device)
     missing = (column >= tokens).unfold(0, 2 * BLOCK, BLOCK)
     bias[..., : 2 * BLOCK].masked_fill_(missing[:, None, None], -torch.inf)
     if repeated:
-        bias[0, ..., 3 * BLOCK :] = -torch.inf
+        bias[0, ..., 4 * BLOCK :] = -torch.inf
     return bias
 
 
