@@ -39,19 +39,23 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """Windows of one length of every text: how many, and how many of their last tokens are scored."""
+    """Windows of one length of every text: how many, how many of their last tokens are scored, behind which codecs."""
 
     tokens: int
     windows: int
     scored: int
+    codecs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """A name for a file."""
-        return f"perplexity-{self.tokens}"
+        return f"perplexity-{self.tokens}-{self.windows}-{self.scored}"
 
 
-PARTS = (Part(2048, 8, 256), Part(8192, 4, 512))
+#: Those that are compared at all lengths, and others; see :func:`cache_name`.
+MAIN = ("int8", "int4", "int2", "auto", "lowrank", "quanto:4")
+CODECS = (*MAIN, "fp8", "lowrank+int4", "int4/int2", "int2/int4", "auto@0.2", "quanto:2")
+PARTS = (Part(2048, 8, 256, CODECS), Part(8192, 2, 256, MAIN))
 
 
 def cache_name(codec: str) -> str:
@@ -70,19 +74,19 @@ def cache_name(codec: str) -> str:
     return "pikv:" + ",".join(f"{name}={value}" for name, value in options.items())
 
 
-def measure(model: Any, tokenizer: Any, part: Part, read: Text, codecs: Sequence[str], file: Path) -> Iterator[Row]:
+def measure(model: Any, tokenizer: Any, part: Part, read: Text, file: Path) -> Iterator[Row]:
     """Yield what each codec makes of each window of a text; what the file has is not measured anew."""
     known = kept(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
         done = {row["codec"]: row for row in known if (row["text"], row["window"]) == (read.name, window.id)}
-        if missing := [codec for codec in codecs if codec not in done]:
+        if missing := [codec for codec in part.codecs if codec not in done]:
             reader = WindowReader(model, window)
             for codec in missing:
                 done[codec] = {"text": read.name, "window": window.id, **reader.measure(codec)}
                 with file.open("a") as out:
                     out.write(json.dumps(done[codec]) + "\n")
-        yield from (done[codec] for codec in codecs)
+        yield from (done[codec] for codec in part.codecs)
 
 
 def kept(file: Path) -> list[Row]:

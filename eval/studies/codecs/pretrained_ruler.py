@@ -16,7 +16,7 @@ from pikv_hf.eval.tasks.ruler import generate, score
 from pikv_hf.eval.tasks.sample import EvalSample
 
 from ..routing.routing_study import interval
-from .pretrained_perplexity import cache_name, kept
+from .pretrained_perplexity import MAIN, cache_name, kept
 from .read_once import read_once
 
 #: Those that SmolLM2-135M answers at these lengths.
@@ -35,10 +35,11 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Part:
-    """Prompts of one length: samples of each task."""
+    """Prompts of one length: samples of each task, and the codecs that they are asked of, beside none."""
 
     tokens: int
     samples: int
+    codecs: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -46,26 +47,27 @@ class Part:
         return f"ruler-{self.tokens}"
 
 
-PARTS = (Part(1024, 16), Part(2048, 8))
+PARTS = (Part(1024, 8, (*MAIN, "lowrank+int4")), Part(2048, 4, MAIN))
 
 
-def measure(asker: Asker, part: Part, codecs: Sequence[str], file: Path) -> Iterator[Row]:
+def measure(asker: Asker, part: Part, file: Path) -> Iterator[Row]:
     """Yield what every codec answers and scores for each sample; what the file has is not measured anew."""
     known = kept(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     samples = generate(asker.tokenizer, part.tokens, part.samples, tasks=TASKS, seed=SEED)
     # Some of each task, so that what was stopped has about as many of all.
+    codecs = "none", *part.codecs
     for first in range(0, part.samples, BATCH):
         for task in range(len(TASKS)):
             batch = samples[task * part.samples :][first : min(first + BATCH, part.samples)]
             ids = {sample.id for sample in batch}
             done = {row["codec"]: row for row in known if ids == row["answers"].keys()}
-            if missing := [codec for codec in ("none", *codecs) if codec not in done]:
+            if missing := [codec for codec in codecs if codec not in done]:
                 for row in measured(asker, batch, missing):
                     done[row["codec"]] = row
                     with file.open("a") as out:
                         out.write(json.dumps(row) + "\n")
-            yield from (done[codec] for codec in ("none", *codecs))
+            yield from (done[codec] for codec in codecs)
 
 
 def measured(asker: Asker, batch: Sequence[EvalSample], codecs: Sequence[str]) -> Iterator[Row]:

@@ -19,49 +19,31 @@ from . import pretrained_perplexity as perplexity
 from . import pretrained_ruler as ruler
 from .real_text import texts
 
-#: As :func:`~pikv_hf.eval.studies.codecs.pretrained_perplexity.cache_name` reads them.
-CODECS = (
-    "int8",
-    "int4",
-    "int2",
-    "int8/int4",
-    "int4/int2",
-    "int2/int4",
-    "fp8",
-    "auto",
-    "lowrank",
-    "lowrank:32",
-    "lowrank+int4",
-    "quanto:4",
-    "quanto:2",
-)
-
 Row = dict[str, Any]
+Parts = Sequence[perplexity.Part]
 
 
-def measure_perplexity(
-    model: Any, tokenizer: Any, folder: Path, codecs: Sequence[str], lengths: Sequence[int], console: Console
-) -> list[Row]:
+def measure_perplexity(model: Any, tokenizer: Any, folder: Path, parts: Parts, console: Console) -> list[Row]:
     """Return a row for each text, length and codec."""
     rows: list[Row] = []
-    for part in perplexity.PARTS:
-        if part.tokens not in lengths:
-            continue
+    for part in parts:
         for read in texts():
             file, found = folder / f"{part.name}-{read.name}.jsonl", list[Row]()
-            for row in perplexity.measure(model, tokenizer, part, read, codecs, file):
+            for row in perplexity.measure(model, tokenizer, part, read, file):
                 found.append(row)
-                console.print(f"{part.name} {read.name}: {len(found)} of {part.windows * len(codecs)}", soft_wrap=True)
+                console.print(
+                    f"{part.name} {read.name}: {len(found)} of {part.windows * len(part.codecs)}", soft_wrap=True
+                )
             rows += perplexity.rows_of(part, read, found)
     return rows
 
 
-def measure_ruler(asker: Asker, folder: Path, codecs: Sequence[str], console: Console) -> list[Row]:
+def measure_ruler(asker: Asker, folder: Path, console: Console) -> list[Row]:
     """Return a row for each length and codec."""
     rows: list[Row] = []
     for part in ruler.PARTS:
         found: list[Row] = []
-        for row in ruler.measure(asker, part, codecs, folder / f"{part.name}.jsonl"):
+        for row in ruler.measure(asker, part, folder / f"{part.name}.jsonl"):
             found.append(row)
             console.print(f"{part.name}: {row['task']}, {row['codec']}: {sum(row['scores']) / len(row['scores']):.1f}")
         rows += ruler.rows_of(part, found)
@@ -100,19 +82,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", default="smollm2", help="a folder or a name, as of pikv eval")
     parser.add_argument("--parts", type=Path, required=True, help="folder to keep what is measured in")
     parser.add_argument("--output", type=Path, help="file for the results")
-    parser.add_argument("--codecs", nargs="*", default=CODECS)
     parser.add_argument("--only", nargs="*", choices=("perplexity", "ruler"), default=("perplexity", "ruler"))
-    parser.add_argument("--lengths", nargs="*", type=int, default=[part.tokens for part in perplexity.PARTS])
+    parser.add_argument("--lengths", nargs="*", type=int, help="of perplexity: all by default")
     arguments = parser.parse_args(argv)
     console = Console(highlight=False)
     model, tokenizer = load_model(arguments.model, "float32")
     tables: dict[str, list[Row]] = {}
     if "perplexity" in arguments.only:
-        tables["perplexity"] = measure_perplexity(
-            model, tokenizer, arguments.parts, arguments.codecs, arguments.lengths, console
-        )
+        parts = [part for part in perplexity.PARTS if part.tokens in (arguments.lengths or (part.tokens,))]
+        tables["perplexity"] = measure_perplexity(model, tokenizer, arguments.parts, parts, console)
     if "ruler" in arguments.only:
-        tables["ruler"] = measure_ruler(Asker(model, tokenizer), arguments.parts, arguments.codecs, console)
+        tables["ruler"] = measure_ruler(Asker(model, tokenizer), arguments.parts, console)
     show(console, tables)
     if arguments.output is not None:
         about = {

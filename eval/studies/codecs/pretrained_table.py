@@ -1,5 +1,6 @@
 """The table of codecs on a pretrained model in docs/codecs.md, from `codecs-smollm2.json`."""
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,3 +77,18 @@ def _change(row: Row | None) -> str:
 
 def _score(row: Row | None) -> str:
     return NOT_MEASURED if row is None else f"{row['score']:.1f} ({row['samples']})"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(prog="python -m pikv_hf.eval.studies.codecs.pretrained_table", description=__doc__)
+    parser.add_argument("results", type=Path, help="folder of the results, eval/results")
+    arguments = parser.parse_args(argv)
+    try:
+        print(pretrained_table(arguments.results), end="")
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

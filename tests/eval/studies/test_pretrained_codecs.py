@@ -14,8 +14,7 @@ from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.runner.caches import cache_factory
 from pikv_hf.eval.studies.codecs import pretrained_perplexity as perplexity
 from pikv_hf.eval.studies.codecs import pretrained_table, real_text, shared_bases
-from pikv_hf.eval.studies.codecs.pretrained_perplexity import Part, WindowReader, cache_name
-from pikv_hf.eval.studies.codecs.pretrained_study import CODECS
+from pikv_hf.eval.studies.codecs.pretrained_perplexity import CODECS, Part, WindowReader, cache_name
 from pikv_hf.eval.studies.codecs.read_once import read_once
 from pikv_hf.eval.studies.codecs.real_text import Text
 from pikv_hf.eval.studies.codecs.shared_bases import Reconstruction, Scheme
@@ -110,11 +109,11 @@ def test_wider_codes_are_nearer(model: Any, window: Window) -> None:
 
 def test_what_was_stopped_goes_on(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = Text("prose", "The quick brown fox. " * 30, "made up")
-    part, file = Part(TOKENS, 2, TOKENS - PREFILL), tmp_path / "new" / "part.jsonl"
-    once = list(perplexity.measure(model, Letters(), part, read, ["int4", "int8"], file))
+    part, file = Part(TOKENS, 2, TOKENS - PREFILL, ("int4", "int8")), tmp_path / "new" / "part.jsonl"
+    once = list(perplexity.measure(model, Letters(), part, read, file))
     assert len(file.read_text().splitlines()) == 4
     monkeypatch.setattr(perplexity, "WindowReader", None)
-    again = list(perplexity.measure(model, Letters(), part, read, ["int4", "int8"], file))
+    again = list(perplexity.measure(model, Letters(), part, read, file))
     assert again == once
     rows = perplexity.rows_of(part, read, once)
     assert [(row["codec"], row["scored"]) for row in rows] == [("int4", 256), ("int8", 256)]
