@@ -29,14 +29,17 @@ from .pretrained_perplexity import METRIC, Part, WindowReader, cache_name, kept,
 from .quantisation_schemes import Shipped
 from .real_text import Text, texts
 
-PART = Part(8192, 1, 512)
+PART = Part(4096, 1, 256)
+#: Coded tokens at which bytes are counted: of a long text, in which bases weigh little.
+LONG = 32768
 GROUPS = (1, 2, 4, 8)
 #: Integer formats whose bytes are matched, and bits per code.
 MATCHED: dict[Kind, int] = {"int4": 4, "int2": 2}
 ABOUT = (
     "Only keys, or only values, of the coded tokens are changed. rank: the largest whose coefficients and bases take "
-    "no more bytes than the matched format does; bases free: bases are not counted, as in a text without end. shared:"
-    " share of the energy of what is coded that the rank keeps"
+    "no more bytes than the matched format does at 32,768 tokens; on the shorter text that was read the bases, which "
+    "are fitted to it, would take more: that is in favour of low rank. energy: share of the sum of squares that the "
+    "rank keeps"
 )
 
 Row = dict[str, Any]
@@ -56,15 +59,12 @@ class Scheme:
         Layers that share coefficients; 0 is the integer format itself.
     coefficients : str
         `"none"` for 16 bits, or `"int4"`.
-    free : bool
-        Whether bases cost nothing.
     """
 
     part: str
     matched: Kind
     layers: int = 0
     coefficients: Kind = "none"
-    free: bool = False
 
     @property
     def name(self) -> str:
@@ -72,16 +72,14 @@ class Scheme:
         if not self.layers:
             return f"{self.part}: {self.matched}"
         how = "16 bits" if self.coefficients == "none" else self.coefficients
-        free = ", bases free" if self.free else ""
-        return f"{self.part}: {self.layers} layers, {how}, bytes of {self.matched}{free}"
+        return f"{self.part}: {self.layers} layers, {how}, bytes of {self.matched}"
 
-    def rank(self, tokens: int, heads: int, dim: int) -> int:
-        """Return the rank for so many coded tokens, with `dim` channels of each head of a layer."""
+    def rank(self, heads: int, dim: int) -> int:
+        """Return the rank for a layer's heads of `dim` channels each."""
         budget = _share(self.matched, dim, keys=self.part != "values")
         of_coefficient = _share(self.coefficients, dim, keys=False)
         channels = self.layers * heads * dim
-        per_rank = of_coefficient * tokens + (0 if self.free else channels)
-        return min(channels, int(budget * tokens * channels / per_rank))
+        return min(channels, int(budget * LONG * channels / (of_coefficient * LONG + channels)))
 
 
 def _share(kind: Kind, dim: int, *, keys: bool) -> float:
@@ -94,13 +92,13 @@ def _share(kind: Kind, dim: int, *, keys: bool) -> float:
 def schemes() -> list[Scheme]:
     """Return what is compared."""
     found = [Scheme(part, kind) for part in ("keys", "values") for kind in MATCHED]
-    kinds: tuple[Kind, ...] = ("none", "int4")
-    for part, layers, matched, coefficients in itertools.product(("keys", "values"), GROUPS, MATCHED, kinds):
-        found.append(Scheme(part, matched, layers, coefficients))
-        if layers == GROUPS[-1] and coefficients != "none":
-            found.append(Scheme(part, matched, layers, coefficients, free=True))
-    found += [Scheme("keys, rotated", matched, layers) for layers in GROUPS for matched in MATCHED]
-    return found
+    for part, layers in itertools.product(("keys", "values"), GROUPS):
+        found += [
+            Scheme(part, "int4", layers),
+            Scheme(part, "int4", layers, "int4"),
+            Scheme(part, "int2", layers, "int4"),
+        ]
+    return [*found, *(Scheme("keys, rotated", "int4", layers, "int4") for layers in (GROUPS[0], GROUPS[-1]))]
 
 
 class Reconstruction:
@@ -129,7 +127,7 @@ class Reconstruction:
             group = exact[first : first + scheme.layers]
             flat, vectors, energy = self._space(scheme, first, group)
             own = dataclasses.replace(scheme, layers=len(group))
-            rank = own.rank(flat.shape[0], group[0].shape[1], group[0].shape[3])
+            rank = own.rank(group[0].shape[1], group[0].shape[3])
             basis = vectors[:, -rank:]
             coefficients = flat @ basis
             if scheme.coefficients != "none":

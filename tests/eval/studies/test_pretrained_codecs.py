@@ -6,18 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from pikv_hf import PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.errors import InputError
+from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.runner.caches import cache_factory
+from pikv_hf.eval.runner.protocol import Asker
 from pikv_hf.eval.studies.codecs import pretrained_perplexity as perplexity
+from pikv_hf.eval.studies.codecs import pretrained_ruler as ruler
 from pikv_hf.eval.studies.codecs import pretrained_table, real_text, shared_bases
 from pikv_hf.eval.studies.codecs.pretrained_perplexity import CODECS, Part, WindowReader, cache_name
 from pikv_hf.eval.studies.codecs.read_once import read_once
 from pikv_hf.eval.studies.codecs.real_text import Text
 from pikv_hf.eval.studies.codecs.shared_bases import Reconstruction, Scheme
+from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.perplexity import Window, text_windows
 
 ROOT = Path(__file__).parents[3]
@@ -133,6 +137,32 @@ def test_names_of_caches() -> None:
         cache_factory(cache_name(codec))
 
 
+# RULER
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_the_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the bundled model, on its own questions, asked in batches of contexts of several lengths."""
+    asker = Asker(*load_reference_model())
+    part = ruler.Part(512, 2, ("int8", "lowrank:1"))
+    tasks = ("niah_single_1", "niah_multikey_1")
+    monkeypatch.setattr(ruler, "TASKS", tasks)
+    monkeypatch.setattr(ruler, "score", reference.score)
+    monkeypatch.setattr(ruler, "generate", lambda _, *sizes, **rest: reference.generate(*sizes, **rest))
+    once = list(ruler.measure(asker, part, tmp_path / "part.jsonl"))
+    monkeypatch.setattr(ruler, "measured", None)
+    assert list(ruler.measure(asker, part, tmp_path / "part.jsonl")) == once
+    found = {sample_id: text for row in once if row["codec"] == "none" for sample_id, text in row["answers"].items()}
+    for sample in reference.generate(512, 2, tasks=tasks, seed=ruler.SEED):
+        expected = asker.ask(asker.encode(sample), DynamicCache(config=asker.model.config)).text
+        assert found[sample.id] == expected
+    none, int8, low = ruler.rows_of(part, once)
+    assert (none["score"], none["difference"], none["agreement"], none["samples"]) == (100, 0, 1, 4)
+    assert int8["score"] == 100
+    assert low["score"] < 100
+    assert low["difference"] == low["score"] - 100
+
+
 # Bases that layers share
 
 
@@ -146,7 +176,7 @@ def changes(model: Any, window: Window) -> Reconstruction:
 def test_a_full_rank_changes_nothing(
     changes: Reconstruction, part: str, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Scheme, "rank", lambda scheme, tokens, heads, dim: scheme.layers * heads * dim)
+    monkeypatch.setattr(Scheme, "rank", lambda scheme, heads, dim: scheme.layers * heads * dim)
     found, about = changes.layers(Scheme(part, "int4", layers))
     assert about["energy"] == pytest.approx(1)
     for layer, own in zip(changes.reader.prompt.layers, found, strict=True):
@@ -160,7 +190,7 @@ def test_the_error_is_what_the_smallest_singular_values_leave(changes: Reconstru
     exact = [layer[2] for layer in changes.reader.prompt.layers]
     first = slice(0, layers)
     flat = torch.cat([own[0, :, changes.coded].transpose(0, 1).flatten(1) for own in exact[first]], dim=1).double()
-    left = torch.linalg.svdvals(flat)[scheme.rank(len(flat), 2, 16) :].norm()
+    left = torch.linalg.svdvals(flat)[scheme.rank(2, 16) :].norm()
     error = torch.stack([own - of for own, of in zip(found[first], exact[first], strict=True)])
     assert float(error.double().norm()) == pytest.approx(float(left), rel=1e-3)
     assert not error[:, :, :, : changes.coded.start].any()
@@ -169,14 +199,14 @@ def test_the_error_is_what_the_smallest_singular_values_leave(changes: Reconstru
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in shared_bases.schemes() if scheme.layers], ids=lambda s: s.name)
 def test_no_rank_takes_more_bytes_than_it_may(scheme: Scheme) -> None:
-    tokens, heads, dim = 7000, 3, 64
+    tokens, heads, dim = 32768, 3, 64
     channels, per = scheme.layers * heads * dim, 16 if scheme.coefficients == "none" else 4.5
     bits = {"int4": (5.03125, 4.5), "int2": (3.03125, 2.5)}[scheme.matched][scheme.part == "values"]
 
     def used(rank: int) -> float:
-        return rank * (per * tokens + (0 if scheme.free else 16 * channels))
+        return rank * (per * tokens + 16 * channels)
 
-    rank = scheme.rank(tokens, heads, dim)
+    rank = scheme.rank(heads, dim)
     assert used(rank) <= bits * tokens * channels
     assert rank == channels or used(rank + 1) > bits * tokens * channels
 
@@ -187,7 +217,7 @@ def test_names_are_distinct() -> None:
 
 
 def test_schemes_are_kept(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    some = [Scheme("keys", "int4"), Scheme("keys", "int4", 2), Scheme("values", "int2", 2, "int4", free=True)]
+    some = [Scheme("keys", "int4"), Scheme("keys", "int4", 2), Scheme("values", "int2", 2, "int4")]
     monkeypatch.setattr(shared_bases, "schemes", lambda: some)
     read, part = Text("code", "x = 1\n" * 90, "made up"), Part(TOKENS, 1, TOKENS - PREFILL)
     once = list(shared_bases.measure(model, Letters(), read, part, tmp_path / "part.jsonl"))
