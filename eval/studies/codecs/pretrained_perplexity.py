@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.runner.caches import cache_factory
 from pikv_hf.eval.tasks.perplexity import Window, text_windows
 
+from .attention_error import PAGE, WINDOW
 from .codec_costs import Packed
 from .read_once import read_once
 from .real_text import Text
@@ -110,6 +111,24 @@ class WindowReader:
             packed = Packed.of(cache)
             row |= {"share": packed.share, "split": packed.split}
         return row | self.read(cache)
+
+    @property
+    def coded(self) -> slice:
+        """The tokens of the beginning that codecs pack: whole pages between the first one and the window."""
+        tokens = self.prompt.layers[0][1].shape[2]
+        return slice(PAGE, PAGE + (tokens - PAGE - WINDOW) // PAGE * PAGE)
+
+    def with_coded(self, tokens: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Return keys or values `(1, H, T, D)` of a layer with the pages `(H, N, P, D)` changed that codecs pack."""
+        changed = tokens.clone()
+        pages = tokens[0, :, self.coded].unflatten(1, (-1, PAGE))
+        changed[0, :, self.coded] = change(pages).flatten(1, 2)
+        return changed
+
+    def read_behind(self, layers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Row:
+        """Return the likelihoods of each chunk behind other queries, keys and values of all layers, stored exactly."""
+        cache = cache_factory(cache_name("none")).make(self.model)
+        return self.read(dataclasses.replace(self.prompt, layers=layers).fill(cache))
 
     def read(self, cache: Any) -> Row:
         """Return the likelihoods of each chunk through a cache that holds the beginning, and without any codec."""

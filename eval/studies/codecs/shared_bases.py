@@ -16,16 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pikv_hf.eval.runner.caches import cache_factory
 from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.tasks.perplexity import text_windows
-from pikv_hf.kernels.decode_pages import decode_pages
-from pikv_hf.kernels.encode_pages import encode_pages
 from pikv_hf.kernels.page_codes import Kind
 
 from ...report.result_rows import show_table, write_rows
-from .attention_error import PAGE, WINDOW
-from .pretrained_perplexity import METRIC, Part, WindowReader, cache_name, kept, rows_of
+from .attention_error import PAGE
+from .pretrained_perplexity import METRIC, Part, WindowReader, kept, rows_of
 from .quantisation_schemes import Shipped
 from .real_text import Text, texts
 
@@ -107,9 +104,8 @@ class Reconstruction:
     def __init__(self, reader: WindowReader) -> None:
         self.reader = reader
         layers = reader.prompt.layers
-        tokens = layers[0][1].shape[2]
-        self.coded = slice(PAGE, PAGE + (tokens - PAGE - WINDOW) // PAGE * PAGE)
-        positions = torch.arange(tokens)[None]
+        self.coded = reader.coded
+        positions = torch.arange(layers[0][1].shape[2])[None]
         self.cos, self.sin = reader.model.model.rotary_emb(layers[0][1], positions)
         self._spaces: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._of = "", 0
@@ -119,7 +115,8 @@ class Reconstruction:
         which = 2 if scheme.part == "values" else 1
         exact = [layer[which] for layer in self.reader.prompt.layers]
         if not scheme.layers:
-            return [self._with(own, self._codes(own, scheme)) for own in exact], {}
+            keys, bits = scheme.part != "values", MATCHED[scheme.matched]
+            return [self.reader.with_coded(own, lambda pages: Shipped(keys=keys)(pages, bits)) for own in exact], {}
         changed: list[torch.Tensor] = []
         kept: list[float] = []
         rank = 0
@@ -132,8 +129,7 @@ class Reconstruction:
             coefficients = flat @ basis
             if scheme.coefficients != "none":
                 pages = coefficients.unflatten(0, (-1, PAGE))[None]
-                coefficients = decode_pages(encode_pages(pages, scheme.coefficients, keys=False), torch.float32)
-                coefficients = coefficients[0].flatten(0, 1)
+                coefficients = Shipped(keys=False)(pages, MATCHED[scheme.coefficients])[0].flatten(0, 1)
             kept.append(float(energy[-rank:].sum() / energy.sum()))
             parts = (coefficients @ basis.T).chunk(len(group), dim=1)
             for exactly, part in zip(group, parts, strict=True):
@@ -162,11 +158,6 @@ class Reconstruction:
         cos, sin = self.cos[:, None, self.coded], self.sin[:, None, self.coded] * direction
         left, right = keys.chunk(2, dim=-1)
         return keys * cos + torch.cat([-right, left], dim=-1) * sin
-
-    def _codes(self, exact: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-        pages = exact[0, :, self.coded].unflatten(1, (-1, PAGE))
-        decoded = decode_pages(encode_pages(pages, scheme.matched, keys=scheme.part != "values"), torch.float32)
-        return decoded.flatten(1, 2)[None]
 
     def _with(self, exact: torch.Tensor, coded: torch.Tensor) -> torch.Tensor:
         changed = exact.clone()
@@ -198,8 +189,7 @@ def measured(changes: Reconstruction, scheme: Scheme) -> Row:
         (query, keys, own) if scheme.part == "values" else (query, own, values)
         for (query, keys, values), own in zip(reader.prompt.layers, tokens, strict=True)
     ]
-    cache = cache_factory(cache_name("none")).make(reader.model)
-    return {**reader.read(dataclasses.replace(reader.prompt, layers=layers).fill(cache)), **about}
+    return {**reader.read_behind(layers), **about}
 
 
 def summary(part: Part, read: Text, found: Sequence[Row]) -> list[Row]:
