@@ -16,10 +16,11 @@ from pikv_hf.eval.runner.caches import cache_factory
 from pikv_hf.eval.runner.protocol import Asker
 from pikv_hf.eval.studies.codecs import pretrained_perplexity as perplexity
 from pikv_hf.eval.studies.codecs import pretrained_ruler as ruler
-from pikv_hf.eval.studies.codecs import pretrained_table, real_text, shared_bases
+from pikv_hf.eval.studies.codecs import pretrained_table, real_text, scheme_perplexity, shared_bases
 from pikv_hf.eval.studies.codecs.pretrained_perplexity import CODECS, Part, WindowReader, cache_name
 from pikv_hf.eval.studies.codecs.read_once import read_once
 from pikv_hf.eval.studies.codecs.real_text import Text
+from pikv_hf.eval.studies.codecs.scheme_perplexity import Choice
 from pikv_hf.eval.studies.codecs.shared_bases import Reconstruction, Scheme
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.perplexity import Window, text_windows
@@ -163,6 +164,33 @@ def test_answers_are_those_of_the_caches(tmp_path: Path, monkeypatch: pytest.Mon
     assert low["difference"] == low["score"] - 100
 
 
+# Schemes by perplexity
+
+
+@pytest.mark.parametrize(("keys", "values"), [(4, 4), (4, 2), (2, 2)])
+def test_the_shipped_scheme_does_what_the_codec_does(model: Any, window: Window, keys: int, values: int) -> None:
+    reader = WindowReader(model, window)
+    found = scheme_perplexity.measured(reader, Choice(("shipped", keys), ("shipped", values)))
+    expected = reader.measure(f"int{keys}/int{values}")
+    for name in ("nats", "divergence"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
+
+
+def test_only_what_codecs_pack_is_changed(model: Any, window: Window) -> None:
+    reader = WindowReader(model, window)
+    keys = reader.prompt.layers[0][1]
+    changed = reader.with_coded(keys, lambda pages: pages + 1)
+    cache = cache_factory(cache_name("int4")).make(model)
+    packed = (reader.prompt.fill(cache).layers[0].dense()[0] != keys).any(dim=-1)[0, 0]
+    assert torch.equal((changed != keys).any(dim=-1)[0, 0].nonzero(), packed.nonzero())
+
+
+def test_choices_have_names_and_bytes() -> None:
+    choices = scheme_perplexity.choices()
+    assert len({choice.name for choice in choices}) == len(choices)
+    assert all(0.1 < choice.share < 0.35 for choice in choices)
+
+
 # Bases that layers share
 
 
@@ -249,3 +277,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_the_prose_is_the_bundled_one(written: dict[str, Any]) -> None:
     assert written["texts"]["prose"]["sha256"] == real_text.prose().digest
     assert written["texts"]["code"]["source"] == real_text.code().source
+
+
+def test_goals(written: dict[str, Any]) -> None:
+    """Changes of perplexity: int8 at most 0.1%, int4 and auto 1%, and auto takes no more bytes than int4."""
+    found = {(row["text"], row["tokens"], row["codec"]): row for row in written["perplexity"]}
+    for text, tokens in {key[:2] for key in found}:
+        int8, int4, auto = (found[text, tokens, codec] for codec in ("int8", "int4", "auto"))
+        assert abs(int8["change"]) <= 0.001
+        assert int4["change"] <= 0.01
+        assert auto["change"] <= 0.01
+        assert auto["share"] <= int4["share"]
