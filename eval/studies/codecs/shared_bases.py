@@ -29,6 +29,8 @@ from .real_text import Text, texts
 PART = Part(4096, 1, 256)
 #: Coded tokens at which bytes are counted: of a long text, in which bases weigh little.
 LONG = 32768
+#: Coded tokens that some bases are fitted to.
+FEW = 1024
 GROUPS = (1, 2, 4, 8)
 #: Integer formats whose bytes are matched, and bits per code.
 MATCHED: dict[Kind, int] = {"int4": 4, "int2": 2}
@@ -56,12 +58,15 @@ class Scheme:
         Layers that share coefficients; 0 is the integer format itself.
     coefficients : str
         `"none"` for 16 bits, or `"int4"`.
+    first : int
+        Coded tokens that the bases are fitted to, as a cache has to that cannot wait for all; 0 for all.
     """
 
     part: str
     matched: Kind
     layers: int = 0
     coefficients: Kind = "none"
+    first: int = 0
 
     @property
     def name(self) -> str:
@@ -69,7 +74,8 @@ class Scheme:
         if not self.layers:
             return f"{self.part}: {self.matched}"
         how = "16 bits" if self.coefficients == "none" else self.coefficients
-        return f"{self.part}: {self.layers} layers, {how}, bytes of {self.matched}"
+        fitted = f", fitted to the first {self.first:,}" if self.first else ""
+        return f"{self.part}: {self.layers} layers, {how}, bytes of {self.matched}{fitted}"
 
     def rank(self, heads: int, dim: int) -> int:
         """Return the rank for a layer's heads of `dim` channels each."""
@@ -95,7 +101,9 @@ def schemes() -> list[Scheme]:
             Scheme(part, "int4", layers, "int4"),
             Scheme(part, "int2", layers, "int4"),
         ]
-    return [*found, *(Scheme("keys, rotated", "int4", layers, "int4") for layers in (GROUPS[0], GROUPS[-1]))]
+    for layers, matched in itertools.product((GROUPS[0], GROUPS[-1]), MATCHED):
+        found.append(Scheme("keys, rotated", matched, layers, "int4"))
+    return found + [Scheme(part, "int2", 1, "int4", FEW) for part in ("keys", "keys, rotated", "values")]
 
 
 class Reconstruction:
@@ -108,10 +116,10 @@ class Reconstruction:
         positions = torch.arange(layers[0][1].shape[2])[None]
         self.cos, self.sin = reader.model.model.rotary_emb(layers[0][1], positions)
         self._spaces: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self._of = "", 0
+        self._of = "", 0, 0
 
     def layers(self, scheme: Scheme) -> tuple[list[torch.Tensor], dict[str, float]]:
-        """Return keys or values `(1, H, T, D)` of every layer, and the rank and the share of energy kept."""
+        """Return keys or values `(1, H, T, D)` of every layer, and the share of energy kept."""
         which = 2 if scheme.part == "values" else 1
         exact = [layer[which] for layer in self.reader.prompt.layers]
         if not scheme.layers:
@@ -119,7 +127,6 @@ class Reconstruction:
             return [self.reader.with_coded(own, lambda pages: Shipped(keys=keys)(pages, bits)) for own in exact], {}
         changed: list[torch.Tensor] = []
         kept: list[float] = []
-        rank = 0
         for first in range(0, len(exact), scheme.layers):
             group = exact[first : first + scheme.layers]
             flat, vectors, energy = self._space(scheme, first, group)
@@ -135,21 +142,22 @@ class Reconstruction:
             for exactly, part in zip(group, parts, strict=True):
                 heads = part.unflatten(1, (exactly.shape[1], -1)).transpose(0, 1)[None]
                 changed.append(self._with(exactly, self._rotated(heads, 1) if scheme.part == "keys" else heads))
-        return changed, {"rank": rank, "energy": sum(kept) / len(kept)}
+        return changed, {"energy": sum(kept) / len(kept)}
 
     def _space(
         self, scheme: Scheme, first: int, group: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the coded tokens of a group `(n, C)`, the directions `(C, C)` and energies `(C,)`, ascending."""
-        if self._of != (scheme.part, scheme.layers):
-            # One part and number of layers at a time: of all together the tokens would take gigabytes.
-            self._spaces, self._of = {}, (scheme.part, scheme.layers)
+        if self._of != (of := (scheme.part, scheme.layers, scheme.first)):
+            # One way to fit at a time: of all together the tokens would take gigabytes.
+            self._spaces, self._of = {}, of
         if first not in self._spaces:
             tokens = [own[:, :, self.coded] for own in group]
             if scheme.part == "keys":
                 tokens = [self._rotated(own, -1) for own in tokens]
             flat = torch.cat([own[0].transpose(0, 1).flatten(1) for own in tokens], dim=1)
-            energy, vectors = torch.linalg.eigh((flat.T @ flat).double())
+            fitted = flat[: scheme.first or None]
+            energy, vectors = torch.linalg.eigh((fitted.T @ fitted).double())
             self._spaces[first] = flat, vectors.float(), energy
         return self._spaces[first]
 
@@ -192,14 +200,16 @@ def measured(changes: Reconstruction, scheme: Scheme) -> Row:
     return {**reader.read_behind(layers), **about}
 
 
-def summary(part: Part, read: Text, found: Sequence[Row]) -> list[Row]:
-    """Return a row for each scheme."""
+def summary(part: Part, read: Text, found: Sequence[Row], heads: int, dim: int) -> list[Row]:
+    """Return a row for each scheme, for layers of KV heads of `dim` channels."""
+    ranks = {scheme.name: scheme.rank(heads, dim) for scheme in schemes() if scheme.layers}
     about = {row["codec"]: row for row in found}
     rows = []
     for row in rows_of(part, read, found):
         name = row.pop("codec")
         rows.append({"text": row.pop("text"), "tokens": row.pop("tokens"), "scheme": name, **row})
-        rows[-1] |= {key: about[name][key] for key in ("rank", "energy") if key in about[name]}
+        if name in ranks:
+            rows[-1] |= {"rank": ranks[name], "energy": about[name]["energy"]}
     return rows
 
 
@@ -213,12 +223,14 @@ def main(argv: list[str] | None = None) -> None:
     console = Console(highlight=False)
     model, tokenizer = load_model(arguments.model, "float32")
     rows: list[Row] = []
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for read in texts():
         found: list[Row] = []
         for row in measure(model, tokenizer, read, PART, arguments.parts / f"shared-{read.name}.jsonl"):
             found.append(row)
             console.print(f"{read.name}: {len(found)} of {PART.windows * len(schemes())}")
-        rows += summary(PART, read, found)
+        rows += summary(PART, read, found, config.num_key_value_heads, head_dim)
     show_table(
         console,
         "Shared bases",

@@ -251,7 +251,7 @@ def test_schemes_are_kept(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     once = list(shared_bases.measure(model, Letters(), read, part, tmp_path / "part.jsonl"))
     monkeypatch.setattr(shared_bases, "measured", None)
     assert list(shared_bases.measure(model, Letters(), read, part, tmp_path / "part.jsonl")) == once
-    rows = shared_bases.summary(part, read, once)
+    rows = shared_bases.summary(part, read, once, 2, 16)
     assert [row["scheme"] for row in rows] == [scheme.name for scheme in some]
     assert [("rank" in row, "energy" in row) for row in rows] == [(False, False), (True, True), (True, True)]
 
