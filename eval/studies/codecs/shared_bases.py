@@ -30,7 +30,7 @@ PART = Part(4096, 1, 256)
 #: Coded tokens at which bytes are counted: of a long text, in which bases weigh little.
 LONG = 32768
 #: Coded tokens that some bases are fitted to.
-FEW = 1024
+FEW = 2048
 GROUPS = (1, 2, 4, 8)
 #: Integer formats whose bytes are matched, and bits per code.
 MATCHED: dict[Kind, int] = {"int4": 4, "int2": 2}
@@ -38,7 +38,7 @@ ABOUT = (
     "Only keys, or only values, of the coded tokens are changed. rank: the largest whose coefficients and bases take "
     "no more bytes than the matched format does at 32,768 tokens; on the shorter text that was read the bases, which "
     "are fitted to it, would take more: that is in favour of low rank. energy: share of the sum of squares that the "
-    "rank keeps"
+    "rank keeps, of the tokens that bases are fitted to"
 )
 
 Row = dict[str, Any]
@@ -103,7 +103,8 @@ def schemes() -> list[Scheme]:
         ]
     for layers, matched in itertools.product((GROUPS[0], GROUPS[-1]), MATCHED):
         found.append(Scheme("keys, rotated", matched, layers, "int4"))
-    return found + [Scheme(part, "int2", 1, "int4", FEW) for part in ("keys", "keys, rotated", "values")]
+    fewer = [("keys, rotated", 1), *itertools.product(("keys", "values"), (GROUPS[0], GROUPS[-1]))]
+    return found + [Scheme(part, "int2", layers, "int4", FEW) for part, layers in fewer]
 
 
 class Reconstruction:
