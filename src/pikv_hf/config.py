@@ -122,7 +122,7 @@ class PiKVConfig:
     sliding_layers: SlidingLayers = "bounded"
     key_codec: str = "none"
     value_codec: str = "none"
-    error_budget: float = 0.2
+    error_budget: float = 0.36
     rank: int | None = None
     routing: str = "all"
     max_pages: int | float = 64

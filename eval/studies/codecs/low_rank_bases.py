@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -21,7 +22,7 @@ from pikv_hf.kernels.page_codes import Kind
 from ...report.result_rows import percent, show_table, write_rows
 from .attention_error import METRIC, PAGE, Subject, root_mean_square
 from .quantisation_schemes import Shipped
-from .sample_kv import EXPERTS, reference_inputs
+from .sample_kv import EXPERTS, pretrained_inputs, reference_inputs
 
 #: Shards of the bundled model: each of its experts is one.
 SHARDS = EXPERTS
@@ -186,16 +187,32 @@ def rank_of_equal_bytes(rank: int, dim: int, tokens: int) -> int:
 def measure(tokens: int = 1024, samples: int = 1, ranks: Sequence[float] = RANKS) -> Iterator[Measured]:
     """Run the experiment on `samples` prompts of `tokens` tokens per task, with ranks as shares of D."""
     subjects = [Subject.of(layer) for layer in reference_inputs(tokens, samples)]
+    yield from measure_fits(subjects, tokens, ranks, tuple(FITS), WITH_RESIDUAL)
+
+
+def measure_pretrained(name: str, tokens: int = 2048, windows: int = 1) -> Iterator[Measured]:
+    """Run it on all layers of a pretrained dense model, on windows of prose and of code; without experts, no shards."""
+    layers = pretrained_inputs(name, tokens, windows)
+    subjects = [Subject.of(layer) for own in layers.values() for layer in own]
+    fits = [fit for fit in FITS if FITS[fit].shards == "one"]
+    yield from measure_fits(subjects, tokens, RANKS, fits, ("per head",))
+
+
+def measure_fits(
+    subjects: Sequence[Subject], tokens: int, ranks: Sequence[float], fits: Sequence[str], with_residual: Sequence[str]
+) -> Iterator[Measured]:
+    """Measure ways to fit bases, some also with a quantised residual, with ranks as shares of D."""
     dim = subjects[0].layer.keys.shape[-1]
     coded = min(len(subject.coded) for subject in subjects)
     kinds: tuple[Kind, ...] = ("int4", "int2")
     for rank in (round(share * dim) for share in ranks):
-        for name, fit in FITS.items():
-            if (fit.first or 0) < coded:
+        for name in fits:
+            if (FITS[name].first or 0) < coded:
                 yield from measure_fit(subjects, tokens, name, rank)
-        if (equal := rank_of_equal_bytes(rank, dim, tokens)) != rank:
+        shards = any(FITS[name].bases > 1 for name in fits)
+        if shards and (equal := rank_of_equal_bytes(rank, dim, tokens)) != rank:
             yield from measure_fit(subjects, tokens, "per head", equal)
-        for name, kind in itertools.product(WITH_RESIDUAL, kinds):
+        for name, kind in itertools.product(with_residual, kinds):
             yield from measure_fit(subjects, tokens, name, rank, kind)
 
 
@@ -218,16 +235,24 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m pikv_hf.eval.studies.codecs.low_rank_bases", description=__doc__)
     parser.add_argument("--output", type=Path, help="folder for low-rank-bases.json")
     parser.add_argument("--samples", type=int, help="prompts of each length per task (default: 2 short, 1 long)")
+    parser.add_argument("--model", help="a pretrained dense model instead: low-rank-bases-MODEL.json")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console = Console(highlight=False)
+    stem = "low-rank-bases"
+    about: dict[str, Any] = {"metric": METRIC, "data": "bundled model, 4 layers"}
     with torch.inference_mode(), console.status("measuring"):
-        rows = [row for tokens, few in PROMPTS.items() for row in measure(tokens, arguments.samples or few)]
+        if arguments.model is None:
+            about["samples_per_task"] = arguments.samples or PROMPTS
+            rows = [row for tokens, few in PROMPTS.items() for row in measure(tokens, arguments.samples or few)]
+        else:
+            rows = list(measure_pretrained(arguments.model))
+            name = Path(arguments.model).name
+            stem, about["data"] = f"{stem}-{name}", f"{name}, all layers, a window of prose and one of code"
     show(console, rows)
     if arguments.output is not None:
-        file = arguments.output / "low-rank-bases.json"
-        about = {"metric": METRIC, "data": "bundled model, 4 layers", "samples_per_task": arguments.samples or PROMPTS}
+        file = arguments.output / f"{stem}.json"
         write_rows(file, about, {"results": [dataclasses.asdict(row) for row in rows]})
         console.print(f"written to {file}", soft_wrap=True)
 

@@ -7,7 +7,7 @@ geometry, and on keys made difficult; and with the page guard, which stores a pa
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,15 @@ from ...report.result_rows import write_rows
 from .attention_error import METRIC, PAGE, Subject, root_mean_square
 from .page_guard import Guarded, guard_by_rule, guard_pages
 from .quantisation_schemes import FLOATS, KEY_SCHEMES, KIND_OF_BITS, VALUE_SCHEMES, Scheme, Shipped
-from .sample_kv import DIFFICULT, GEOMETRIES, AttentionInput, difficult, random_inputs, reference_inputs
+from .sample_kv import (
+    DIFFICULT,
+    GEOMETRIES,
+    AttentionInput,
+    difficult,
+    pretrained_inputs,
+    random_inputs,
+    reference_inputs,
+)
 from .scheme_tables import Measured, show
 
 BITS = (8, 4, 2)
@@ -41,6 +49,14 @@ PAIRS: dict[str, tuple[Scheme, Scheme]] = {
 
 #: Shares of a value's error to carry that are compared with the shipped one.
 SHARES = (0.0, 0.25, CARRIED_ERROR, 0.5, 0.75, 1.0)
+
+#: What is said of each layer of a pretrained model.
+LAYERS_METRIC = (
+    "keys_int4 and the like: error of the shipped format; widest_channel: root mean square of a KV head's widest "
+    "channel over that of its median channel, of the worst head; first_token: norm of the first token's over the "
+    "median norm, mean; attention_to_first, attention_to_packed: shares of the attention that the first token and all "
+    "coded ones get; output_size: mean norm of outputs over that of values"
+)
 
 #: Bytes of a page beside keys and values: a position and an expert per token, and the counters of the page.
 METADATA = PAGE * 6 + 17
@@ -125,6 +141,43 @@ def measure_shares(data: str, subjects: Sequence[Subject]) -> Iterator[Measured]
         yield Measured(data, ORDINARY, "values", f"carried error {share:.2f}", bits, error)
 
 
+def measure_layers(layers: Mapping[int, Sequence[Subject]]) -> Iterator[dict[str, Any]]:
+    """Yield, of each layer of a model, how the shipped format and the channels' sizes look."""
+    for index, subjects in layers.items():
+        row: dict[str, Any] = {"layer": index}
+        for bits in (4, 2):
+            row[f"keys_int{bits}"] = measure_scheme(subjects, KEY_SCHEMES["shipped"], None, bits)
+            row[f"values_int{bits}"] = measure_scheme(subjects, None, VALUE_SCHEMES["shipped"], bits)
+        for part in ("keys", "values"):
+            tokens = torch.cat([getattr(subject.layer, part) for subject in subjects], dim=1)
+            channels = tokens.square().mean(1).sqrt()
+            row[f"widest_channel_{part}"] = float((channels.amax(-1) / channels.median(-1).values).max())
+            norms = torch.stack([getattr(subject.layer, part).norm(dim=-1) for subject in subjects])
+            row[f"first_token_{part}"] = float((norms[:, :, 0] / norms.median(-1).values).mean())
+        packed = [subject.weights[..., subject.coded].sum(-1).mean() for subject in subjects]
+        row["attention_to_first"] = float(torch.stack([subject.weights[..., 0].mean() for subject in subjects]).mean())
+        row["attention_to_packed"] = float(torch.stack(packed).mean())
+        sizes = [subject.output.norm(dim=-1).mean() / subject.layer.values.norm(dim=-1).mean() for subject in subjects]
+        row["output_size"] = float(torch.stack(sizes).mean())
+        yield row
+
+
+def measure_pretrained(name: str, tokens: int = 2048, windows: int = 2) -> tuple[list[Measured], list[dict[str, Any]]]:
+    """Measure every scheme on keys and values of all layers of a pretrained model, and the shipped one layer by layer.
+
+    Parameters
+    ----------
+    name : str
+        As of `pikv eval --model`.
+    tokens, windows : int
+        Of prose and of code alike.
+    """
+    inputs = pretrained_inputs(name, tokens, windows)
+    layers = {index: [Subject.of(layer) for layer in own] for index, own in inputs.items()}
+    every = [subject for own in layers.values() for subject in own]
+    return [*measure_ordinary(name, every), *measure_shares(name, every)], list(measure_layers(layers))
+
+
 def page_sizes(page_size: int = PAGE, dim: int = 128, heads: int = 4) -> list[dict[str, Any]]:
     """Return bytes per page and head of every scheme, and their share of bf16.
 
@@ -176,19 +229,28 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="folder for codec-schemes.json")
     parser.add_argument("--samples", type=int, default=2, help="prompts of the bundled model per task")
+    parser.add_argument("--model", help="a pretrained dense model instead: codec-schemes-MODEL.json")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console = Console(highlight=False)
     rows: list[Measured] = []
+    layers: list[dict[str, Any]] = []
+    about = {"metric": METRIC, "guard_limits": GUARD, "samples_per_task": arguments.samples}
+    name = "codec-schemes"
     with torch.inference_mode(), console.status("measuring"):
-        rows.extend(measure(arguments.samples))
+        if arguments.model is None:
+            rows.extend(measure(arguments.samples))
+        else:
+            rows, layers = measure_pretrained(arguments.model)
+            name += f"-{Path(arguments.model).name}"
+            about = {"metric": METRIC, "guard_limits": GUARD, "layers_metric": LAYERS_METRIC}
     sizes = page_sizes()
     show(console, rows, sizes)
     if arguments.output is not None:
-        file = arguments.output / "codec-schemes.json"
-        about = {"metric": METRIC, "guard_limits": GUARD, "samples_per_task": arguments.samples}
-        write_rows(file, about, {"sizes": sizes, "results": [dataclasses.asdict(row) for row in rows]})
+        file = arguments.output / f"{name}.json"
+        tables = {"sizes": sizes, "results": [dataclasses.asdict(row) for row in rows]}
+        write_rows(file, about, tables | ({"layers": layers} if layers else {}))
         console.print(f"written to {file}", soft_wrap=True)
 
 

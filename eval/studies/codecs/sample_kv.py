@@ -1,4 +1,4 @@
-"""Keys, values and queries to measure codecs on: of the bundled model, of larger random ones, and difficult keys."""
+"""Keys, values and queries to measure codecs on: of trained models, of larger random ones, and difficult keys."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,14 +7,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from pikv_hf.eval.reference.load import load_reference_model
+from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.tasks import reference
+from pikv_hf.eval.tasks.perplexity import text_windows
 from pikv_hf.integration.expert_router import experts_from_output
 from pikv_hf.layer.layer_codecs import ERROR_QUERY_POSITIONS
+
+from .read_once import captured
+from .real_text import texts
 
 #: Queries at the end of a prompt whose attention is measured, and those just before them, which a cache has seen when
 #: it packs what came before.
@@ -22,9 +24,6 @@ QUERIES, OBSERVED = 48, ERROR_QUERY_POSITIONS
 
 #: Experts per layer of all models here.
 EXPERTS = 8
-
-#: Name of the attention function that keeps what it is given.
-_CAPTURE = "pikv_capture"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -153,6 +152,32 @@ def random_inputs(name: str, tokens: int = 1024) -> list[AttentionInput]:
     return _attention_inputs(model, torch.randint(3, config.vocab_size, (1, tokens)))
 
 
+def pretrained_inputs(name: str, tokens: int, windows: int) -> dict[int, list[AttentionInput]]:
+    """Return the layers of a pretrained dense model, by number, each on windows of prose and of code.
+
+    Parameters
+    ----------
+    name : str
+        As of `pikv eval --model`.
+    tokens : int
+        T.
+    windows : int
+        Of each text, evenly spread.
+    """
+    model, tokenizer = load_model(name, "float32")
+    found: dict[int, list[AttentionInput]] = {}
+    for read in texts():
+        for window in text_windows(read.ids(tokenizer), tokens, windows, 1):
+            with captured(model, QUERIES + OBSERVED) as layers:
+                model.model(window.ids, use_cache=False)
+            for index, (query, keys, values) in enumerate(layers):
+                queries = query[0, :, OBSERVED:], query[0, :, :OBSERVED]
+                experts = torch.zeros(tokens, dtype=torch.long)
+                own = AttentionInput(queries[0], keys[0], values[0], experts, queries[1])
+                found.setdefault(index, []).append(own)
+    return found
+
+
 @torch.no_grad()
 def _set_biases(model: Any, scale: float) -> None:
     for layer in model.model.layers:
@@ -166,33 +191,12 @@ def _set_biases(model: Any, scale: float) -> None:
 
 @torch.inference_mode()
 def _attention_inputs(model: Any, ids: torch.Tensor) -> list[AttentionInput]:
-    with _captured(model) as layers, _captured_experts(model) as experts:
+    with captured(model, QUERIES + OBSERVED) as layers, _captured_experts(model) as experts:
         model.model(ids, use_cache=False)
     return [
-        AttentionInput(query[:, OBSERVED:], keys, values, chosen, query[:, :OBSERVED])
+        AttentionInput(query[0, :, OBSERVED:], keys[0], values[0], chosen, query[0, :, :OBSERVED])
         for (query, keys, values), chosen in zip(layers, experts, strict=True)
     ]
-
-
-@contextmanager
-def _captured(model: Any) -> Iterator[list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
-    """Collect the last and the observed queries, the keys and the values of every layer's attention."""
-    seen: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def capture(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any, **more: Any
-    ) -> Any:
-        seen.append((query[0, :, -QUERIES - OBSERVED :].clone(), key[0].clone(), value[0].clone()))
-        return sdpa_attention_forward(module, query, key, value, *rest, **more)
-
-    AttentionInterface.register(_CAPTURE, capture)
-    AttentionMaskInterface.register(_CAPTURE, sdpa_mask)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_CAPTURE)
-    try:
-        yield seen
-    finally:
-        model.set_attn_implementation(before)
 
 
 @contextmanager

@@ -7,9 +7,10 @@ from rich.console import Console
 
 from ...report.result_rows import Row, percent, show_table
 from .attention_error import root_mean_square
+from .sample_kv import GEOMETRIES
 
-#: Data that has a column of its own; the others share one.
-SINGLE, RANDOM = ("reference", "reference, pages by expert"), "random"
+#: The column that random models share; a trained one has its own.
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,33 +65,34 @@ def show(console: Console, rows: Sequence[Measured], sizes: Sequence[Row]) -> No
     for part in ("keys", "values", "both"):
         _show_part(console, part, [row for row in rows if row.part == part and row.case == "ordinary"], sizes)
     hard = [row for row in rows if row.case != "ordinary"]
-    _show_difficult(console, [row for row in hard if row.bits == 4])
+    if hard:
+        _show_difficult(console, [row for row in hard if row.bits == 4])
     _show_guard(console, [row for row in rows if row.moved is not None and row.part != "both"])
 
 
 def _show_part(console: Console, part: str, rows: Sequence[Measured], sizes: Sequence[Row]) -> None:
     """Print the errors of every scheme beside its bytes."""
-    lines = []
+    lines, columns = [], list(dict.fromkeys(_group(row.data) for row in rows))
     for name in dict.fromkeys(row.scheme for row in rows):
         own = [row for row in rows if row.scheme == name]
         widths = list(dict.fromkeys(row.bits for row in own))
         shares = {row["bits"]: f"{row['share']:.3f}" for row in sizes if (row["part"], row["scheme"]) == (part, name)}
-        cells = [[_mean(own, where, bits) for bits in widths] for where in (*SINGLE, RANDOM)]
+        cells = [[_mean(own, where, bits) for bits in widths] for where in columns]
         lines.append([name, "/".join(map(str, widths)), *map("  ".join, [shares.values(), *cells])])
     what = "keys and values" if part == "both" else f"{part} only"
     size = "bytes with metadata" if part == "both" else "bytes"
     title = f"Error of attention in percent, {what}; {size} as a share of bf16 (D = 128); random: four random models"
-    show_table(console, title, ["scheme", "bits", "bytes", *SINGLE, RANDOM], lines)
+    show_table(console, title, ["scheme", "bits", "bytes", *columns], lines)
 
 
 def _mean(rows: Sequence[Measured], where: str, bits: int) -> str:
     """Return the root mean square over the models that `where` names, a dash without any."""
-    found = [row.error for row in rows if row.bits == bits and where in (row.data, _group(row.data))]
+    found = [row.error for row in rows if row.bits == bits and _group(row.data) == where]
     return percent(root_mean_square(found)) if found else "-"
 
 
 def _group(data: str) -> str:
-    return data if data in SINGLE else RANDOM
+    return RANDOM if data in GEOMETRIES else data
 
 
 def _show_difficult(console: Console, rows: Sequence[Measured]) -> None:
