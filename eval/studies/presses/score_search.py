@@ -159,11 +159,15 @@ RULES: dict[str, Callable[[Rules], Losses]] = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Measured:
-    """One rule at one budget: shares of bytes allowed and used, mean score over tasks, and each task's, in percent."""
+    """One rule at one budget: shares of bytes allowed and used, mean score over tasks, and each task's, in percent.
+
+    `lost` is the share of its losses that the rule expects to lose, as `PiKVPress(error_budget=...)` counts it.
+    """
 
     rule: str
     budget: float
     used: float
+    lost: float
     score: float
     tasks: Mapping[str, float]
 
@@ -172,12 +176,13 @@ class Measured:
 def measure(samples: int, seed: int, rules: Sequence[str], budgets: Sequence[float]) -> list[Measured]:
     """Run rules on `samples` contexts per task."""
     model = Model()
-    found: dict[tuple[str, float], list[tuple[str, float, float]]] = {(r, b): [] for r in rules for b in budgets}
+    found: dict[tuple[str, float], list[tuple[str, float, float, float]]] = {(r, b): [] for r in rules for b in budgets}
     for sample in reference.generate(LENGTH, samples, seed=seed):
         prefill = model.read(sample)
-        losses = Rules(model, prefill)
+        known = Rules(model, prefill)
+        losses = {rule: RULES[rule](known) for rule in rules}
         for budget in budgets:
-            given = _allocated({rule: RULES[rule](losses) for rule in rules}, model.cost, budget, prefill)
+            given = _allocated(losses, model.cost, budget, prefill)
             if not given:
                 continue
             widths = torch.stack(list(given.values()))
@@ -185,7 +190,7 @@ def measure(samples: int, seed: int, rules: Sequence[str], budgets: Sequence[flo
             scores = model.answer(prefill, keys, values, widths > 0)
             for (rule, each), score in zip(given.items(), scores, strict=True):
                 used = pages_nbytes(each, model.cost) / prefill.full_bytes
-                found[rule, budget].append((sample.task, used, score))
+                found[rule, budget].append((sample.task, used, _lost(losses[rule], each), score))
     return [_mean(rule, budget, rows) for (rule, budget), rows in found.items() if rows]
 
 
@@ -200,11 +205,16 @@ def _allocated(
     return {rule: allocate(of, cost, nbytes, sinks=SINKS) for rule, of in able.items()}
 
 
-def _mean(rule: str, budget: float, rows: Sequence[tuple[str, float, float]]) -> Measured:
-    tasks = {task: [score for of, _, score in rows if of == task] for task, _, _ in rows}
+def _lost(losses: Losses, widths: torch.Tensor) -> float:
+    lost = sum(float(loss[widths == width].sum()) for width, loss in losses.items())
+    return lost / max(float(losses[0].sum()), 1e-30)
+
+
+def _mean(rule: str, budget: float, rows: Sequence[tuple[str, float, float, float]]) -> Measured:
+    tasks = {task: [score for of, *_, score in rows if of == task] for task, *_ in rows}
     means = {task: 100 * statistics.fmean(scores) for task, scores in tasks.items()}
-    used = statistics.fmean(used for _, used, _ in rows)
-    return Measured(rule, budget, used, statistics.fmean(means.values()), means)
+    used, lost = statistics.fmean(row[1] for row in rows), statistics.fmean(row[2] for row in rows)
+    return Measured(rule, budget, used, lost, statistics.fmean(means.values()), means)
 
 
 def main(argv: list[str] | None = None) -> None:
