@@ -88,6 +88,8 @@ class LayerStore:
         """Forget everything and return the memory."""
         for part in self.parts:
             part.table = None
+            if part.scheduler is not None:
+                part.scheduler.forget()
         self.state, self.pending, self.shard_map = LayerState(), None, None
 
     def begin_if_empty(self, kv_format: KVFormat) -> None:
