@@ -30,13 +30,15 @@ Row = dict[str, Any]
 #: Those that SmolLM2-135M answers at this length.
 TASKS = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multivalue")
 LENGTH, CHUNK = 2048, 512
+#: Of the bytes in bfloat16, whatever the model computes in.
 SHARES = (0.25, 0.125)
 #: Samples of a task that are read at once.
 BATCH = 4
 METRIC = (
     "score: mean over tasks of RULER's score in percent, question unseen; difference: from PiKVPress with the same "
-    "share, paired by sample, and from the full cache; held: bytes of the cache when the context has been read, as a "
-    "share of what DynamicCache holds of it. Intervals are 95%, normal, over samples"
+    "share, paired by sample, and from the full cache; shares are those of the bytes that keys and values take in "
+    "bfloat16; held: bytes of the cache when the context has been read, as such a share. Intervals are 95%, normal, "
+    "over samples"
 )
 
 
@@ -76,13 +78,14 @@ class Reader:
         """Return a row for each sample: its score, and what the cache held of the context."""
         encoded = [self.asker.encode(sample) for sample in batch]
         options: dict[str, Any] = {"placement": "hash"}
+        share = None if way.share is None else way.share * torch.bfloat16.itemsize / self.model.dtype.itemsize
         if way.kind in ("budget", "pages"):
-            options |= {"budget": way.share, "scheduler": way.scheduler}
+            options |= {"budget": share, "scheduler": way.scheduler}
         cache = PiKVCache.for_model(self.model, **options)
-        press = PiKVPress(compression_ratio=1 - way.share) if way.kind == "press" and way.share else None
+        press = PiKVPress(compression_ratio=1 - share) if way.kind == "press" and share else None
         with press(self.model) if press is not None else contextlib.nullcontext():
             seen = self.read(encoded, cache, way.chunk)
-        held = cache.nbytes / self._full_bytes(int(seen.sum()))
+        held = cache.nbytes / self._bytes_of(int(seen.sum()))
         answers = self.asker.answer_batch(encoded, cache, seen)
         return [
             {
@@ -113,11 +116,12 @@ class Reader:
             )
         return mask
 
-    def _full_bytes(self, tokens: int) -> int:
+    def _bytes_of(self, tokens: int) -> int:
+        """Return what keys and values of so many tokens take in bfloat16."""
         config = self.model.config.get_text_config(decoder=True)
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * dim
-        return tokens * numbers * self.model.dtype.itemsize
+        return tokens * numbers * torch.bfloat16.itemsize
 
 
 def kept(file: Path) -> list[Row]:
