@@ -11,7 +11,7 @@ from press_runs import PRESSES, attached, held_by, ids_of, read
 from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.common.foreign_attributes import ATTACHMENT_ATTRIBUTE, GRAM_ATTRIBUTE
+from pikv_hf.common.foreign_attributes import ATTACHMENT_ATTRIBUTE
 from pikv_hf.integration.attachment import attachment_of, detach
 from pikv_hf.presses import ExpertPress, PyramidPress, QueryAwarePress
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 #: The attachment, which is only looked up again, what kvpress's wrapper of attention functions sets in any forward
 #: pass, and the output projections' Gram matrices that `PiKVPress` computes once per model.
-STAY = {ATTACHMENT_ATTRIBUTE, "masked_key_indices", GRAM_ATTRIBUTE}
+STAY = {ATTACHMENT_ATTRIBUTE, "masked_key_indices"}
 
 
 def state(model: Any) -> dict[str, Any]:

@@ -29,7 +29,11 @@ LAYER = {
 }
 CODECS = {f"parts.table.codecs.{key}" for key in ("name", "keys", "rank", "has_basis")}
 SCHEDULER = {
-    f"parts.scheduler.{key}" for key in ("policy", "options", "step", "pages_evicted", "tokens_evicted", "has_queries")
+    f"parts.scheduler.{key}"
+    for key in (
+        *("policy", "options", "step", "pages_evicted", "tokens_evicted", "has_queries"),
+        *("softcap", "has_logit_sinks", "recall_columns"),
+    )
 }
 PIKV = {
     f"parts.scheduler.options.{key}"
@@ -53,6 +57,7 @@ KEYS: dict[str, set[str]] = {
     "int4": CODECS | encoders("int4", "int4"),
     "lowrank": CODECS | encoders("lowrank", "lowrank+int4"),
     "budget": SCHEDULER,
+    "joint": SCHEDULER | PIKV,
     "tiers": CODECS | encoders("none", "none") | SCHEDULER | PIKV,
     "routing": set(),
     "code_bounds": CODECS | encoders("int4", "int4") | SCHEDULER,
@@ -90,6 +95,11 @@ TENSORS: dict[str, set[str]] = {
         *("queries", "codecs.0.basis", "codecs.1.basis"),
     },
     "budget": beside("plain", USAGE | BOUNDS) | {"scheduler.queries"},
+    "joint": {
+        *beside("plain", USAGE),
+        "scheduler.queries",
+        *(f"scheduler.recall.{name}" for name in ("known", "masses", "first")),
+    },
     "tiers": packed("none", {"keys.codes", "values.codes"} | USAGE) | beside("plain", USAGE) | {"queries"},
     "routing": beside("plain", BOUNDS),
     # What the codes of keys say is not said again.
@@ -129,7 +139,7 @@ def test_a_file_has_these_keys_and_tensors(kind: str, tmp_path: Path) -> None:
     KINDS[kind](model, kind).save(path)
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), set(file.keys())
-    assert version_of(path) == "4"
+    assert version_of(path) == "5"
     assert metadata.keys() == METADATA
     assert json.loads(metadata["model"]).keys() == MODEL
     assert set(keys_of(json.loads(metadata["layers"]))) == LAYER | KEYS[kind]

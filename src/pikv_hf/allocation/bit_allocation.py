@@ -24,6 +24,20 @@ HOST_BYTES = 37
 _POSITION_BYTES = 4
 
 
+class BudgetTooSmallError(ValueError):
+    """A budget does not hold what may not be evicted, in the narrowest widths that there are.
+
+    Attributes
+    ----------
+    budget, least : int
+        Bytes: what there is, and what would be needed.
+    """
+
+    def __init__(self, budget: int, least: int) -> None:
+        super().__init__(f"a budget of {budget} bytes does not hold the sinks of every lane, which take {least} bytes")
+        self.budget, self.least = budget, least
+
+
 @dataclass(frozen=True, slots=True)
 class PageCost:
     """What a page of one lane costs.
@@ -157,8 +171,10 @@ def allocate_beside(
 
     Raises
     ------
+    BudgetTooSmallError
+        If the budget does not hold the sinks of all lanes in the narrowest width.
     ValueError
-        If the budget does not hold the sinks of all lanes in the narrowest width, or the losses do not fit the costs.
+        If the losses do not fit the costs.
     """
     widths, curve = _curve(losses, cost)
     shape = curve.shape[1:]
@@ -252,7 +268,7 @@ def _water_fill(
     least = forced * (prices[:, 1:].argmin(dim=1) + 1)
     spent = int(prices.gather(1, least.unsqueeze(1)).sum())
     if spent > budget:
-        raise ValueError(f"a budget of {budget} bytes does not hold the sinks of every lane, which take {spent} bytes")
+        raise BudgetTooSmallError(budget, spent)
     slopes, targets = _hull_steps(losses, prices, least)
     befores = torch.cat([least.unsqueeze(1), targets[:, :-1]], dim=1)
     order = slopes.flatten().argsort(descending=True, stable=True)

@@ -142,6 +142,15 @@ class Observer:
             with torch.autocast(query.device.type, enabled=False):
                 self._recall(query.detach(), past, valid, keys, running)
 
+    @property
+    def first(self) -> torch.Tensor | None:
+        """The first keys of each sequence `(B, H, S, D)`, once it is known how well its tokens would be recalled."""
+        return self._first
+
+    def resume(self, recalled: torch.Tensor, first: torch.Tensor, cache: Any) -> None:
+        """Go on from what is known of the tokens that a cache has read: `(B, H, T)` as :attr:`recalled`, first keys."""
+        self.recalled, self._first, self._cache = recalled, first, weakref.ref(cache, self._forget)
+
     def knows_recall_of(self, keys: torch.Tensor) -> bool:
         """Return whether it is known how well each of the tokens with keys `(B, H, T, D)` would be recalled."""
         return self.recalled is not None and self.recalled.shape == keys.shape[:3]

@@ -20,7 +20,7 @@ def token_loss(
     Parameters
     ----------
     observer : Observer
-        The latest queries.
+        The latest queries. Where there are none tokens are judged by their values alone.
     gram : torch.Tensor
         `(Hq, Dv, Dv)`, see :func:`~pikv_hf.allocation.eviction_loss.output_gram`.
     keys, values : torch.Tensor
@@ -43,10 +43,14 @@ def _loss(
     stored: torch.Tensor | None,
     smoothing: float,
 ) -> torch.Tensor:
-    assert observer.recent is not None
     valid = None if stored is None else stored.any(dim=1)
     if observer.recalled is not None and observer.knows_recall_of(keys):
         return recall_loss(observer.recalled, value_distance(values, gram, valid=valid))
+    if observer.recent is None:
+        # Nobody has asked anything yet: all are as likely to be looked at.
+        return eviction_loss(
+            torch.ones_like(keys[..., 0]).float(), value_distance(values, gram, valid=valid), valid=valid
+        )
     causal = keys.shape[2] == observer.seen
     probability = attention_mass(observer, observer.recent, keys, stored, causal)
     distance = value_distance(values, gram, valid=valid)

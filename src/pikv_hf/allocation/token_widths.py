@@ -114,7 +114,7 @@ def token_widths(
 
     Raises
     ------
-    ValueError
+    BudgetTooSmallError
         If the budget does not hold what is never evicted.
     """
     priced = PageCost.of_pages(page_size, *layers[0].dims, layers[0].element_size)

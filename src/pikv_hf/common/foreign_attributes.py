@@ -20,8 +20,5 @@ OBSERVER_ATTRIBUTE = "_pikv_observer"
 ROUTING_ATTRIBUTE = "_pikv_routing"
 ROUTING_BELOW_ATTRIBUTE = "_pikv_routing_below"
 
-#: On an attention module: the Gram matrices of its output projection, and of which weights they are.
-GRAM_ATTRIBUTE = "_pikv_gram"
-
 #: On a model: its :class:`~pikv_hf.integration.attachment.Attachment`.
 ATTACHMENT_ATTRIBUTE = "_pikv_attachment"

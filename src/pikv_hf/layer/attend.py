@@ -73,7 +73,7 @@ def attend(
         for table, known in zip(layer.store.tables(), masses, strict=True):
             if known is not None:
                 known.note(_by_kv_head(total.to(table.plain.device), table))
-        note_queries(layer, query, mask, scale, softcap, total, absorbed)
+        note_queries(layer, query, mask, scale, softcap, total, absorbed, sinks)
     return out, lse
 
 
@@ -165,17 +165,19 @@ def note_queries(
     softcap: float | None,
     lse: torch.Tensor | None,
     absorbed: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Tell the schedulers of a layer the queries of a call, and note how its own tokens are attended to.
 
-    `lse` is `(B, Hq, Q)`, over everything that the queries saw; None where that is the call's own tokens alone.
+    `sinks` are the `(Hq,)` logits of attention sinks. `lse` is `(B, Hq, Q)`, over everything that the queries saw; None
+    where that is the call's own tokens alone.
     """
     for part in layer.parts:
         if part.scheduler is not None:
             assert part.table is not None
             # As wide as what bounds are kept of.
             known = query[..., : part.table.plain.bounds_dim]
-            part.scheduler.remember_queries(known.to(part.device), scale)
+            part.scheduler.remember_queries(known.to(part.device), scale, softcap, sinks)
     if (new := layer.pending) is not None:
         batch, heads = new.keys.shape[:2]
         bias = None

@@ -1,22 +1,45 @@
 """One budget for the layers of a cache: they decide together what each keeps, by token, KV head and width."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..allocation.observed_queries import Observed, Observer, RunningTurn
-from ..allocation.output_projection import gram_of
-from ..allocation.token_loss import token_loss
+from ..allocation.bit_allocation import BudgetTooSmallError
+from ..allocation.known_recall import KnownRecall
+from ..allocation.observed_queries import Observer, RunningTurn
 from ..allocation.token_widths import LayerTokens, same_shape, token_widths
+from ..scheduling.growth_limit import BudgetError
+from ..scheduling.page_scheduler import PageScheduler
 from .budget_account import BudgetAccount
+from .joint_loss import LEAST_RECALLED, judged_layers
 from .layer_edits import LayerEdits
 from .layer_operation import layer_operation
-from .press_eviction import keep_tokens, packed_pages
+from .press_eviction import keep_tokens
 
 #: How often a decision is made anew, for less, where its pages turn out larger than expected.
 ATTEMPTS = 4
+
+
+@dataclass(slots=True)
+class RunningCall:
+    """A call with several tokens that is on its way through the layers.
+
+    Attributes
+    ----------
+    waits : bool
+        Whether its tokens wait for a decision.
+    at : int
+        The layer that came last, -1 for none.
+    observers : dict
+        By layer, its queries, and how well its tokens would be recalled.
+    """
+
+    waits: bool = False
+    at: int = -1
+    observers: dict[int, Observer] = field(default_factory=dict)
 
 
 class JointBudget(BudgetAccount):
@@ -41,9 +64,8 @@ class JointBudget(BudgetAccount):
     def __init__(self, members: Sequence[LayerEdits]) -> None:
         super().__init__(members)
         self.deciding = False
-        # Of the running call: whether its tokens wait, the layer that came last, and the queries of each.
-        self._waits, self._at = False, -1
-        self._observers: dict[int, Observer] = {}
+        self._call = RunningCall()
+        self._refusal: BudgetTooSmallError | None = None
 
     def forked(self, layer: Any) -> None:
         """Have the fork of a layer decide for itself, until it is told of the others of its cache."""
@@ -56,11 +78,16 @@ class JointBudget(BudgetAccount):
 
         Where a press decides the layers have their tokens wait for it, and are cut down to the budget afterwards.
         """
-        if member.layer_idx <= self._at or not self._observers:
-            self._observers = {}
-            self._waits = not waits_already and bool((self.excess(new) > 0).any())
-        self._at = member.layer_idx
-        return self._waits and not waits_already
+        call = self._call
+        if call.at < 0 or member.layer_idx <= call.at:
+            # The one before may have been interrupted.
+            call = self._call = RunningCall(not waits_already and bool((self.excess(new) > 0).any()))
+        call.at = member.layer_idx
+        return call.waits and not waits_already
+
+    def forget_call(self) -> None:
+        """Forget the running call: its tokens, or some of them, are gone, or it will not go on."""
+        self._call = RunningCall()
 
     def observe(
         self,
@@ -73,64 +100,99 @@ class JointBudget(BudgetAccount):
         keys: torch.Tensor,
         running: RunningTurn | None,
     ) -> None:
-        """Note queries `(B, Hq, Q, D)` and keys of a layer's newest tokens; `valid` `(B, Q)` are no padding."""
-        observer = self._observers.setdefault(member.layer_idx, Observer(recalls=True))
-        if self._waits:
-            observer(query, member.store.state.seen - query.shape[2], valid, scale, sinks, softcap, keys, running)
+        """Note queries `(B, Hq, Q, D)` and keys of a layer's newest tokens; `valid` `(B, Q)` are no padding.
+
+        How well these would be recalled is remembered with the layer: later decisions ask for it.
+        """
+        call, scheduler, past = self._call, _scheduler(member), member.store.state.seen - query.shape[2]
+        cache = None if running is None or running.cache is None else running.cache()
+        observer, recall = Observer(recalls=query.shape[2] >= LEAST_RECALLED), scheduler.recall
+        if observer.recalls and past and recall is not None and cache is not None:
+            observer.resume(recall.mass(past), recall.first, cache)
+        observer(query, past, valid, scale, sinks, softcap, keys, running)
+        if observer.recalled is not None and observer.first is not None:
+            scheduler.recall = KnownRecall.of(observer.recalled, observer.first)
+        if call.waits:
+            call.observers[member.layer_idx] = observer
 
     @layer_operation
     def ends(self, member: LayerEdits) -> None:
         """Decide, if tokens wait for it, once the last layer has attended."""
-        members = self.members
-        if not self._waits or not members or member is not members[-1]:
+        members, call = self.members, self._call
+        if not members or member is not members[-1]:
             return
-        self._waits = False
+        self.forget_call()
+        if not call.waits:
+            return
         pending = [each.store.pending for each in members]
         alike = {
             (tokens.tokens, each.store.state.seen) for tokens, each in zip(pending, members, strict=True) if tokens
         }
         # Something else may have changed layers meanwhile, a press of kvpress say.
-        if len(alike) > 1 or not all(pending) or not all(each.awaits_press for each in members) or not self._decide():
-            for each in members:
-                each.end_press()
-        self._observers = {}
+        awaited = len(alike) == 1 and all(pending) and all(each.awaits_press for each in members)
+        if not awaited or not self._decide(call.observers):
+            self._store_by_pages()
 
     # While tokens are generated
 
     @layer_operation
-    def make_room(self) -> None:
-        """Decide anew, if there is no room for as many single tokens as fit into a page."""
+    def make_room(self, member: LayerEdits) -> None:
+        """Decide anew, if there is no room for as many single tokens as fit into a page.
+
+        Once in a step is enough: only the first of the layers has it done.
+        """
         members = self.members
+        if not members or member is not members[0]:
+            return
+        self.forget_call()
         if self.deciding or any(each.awaits_press or each.store.table is None for each in members):
             return
         if bool((self.excess(members[0].store.config.page_size) > 0).any()):
             for each in members:
                 each.settle()
                 each.take_requested_snapshot()
-            if not self._decide():
+            if not self._decide({}):
                 self._evict_pages()
 
+    # Where no decision can be made
+
+    def _store_by_pages(self) -> None:
+        """Store what waits, and evict pages of what exceeds the budget then."""
+        try:
+            for each in self.members:
+                each.end_press()
+        except BudgetError as error:
+            raise self._explained(error) from error
+
     def _evict_pages(self) -> None:
-        """Evict what exceeds a budget in tokens where no decision could be made."""
+        """Evict what exceeds a budget in tokens; one in bytes is kept as pages grow."""
         if self.budgets()[0].total_bytes is not None:
             return
         for row, over in enumerate(self.excess(self.members[0].store.config.page_size)):
             if over > 0:
                 self.evict_elsewhere(None, row, int(over))
 
+    def _explained(self, error: BudgetError) -> BudgetError:
+        """Return an error that also says what a decision would have needed."""
+        return error if self._refusal is None else BudgetError(f"{error}; nor could widths be decided: {self._refusal}")
+
     # Deciding
 
-    def _decide(self) -> bool:
-        """Decide what all layers keep and carry it out; return whether that could be done within the budget."""
-        members = self.members
-        layers = [_tokens_of(each, self._observer_of(each)) for each in members]
+    def _decide(self, observers: Mapping[int, Observer]) -> bool:
+        """Decide what all layers keep and carry it out; return whether that could be done within the budget.
+
+        `observers` are those of the call whose tokens wait, by layer; where there is none the latest queries count.
+        """
+        members, self._refusal = self.members, None
+        layers = judged_layers(members, observers)
         batch, seen = members[0].store.batch, members[0].store.state.seen
         interval = self.interval(seen)
         budgets = self.row_budgets(interval)
         for _ in range(ATTEMPTS):
             try:
                 rows = [self._widths([each.of_row(row) for each in layers], budgets[row]) for row in range(batch)]
-            except ValueError:
+            except BudgetTooSmallError as error:
+                self._refusal = error
                 return False
             kept = [torch.cat(of_layer) for of_layer in zip(*rows, strict=True)]
             missing = self._keep(kept, interval)
@@ -169,6 +231,8 @@ class JointBudget(BudgetAccount):
                 self.deciding = True
                 for member, kept in zip(members, widths, strict=True):
                     keep_tokens(member.store, kept)
+                    if (recall := _scheduler(member).recall) is not None:
+                        _scheduler(member).recall = recall.only(kept > 0)
                 if (missing := self.measured(interval)) > 0:
                     raise _TooMuchError(missing)
         except _TooMuchError as error:
@@ -185,20 +249,6 @@ class JointBudget(BudgetAccount):
             gone = (layer.stored & (widths == 0)).sum()
             scheduler.tokens_evicted += int(gone) // layer.stored.shape[1]
 
-    def _observer_of(self, member: LayerEdits) -> Observer:
-        """Return the queries by which a layer's tokens are judged: those of the call, or the latest ones."""
-        known = self._observers.get(member.layer_idx)
-        if known is not None and known.recent is not None:
-            return known
-        scheduler, observer = member.store.parts[0].scheduler, Observer()
-        assert scheduler is not None
-        assert scheduler.queries is not None
-        # Scaled already; all of what is stored came before them, or nearly so.
-        queries = scheduler.queries
-        observer.recent = Observed(queries, torch.arange(queries.shape[2], device=queries.device), None)
-        observer.seen = -1
-        return observer
-
 
 class _TooMuchError(Exception):
     """What was to be kept takes more than the budget."""
@@ -208,22 +258,14 @@ class _TooMuchError(Exception):
         self.missing = missing
 
 
-def _tokens_of(member: LayerEdits, observer: Observer) -> LayerTokens:
-    """Return what is known of the tokens of a layer."""
-    store, link = member.store, member.link
-    assert link is not None
-    assert observer.recent is not None
-    keys, values = member.latents.dense_pair()
-    stored = member.latents.stored_mask()
-    module = link.attention_of(store.layer_idx)
-    assert module is not None
-    gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
-    loss = token_loss(observer, gram, keys, values, stored)
-    return LayerTokens.of(keys, values, stored, loss, packed_pages(store))
-
-
 def _held_bytes(layer: LayerTokens) -> int:
     return layer.token_bytes * layer.stored.shape[1]
+
+
+def _scheduler(member: LayerEdits) -> PageScheduler:
+    scheduler = member.store.parts[0].scheduler
+    assert scheduler is not None
+    return scheduler
 
 
 def join_budgets(layers: Iterable[Any]) -> None:

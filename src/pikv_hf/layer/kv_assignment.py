@@ -138,6 +138,10 @@ def _replace_tokens(store: LayerStore, keys: torch.Tensor, values: torch.Tensor,
     tables = replaced_tables(store, ExactTokens(keys, values, stored))
     store.drop_pending()
     store.replace_tables(tables)
+    for part in store.parts:
+        if part.scheduler is not None:
+            # Columns are numbered anew.
+            part.scheduler.recall = None
     state.evicted = state.evicted and not bool(stored.all())
     state.seen = state.assigned = keys.shape[2]
     state.dropped = positions - state.seen if picked else 0

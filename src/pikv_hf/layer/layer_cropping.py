@@ -92,6 +92,9 @@ def shorten_state(store: LayerStore, length: int) -> None:
         store.shard_map.rescale(length / state.seen)
     if state.padding is not None:
         state.padding = trimmed(state.padding[:, :length])
+    for part in store.parts:
+        if part.scheduler is not None:
+            part.scheduler.crop(length)
     state.seen = length
     state.assigned = min(state.assigned, length)
     state.evicted &= length > 0

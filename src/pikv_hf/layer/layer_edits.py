@@ -3,51 +3,22 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from ..allocation.observed_queries import RunningTurn
 from ..common.kv import KV
 from ..distributed.process_exchange import leave_group_on_error
 from ..page_table.cropping import Crop
 from . import press_eviction
 from .decoded_tokens import is_mid_page, record_experts
+from .joint_decision import JointDecision
 from .kv_assignment import KVAssignment, assign_tokens, begins_with, check_assignable, check_assigned
 from .latent_tokens import LatentTokens
 from .layer_cropping import Snapshot, reserved_crops, shorten_state
 from .layer_operation import layer_operation
 from .layer_store import LayerStore
 from .model_link import ModelLink
-
-
-class JointDecision(Protocol):
-    """Decides for the layers of a cache; :class:`~pikv_hf.layer.joint_budget.JointBudget` is one."""
-
-    def begins(self, member: "LayerEdits", new: int, waits_already: bool) -> bool:
-        """Return whether `new` tokens that a layer is about to get are to wait for a decision."""
-
-    def observe(
-        self,
-        member: "LayerEdits",
-        query: torch.Tensor,
-        valid: torch.Tensor | None,
-        scale: float,
-        sinks: torch.Tensor | None,
-        softcap: float | None,
-        keys: torch.Tensor,
-        running: RunningTurn | None,
-    ) -> None:
-        """Note the queries of a layer's newest tokens, their keys, and how queries are moved behind them."""
-
-    def ends(self, member: "LayerEdits") -> None:
-        """Decide, if tokens wait for it, once the last layer has attended."""
-
-    def forked(self, layer: Any) -> None:
-        """Have the fork of a layer decide for itself, until it is told of the others of its cache."""
-
-    def make_room(self) -> None:
-        """Decide anew, if there is no room for as many single tokens as fit into a page."""
 
 
 class LayerEdits:
@@ -101,6 +72,11 @@ class LayerEdits:
         # The one that the layer has just gone back to.
         self._restored: Snapshot | None = None
         self.awaits_press = self.snapshot_due = False
+        self._forget_call()
+
+    def _forget_call(self) -> None:
+        if self.joint is not None:
+            self.joint.forget_call()
 
     def _tokens_changed(self) -> None:
         """Forget what was true only of the tokens as they were: snapshots, dense copies, experts that are expected."""
@@ -301,10 +277,36 @@ class LayerEdits:
             pass
         self.give_back()
 
+    def make_ready(self, length: int) -> None:
+        """Store what a crop to `length` columns needs stored, and make room for it.
+
+        :meth:`truncating` does so too. Where other layers share a budget, all have to be ready before the first begins:
+        within a transaction nothing can be evicted.
+        """
+        store, pending = self.store, self.store.pending
+        is_exact = self.snapshot is not None and self.snapshot.length == length
+        if length >= store.state.seen or store.table is None or is_exact:
+            return
+        awaited, dropped = self.awaits_press, length <= store.stored
+        if dropped:
+            store.pending = None
+        try:
+            self._settled_crops(length)
+        finally:
+            if dropped:
+                # Until the crop is done it may yet be needed.
+                store.pending, self.awaits_press = pending, awaited
+
+    @property
+    def pages_evicted(self) -> int:
+        """Pages that have gone for a budget."""
+        return sum(part.scheduler.pages_evicted for part in self.store.parts if part.scheduler is not None)
+
     @contextmanager
     def truncating(self, length: int) -> Iterator[None]:
         """Keep the first `length` columns, unless the block raises; :meth:`give_back` comes after it."""
         store = self.store
+        self._forget_call()
         if length >= store.state.seen or store.table is None:
             yield
             return
@@ -352,6 +354,7 @@ class LayerEdits:
     @contextmanager
     def selecting(self, indices: Sequence[int]) -> Iterator[None]:
         """Replace the rows of the batch, unless the block raises; :meth:`give_back` comes after it."""
+        self._forget_call()
         if self.store.table is None:
             yield
             return

@@ -1,7 +1,7 @@
 """The layers of a cache, paged ones and transformers' own, as one: their rows, and cutting them back."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -95,6 +95,8 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
     chosen = indices.tolist()
     if bad := [index for index in chosen if not 0 <= index < rows]:
         raise IndexError(f"row {bad[0]} is out of range for a cache of {rows} rows")
+    for layer in paged_layers(layers):
+        layer.edits.settle_marks()
     with ExitStack() as stack:
         for layer in layers:
             if isinstance(layer, PiKVLayer):
@@ -103,6 +105,11 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
                 stack.enter_context(undone_on_error(layer))
                 select_rows_of(layer, indices)
     _give_back(layers)
+    for layer in paged_layers(layers):
+        if layer.edits.joint is not None:
+            # Of more rows more is kept beside the pages. What there is no memory for now is done with the next token.
+            with suppress(MemoryError, torch.OutOfMemoryError):
+                layer.edits.joint.make_room(layer.edits)
 
 
 def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
@@ -122,6 +129,9 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
     for index, (layer, count) in enumerate(cropped):
         if not isinstance(layer, PiKVLayer):
             check_can_crop(index, layer, count, length)
+    _make_ready(
+        [(layer, at) for layer, at, count in zip(layers, columns, removed, strict=True) if count and _is_paged(layer)]
+    )
     with ExitStack() as stack:
         for (layer, count), column in zip(cropped, columns, strict=True):
             if not isinstance(layer, PiKVLayer):
@@ -132,6 +142,22 @@ def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
                 if not length:
                     layer.state.dropped = 0
     _give_back(layers)
+
+
+def _is_paged(layer: Any) -> bool:
+    return isinstance(layer, PiKVLayer)
+
+
+def _make_ready(cropped: Sequence[tuple[PiKVLayer, int]]) -> None:
+    """Store what crops to these columns need stored, and have room for them, before the first of them begins.
+
+    Layers that share a budget evict of one another, which may take the room that was made before: until none does.
+    """
+    before = None
+    while (evicted := sum(layer.edits.pages_evicted for layer, _ in cropped)) != before:
+        before = evicted
+        for layer, column in cropped:
+            layer.edits.make_ready(column)
 
 
 def _positions(layer: Any) -> int | None:

@@ -163,6 +163,9 @@ class LayerPart:
 
     def fit(self, table: PageTable, lanes: int, seen: int) -> None:
         """Let a table of `seen` columns that is to replace this part's keep to the budget; statistics begin anew."""
+        if self.page_router is not None:
+            # What it keeps of pages counts.
+            self.page_router.policy.prepare(table.pools)
         if self.scheduler is not None:
             self.scheduler.prepare(table)
             self.scheduler.enforce(table, lanes, seen)

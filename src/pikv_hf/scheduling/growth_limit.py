@@ -86,7 +86,10 @@ class GrowthLimit:
         size = pages.plain.page_size
         needed = -(-self._layer_budget.least // size) + 2 + min(size, self._layer_budget.shards)
         beside = pages.encoders.most_bytes + user.most_beside(pages.plain, rows)
-        return rows * needed * pages.plain.full_page_bytes + beside
+        # Where layers decide together the page tables of single heads, which are larger, hold packed pages: what was
+        # begun with pages of all heads can go on with them.
+        page = pages.plain.page_bytes if user.jointly else pages.plain.full_page_bytes
+        return rows * needed * page + beside
 
     def allowed(self, user: BudgetUser) -> int:
         """Return the bytes for the pages of one layer, without what it keeps beside them."""
@@ -99,6 +102,9 @@ class GrowthLimit:
     def __call__(self) -> int:
         """Return the bytes; less than 0 if what there is exceeds the budget."""
         user = None if self._last is None else self._last()
+        if user is None:
+            # That fork is gone.
+            user = next(iter(self._users), None)
         if user is None or user.shared is None:
             return self.own()
         return _UNLIMITED if user.shared.deciding else self.own() + user.shared.room_beside(user)

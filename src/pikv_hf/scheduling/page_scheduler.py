@@ -6,6 +6,8 @@ from typing import TypeVar
 
 import torch
 
+from ..allocation.known_recall import KnownRecall
+from ..allocation.recall import SINKS
 from ..config import JOINT, PiKVConfig
 from ..page_table.page_table import PageTable
 from ..pages.plain_pool import PlainPool
@@ -59,6 +61,12 @@ class PageScheduler:
         The layers that decide together what each keeps; the policy then only says what goes where that cannot be.
     now : int
         Attention steps so far.
+    queries : torch.Tensor or None
+        `(B, Hq, m, D)`, the newest ones, scaled.
+    softcap, logit_sinks : float or None, torch.Tensor or None
+        What capped their logits, and the logits `(Hq,)` of attention sinks beside them: the model's own, not a copy.
+    recall : KnownRecall or None
+        How well stored tokens would be recalled, for joint decisions.
     pages_evicted, tokens_evicted : int
         Over all sequences, shared ones once for each.
     """
@@ -77,6 +85,9 @@ class PageScheduler:
         self.sink_tokens, self.recent_window = sink_tokens, recent_window
         self.now = 0
         self.queries: torch.Tensor | None = None
+        self.softcap: float | None = None
+        self.logit_sinks: torch.Tensor | None = None
+        self.recall: KnownRecall | None = None
         self.query_groups = query_groups
         self.pages_evicted = self.tokens_evicted = 0
         self.shared: SharedBudget | None = None
@@ -85,13 +96,17 @@ class PageScheduler:
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that hold memory."""
-        return [] if self.queries is None else [self.queries]
+        return [
+            *([] if self.queries is None else [self.queries]),
+            *([] if self.recall is None else self.recall.tensors()),
+        ]
 
     def most_beside(self, pool: PlainPool, rows: int) -> int:
         """Return the most bytes that are kept beside the pages of a table of so many rows."""
         heads, dim = pool.keys.shape[0], pool.bounds_dim
-        queries = RECENT_QUERIES * rows * heads * self.query_groups if self.remembers else 0
-        return queries * dim * pool.keys.element_size()
+        queries = RECENT_QUERIES * self.query_groups if self.remembers else 0
+        first = SINKS if self.jointly else 0
+        return (queries + first) * rows * heads * dim * pool.keys.element_size()
 
     @property
     def remembers(self) -> bool:
@@ -115,6 +130,17 @@ class PageScheduler:
         self._admit(table, len(rows) * lanes)
         if self.queries is not None:
             self.queries = self.queries[list(rows)]
+        if self.recall is not None:
+            self.recall = self.recall.pick(torch.tensor(list(rows), device=self.recall.first.device))
+
+    def crop(self, columns: int) -> None:
+        """Forget how well later tokens than these would be recalled."""
+        if self.recall is not None:
+            self.recall = self.recall.cropped(columns) if columns else None
+
+    def forget(self) -> None:
+        """Forget queries and tokens; the counts stay."""
+        self.queries = self.recall = None
 
     # Statistics
 
@@ -153,8 +179,15 @@ class PageScheduler:
             assert isinstance(pages.plain.growth_limit, GrowthLimit)
             pages.plain.growth_limit.admit(self, rows)
 
-    def remember_queries(self, query: torch.Tensor, scale: float) -> None:
-        """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds, and for joint decisions."""
+    def remember_queries(
+        self, query: torch.Tensor, scale: float, softcap: float | None = None, sinks: torch.Tensor | None = None
+    ) -> None:
+        """Remember the newest queries `(B, Hq, Q, D)` for policies that look at bounds, and for joint decisions.
+
+        These want to know what caps their logits, too, and attention sinks `(Hq,)`.
+        """
+        if self.jointly:
+            self.softcap, self.logit_sinks = softcap, None if sinks is None else sinks.detach()
         if self.remembers:
             newest = query[:, :, -RECENT_QUERIES:].detach() * scale
             known = self.queries
@@ -320,13 +353,20 @@ class PageScheduler:
         return self.budget.total_bytes // per_page * table.plain.page_size
 
 
-def scheduler_name(config: PiKVConfig) -> str | None:
-    """Return what says what goes first, None if nothing ever has to go."""
+def scheduler_name(config: PiKVConfig, may_decide_jointly: bool = True) -> str | None:
+    """Return what says what goes first, None if nothing ever has to go.
+
+    By default layers decide together what a budget keeps, unless an option, or what `may_decide_jointly` stands for,
+    leaves no room for that: then pages go by :class:`~pikv_hf.scheduling.policies.pikv.PiKV`. Where there are only
+    tiers, those used last stay in the fast ones.
+    """
     if config.budget is None and config.tiers is None:
         return None
     if config.scheduler is not None:
         return config.scheduler
-    return "lru" if config.budget is None else "pikv"
+    if config.budget is None:
+        return "lru"
+    return JOINT if may_decide_jointly and config.joint_obstacle() is None else "pikv"
 
 
 def make_scheduler(
@@ -336,8 +376,9 @@ def make_scheduler(
     parts: int = 1,
     part_share: float = 1.0,
     query_groups: int = 1,
+    may_decide_jointly: bool = True,
 ) -> PageScheduler | None:
-    """Return the scheduler of one part of a paged layer, None if no page ever has to go.
+    """Return the scheduler of one part of a paged layer, None if no page ever has to go; see :func:`scheduler_name`.
 
     Raises
     ------
@@ -345,7 +386,7 @@ def make_scheduler(
         See :meth:`LayerBudget.of`.
     """
     budget = LayerBudget.of(config, layers, sliding_tokens, parts, part_share)
-    name = scheduler_name(config)
+    name = scheduler_name(config, may_decide_jointly)
     if name is None:
         return None
     options = BUDGET_OPTIONS if name == "pikv" and budget is not None else {}

@@ -9,7 +9,15 @@ from ..pages.plain_pool import PlainPool
 
 
 class BudgetUser(Protocol):
-    """A layer's scheduler, which keeps some bytes beside the pages."""
+    """A layer's scheduler, which keeps some bytes beside the pages.
+
+    Attributes
+    ----------
+    jointly : bool
+        Whether all layers of the cache are to decide together what each keeps.
+    """
+
+    jointly: bool
 
     @property
     def shared(self) -> "SharedBudget | None":
