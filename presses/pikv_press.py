@@ -109,17 +109,20 @@ class PiKVPress(JointPress):
         observer = observed(module)
         assert observer.recent is not None
         gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
-        if not observer.knows_recall_of(keys):
+        recalled = observer.recall_of(keys) if kwargs.get("pikv_by_recall", True) else None
+        if recalled is None:
             logger.warning_once(  # type: ignore[attr-defined]
                 f"PiKVPress: what would be recalled is not known of {type(module).__name__}; its tokens are judged by "
                 "the attention that the latest queries paid"
             )
-        return token_loss(observer, gram, keys, values, kwargs.get("pikv_stored"), smoothing=self.smoothing)
+        stored = kwargs.get("pikv_stored")
+        return token_loss(observer, gram, keys, values, stored, recalled, smoothing=self.smoothing)
 
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over all layers and store what it leaves."""
+        known = {"pikv_by_recall": all(observed(view.module).recall_of(view.keys) is not None for view in views)}
         layers = [
-            LayerTokens.of(view.keys, view.values, view.stored, self.token_scores(view), pages_of(view))
+            LayerTokens.of(view.keys, view.values, view.stored, self.token_scores(view, known), pages_of(view))
             for view in views
         ]
         for group in same_shape(layers):

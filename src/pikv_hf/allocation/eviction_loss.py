@@ -64,15 +64,14 @@ def value_distance(values: torch.Tensor, gram: torch.Tensor, *, valid: torch.Ten
     gram : torch.Tensor
         `(Hq, Dv, Dv)`, see :func:`output_gram`.
     valid : torch.Tensor, optional
-        `(B, T)` bool, False for padding.
+        `(B, T)` or `(B, H, T)` bool, False for padding and what is not there.
 
     Returns
     -------
     torch.Tensor
         `(B, H, T)` float32, summed over the query heads of a KV head; 0 for padding.
     """
-    real = torch.ones(values.shape[:1] + values.shape[2:3], dtype=torch.bool, device=values.device)
-    real = (real if valid is None else valid)[:, None, :, None]
+    real = _of_lanes(torch.ones_like(values[..., 0], dtype=torch.bool) if valid is None else valid)[..., None]
     exact = values.float() * real
     centred = (exact - exact.sum(2, keepdim=True) / real.sum(2, keepdim=True).clamp(min=1)) * real
     shared = gram.to(exact).unflatten(0, (values.shape[1], -1)).sum(1)
@@ -97,7 +96,7 @@ def eviction_loss(
     smoothing : float
         Share of the probability that is spread evenly over the tokens of a lane, in [0, 1].
     valid : torch.Tensor, optional
-        `(B, T)` bool, False for padding.
+        `(B, T)` or `(B, H, T)` bool, False for padding and what is not there.
 
     Returns
     -------
@@ -112,7 +111,9 @@ def eviction_loss(
     """
     if not 0 <= smoothing <= 1:
         raise ValueError(f"smoothing is a share between 0 and 1, got {smoothing}")
-    real = torch.ones_like(probability) if valid is None else valid[:, None].to(probability).expand_as(probability)
+    real = torch.ones_like(probability)
+    if valid is not None:
+        real = _of_lanes(valid).to(probability).expand_as(probability)
     smoothed = (1 - smoothing) * _shares(probability * real) + smoothing * _shares(real)
     return smoothed * distance
 
@@ -136,6 +137,11 @@ def recall_loss(recalled: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         `(B, H, T)` float32, as of :func:`eviction_loss`.
     """
     return recalled * distance.sqrt()
+
+
+def _of_lanes(valid: torch.Tensor) -> torch.Tensor:
+    """Return `(B, 1 or H, T)` of `(B, T)` or `(B, H, T)`."""
+    return valid.unsqueeze(1) if valid.ndim == 2 else valid
 
 
 def _shares(amounts: torch.Tensor) -> torch.Tensor:

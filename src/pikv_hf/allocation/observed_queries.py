@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 
 from ..common.foreign_attributes import OBSERVER_ATTRIBUTE
 from .query_turn import Turn
@@ -78,7 +79,8 @@ class Observer:
     recent : Observed or None
         The latest queries.
     recalled : torch.Tensor or None
-        `(B, H, T)` float32 of :func:`~pikv_hf.allocation.recall.recall_mass`, for all tokens that were read; None where
+        `(B, H, T)` float32 of :func:`~pikv_hf.allocation.recall.recall_mass`, NaN for tokens of which it is not
+        known, as of those that came one by one, and shorter where these are the last; None where
         it is not known how queries are moved, or the tokens before the last call were not observed.
     scale : float
         What attention multiplies logits by.
@@ -133,6 +135,9 @@ class Observer:
         self.calls += 1
         if past == 0:
             self.recent = None
+        if past < self.seen:
+            # Which tokens have gone since is not known, nor what the others are now called.
+            self._cache = lambda: None
         self.scale, self.sinks, self.softcap, self.seen = scale, sinks, softcap, past + new
         call = Observed(query.detach(), torch.arange(past, past + new, device=query.device), valid)
         latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
@@ -151,10 +156,13 @@ class Observer:
         """Go on from what is known of the tokens that a cache has read: `(B, H, T)` as :attr:`recalled`, first keys."""
         self.recalled, self._first, self._cache = recalled, first, weakref.ref(cache, self._forget)
 
-    def knows_recall_of(self, keys: torch.Tensor) -> bool:
-        """Return whether it is known how well each of the tokens with keys `(B, H, T, D)` would be recalled."""
-        return self.recalled is not None and self.recalled.shape == keys.shape[:3]
+    def recall_of(self, keys: torch.Tensor) -> torch.Tensor | None:
+        """Return how well tokens with keys `(B, H, T, D)` would be recalled, NaN where unknown; None if of all."""
+        if self.recalled is None or self.recalled.shape[:2] != keys.shape[:2] or keys.shape[2] != self.seen:
+            return None
+        return pad(self.recalled, (0, keys.shape[2] - self.recalled.shape[2]), value=torch.nan)
 
+    @torch.compiler.disable
     def _recall(
         self,
         query: torch.Tensor,
@@ -177,15 +185,13 @@ class Observer:
             new = recall_mass(*given, valid=valid, sinks=sinks, softcap=self.softcap, first=first)
             if self._first is None:
                 self._first = _first_keys(keys, valid)
+            if before is not None:
+                new = torch.cat([pad(before, (0, past - before.shape[2]), value=torch.nan), new], dim=2)
         elif query.shape[2] == 1 and before is not None:
-            # What follows a single token is not known yet: it counts like most.
-            new = before.mean(dim=-1, keepdim=True)
+            # What follows a single token is not known yet.
+            new = before
         else:
             return
-        if before is not None:
-            # A cache may have been cropped since, or have read single tokens that nobody has observed.
-            missing = before.mean(dim=-1, keepdim=True).expand(-1, -1, max(0, past - before.shape[2]))
-            new = torch.cat([before[:, :, :past], missing, new], dim=2)
         # What is known of a cache goes with it: nobody may ever call again.
         self.recalled, self._cache = new, weakref.ref(cache, self._forget)
 

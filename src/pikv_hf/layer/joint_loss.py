@@ -4,9 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ..allocation.eviction_loss import SMOOTHING
-from ..allocation.known_recall import filled_recall
-from ..allocation.observed_queries import Observed, Observer, attention_mass
+from ..allocation.observed_queries import Observed, Observer
 from ..allocation.output_projection import gram_of
 from ..allocation.token_loss import token_loss
 from ..allocation.token_widths import LayerTokens
@@ -61,11 +59,8 @@ def _judged(member: LayerEdits, observer: Observer | None, recalled: torch.Tenso
     assert module is not None
     judge = _latest_queries(member) if observer is None or observer.recent is None else observer
     query_heads = _query_heads(member, judge)
-    judge.recalled = None
-    if recalled is not None:
-        judge.recalled = _filled(judge, recalled, keys, stored)
-    loss = token_loss(judge, gram_of(module, query_heads, values.shape[-1]), keys, _centred(values, stored), stored)
-    return LayerTokens.of(keys, values, stored, _finite(loss), packed_pages(store))
+    loss = token_loss(judge, gram_of(module, query_heads, values.shape[-1]), keys, values, stored, recalled)
+    return LayerTokens.of(keys, values, stored, loss, packed_pages(store))
 
 
 def _latest_queries(member: LayerEdits) -> Observer:
@@ -87,31 +82,3 @@ def _query_heads(member: LayerEdits, judge: Observer) -> int:
     scheduler = member.store.parts[0].scheduler
     assert scheduler is not None
     return int(member.store.heads * scheduler.query_groups)
-
-
-def _filled(judge: Observer, recalled: torch.Tensor, keys: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """Return how well all tokens would be recalled, where it is known of some."""
-    if not bool((recalled.isnan() & stored).any()):
-        return recalled.nan_to_num(0.0)
-    paid = stored.float()
-    if judge.recent is not None:
-        paid = attention_mass(judge, judge.recent, keys, stored, causal=keys.shape[2] == judge.seen)
-    return filled_recall(recalled, paid, stored, SMOOTHING)
-
-
-def _finite(loss: torch.Tensor) -> torch.Tensor:
-    """Return losses in which those of heads that have overflowed are like most others'."""
-    finite = loss.isfinite()
-    if bool(finite.all()):
-        return loss
-    return loss.where(finite, loss[finite].mean() if bool(finite.any()) else 1.0)
-
-
-def _centred(values: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
-    """Return values `(B, H, T, Dv)` in which the mean of a head's own stands for what was evicted of it alone."""
-    gone = ~stored & stored.any(dim=1, keepdim=True)
-    if not bool(gone.any()):
-        return values
-    kept = values.float() * stored[..., None]
-    mean = kept.sum(dim=2, keepdim=True) / stored.sum(dim=2)[..., None, None].clamp(min=1)
-    return values.where(~gone[..., None], mean.to(values.dtype))
