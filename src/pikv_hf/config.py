@@ -70,6 +70,7 @@ class PiKVConfig:
     error_budget : float
         Of `"auto"`, per page and for its worst head: root mean square error of the attention logits of recent queries
         (keys), relative root mean square error (values). Both are about the relative error of the attention output.
+        By default as much as comes to int4's bytes on a pretrained model (`eval/results/codecs-smollm2.json`).
     rank : int, optional
         Of the low-rank codecs, at most the head dim; by default a quarter of it.
     routing : str

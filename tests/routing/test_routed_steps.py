@@ -46,7 +46,7 @@ def test_everything_chosen_by_beams_is_exact(routed_steps: list[int]) -> None:
 @pytest.mark.parametrize("codec", [name for name in CODECS if name != "none"])
 def test_everything_chosen_with_codecs(codec: str, routed_steps: list[int]) -> None:
     model = FAMILIES["qwen3_moe"].build(num_hidden_layers=1)
-    options = {**SMALL, "key_codec": codec, "value_codec": codec, "rank": 8}
+    options = {**SMALL, "key_codec": codec, "value_codec": codec, "rank": 8, "error_budget": 0.2}
     inputs = prompts(2, 140)
     expected = generate(model, inputs, PiKVCache.for_model(model, **options))
     assert not routed_steps

@@ -181,5 +181,6 @@ def _summary(part: Part, read: Text, codec: str, rows: Sequence[Row]) -> Row:
         "change_ci": [round(math.expm1(end), 6) for end in (mean - half, mean + half)],
         "divergence": statistics.fmean(nats for row in rows for nats in row["divergence"]),
         "share": statistics.fmean(row["share"] for row in packed) if packed else None,
-        "split": {name: statistics.fmean(row["split"].get(name, 0.0) for row in packed) for name in names} or None,
+        "split": {name: round(statistics.fmean(row["split"].get(name, 0.0) for row in packed), 4) for name in names}
+        or None,
     }

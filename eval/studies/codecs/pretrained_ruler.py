@@ -47,7 +47,7 @@ class Part:
         return f"ruler-{self.tokens}"
 
 
-PARTS = (Part(1024, 8, (*MAIN, "lowrank+int4")), Part(2048, 4, MAIN))
+PARTS = (Part(1024, 8, MAIN),)
 
 
 def measure(asker: Asker, part: Part, file: Path) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ Row = dict[str, Any]
 
 
 def pretrained_table(results: Path) -> str:
-    """Return the table in Markdown.
+    """Return the table in Markdown: the perplexity without a codec, and how each codec changes it.
 
     Parameters
     ----------
@@ -45,7 +46,7 @@ def pretrained_table(results: Path) -> str:
     content: Row = json.loads(file.read_text())
     texts = list(dict.fromkeys((row["text"], row["tokens"]) for row in content["perplexity"]))
     lengths = list(dict.fromkeys(row["tokens"] for row in content["ruler"]))
-    codecs = list(dict.fromkeys(row["codec"] for row in (*content["perplexity"], *content["ruler"])))
+    codecs = dict.fromkeys(["none", *(row["codec"] for row in (*content["perplexity"], *content["ruler"]))])
     header = [
         "codec",
         "bytes",
@@ -56,13 +57,14 @@ def pretrained_table(results: Path) -> str:
 
 
 def _cells(codec: str, content: Row, texts: Sequence[tuple[str, int]], lengths: Sequence[int]) -> list[str]:
-    read = {(row["text"], row["tokens"]): row for row in content["perplexity"] if row["codec"] == codec}
+    plain = codec == "none"
+    read = {(row["text"], row["tokens"]): row for row in content["perplexity"] if plain or row["codec"] == codec}
     asked = {row["tokens"]: row for row in content["ruler"] if row["codec"] == codec}
-    shares = [row["share"] for row in read.values() if "share" in row]
+    shares = [row["share"] for row in read.values() if "share" in row and not plain]
     return [
         LABELS.get(codec, codec.replace("@", ", error budget ")),
         f"{sum(shares) / len(shares):.1%}" if shares else "-",
-        *(_change(read.get(text)) for text in texts),
+        *(f"{math.exp(read[text]['nats']):.2f}" if plain else _change(read.get(text)) for text in texts),
         *(_score(asked.get(tokens)) for tokens in lengths),
     ]
 

@@ -54,8 +54,7 @@ SHARES = (0.0, 0.25, CARRIED_ERROR, 0.5, 0.75, 1.0)
 LAYERS_METRIC = (
     "keys_int4 and the like: error of the shipped format; widest_channel: root mean square of a KV head's widest "
     "channel over that of its median channel, of the worst head; first_token: norm of the first token's over the "
-    "median norm, mean; attention_to_first, attention_to_packed: shares of the attention that the first token and all "
-    "coded ones get; output_size: mean norm of outputs over that of values"
+    "median norm, mean"
 )
 
 #: Bytes of a page beside keys and values: a position and an expert per token, and the counters of the page.
@@ -154,11 +153,6 @@ def measure_layers(layers: Mapping[int, Sequence[Subject]]) -> Iterator[dict[str
             row[f"widest_channel_{part}"] = float((channels.amax(-1) / channels.median(-1).values).max())
             norms = torch.stack([getattr(subject.layer, part).norm(dim=-1) for subject in subjects])
             row[f"first_token_{part}"] = float((norms[:, :, 0] / norms.median(-1).values).mean())
-        packed = [subject.weights[..., subject.coded].sum(-1).mean() for subject in subjects]
-        row["attention_to_first"] = float(torch.stack([subject.weights[..., 0].mean() for subject in subjects]).mean())
-        row["attention_to_packed"] = float(torch.stack(packed).mean())
-        sizes = [subject.output.norm(dim=-1).mean() / subject.layer.values.norm(dim=-1).mean() for subject in subjects]
-        row["output_size"] = float(torch.stack(sizes).mean())
         yield row
 
 

@@ -1,7 +1,7 @@
 """Schemes of quantisation judged by a pretrained model's predictions: what the error of attention comes to in the end.
 
 Keys or values of all pages of a prompt are put through a scheme, as `quantisation_schemes` has it, and the text goes on
-behind them: `eval/results/scheme-perplexity-smollm2.json`.
+behind them, whose own pages stay exact: `eval/results/scheme-perplexity-smollm2.json`.
 """
 
 import argparse

@@ -343,3 +343,28 @@ def test_committed_results_are_of_these_schemes() -> None:
         assert now == {**then, **{name: pytest.approx(then[name], rel=1e-3) for name in ("bytes", "share")}}
     bases = json.loads((RESULTS / "low-rank-bases.json").read_text())["results"]
     assert {row["fit"] for row in bases} == set(FITS)
+
+
+def test_a_pretrained_model_has_judged_the_schemes() -> None:
+    """All schemes and layers; ranges per channel for keys, which stand, and rotated ranges per token for values."""
+    written = json.loads((RESULTS / "codec-schemes-smollm2.json").read_text())
+    errors = {(row["part"], row["scheme"], row["bits"]): row["error"] for row in written["results"]}
+    assert {name for part, name, _ in errors if part == "keys"} >= set(KEY_SCHEMES)
+    assert {name for part, name, _ in errors if part == "values"} >= set(VALUE_SCHEMES)
+    assert [row["layer"] for row in written["layers"]] == list(range(30))
+    for bits in (8, 4, 2):
+        assert 1.5 * errors["keys", "shipped", bits] < errors["keys", "Hadamard, per token", bits]
+        assert errors["values", "shipped", bits] > 1.5 * errors["values", "Hadamard, per token", bits]
+
+
+def test_what_is_said_of_layers(subjects: list[Subject]) -> None:
+    own = subjects[:1]
+    keys = own[0].layer.keys
+    [row] = schemes_study.measure_layers({7: own})
+    channels = keys.square().mean(1).sqrt()
+    assert row["layer"] == 7
+    assert row["widest_channel_keys"] == pytest.approx(float((channels.max(1)[0] / channels.median(1)[0]).max()))
+    norms = keys.norm(dim=-1)
+    assert row["first_token_keys"] == pytest.approx(float((norms[:, 0] / norms.median(1)[0]).mean()))
+    assert row["keys_int4"] == pytest.approx(own[0].error(keys=Shipped(keys=True)(own[0].key_pages, 4)))
+    assert row["values_int2"] > row["values_int4"] > 0
