@@ -395,6 +395,6 @@ class PiKVCache(Cache):
 
     def __repr__(self) -> str:
         layers = f"{len(self.layers)} layers, {len(layer_list.paged_layers(self.layers))} of them paged"
-        effective = effective_options(self.pikv_config, self.attachment is not None)
+        effective = effective_options(self.pikv_config, self.attachment is not None, self.layers)
         options = "".join(f", {name}={value!r}" for name, value in effective.items())
         return f"PiKVCache({layers}, {self.get_seq_length():,} tokens seen{options})"

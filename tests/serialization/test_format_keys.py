@@ -29,7 +29,11 @@ LAYER = {
 }
 CODECS = {f"parts.table.codecs.{key}" for key in ("name", "keys", "rank", "has_basis")}
 SCHEDULER = {
-    f"parts.scheduler.{key}" for key in ("policy", "options", "step", "pages_evicted", "tokens_evicted", "has_queries")
+    f"parts.scheduler.{key}"
+    for key in (
+        *("policy", "options", "step", "pages_evicted", "tokens_evicted", "has_queries"),
+        *("softcap", "has_logit_sinks", "recall_columns"),
+    )
 }
 PIKV = {
     f"parts.scheduler.options.{key}"
@@ -129,7 +133,7 @@ def test_a_file_has_these_keys_and_tensors(kind: str, tmp_path: Path) -> None:
     KINDS[kind](model, kind).save(path)
     with safe_open(path, framework="pt") as file:
         metadata, tensors = file.metadata(), set(file.keys())
-    assert version_of(path) == "4"
+    assert version_of(path) == "5"
     assert metadata.keys() == METADATA
     assert json.loads(metadata["model"]).keys() == MODEL
     assert set(keys_of(json.loads(metadata["layers"]))) == LAYER | KEYS[kind]

@@ -1,6 +1,7 @@
 """Making the layers of a cache, complete with their parts, schedulers and the tiers that they share."""
 
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -71,10 +72,14 @@ def _check_without_model(options: PiKVConfig) -> None:
         )
 
 
-def effective_options(options: PiKVConfig, attached: bool) -> dict[str, Any]:
-    """Return the options of a cache that are not at their defaults, and what those that depend on others come to."""
+def effective_options(options: PiKVConfig, attached: bool, layers: Iterable[Any]) -> dict[str, Any]:
+    """Return the options of a cache that are not at their defaults, and what those that depend on others come to.
+
+    `layers` are its layers: whether they decide together what a budget keeps is known when they are made.
+    """
     depending: dict[str, Any] = {"placement": options.placement or ("expert" if attached else "hash")}
-    if (scheduler := scheduler_name(options)) is not None:
+    may_decide_jointly = any(getattr(layer, "decides_jointly", False) for layer in layers)
+    if (scheduler := scheduler_name(options, may_decide_jointly)) is not None:
         depending["scheduler"] = scheduler
     return {**depending, **options.changed()}
 
@@ -113,7 +118,8 @@ def make_layers(
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
     bounded = sum(getattr(layer, "sliding_window", 0) for index, layer in enumerate(layers) if index not in layouts)
-    if options.scheduler == JOINT and (obstacle := _joint_obstacle(layouts, link, parts)) is not None:
+    obstacle = _joint_obstacle(layouts, link, parts)
+    if options.scheduler == JOINT and obstacle is not None:
         raise ValueError(f"scheduler={JOINT!r} decides by token and width, which cannot be done {obstacle}")
     for index, layout in layouts.items():
         if dims[index] is not None:
@@ -127,7 +133,9 @@ def make_layers(
         groups = 1 if link is None else link.query_groups(index)
         latent = link is not None and link.caches_latents(index) and dims[index] is None
         schedulers = [
-            make_scheduler(options, len(layouts), bounded, parts, layout.fraction(location.number), groups)
+            make_scheduler(
+                options, len(layouts), bounded, parts, layout.fraction(location.number), groups, obstacle is None
+            )
             for location in layout.locations
         ]
         made = make_parts(index, options, layout, schedulers, tiers, latent)

@@ -186,8 +186,9 @@ class PageScheduler:
 
         These want to know what caps their logits, too, and attention sinks `(Hq,)`.
         """
-        if self.remembers:
+        if self.jointly:
             self.softcap, self.logit_sinks = softcap, None if sinks is None else sinks.detach()
+        if self.remembers:
             newest = query[:, :, -RECENT_QUERIES:].detach() * scale
             known = self.queries
             if known is not None and (len(known), known.shape[-1]) == (len(newest), newest.shape[-1]):
@@ -352,13 +353,20 @@ class PageScheduler:
         return self.budget.total_bytes // per_page * table.plain.page_size
 
 
-def scheduler_name(config: PiKVConfig) -> str | None:
-    """Return what says what goes first, None if nothing ever has to go."""
+def scheduler_name(config: PiKVConfig, may_decide_jointly: bool = True) -> str | None:
+    """Return what says what goes first, None if nothing ever has to go.
+
+    By default layers decide together what a budget keeps, unless an option, or what `may_decide_jointly` stands for,
+    leaves no room for that: then pages go by :class:`~pikv_hf.scheduling.policies.pikv.PiKV`. Where there are only
+    tiers, those used last stay in the fast ones.
+    """
     if config.budget is None and config.tiers is None:
         return None
     if config.scheduler is not None:
         return config.scheduler
-    return "lru" if config.budget is None else "pikv"
+    if config.budget is None:
+        return "lru"
+    return JOINT if may_decide_jointly and config.joint_obstacle() is None else "pikv"
 
 
 def make_scheduler(
@@ -368,8 +376,9 @@ def make_scheduler(
     parts: int = 1,
     part_share: float = 1.0,
     query_groups: int = 1,
+    may_decide_jointly: bool = True,
 ) -> PageScheduler | None:
-    """Return the scheduler of one part of a paged layer, None if no page ever has to go.
+    """Return the scheduler of one part of a paged layer, None if no page ever has to go; see :func:`scheduler_name`.
 
     Raises
     ------
@@ -377,7 +386,7 @@ def make_scheduler(
         See :meth:`LayerBudget.of`.
     """
     budget = LayerBudget.of(config, layers, sliding_tokens, parts, part_share)
-    name = scheduler_name(config)
+    name = scheduler_name(config, may_decide_jointly)
     if name is None:
         return None
     options = BUDGET_OPTIONS if name == "pikv" and budget is not None else {}

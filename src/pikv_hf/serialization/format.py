@@ -12,11 +12,11 @@ from .tensor_file import CacheFileError
 FORMAT = "pikv-cache"
 
 #: `layout` in the metadata: the version of the keys below, which changes whenever any of them does.
-VERSION = "4"
+VERSION = "5"
 
 #: The versions that are read. 1 and 2 have names of their own, 2 is 1 for layers in several parts; 3 counted padding,
-#: and knew neither adapters nor caches made from a config alone.
-READ_VERSIONS = ("1", "2", "3", "4")
+#: and knew neither adapters nor caches made from a config alone; 4 did not know how well tokens would be recalled.
+READ_VERSIONS = ("1", "2", "3", "4", "5")
 
 #: The fingerprint of the model. All but the config and transformers are null for a cache made from a config alone.
 MODEL = ("config", "dtypes", "weights", "constants", "adapters", "transformers")
@@ -51,7 +51,17 @@ LAYER_STATE = (
 PART = ("number", "device", "scheduler", "table")
 
 #: What a part's scheduler knows; `policy` is its registered name.
-SCHEDULER = ("policy", "options", "step", "pages_evicted", "tokens_evicted", "has_queries")
+SCHEDULER = (
+    "policy",
+    "options",
+    "step",
+    "pages_evicted",
+    "tokens_evicted",
+    "has_queries",
+    "softcap",
+    "has_logit_sinks",
+    "recall_columns",
+)
 
 #: What a part stores.
 TABLE = (
@@ -82,6 +92,9 @@ POOL = ("name", "key_codec", "value_codec", "pages", "capacity", "has_bounds", "
 
 #: Tensors of a table: its rows, the pages of each sequence, and the queries by which errors are judged.
 TABLE_TENSORS = ("rows", "open_pages", "page_counts", "page_numbers", "queries")
+
+#: Tensors of what a scheduler knows of how well tokens would be recalled.
+RECALL_TENSORS = ("known", "masses", "first")
 
 #: Tensors of a shard map.
 SHARD_MAP_TENSORS = ("fractions", "loads", "placed", "recent")
@@ -138,3 +151,13 @@ def basis_name(part: str, codec: int) -> str:
 def scheduler_queries_name(part: str) -> str:
     """Return the name of the queries that a scheduling policy looks at."""
     return f"{part}.scheduler.queries"
+
+
+def logit_sinks_name(part: str) -> str:
+    """Return the name of the logits of attention sinks beside a scheduler's queries."""
+    return f"{part}.scheduler.logit_sinks"
+
+
+def recall_name(part: str, tensor: str) -> str:
+    """Return the name of one of :data:`RECALL_TENSORS`."""
+    return f"{part}.scheduler.recall.{tensor}"

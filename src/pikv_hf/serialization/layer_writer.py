@@ -20,13 +20,16 @@ from .format import (
     LAYER_STATE,
     PAGED_LAYER,
     PART,
+    RECALL_TENSORS,
     SCHEDULER,
     SHARD_MAP_TENSORS,
     SLIDING_LAYER,
     STATE_LAYER,
     described,
     layer_prefix,
+    logit_sinks_name,
     part_prefix,
+    recall_name,
     scheduler_queries_name,
     shard_map_prefix,
 )
@@ -109,8 +112,8 @@ def _describe_part(prefix: str, layer: PiKVLayer, part: LayerPart) -> Written:
     groups: list[Group] = []
     if part.table is not None:
         table, groups = describe_table(prefix, layer, part.table)
-    if scheduler is not None and scheduler.queries is not None:
-        groups.append(Group.of({scheduler_queries_name(prefix): scheduler.queries}))
+    if scheduler is not None:
+        groups += _scheduler_tensors(prefix, scheduler)
     description = described(
         PART,
         number=part.location.number,
@@ -131,7 +134,17 @@ def _describe_scheduler(scheduler: PageScheduler) -> dict[str, Any]:
         pages_evicted=scheduler.pages_evicted,
         tokens_evicted=scheduler.tokens_evicted,
         has_queries=scheduler.queries is not None,
+        softcap=scheduler.softcap,
+        has_logit_sinks=scheduler.logit_sinks is not None,
+        recall_columns=None if scheduler.recall is None else scheduler.recall.columns,
     )
+
+
+def _scheduler_tensors(prefix: str, scheduler: PageScheduler) -> list[Group]:
+    named = {scheduler_queries_name(prefix): scheduler.queries, logit_sinks_name(prefix): scheduler.logit_sinks}
+    if (recall := scheduler.recall) is not None:
+        named |= {recall_name(prefix, name): getattr(recall, name) for name in RECALL_TENSORS}
+    return [Group.of({name: tensor}) for name, tensor in named.items() if tensor is not None]
 
 
 def _describe_sliding(index: int, layer: Any) -> Written:

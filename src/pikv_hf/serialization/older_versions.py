@@ -1,8 +1,9 @@
-"""Translating what files of versions 1 to 3 say into the keys of today's version.
+"""Translating what files of versions 1 to 4 say into the keys of today's version.
 
 See :mod:`pikv_hf.serialization.format`. Versions 1 and 2 had the names that attributes of the code had at the time. The
 first part of a layer was described together with the layer, and version 2 is version 1 with layers in several parts.
-All of them counted each row's padding, where today's says which columns it is, and said nothing of adapters.
+All of them but version 4 counted each row's padding, where today's says which columns it is, and said nothing of
+adapters. None knew how well tokens would be recalled.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from .format import (
 from .tensor_file import CacheFileError
 
 #: Versions that are translated.
-OLDER = ("1", "2", "3")
+OLDER = ("1", "2", "3", "4")
 
 #: What a layer's state was called.
 _STATE = {
@@ -87,10 +88,13 @@ _CODES = {
 }
 _KEYS_ALONE = ("outliers", "fine")
 
+#: What schedulers of older versions did not know.
+_NO_RECALL: dict[str, Any] = {"softcap": None, "has_logit_sinks": False, "recall_columns": None}
+
 
 def upgraded_model(model: dict[str, Any]) -> dict[str, Any]:
     """Return the fingerprint of a model in today's keys: what it does not say is null."""
-    return {**model, "constants": None, "adapters": None}
+    return {"constants": None, "adapters": None, **model}
 
 
 def upgraded(
@@ -112,8 +116,8 @@ def upgraded(
     tuple
         Descriptions, and today's names by those in the file; None for a tensor that is not needed any more.
     """
-    if version == "3":
-        return [_without_vetted(layer) for layer in layers], {}
+    if version in ("3", "4"):
+        return [_without_recall(_without_vetted(layer)) for layer in layers], {}
     stored = frozenset(tensors)
     described, names = [], {}
     for index, layer in enumerate(layers):
@@ -131,6 +135,15 @@ def _without_vetted(layer: dict[str, Any]) -> dict[str, Any]:
     if "state" not in layer:
         return layer
     return {**layer, "state": {key: value for key, value in layer["state"].items() if key != "vetted"}}
+
+
+def _without_recall(layer: dict[str, Any]) -> dict[str, Any]:
+    """Return a layer of version 3 or 4 as of today: nothing is known of how well its tokens would be recalled."""
+    parts = [
+        part if part["scheduler"] is None else {**part, "scheduler": {**part["scheduler"], **_NO_RECALL}}
+        for part in layer.get("parts", [])
+    ]
+    return {**layer, "parts": parts} if "parts" in layer else layer
 
 
 class _Layer:
@@ -239,6 +252,7 @@ def _scheduler(schedule: dict[str, Any]) -> dict[str, Any]:
         "pages_evicted": state["pages_evicted"],
         "tokens_evicted": state["tokens_evicted"],
         "has_queries": schedule["queries"],
+        **_NO_RECALL,
     }
 
 

@@ -8,13 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..allocation.known_recall import KnownRecall
 from ..config import PiKVConfig
 from ..layer.layer import PiKVLayer
 from ..layer.layer_part import LayerPart
 from ..scheduling.page_scheduler import PageScheduler
 from ..scheduling.policies.registry import POLICIES
 from ..sharding.shard_map import ShardMap
-from .format import PART, SCHEDULER, SHARD_MAP_TENSORS, read_keys, scheduler_queries_name
+from .format import (
+    PART,
+    RECALL_TENSORS,
+    SCHEDULER,
+    SHARD_MAP_TENSORS,
+    logit_sinks_name,
+    read_keys,
+    recall_name,
+    scheduler_queries_name,
+)
 from .table_checks import check_beside, check_table
 from .table_loader import build_table
 from .table_reader import TableReader
@@ -49,11 +59,27 @@ class PartLoader:
     def specs(self) -> dict[str, Spec]:
         """Return the tensors that the file must have for the part, with their dtypes and shapes."""
         specs: dict[str, Spec] = {}
-        if self._scheduler is not None and self._scheduler["has_queries"]:
-            name = scheduler_queries_name(self._section.prefix)
-            specs[name] = self._section.file.specs[name]
-            require(specs[name].dtype.is_floating_point and len(specs[name].shape) == 4, f"{name} is {specs[name]}")
+        for name, dimensions in self._scheduler_tensors().items():
+            specs[name] = spec = self._section.file.specs[name]
+            require(spec.dtype.is_floating_point and len(spec.shape) == dimensions, f"{name} is {spec}")
+        if self._scheduler is not None and (columns := self._scheduler["recall_columns"]) is not None:
+            known = recall_name(self._section.prefix, "known")
+            of_first = self._section.file.specs[recall_name(self._section.prefix, "first")].shape
+            require(isinstance(columns, int) and columns > 0, f"{known} is of {columns!r} columns")
+            specs[known] = Spec(torch.uint8, (*of_first[:2], -(-columns // 8)))
         return specs if self.table is None else specs | self.table.specs()
+
+    def _scheduler_tensors(self) -> dict[str, int]:
+        """Return the floating point tensors of the scheduler, and their numbers of dimensions."""
+        saved, prefix = self._scheduler, self._section.prefix
+        found: dict[str, int] = {}
+        if saved is not None and saved["has_queries"]:
+            found[scheduler_queries_name(prefix)] = 4
+        if saved is not None and saved["has_logit_sinks"]:
+            found[logit_sinks_name(prefix)] = 1
+        if saved is not None and saved["recall_columns"] is not None:
+            found |= {recall_name(prefix, "first"): 4, recall_name(prefix, "masses"): 1}
+        return found
 
     def check(self, first: "PartLoader") -> None:
         """Raise unless what it stores makes sense, by itself and beside the first part. The specs have been checked."""
@@ -62,11 +88,22 @@ class PartLoader:
                 policy = self._scheduler["policy"]
                 known = f"this release knows {', '.join(POLICIES)}; another can be chosen: load(..., scheduler=...)"
                 require(policy in POLICIES, f"its pages were scheduled by the policy {policy!r}, and {known}")
+            self._check_recall()
             if self.table is not None:
                 check_table(self.table)
                 if self is not first:
                     assert first.table is not None
                     check_beside(self.table, first.table)
+
+    def _check_recall(self) -> None:
+        """Raise unless as many tokens have a number as are said to be known."""
+        if self._scheduler is None or self._scheduler["recall_columns"] is None:
+            return
+        known, masses = (self._section.file[recall_name(self._section.prefix, name)] for name in ("known", "masses"))
+        bits = int(np.unpackbits(known.numpy()).sum())
+        require(
+            bits == len(masses), f"it is said of {bits} tokens how well they would be recalled, of {len(masses)} it is"
+        )
 
     @contextmanager
     def _part_in_errors(self) -> Iterator[None]:
@@ -92,6 +129,18 @@ class PartLoader:
         if saved["has_queries"] and scheduler.remembers:
             queries = self._section.file[scheduler_queries_name(self._section.prefix)]
             scheduler.queries = queries.to(device, copy=True)
+        if scheduler.jointly:
+            self._restore_recall(scheduler, saved, device)
+
+    def _restore_recall(self, scheduler: PageScheduler, saved: dict[str, Any], device: torch.device) -> None:
+        """Restore what joint decisions go by beside the queries."""
+        file, prefix = self._section.file, self._section.prefix
+        scheduler.softcap = saved["softcap"]
+        if saved["has_logit_sinks"]:
+            scheduler.logit_sinks = file[logit_sinks_name(prefix)].to(device, copy=True)
+        if saved["recall_columns"] is not None:
+            tensors = {name: file[recall_name(prefix, name)].to(device, copy=True) for name in RECALL_TENSORS}
+            scheduler.recall = KnownRecall(columns=saved["recall_columns"], **tensors)
 
 
 class ShardMapLoader:
