@@ -136,9 +136,14 @@ class JointBudget(BudgetAccount):
     # While tokens are generated
 
     @layer_operation
-    def make_room(self) -> None:
-        """Decide anew, if there is no room for as many single tokens as fit into a page."""
+    def make_room(self, member: LayerEdits) -> None:
+        """Decide anew, if there is no room for as many single tokens as fit into a page.
+
+        Once in a step is enough: only the first of the layers has it done.
+        """
         members = self.members
+        if not members or member is not members[0]:
+            return
         self.forget_call()
         if self.deciding or any(each.awaits_press or each.store.table is None for each in members):
             return

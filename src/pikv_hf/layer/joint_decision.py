@@ -32,8 +32,8 @@ class JointDecision(Protocol):
     def forked(self, layer: Any) -> None:
         """Have the fork of a layer decide for itself, until it is told of the others of its cache."""
 
-    def make_room(self) -> None:
-        """Decide anew, if there is no room for as many single tokens as fit into a page."""
+    def make_room(self, member: Any) -> None:
+        """Decide anew, before a layer gets a single token, if there is no room for as many as fit into a page."""
 
     def forget_call(self) -> None:
         """Forget the running call: its tokens, or some of them, are gone, or it will not go on."""

@@ -105,6 +105,10 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
                 stack.enter_context(undone_on_error(layer))
                 select_rows_of(layer, indices)
     _give_back(layers)
+    for layer in paged_layers(layers):
+        if layer.edits.joint is not None:
+            # Of more rows more is kept beside the pages.
+            layer.edits.joint.make_room(layer.edits)
 
 
 def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:

@@ -222,7 +222,13 @@ class LayerStore:
     def release_abandoned(self) -> None:
         """Give back the pages of forks and snapshots that are gone."""
         for table in self.tables():
-            table.pools.release_abandoned()
+            pages = table.pools
+            gone = bool(pages.abandoned)
+            pages.release_abandoned()
+            if gone and (limit := pages.plain.growth_limit) is not None and limit() < 0:
+                # With a fork its budget is gone, to which free pages may owe their place.
+                for pool_id in pages.by_id():
+                    pages.compact(pool_id)
 
     def settle(self) -> None:
         """Store what is pending, and move what has left the window to its shards, within the budget."""

@@ -51,7 +51,7 @@ def take_in(
     within_page = edits.settle_within()
     joint = edits.joint
     if joint is not None and new == 1 and state.seen and not within_page:
-        joint.make_room()
+        joint.make_room(edits)
     if not state.seen:
         layer.lazy_initialization(keys, values)
     link = layer.attachment

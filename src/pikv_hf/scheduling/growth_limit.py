@@ -102,6 +102,9 @@ class GrowthLimit:
     def __call__(self) -> int:
         """Return the bytes; less than 0 if what there is exceeds the budget."""
         user = None if self._last is None else self._last()
+        if user is None:
+            # That fork is gone.
+            user = next(iter(self._users), None)
         if user is None or user.shared is None:
             return self.own()
         return _UNLIMITED if user.shared.deciding else self.own() + user.shared.room_beside(user)
