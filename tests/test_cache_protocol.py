@@ -162,5 +162,5 @@ def test_what_a_cache_prints() -> None:
     cache = filled(model, PiKVCache.for_model(model, budget="50%", recent_window=0))
     assert repr(cache) == (
         "PiKVCache(3 layers, 3 of them paged, 30 tokens seen, "
-        "placement='expert', scheduler='pikv', recent_window=0, budget='50%')"
+        "placement='expert', scheduler='joint', recent_window=0, budget='50%')"
     )

@@ -72,7 +72,7 @@ def test_a_budget_holds_with_routing(budget: Any, scheduler: str) -> None:
 
 
 @pytest.mark.parametrize("scheduler", ["pikv", JOINT])
-@pytest.mark.parametrize("budget", [56, "75KB"])
+@pytest.mark.parametrize("budget", [56, "70KB"])
 def test_every_token_is_counted_where_pages_have_to_go_for_it(budget: Any, scheduler: str) -> None:
     model, ids = shared_model(), ids_of(115)
     cache = make_cache(model, budget=budget, scheduler=scheduler)
@@ -118,7 +118,7 @@ def test_a_budget_holds_in_beam_search(budget: Any, beams: int, monkeypatch: pyt
     assert len(seen) > 20
 
 
-@pytest.mark.parametrize("budget", [56, "75KB"])
+@pytest.mark.parametrize("budget", [56, "70KB"])
 def test_forks_keep_to_their_budgets(budget: Any) -> None:
     """Each brings one of its own. Once it is gone, the others are within theirs after their next page."""
     model = shared_model()

@@ -51,6 +51,9 @@ def _identity(module: nn.Module, query_heads: int, value_dim: int) -> torch.Tens
 @torch.no_grad()
 def _fetched(projection: Any, weight: torch.Tensor) -> torch.Tensor | None:
     """Return the weight of a projection that has it in memory while it is called, None if it cannot be called so."""
+    if not hasattr(projection, "_hf_hook"):
+        # Nobody fetches it for a call, which would return whatever is in memory: torch multiplies by nothing there.
+        return None
     unit = torch.eye(weight.shape[1], dtype=weight.dtype)
     try:
         columns = projection(torch.cat([unit, torch.zeros_like(unit[:1])]))
