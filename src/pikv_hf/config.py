@@ -96,9 +96,9 @@ class PiKVConfig:
         `"joint"`: all layers decide together which tokens of each KV head stay, and in how many bits, as
         :class:`~pikv_hf.presses.PiKVPress` does. Or which pages go first, by a policy of
         :mod:`pikv_hf.scheduling.policies.registry`: `"h2o"`, `"lru"`, `"lru_plus"`, `"streaming_llm"`, `"quest"`,
-        `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default `"pikv"`;
-        `"lru"` where there are only tiers. Codecs, tiers, a budget per shard, latents, and several devices or processes
-        leave no room for `"joint"`.
+        `"ada_kv"`, `"duo"`, `"two_queue"`, `"reuse_distance"`, `"pikv"`. By default `"joint"`; `"pikv"` where codecs,
+        tiers, a budget per shard, latents, or several devices or processes leave no room for that; `"lru"` where there
+        are only tiers. `repr` of a cache says which it is.
     tiers : dict, optional
         Where full pages go instead of being evicted: the bytes that each of `"device"`, `"cpu"` and `"disk"` may hold,
         as text or number, None for no limit. Tiers left out are not used. On a machine without a GPU, `"cpu"` is where

@@ -182,6 +182,13 @@ def test_one_budget_for_all_layers_or_one_for_each(monkeypatch: pytest.MonkeyPat
         check(cache)
 
 
+@pytest.mark.parametrize("budget", [64, 0.25, "100KB"])
+def test_layers_decide_together_by_default(budget: Any) -> None:
+    cache = make_cache(shared_model(), budget=budget)
+    assert all(layer.decides_jointly for layer in cache.layers)
+    assert "scheduler='joint'" in repr(cache)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -203,11 +210,11 @@ def test_what_leaves_no_room_for_widths_is_named(options: dict[str, Any], messag
 def test_models_that_cannot_decide_jointly() -> None:
     """Latents have no values by which a token could be judged."""
     model = FAMILIES["deepseek_v3"].build(num_hidden_layers=2)
-    if any(layer.parts[0].latent for layer in make_cache(model).layers):
-        with pytest.raises(ValueError, match="scheduler='joint' decides by token and width, which cannot be done"):
-            make_cache(model, budget=64, scheduler="joint")
-    cache = make_cache(shared_model(), budget=64, devices=["cpu:0", "cpu:1"])
-    assert not any(layer.decides_jointly for layer in cache.layers)
+    with pytest.raises(ValueError, match="scheduler='joint' decides by token and width, which cannot be done"):
+        make_cache(model, budget=64, scheduler="joint")
+    for cache in (make_cache(model, budget=64), make_cache(shared_model(), budget=64, devices=["cpu:0", "cpu:1"])):
+        assert not any(layer.decides_jointly for layer in cache.layers)
+        assert "scheduler='pikv'" in repr(cache)
     with pytest.raises(ValueError, match="over 2 devices or processes"):
         make_cache(shared_model(), budget=64, devices=["cpu:0", "cpu:1"], scheduler="joint")
 

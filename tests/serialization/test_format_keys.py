@@ -57,6 +57,7 @@ KEYS: dict[str, set[str]] = {
     "int4": CODECS | encoders("int4", "int4"),
     "lowrank": CODECS | encoders("lowrank", "lowrank+int4"),
     "budget": SCHEDULER,
+    "joint": SCHEDULER | PIKV,
     "tiers": CODECS | encoders("none", "none") | SCHEDULER | PIKV,
     "routing": set(),
     "code_bounds": CODECS | encoders("int4", "int4") | SCHEDULER,
@@ -94,6 +95,11 @@ TENSORS: dict[str, set[str]] = {
         *("queries", "codecs.0.basis", "codecs.1.basis"),
     },
     "budget": beside("plain", USAGE | BOUNDS) | {"scheduler.queries"},
+    "joint": {
+        *beside("plain", USAGE),
+        "scheduler.queries",
+        *(f"scheduler.recall.{name}" for name in ("known", "masses", "first")),
+    },
     "tiers": packed("none", {"keys.codes", "values.codes"} | USAGE) | beside("plain", USAGE) | {"queries"},
     "routing": beside("plain", BOUNDS),
     # What the codes of keys say is not said again.

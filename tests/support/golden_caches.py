@@ -198,6 +198,8 @@ KINDS: dict[str, Callable[[Any, str], PiKVCache]] = {
     "int4": _simple(key_codec="int4", value_codec="int4"),
     "lowrank": _simple(tokens=80, key_codec="lowrank", value_codec="lowrank+int4", rank=4),
     "budget": _simple(budget=36, scheduler="quest"),
+    # So large that nothing is decided: what it would be decided by may get better.
+    "joint": _simple(budget=400, scheduler="joint"),
     "tiers": _simple(tiers={"cpu": "2KiB", "disk": None}, scheduler="pikv"),
     "routing": _shared,
     "code_bounds": _simple(

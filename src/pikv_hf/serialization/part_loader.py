@@ -99,7 +99,11 @@ class PartLoader:
         """Raise unless as many tokens have a number as are said to be known."""
         if self._scheduler is None or self._scheduler["recall_columns"] is None:
             return
-        known, masses = (self._section.file[recall_name(self._section.prefix, name)] for name in ("known", "masses"))
+        known, masses, first = (self._section.file[recall_name(self._section.prefix, name)] for name in RECALL_TENSORS)
+        heads = None if self.table is None else self.table.heads
+        require(
+            heads in (None, first.shape[1]), f"it is known of {first.shape[1]} heads what they would recall, of {heads}"
+        )
         bits = int(np.unpackbits(known.numpy()).sum())
         require(
             bits == len(masses), f"it is said of {bits} tokens how well they would be recalled, of {len(masses)} it is"
