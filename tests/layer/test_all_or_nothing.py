@@ -32,7 +32,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tiers": {"tiers": {"cpu": "16KiB", "disk": None}, "key_codec": "int4", "value_codec": "int4"},
     "devices": {"devices": ["cpu:0", "cpu:1"]},
     "balanced": {"placement": "balanced", "devices": ["cpu:0", "cpu:1"], "key_codec": "int4"},
-    "budget": {"budget": 200},
+    "budget": {"budget": 200, "scheduler": "pikv"},
+    "joint": {"budget": 30},
     "forked": {"key_codec": "fp8"},
 }
 
@@ -251,6 +252,12 @@ def each_step_may_fail(model: Any, name: str, options: str, error: BaseException
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_some_steps_may_fail(model: Any, name: str, error: BaseException) -> None:
     each_step_may_fail(model, name, "exact", error, 4)
+
+
+@pytest.mark.parametrize("error", [MEMORY, CTRL_C], ids=["memory", "ctrl-c"])
+@pytest.mark.parametrize("name", ["crop", "crop_draft", "repeat", "select", "decode_at_page_end", "fork", "save"])
+def test_some_steps_of_layers_that_decide_together_may_fail(model: Any, name: str, error: BaseException) -> None:
+    each_step_may_fail(model, name, "joint", error, 2)
 
 
 @pytest.mark.slow

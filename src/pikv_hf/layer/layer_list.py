@@ -1,7 +1,7 @@
 """The layers of a cache, paged ones and transformers' own, as one: their rows, and cutting them back."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -107,8 +107,9 @@ def select_rows(layers: Sequence[Any], indices: torch.Tensor) -> None:
     _give_back(layers)
     for layer in paged_layers(layers):
         if layer.edits.joint is not None:
-            # Of more rows more is kept beside the pages.
-            layer.edits.joint.make_room(layer.edits)
+            # Of more rows more is kept beside the pages. What there is no memory for now is done with the next token.
+            with suppress(MemoryError, torch.OutOfMemoryError):
+                layer.edits.joint.make_room(layer.edits)
 
 
 def crop_layers(layers: Sequence[Any], seen: int, max_length: int) -> None:
