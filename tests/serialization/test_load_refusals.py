@@ -208,6 +208,35 @@ def test_bookkeeping_that_does_not_fit(case: str, saved: Path, tmp_path: Path) -
     assert str(error.value).startswith(str(path))
 
 
+RECALL = f"{PART}.scheduler.recall"
+
+REMEMBERED: dict[str, tuple[Callable[[list[Any], dict[str, torch.Tensor]], Any], str]] = {
+    "columns": (lambda layers, t: scheduler_of(layers).update(recall_columns=8), "expected Spec"),
+    "no columns": (lambda layers, t: scheduler_of(layers).update(recall_columns=0), "is of 0 columns"),
+    "numbers": (lambda layers, t: t.update({f"{RECALL}.masses": t[f"{RECALL}.masses"][1:]}), "it is said of"),
+    "heads": (
+        lambda layers, t: t.update({f"{RECALL}.{name}": t[f"{RECALL}.{name}"][:, :1] for name in ("known", "first")}),
+        "of 1 heads what they would recall, of 2",
+    ),
+    "missing": (lambda layers, t: t.pop(f"{RECALL}.first"), "makes no sense: KeyError"),
+}
+
+
+def scheduler_of(layers: list[Any]) -> dict[str, Any]:
+    return layers[1]["parts"][0]["scheduler"]
+
+
+@pytest.mark.parametrize("case", REMEMBERED)
+def test_what_decisions_go_by_has_to_fit(case: str, tmp_path: Path) -> None:
+    model = shared_model("gpt_oss")
+    read(model, cache := new_cache(model, budget=400), tokens=70)
+    cache.save(tmp_path / "saved")
+    change, message = REMEMBERED[case]
+    path = rewritten(tmp_path / "saved", tmp_path / "cache", change)
+    with pytest.raises(CacheFileError, match=message):
+        PiKVCache.load(path, model)
+
+
 def test_rewriting_alone_harms_nothing(saved: Path, tmp_path: Path) -> None:
     model = shared_model("gpt_oss")
     path = rewritten(saved, tmp_path / "cache", lambda layers, tensors: None)
