@@ -61,11 +61,11 @@ class Way(NamedTuple):
 
 def ways(pages: bool) -> list[Way]:
     """Return the ways that are compared; `pages` adds the scheduler of pages that a budget had by default before."""
-    found = [Way("full")]
+    found = []
     for share in SHARES:
         found += [Way("press", share), Way("budget", share), Way("budget", share, None, CHUNK)]
         found += [Way("pages", share, "pikv")] if pages else []
-    return found
+    return [*found, Way("full")]
 
 
 class Reader:
@@ -191,10 +191,11 @@ def main(argv: list[str] | None = None) -> None:
     samples = generate(reader.asker.tokenizer, LENGTH, arguments.samples, **given)
     measured, compared = kept(arguments.parts), ways(arguments.pages)
     arguments.parts.parent.mkdir(parents=True, exist_ok=True)
+    # Those that lose most come first.
     batches = [
         samples[task * arguments.samples :][first : min(first + BATCH, arguments.samples)]
         for first in range(0, arguments.samples, BATCH)
-        for task in range(len(TASKS))
+        for task in reversed(range(len(TASKS)))
     ]
     # All of a share before the next one: what was stopped can be compared as far as it goes.
     for share in SHARES:
