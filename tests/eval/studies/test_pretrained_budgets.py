@@ -17,6 +17,8 @@ def test_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     """Measured once, kept, and not measured again; budgets hold, in chunks too."""
     monkeypatch.setattr(pretrained_budgets, "LENGTH", 512)
     monkeypatch.setattr(pretrained_budgets, "CHUNK", 128)
+    # Of small pages little is needed in any case.
+    monkeypatch.setattr(pretrained_budgets, "OPTIONS", {**pretrained_budgets.OPTIONS, "page_size": 8})
     monkeypatch.setattr(pretrained_budgets, "TASKS", ("niah_single_1", "niah_multikey_1"))
     monkeypatch.setattr(
         pretrained_budgets,
