@@ -1,7 +1,7 @@
 """Summarise what the study of presses at equal bytes kept: scores with intervals, bytes, differences to PiKVPress."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,11 +13,14 @@ Row = dict[str, Any]
 
 #: What others are compared with, at the same share.
 COMPARED = "PiKVPress"
+#: Samples of a task that a bootstrap interval needs: of one it would have no width.
+FEWEST = 5
 METRIC = (
-    "score: mean over tasks of RULER's score in percent, with a 95% bootstrap interval over samples within tasks; "
-    "kv_share: live bytes of the cache after compression, measured, over what DynamicCache holds in bfloat16; share: "
-    "what the press was asked to leave. Presses that go head by head are on PiKVCache(recent_window=0, sink_tokens=0, "
-    "num_shards=1), which frees what they evict. difference: to PiKVPress at the same share, over samples of both"
+    "score: mean over tasks of RULER's score in percent, with a 95% bootstrap interval over samples within tasks where "
+    "each task has five; kv_share: live bytes of the cache after compression, measured, over those of DynamicCache in "
+    "bfloat16; share: what the press was asked to leave. Presses that go head by head are on "
+    "PiKVCache(recent_window=0, sink_tokens=0, num_shards=1), which frees what they evict. difference: to PiKVPress at "
+    "the same share, over samples of both"
 )
 
 
@@ -29,7 +32,7 @@ def write_results(parts: Path, output: Path, version: str, left_out: Mapping[str
     for file in files:
         model, dtype, tokens, question, seed = file.stem.rsplit("-", 4)
         measured = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        current = [row for row in measured if row["version"] in (version,) or row["version"].startswith("kvpress ")]
+        current = [row for row in measured if row["version"] == version or row["version"].startswith("kvpress ")]
         setting = {"model": model, "dtype": dtype, "tokens": int(tokens), "question": question, "seed": int(seed)}
         rows += [setting | row for row in rows_of(current)]
         errors += [setting | row for row in errors_of(current)]
@@ -53,13 +56,14 @@ def rows_of(measured: Sequence[Row]) -> list[Row]:
 
 def _summary(press: str, share: float, rows: Sequence[Row], compared: Sequence[Row]) -> Row:
     tasks = by_task(rows)
-    bounds = interval([[row["score"] for row in group] for group in tasks.values()])
+    score, *bounds = _bounds(tasks.values())
     return {
         "press": press,
         "share": share,
         "samples": len(rows),
         "kv_share": fmean(row["kv_share"] for row in rows),
-        **{name if name != "mean" else "score": 100 * value for name, value in bounds.items()},
+        "score": score,
+        **dict(zip(("low", "high"), bounds, strict=False)),
         "tasks": {task: round(100 * fmean(row["score"] for row in group), 1) for task, group in tasks.items()},
         **({} if press == COMPARED else _difference(rows, compared)),
     }
@@ -71,8 +75,15 @@ def _difference(rows: Sequence[Row], compared: Sequence[Row]) -> Row:
     pairs = [row | {"score": row["score"] - others[row["id"]]} for row in rows if row["id"] in others]
     if not pairs:
         return {}
-    bounds = interval([[row["score"] for row in group] for group in by_task(pairs).values()])
-    return {"pairs": len(pairs), "difference": [round(100 * bounds[name], 1) for name in ("mean", "low", "high")]}
+    return {"pairs": len(pairs), "difference": [round(bound, 1) for bound in _bounds(by_task(pairs).values())]}
+
+
+def _bounds(groups: Iterable[Sequence[Row]]) -> list[float]:
+    """Return the mean over tasks in percent, and its interval if every task has enough samples to tell of one."""
+    scores = [[row["score"] for row in group] for group in groups]
+    found = interval(scores)
+    names = ("mean", "low", "high") if min(map(len, scores)) >= FEWEST else ("mean",)
+    return [100 * found[name] for name in names]
 
 
 def errors_of(measured: Sequence[Row]) -> list[Row]:

@@ -15,12 +15,14 @@ from typing import Any
 
 from rich.console import Console
 
+from pikv_hf.eval.real_model.load import REAL_MODELS
 from pikv_hf.eval.runner.models import load_model
+from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.protocol import Asker
 from pikv_hf.eval.runner.quiet import quiet_transformers, warn_once
+from pikv_hf.eval.runner.suites import build_set
 from pikv_hf.eval.studies.presses.equal_bytes_rows import write_results
 from pikv_hf.eval.studies.presses.equal_bytes_sample import FULL, INT4, Method, Row, SampleRunner, check
-from pikv_hf.eval.tasks.ruler import generate, score
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.presses.joint_press import JointPress
 
@@ -128,8 +130,9 @@ def measure(
         if not left:
             continue
         rows = [row | {"version": versions[Method(row["press"], row["share"])]} for row in runner.measure(sample, left)]
-        with file.open("a") as out:
-            out.write("".join(json.dumps(row) + "\n" for row in rows))
+        # Written at once, unbuffered: several processes may share the tasks of a setting.
+        with file.open("ab", buffering=0) as out:
+            out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         yield rows
 
 
@@ -150,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sample")
     parser.add_argument("--samples", type=int, default=0, help="per task; 0 only writes what is there")
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--tasks", nargs="+", help="of RULER; by default those that the model can do")
     parser.add_argument("--presses", nargs="+", default=PRESSES, help=f"presses, {FULL!r} or {INT4!r}")
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the bytes in bf16")
     parser.add_argument("--query-aware", action="store_true", help="presses see the question")
@@ -171,11 +174,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _measure(setting: Setting, arguments: Any, methods: Sequence[Method], console: Console) -> None:
+    tasks = arguments.tasks or (TASKS if setting.model in REAL_MODELS else ())
+    options = EvalOptions(
+        suite="ruler",
+        model=setting.model,
+        length=setting.length,
+        samples=arguments.samples,
+        tasks=tuple(tasks),
+        seed=setting.seed,
+    )
     with quiet_transformers():
         asker = Asker(*load_model(setting.model, setting.dtype))
-        runner = SampleRunner(asker, score, query_aware=setting.query_aware)
-        drawn = generate(asker.tokenizer, setting.length, arguments.samples, tasks=arguments.tasks, seed=setting.seed)
-        samples = ordered(drawn, arguments.samples)
+        drawn = build_set(options, asker.model, asker.tokenizer)
+        runner = SampleRunner(asker, drawn.score, query_aware=setting.query_aware)
+        samples = ordered(drawn.samples, arguments.samples)
         for rows in measure(runner, samples, methods, arguments.version, setting.file(arguments.parts)):
             scores = [row["score"] for row in rows if "score" in row]
             mean = sum(scores) / max(1, len(scores))

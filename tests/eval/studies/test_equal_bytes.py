@@ -23,13 +23,15 @@ from pikv_hf.eval.studies.presses import equal_bytes_study as study
 from pikv_hf.eval.studies.presses.equal_bytes_rows import errors_of, rows_of
 from pikv_hf.eval.studies.presses.equal_bytes_sample import FULL, INT4, Method, SampleRunner, check
 from pikv_hf.eval.studies.presses.equal_bytes_study import LEFT_OUT, PRESSES, methods_of
-from pikv_hf.eval.studies.presses.equal_bytes_table import table
+from pikv_hf.eval.studies.presses.equal_bytes_table import FILE, MODELS, ceiling_table, equal_bytes_tables, table
 from pikv_hf.eval.studies.presses.further_readings import read_further, reads_further
 from pikv_hf.eval.studies.presses.one_reading import Kept, Reading, read_once, shares_a_reading
 from pikv_hf.eval.studies.presses.paged_presses import LAYOUT
 from pikv_hf.eval.tasks import reference
 from pikv_hf.integration.kvpress_marks import MARKS
 
+ROOT = Path(__file__).parents[3]
+RESULTS = ROOT / "eval" / "results"
 SHARES = (0.5, 0.125)
 SEED = 7
 #: Layers of these keep different numbers of tokens, which `DynamicCache` has no mask for.
@@ -176,9 +178,7 @@ def test_full_bytes_of_a_kept_prompt() -> None:
 # What is kept of an interrupted run
 
 
-def _main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> list[dict[str, Any]]:
-    monkeypatch.setattr(study, "generate", lambda _, *sizes, **rest: reference.generate(*sizes, **rest))
-    monkeypatch.setattr(study, "score", reference.score)
+def _main(tmp_path: Path, *more: str) -> list[dict[str, Any]]:
     given = ["--model", "reference", "--dtype", "float32", "--length", "300", "--samples", "2", "--shares", "0.5"]
     given += ["--tasks", "niah_single_1", "niah_multikey_1", "--parts", str(tmp_path / "parts")]
     study.main([*given, "--output", str(tmp_path / "out.json"), *more])
@@ -188,7 +188,7 @@ def _main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *more: str) -> list[d
 
 def test_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     presses = ["--presses", "KnormPress", "PiKVPress", FULL]
-    once = _main(monkeypatch, tmp_path, *presses)
+    once = _main(tmp_path, *presses)
     assert {(row["press"], row["samples"]) for row in once} == {("KnormPress", 4), ("PiKVPress", 4), (FULL, 4)}
     (file,) = (tmp_path / "parts").iterdir()
     lines = file.read_text().splitlines(keepends=True)
@@ -203,12 +203,12 @@ def test_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
     monkeypatch.setattr(SampleRunner, "measure", noting)
     lost = json.loads(lines[-1])
-    again = _main(monkeypatch, tmp_path, *presses)
+    again = _main(tmp_path, *presses)
     assert asked == [(lost["id"], [Method(lost["press"], lost["share"])])]
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, once))
     asked.clear()
     # Another version measures this project's presses anew, and nothing else.
-    _main(monkeypatch, tmp_path, *presses, "--version", "2")
+    _main(tmp_path, *presses, "--version", "2")
     assert len(asked) == 4
     assert {method.name for _, methods in asked for method in methods} == {"PiKVPress"}
 
@@ -245,11 +245,34 @@ def test_means_are_over_tasks_and_differences_over_pairs() -> None:
     assert errors_of([failed, failed | {"id": "a-1"}]) == [{"press": "X", "share": 0.5, "samples": 2, "error": "no"}]
 
 
+def test_intervals_need_samples() -> None:
+    """A bootstrap of one sample per task has no width, which would be told of as certainty."""
+    few = [_row("KnormPress", "a", index, index % 2) for index in range(4)]
+    assert "low" not in rows_of(few)[0]
+    five = rows_of([*few, _row("KnormPress", "a", 4, 0.0)])[0]
+    assert five["low"] < five["score"] == 40.0 < five["high"]
+
+
 def test_only_presses_that_keep_to_the_bytes_are_best() -> None:
     over = {"press": "Over", "share": 0.5, "samples": 4, "score": 90.0, "low": 85.0, "high": 95.0, "kv_share": 0.6}
     within = over | {"press": "Within", "score": 80.0, "low": 70.0, "high": 90.0, "kv_share": 0.51}
     full = over | {"press": FULL, "share": 1.0, "kv_share": 1.0}
+    del full["low"]
     lines = table([over, within, full]).splitlines()
-    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [FULL, "4", "90.0 ± 5.0 at 100.0%", "–"]
+    assert [cell.strip() for cell in lines[2].split("|")[1:-1]] == [FULL, "4", "90.0 at 100.0%", "–"]
     assert "| 90.0 ± 5.0 at 60.0% |" in re.sub(" +", " ", lines[3])
     assert "**80.0 ± 10.0 at 51.0%**" in lines[4]
+
+
+def test_the_docs_show_the_tables_of_the_committed_results() -> None:
+    shown = (ROOT / "docs" / "presses.md").read_text()
+    for model in MODELS:
+        assert equal_bytes_tables(RESULTS / FILE, model) in shown
+    assert ceiling_table(RESULTS / "ceiling") in shown
+
+
+def test_tasks_are_those_that_the_model_can_do() -> None:
+    """At half or more with all of its cache, at the shortest length."""
+    runs = [json.loads(file.read_text()) for file in (RESULTS / "ceiling").glob("*/summary.json")]
+    (shortest,) = (run for run in runs if run["data_dir"] == "1024")
+    assert tuple(task for task, found in shortest["tasks"].items() if found["mean"] >= 50) == study.TASKS
