@@ -92,7 +92,7 @@ PARTS := $(HOME)/.cache/pikv_hf/parts
 REAL := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies.presses.equal_bytes_study --parts $(PARTS)
 BEST := DynamicCache "PiKVCache int4" PiKVPress KVzipPress "KVzipPress(kvzip_plus_normalization=True)" KVgradPress \
   KVComposePress KeyDiffPress CompactorPress "AdaKVPress(CompactorPress)" "AdaKVPress(KeyDiffPress)"
-presses-real: $(RUNNABLE) ## Measure all presses at equal bytes on a pretrained model, many hours
+presses-real: $(RUNNABLE) ## Measure presses at equal bytes on a pretrained model, many hours
 	$(BIN)/pikv eval run eval/ceiling.yaml --output eval/results/ceiling
 	$(BIN)/python -P -m pikv_hf.eval.runner.archive eval/results/ceiling
 	$(REAL) --samples 2
