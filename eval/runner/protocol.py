@@ -63,7 +63,6 @@ class Asker:
         self.model, self.tokenizer = model, tokenizer
         self.meter = Meter(model.device)
         self._frame = frame(tokenizer)
-        self._generated: list[int] = []
 
     def encode(self, sample: EvalSample, max_context: int | None = None) -> Encoded:
         """Tokenise a sample as kvpress does; a context longer than `max_context` loses its end."""
@@ -86,28 +85,28 @@ class Asker:
             self.model.model(input_ids=encoded.context, **cache_argument(cache))
         length = int(cache.get_seq_length()) if phases.renumbers else encoded.context.shape[1]
         with press(self.model) if phases.answer else contextlib.nullcontext():
-            text = self._continued(encoded.question, cache, length, encoded.max_new_tokens)
+            written = self.continued(encoded.question, cache, length, encoded.max_new_tokens)
         cost = self.meter.finish(cache)
-        return Answer(text, encoded.context.shape[1], encoded.question.shape[1], len(self._generated), 1, cost)
+        return self._answer(encoded, written, 1, cost)
 
-    def _continued(self, ids: torch.Tensor, cache: Any, position: int, max_new_tokens: int) -> str:
-        """Continue a context that has been read greedily, with a question `(1, Q)` at this position."""
+    def continued(self, ids: torch.Tensor, cache: Any, position: int, max_new_tokens: int) -> list[int]:
+        """Return how a context that was read goes on, greedily, after a question `(1, Q)` at this position."""
         self.meter.prefilled(cache)
-        self._generated = []
+        written: list[int] = []
         while True:
             positions = torch.arange(position, position + ids.shape[1], device=ids.device)[None]
             logits = self.model(input_ids=ids, **cache_argument(cache), position_ids=positions, logits_to_keep=1).logits
             position += ids.shape[1]
             ids = logits[:, -1:].argmax(-1)
-            if not self._generated:
+            if not written:
                 self.meter.decoding()
-            self._generated.append(int(ids.item()))
-            if self._generated[-1] in self._end_tokens or len(self._generated) == max_new_tokens:
-                break
-        return str(self.tokenizer.decode(self._generated, skip_special_tokens=True))
+            written.append(int(ids.item()))
+            if written[-1] in self.end_tokens or len(written) == max_new_tokens:
+                return written
 
     @property
-    def _end_tokens(self) -> tuple[int, ...]:
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
         end = self.model.generation_config.eos_token_id
         return tuple(end) if isinstance(end, list) else () if end is None else (end,)
 
@@ -171,7 +170,7 @@ class Asker:
         """Answer the questions about contexts that a cache holds; return the tokens of each row, and what follows."""
         ids, mask = pad_left([encoded.question for encoded in batch], self._pad_token)
         limits = torch.tensor([encoded.max_new_tokens for encoded in batch], device=ids.device)
-        ends = torch.tensor(self._end_tokens, device=ids.device)
+        ends = torch.tensor(self.end_tokens, device=ids.device)
         open_rows = torch.ones(len(batch), dtype=torch.bool, device=ids.device)
         steps: list[torch.Tensor] = []
         while open_rows.any():
@@ -196,7 +195,7 @@ class Asker:
 
     def _until_end(self, encoded: Encoded, generated: Sequence[int]) -> Sequence[int]:
         generated = generated[: encoded.max_new_tokens]
-        end = next((i for i, token in enumerate(generated) if token in self._end_tokens), len(generated) - 1)
+        end = next((i for i, token in enumerate(generated) if token in self.end_tokens), len(generated) - 1)
         return generated[: end + 1]
 
     def _answer(self, encoded: Encoded, generated: list[int], rows: int, cost: Cost) -> Answer:
