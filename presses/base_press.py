@@ -1,6 +1,7 @@
 """What this project's presses share: budgets, observed queries, and handing decisions to any cache."""
 
 import logging
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -83,9 +84,9 @@ class ObservingPress(ScorerPress):
     sink_tokens : int
         First tokens of each sequence that always survive.
     compression_interval : int, optional
-        Decide again during generation, whenever so many more tokens have been seen, on a `PiKVCache`. What is decided
-        leaves room for the tokens until then, so that the budget holds after every step. By default only prompts are
-        compressed.
+        Decide again during generation, whenever so many more tokens have been seen, on a `PiKVCache`; sooner where that
+        is more than a quarter of the budget. What is decided leaves room for the tokens until then, so that the budget
+        holds after every step. By default only prompts are compressed.
 
     Raises
     ------
@@ -100,6 +101,10 @@ class ObservingPress(ScorerPress):
     _budget: PressBudget | None = field(init=False, repr=False, default=None)
     _entered: int = field(init=False, repr=False, default=0)
     _eager: bool = field(init=False, repr=False, default=False)
+    #: By layer, the tokens it had when it was decided and will have next time; one of a fork is decided at once.
+    _decided: "weakref.WeakKeyDictionary[Any, tuple[int, int]]" = field(
+        init=False, repr=False, compare=False, default_factory=weakref.WeakKeyDictionary
+    )
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -111,8 +116,11 @@ class ObservingPress(ScorerPress):
             )
         if self.sink_tokens < 0:
             raise ValueError(f"{name}: sink_tokens must be at least 0, got {self.sink_tokens}")
-        if self.compression_interval is not None and self.compression_interval < 1:
-            raise ValueError(f"{name}: compression_interval must be at least 1 token, got {self.compression_interval}")
+        interval = self.compression_interval
+        if interval is not None and (isinstance(interval, bool) or not isinstance(interval, int)):
+            raise TypeError(f"{name}: compression_interval is a number of tokens, got {interval!r}")
+        if interval is not None and interval < 1:
+            raise ValueError(f"{name}: compression_interval must be at least 1 token, got {interval}")
         self._budget = None if self.budget is None else PressBudget.parse(self.budget)
         if self._budget is not None and self._budget.kind == "share":
             # A ratio is what kvpress's wrappers read and set.
@@ -144,23 +152,33 @@ class ObservingPress(ScorerPress):
 
     def kept_shares(self, view: LayerView) -> list[float]:
         """Return the share of each row's tokens that the budget leaves of a layer, with room for those to come."""
-        seen = self.tokens_seen(view)
-        if self._budget is None:
-            shares = [1 - self.compression_ratio] * len(seen)
-        else:
-            config: Any = view.module.config
-            layers = int(config.get_text_config().num_hidden_layers)
-            whole = layers * view.stored.shape[1] * sum(seen) * view.token_bytes
-            shares = [self._budget.share(tokens, whole) for tokens in seen]
-        rooms = [self.room(share) / max(tokens, 1) for share, tokens in zip(shares, seen, strict=True)]
+        seen, shares = self.tokens_seen(view), self._shares(view)
+        coming = self.interval(view) - 1
+        rooms = [self.room(share, coming) / max(tokens, 1) for share, tokens in zip(shares, seen, strict=True)]
         return [min(1.0, max(0.0, share - room)) for share, room in zip(shares, rooms, strict=True)]
 
-    def room(self, share: float) -> float:
-        """Return the tokens for which a decision leaves room: those until the next one.
+    def _shares(self, view: LayerView) -> list[float]:
+        """Return the budget as a share of each row's tokens in a layer, which may be more than 1."""
+        seen = self.tokens_seen(view)
+        if self._budget is None:
+            return [1 - self.compression_ratio] * len(seen)
+        config: Any = view.module.config
+        layers = int(config.get_text_config().num_hidden_layers)
+        whole = layers * view.stored.shape[1] * sum(seen) * view.token_bytes
+        return [self._budget.share(tokens, whole) for tokens in seen]
+
+    def interval(self, view: LayerView) -> int:
+        """Return how many tokens may come until a layer is decided again; 1 where only prompts are compressed."""
+        if self.compression_interval is None:
+            return 1
+        held = [share * tokens for share, tokens in zip(self._shares(view), self.tokens_seen(view), strict=True)]
+        return max(1, min(self.compression_interval, int(min(held) / 4)))
+
+    def room(self, share: float, coming: int) -> float:
+        """Return the tokens of room that as many to come need beside a share of those so far.
 
         A budget that is a share of the tokens grows with them.
         """
-        coming = 0 if self.compression_interval is None else self.compression_interval - 1
         return coming * (1 - share) if self._budget is None else coming
 
     def kept_tokens(self, tokens: int, share: float) -> int:
@@ -251,7 +269,9 @@ class ObservingPress(ScorerPress):
         if cache is None or (hidden.shape[1] < 2 and self.compression_interval is None):
             return output
         layer = cache.layers[module.layer_idx]
-        if hidden.shape[1] < 2 and layer.get_seq_length() % (self.compression_interval or 1):
+        since, until = self._decided.get(layer, (0, 0))
+        # Fewer than before: the cache was cropped or reset.
+        if hidden.shape[1] < 2 and since <= layer.get_seq_length() < until:
             return output
         if not self.removes or getattr(layer, "is_sliding", False) or getattr(module, "sliding_window", None):
             if isinstance(layer, PiKVLayer):
@@ -270,11 +290,14 @@ class ObservingPress(ScorerPress):
                 "PiKVCache.for_model(model)"
             )
         self.press_layer(view, kwargs)
-        self.done(view)
+        self.done(view, self.interval(view))
         return output
 
-    def done(self, view: LayerView) -> None:
-        """Let a layer that has waited for the press go on."""
+    def done(self, view: LayerView, interval: int) -> None:
+        """Let a layer that has waited for the press go on; it is decided again when `interval` more have come."""
+        if self.compression_interval is not None:
+            seen = view.stored.shape[-1]
+            self._decided[view.layer] = seen, seen + interval
         if view.is_paged:
             view.layer.edits.end_press()
 

@@ -51,8 +51,9 @@ class JointPress(ObservingPress):
             views, self._views = self._views, []
             self._check_unchanged(views)
             self.press_layers(views)
+            interval = min(self.interval(each) for each in views)
             for each in views:
-                super().done(each)
+                super().done(each, interval)
 
     def _check_unchanged(self, views: list[LayerView]) -> None:
         for view in views:
@@ -63,7 +64,7 @@ class JointPress(ObservingPress):
                     f"layer {view.index} from {view.stored.shape[-1]} tokens to {now}. Put it last"
                 )
 
-    def done(self, view: LayerView) -> None:
+    def done(self, view: LayerView, interval: int) -> None:
         """Let layers wait until the last one is read."""
 
     def leave(self) -> None:

@@ -1,7 +1,9 @@
 """PiKVPress: eviction and widths of all tokens of all heads of all layers, under one byte budget."""
 
 import logging
-from dataclasses import dataclass
+import math
+import weakref
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +51,8 @@ class PiKVPress(JointPress):
         As in :class:`ObservingPress`; the share is one of bytes: of what `DynamicCache` holds in the model's dtype.
     error_budget : float, optional
         Instead of a ratio or a budget: keep as few bytes as lose no more than this share, in (0, 1), of what evicting
-        all tokens would. Prompts differ in what they need: `docs/presses.md` has the bytes and scores that shares gave.
+        all tokens would, those of earlier calls included. Prompts differ in what they need: `docs/presses.md` says
+        what shares gave.
     smoothing : float
         Where it is not known how a model's queries are moved, the attention that the latest ones paid stands in for
         what is recalled, :func:`~pikv_hf.allocation.eviction_loss.eviction_loss`; this share of it is spread evenly.
@@ -66,10 +69,16 @@ class PiKVPress(JointPress):
     error_budget: float | None = None
     smoothing: float = SMOOTHING
     widths: tuple[int, ...] = (2, 4, 8, FULL)
+    #: By layer, what was lost with tokens that were evicted.
+    _lost: "weakref.WeakKeyDictionary[Any, float]" = field(
+        init=False, repr=False, compare=False, default_factory=weakref.WeakKeyDictionary
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.error_budget is not None:
+            if isinstance(self.error_budget, bool) or not isinstance(self.error_budget, int | float):
+                raise TypeError(f"error_budget is a share between 0 and 1, got {self.error_budget!r}")
             if not 0 < self.error_budget < 1:
                 raise ValueError(f"error_budget must be between 0 and 1, got {self.error_budget}")
             if self.budget is not None or self.compression_ratio or self.compression_interval is not None:
@@ -118,6 +127,13 @@ class PiKVPress(JointPress):
         stored = kwargs.get("pikv_stored")
         return token_loss(observer, gram, keys, values, stored, recalled, smoothing=self.smoothing)
 
+    def _already_lost(self, views: list[LayerView]) -> float:
+        """Return what earlier calls have evicted of the tokens of layers; a sequence that begins has lost nothing."""
+        if all(view.stored.shape[-1] == observed(view.module).new for view in views):
+            for view in views:
+                self._lost.pop(view.layer, None)
+        return sum(self._lost.get(view.layer, 0.0) for view in views)
+
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over all layers and store what it leaves."""
         known = {"pikv_by_recall": all(observed(view.module).recall_of(view.keys) is not None for view in views)}
@@ -129,6 +145,11 @@ class PiKVPress(JointPress):
             self._press_group([views[i] for i in group], [layers[i] for i in group], len(views))
 
     def _press_group(self, views: list[LayerView], group: list[LayerTokens], layers: int) -> None:
+        enough = -math.inf
+        if self.error_budget is not None:
+            lost = self._already_lost(views)
+            total = sum(float((each.loss * each.stored).sum(dtype=torch.float64)) for each in group)
+            enough = max(0.0, self.error_budget * (total + lost) - lost)
         given = token_widths(
             group,
             self._bytes_for(views, layers),
@@ -137,9 +158,12 @@ class PiKVPress(JointPress):
             sinks=self.sink_tokens,
             # A share of a short prompt may be less than a page of each head.
             may_exceed=self._budget is None or self._budget.kind != "bytes",
-            error_budget=self.error_budget,
+            enough=enough,
         )
-        for view, widths in zip(views, given, strict=True):
+        for view, widths, each in zip(views, given, group, strict=True):
+            if self.error_budget is not None:
+                gone = each.loss * (each.stored & (widths == 0))
+                self._lost[view.layer] = self._lost.get(view.layer, 0.0) + float(gone.sum(dtype=torch.float64))
             self._store(view, widths)
 
     def _bytes_for(self, views: list[LayerView], layers: int) -> int:
@@ -152,10 +176,17 @@ class PiKVPress(JointPress):
             share = 1 - self.compression_ratio
         else:
             share = self._budget.share(tokens, layers * views[0].token_bytes * batch * heads * tokens)
-        page = page_size_of(views[0])
+        page, coming = page_size_of(views[0]), min(self.interval(view) for view in views) - 1
         # Tokens to come fill pages of each head.
-        room = -(-self.room(share) // page) * page * batch * heads * sum(view.token_bytes for view in views)
-        return max(0, int(whole * share - room) - LAYER_BYTES * len(views))
+        room = -(-self.room(share, coming) // page) * page * batch * heads * sum(view.token_bytes for view in views)
+        left = int(whole * share - room) - LAYER_BYTES * len(views)
+        if room and left <= 0:
+            logger.warning_once(  # type: ignore[attr-defined]
+                f"PiKVPress: {int(whole * share):,} bytes leave no room for the {int(room):,} of the pages of tokens "
+                f"to come (compression_interval={self.compression_interval}); the budget is exceeded"
+            )
+            left = int(whole * share) // 2
+        return max(0, left)
 
     def _store(self, view: LayerView, widths: torch.Tensor) -> None:
         if view.is_paged:

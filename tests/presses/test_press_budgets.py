@@ -12,7 +12,7 @@ from press_runs import EVICTING, PRESSES, attached, held_by, ids_of, kept_column
 from transformers import DynamicCache, StaticCache
 
 from pikv_hf import PiKVCache
-from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, PyramidPress, QueryAwarePress
+from pikv_hf.presses import DuoPress, ExpertPress, LoRAPress, PiKVPress, PyramidPress, QueryAwarePress, pikv_press
 from pikv_hf.presses.press_budget import PressBudget
 from pikv_hf.presses.pyramid_press import falling_shares
 
@@ -311,3 +311,37 @@ def test_an_error_budget_stands_alone(given: dict[str, Any]) -> None:
         PiKVPress(error_budget=0.1, **given)
     with pytest.raises(ValueError, match="error_budget must be between 0 and 1, got 1"):
         PiKVPress(error_budget=1)
+
+
+@pytest.mark.parametrize("error", [0.3, 0.1])
+@pytest.mark.parametrize("chunk", [16, 80, 320])
+def test_an_error_budget_is_of_all_chunks_together(error: float, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judged by the losses with which each token was evicted, against all that there was to lose."""
+    lost, total = [], []
+    decide = pikv_press.token_widths
+
+    def noted(layers: Any, *given: Any, **more: Any) -> torch.Tensor:
+        widths = decide(layers, *given, **more)
+        for layer, of_layer in zip(layers, widths, strict=True):
+            lost.append(float((layer.loss * (layer.stored & (of_layer == 0))).sum()))
+        total.append(sum(float((layer.loss * layer.stored).sum()) for layer in layers))
+        return widths
+
+    monkeypatch.setattr(pikv_press, "token_widths", noted)
+    model = shared_model()
+    cache = attached(model, num_shards=1, recent_window=0, sink_tokens=0)
+    with PiKVPress(error_budget=error)(model), torch.no_grad():
+        for part in ids_of(320).split(chunk, dim=1):
+            model(part, past_key_values=cache)
+    assert len(total) == 320 // chunk
+    # What went before the last decision, and what there was then.
+    before = sum(lost[: -len(cache.layers)])
+    assert sum(lost) <= error * (before + total[-1]) * (1 + 1e-5) or sum(lost) == before
+
+
+@pytest.mark.parametrize(
+    "given", [{"compression_interval": 2.5}, {"compression_interval": True}, {"error_budget": "10%"}]
+)
+def test_what_is_no_number_is_named(given: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=re.escape(repr(next(iter(given.values()))))):
+        PiKVPress(**given)

@@ -109,3 +109,59 @@ def test_what_cannot_be_decided_is_refused() -> None:
         LoRAPress(rank=4, compression_interval=8)
     with pytest.raises(ValueError, match="a DynamicLayer no longer knows their positions"):
         next(steps(model, DynamicCache(), QueryAwarePress(budget=40, compression_interval=8), ids_of(PROMPT)))
+
+
+@pytest.mark.parametrize("interval", [64, 512])
+@pytest.mark.parametrize("budget", [40, "50%"])
+@pytest.mark.parametrize("press", [QueryAwarePress, PiKVPress])
+def test_an_interval_that_is_no_shorter_than_the_budget_leaves_most_of_it_to_the_prompt(
+    press: Any, budget: Any, interval: int
+) -> None:
+    model = shared_model()
+    cache = attached(model, num_shards=1, recent_window=0, sink_tokens=0, page_size=4)
+    for step, _ in enumerate(steps(model, cache, press(budget=budget, compression_interval=interval), ids_of(60))):
+        counts = torch.stack([layer.stored_mask().sum(-1) for layer in cache.layers]).float()
+        if step == 0:
+            assert float(counts.mean()) >= 0.6 * 30
+        if press is QueryAwarePress:
+            assert float(counts.mean()) <= (40 if budget == 40 else 0.5 * (60 + step)) + 1e-6
+
+
+def test_a_cache_that_was_cropped_or_reset_is_decided_again_soon() -> None:
+    model = shared_model()
+    cache = attached(model, num_shards=1)
+    press = QueryAwarePress(budget=40, window=8, compression_interval=INTERVAL)
+    with press(model), torch.no_grad():
+        model(ids_of(PROMPT), past_key_values=cache)
+        cache.reset()
+        for at in range(60):
+            model(ids_of(1, seed=at), past_key_values=cache)
+            assert held(cache) <= 40
+        cache.crop(50)
+        for at in range(20):
+            model(ids_of(1, seed=at), past_key_values=cache)
+            assert held(cache) <= 40
+
+
+@pytest.mark.parametrize("press", [QueryAwarePress, PiKVPress])
+def test_caches_in_turn_are_what_they_are_alone(press: Any) -> None:
+    """Of other rows, of the same rows, and one whose rows are repeated."""
+    model = shared_model()
+
+    def alone(batch: int, seed: int) -> list[torch.Tensor]:
+        return list(
+            steps(model, attached(model), press(budget=40, compression_interval=10_000), ids_of(60, batch, seed), 4)
+        )
+
+    expected = {1: alone(1, 1), 2: alone(2, 2)}
+    caches = {1: attached(model), 2: attached(model)}
+    ids = {1: ids_of(60, 1, 1), 2: ids_of(60, 2, 2)}
+    with press(budget=40, compression_interval=10_000)(model), torch.no_grad():
+        for step in range(3):
+            for rows, cache in caches.items():
+                logits = model(ids[rows], past_key_values=cache).logits[:, -1]
+                torch.testing.assert_close(logits, expected[rows][step], rtol=0, atol=1e-4)
+                ids[rows] = logits.argmax(-1, keepdim=True)
+        caches[1].batch_repeat_interleave(3)
+        repeated = model(ids[1].expand(3, -1), past_key_values=caches[1]).logits[:, -1]
+    torch.testing.assert_close(repeated, expected[1][3].expand(3, -1), rtol=0, atol=1e-4)

@@ -101,7 +101,9 @@ class Observer:
         self.recent: Observed | None = None
         self.recalled: torch.Tensor | None = None
         self._first: torch.Tensor | None = None
+        # The cache that recall is known of, and the one that was written to last.
         self._cache: Callable[[], Any] = lambda: None
+        self._heard: Callable[[], Any] = lambda: None
         self.scale, self.batch, self.new, self.seen, self.calls = 1.0, 0, 0, 0, 0
         self.sinks: torch.Tensor | None = None
         self.softcap: float | None = None
@@ -131,14 +133,16 @@ class Observer:
         `keys` are those of the same tokens, `(B, H, Q, D)`; with how queries are moved, these tell what is recalled.
         """
         new = query.shape[2]
-        self.batch, self.new = query.shape[0], new
         self.calls += 1
-        if past == 0:
+        cache = None if running is None or running.cache is None else running.cache()
+        if past == 0 or len(query) != self.batch or (cache is not None and cache is not self._heard()):
             self.recent = None
+        self._heard = (lambda: None) if cache is None else weakref.ref(cache)
         if past < self.seen:
             # Which tokens have gone since is not known, nor what the others are now called.
             self._cache = lambda: None
-        self.scale, self.sinks, self.softcap, self.seen = scale, sinks, softcap, past + new
+        self.scale, self.sinks, self.softcap = scale, sinks, softcap
+        self.batch, self.new, self.seen = query.shape[0], new, past + new
         call = Observed(query.detach(), torch.arange(past, past + new, device=query.device), valid)
         latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
         joined = latest if self.recent is None else self.recent + latest

@@ -86,7 +86,7 @@ def token_widths(
     sinks: int = 4,
     recent: int = 0,
     may_exceed: bool = False,
-    error_budget: float | None = None,
+    enough: float = -math.inf,
 ) -> torch.Tensor:
     """Return the bits of every token, such that pages fit the budget and little is lost.
 
@@ -104,8 +104,8 @@ def token_widths(
         First and last tokens of each lane that are never evicted.
     may_exceed : bool
         Whether a budget that is less than what is never evicted is exceeded instead of refused.
-    error_budget : float, optional
-        Share of the losses of all tokens that may be lost: no more bytes are given than that takes.
+    enough : float
+        Sum of losses at which no more bytes are given, though the budget may hold them.
 
     Returns
     -------
@@ -134,9 +134,6 @@ def token_widths(
     pages, choices = competing([each.pages for each in layers], list(losses), needed, cost)
     if may_exceed:
         left = max(left, least_bytes(fresh, needed, cost) + int(pages.nbytes[pages.needed, 1:].amin(dim=1).sum()))
-    enough = -math.inf
-    if error_budget is not None:
-        enough = error_budget * float((losses * stored).sum(dtype=torch.float64))
     given, chosen = allocate_beside(curve, cost, left, sinks=0, valid=fresh, needed=needed, pages=pages, enough=enough)
     result = (given + apart).to(torch.uint8)
     bits = choices.gather(1, chosen.unsqueeze(1)).squeeze(1)
