@@ -129,14 +129,14 @@ class PiKVPress(JointPress):
 
     def _already_lost(self, views: list[LayerView]) -> float:
         """Return what earlier calls have evicted of the tokens of layers; a sequence that begins has lost nothing."""
-        if all(view.stored.shape[-1] == observed(view.module).new for view in views):
+        if all(view.stored.shape[-1] == Observer.of(view.module).new for view in views):
             for view in views:
                 self._lost.pop(view.layer, None)
         return sum(self._lost.get(view.layer, 0.0) for view in views)
 
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over all layers and store what it leaves."""
-        known = {"pikv_by_recall": all(observed(view.module).recall_of(view.keys) is not None for view in views)}
+        known = {"pikv_by_recall": all(Observer.of(view.module).recall_of(view.keys) is not None for view in views)}
         layers = [
             LayerTokens.of(view.keys, view.values, view.stored, self.token_scores(view, known), pages_of(view))
             for view in views

@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import kvpress
 import torch
 from rich.console import Console
 from transformers import DynamicCache
@@ -25,6 +24,7 @@ from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.press_prefill import dense_bytes
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.runner.models import load_model
+from pikv_hf.eval.runner.presses import press_factory
 from pikv_hf.eval.studies.codecs.real_text import Text, texts
 from pikv_hf.eval.studies.scheduling.budget_study import interval
 from pikv_hf.presses import PiKVPress, QueryAwarePress
@@ -67,11 +67,10 @@ def _budgeted(scheduler: str) -> Callable[[Any, int], PiKVCache]:
     return lambda model, budget: PiKVCache.for_model(model, budget=budget, scheduler=scheduler, **OPTIONS)
 
 
-def _decoding(press: Callable[[], Any]) -> Callable[[int], Any]:
+def _decoding(press: str) -> Callable[[int], Any]:
     """Return `DecodingPress` around a press: what it keeps leaves room for the tokens until it is asked again."""
-    return lambda budget: kvpress.DecodingPress(
-        press(), compression_interval=EVERY, target_size=budget - EVERY, hidden_states_buffer_size=EVERY
-    )
+    options = f"compression_interval={EVERY}, hidden_states_buffer_size={EVERY}"
+    return lambda budget: press_factory(f"DecodingPress({press}, {options}, target_size={budget - EVERY})").make()
 
 
 WAYS: dict[str, Way] = {
@@ -80,10 +79,10 @@ WAYS: dict[str, Way] = {
     "budget, pikv": Way(_budgeted("pikv")),
     "PiKVPress": Way(_paged, lambda budget: PiKVPress(budget=budget, compression_interval=EVERY)),
     "QueryAwarePress": Way(_paged, lambda budget: QueryAwarePress(budget=budget, compression_interval=EVERY)),
-    "DecodingPress(KeyDiffPress)": Way(_dynamic, _decoding(kvpress.KeyDiffPress)),
-    "DecodingPress(TOVAPress)": Way(_dynamic, _decoding(kvpress.TOVAPress)),
-    "DecodingPress(SnapKVPress)": Way(_dynamic, _decoding(lambda: kvpress.SnapKVPress(window_size=EVERY // 2))),
-    "DecodingPress(StreamingLLMPress)": Way(_dynamic, _decoding(kvpress.StreamingLLMPress)),
+    "DecodingPress(KeyDiffPress)": Way(_dynamic, _decoding("KeyDiffPress")),
+    "DecodingPress(TOVAPress)": Way(_dynamic, _decoding("TOVAPress")),
+    "DecodingPress(SnapKVPress)": Way(_dynamic, _decoding(f"SnapKVPress(window_size={EVERY // 2})")),
+    "DecodingPress(StreamingLLMPress)": Way(_dynamic, _decoding("StreamingLLMPress")),
 }
 
 
