@@ -32,7 +32,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "system": platform.platform(terse=True),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: package_version(name) for name in _PACKAGES}},
     }
 
 
@@ -42,7 +42,8 @@ def _program() -> str:
     return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of a package that is installed, None for others."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

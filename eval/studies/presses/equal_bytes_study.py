@@ -9,12 +9,12 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from pikv_hf.eval.provenance import package_version
 from pikv_hf.eval.real_model.load import REAL_MODELS
 from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.runner.options import EvalOptions
@@ -105,7 +105,7 @@ class Setting:
 def version_of(method: Method, own: str) -> str:
     """Return what rows of a method are kept under: those of another version are measured anew."""
     is_own = method.name == INT4 or isinstance(method.press(), JointPress)
-    return own if is_own else f"kvpress {version('kvpress')}"
+    return own if is_own else f"kvpress {package_version('kvpress')}"
 
 
 def kept(file: Path) -> list[Row]:
