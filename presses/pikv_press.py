@@ -181,10 +181,13 @@ class PiKVPress(JointPress):
         room = -(-self.room(share, coming) // page) * page * batch * heads * sum(view.token_bytes for view in views)
         left = int(whole * share - room) - LAYER_BYTES * len(views)
         if room and left <= 0:
-            logger.warning_once(  # type: ignore[attr-defined]
-                f"PiKVPress: {int(whole * share):,} bytes leave no room for the {int(room):,} of the pages of tokens "
-                f"to come (compression_interval={self.compression_interval}); the budget is exceeded"
+            said = (
+                f"PiKVPress: {int(whole * share):,} bytes leave no room for the {int(room):,} of pages of tokens to "
+                f"come (compression_interval={self.compression_interval})"
             )
+            if self._budget is not None and self._budget.kind == "bytes":
+                raise ValueError(said)
+            logger.warning_once(f"{said}; the budget is exceeded")  # type: ignore[attr-defined]
             left = int(whole * share) // 2
         return max(0, left)
 

@@ -165,3 +165,9 @@ def test_caches_in_turn_are_what_they_are_alone(press: Any) -> None:
         caches[1].batch_repeat_interleave(3)
         repeated = model(ids[1].expand(3, -1), past_key_values=caches[1]).logits[:, -1]
     torch.testing.assert_close(repeated, expected[1][3].expand(3, -1), rtol=0, atol=1e-4)
+
+
+def test_bytes_without_room_for_the_tokens_to_come_are_refused() -> None:
+    model = shared_model()
+    with pytest.raises(ValueError, match=r"PiKVPress: .+ bytes leave no room for the .+ \(compression_interval=64\)"):
+        next(steps(model, attached(model), PiKVPress(budget="6 KiB", compression_interval=64), ids_of(PROMPT)))
