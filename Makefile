@@ -88,7 +88,7 @@ presses: $(RUNNABLE) ## Measure the table and figure of docs/presses.md, an hour
 
 # Every sample is kept in PARTS as soon as it is measured: what was stopped goes on with the same command. All presses
 # with few samples tell which are worth many. At 4,096 tokens a sample takes ten times as long, and the model does four tasks.
-PARTS := $(HOME)/.cache/pikv_hf/parts
+PARTS := eval/results/presses-at-equal-bytes
 REAL := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies.presses.equal_bytes_study --parts $(PARTS)
 BEST := DynamicCache "PiKVCache int4" PiKVPress KVzipPress "KVzipPress(kvzip_plus_normalization=True)" KVgradPress \
   KVComposePress KeyDiffPress CompactorPress "AdaKVPress(CompactorPress)" "AdaKVPress(KeyDiffPress)"

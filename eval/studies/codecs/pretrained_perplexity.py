@@ -5,7 +5,6 @@ chunks. Each window is kept with what each cache made of it as soon as that is m
 """
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ import torch
 from pikv_hf import PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.runner.caches import cache_factory
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.tasks.perplexity import Window, text_windows
 
 from .attention_error import PAGE, WINDOW
@@ -78,21 +78,14 @@ def cache_name(codec: str) -> str:
 def measure(model: Any, tokenizer: Any, part: Part, read: Text, file: Path) -> Iterator[Row]:
     """Yield what each codec makes of each window of a text; what the file has is not measured anew."""
     known = kept(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
         done = {row["codec"]: row for row in known if (row["text"], row["window"]) == (read.name, window.id)}
         if missing := [codec for codec in part.codecs if codec not in done]:
             reader = WindowReader(model, window)
             for codec in missing:
                 done[codec] = {"text": read.name, "window": window.id, **reader.measure(codec)}
-                with file.open("a") as out:
-                    out.write(json.dumps(done[codec]) + "\n")
+                keep(file, [done[codec]])
         yield from (done[codec] for codec in part.codecs)
-
-
-def kept(file: Path) -> list[Row]:
-    """Return what is known."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class WindowReader:

@@ -4,7 +4,6 @@ Each batch of samples is kept with its scores as soon as it is measured: what wa
 """
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 
 from pikv_hf.eval.runner.caches import cache_factory
 from pikv_hf.eval.runner.protocol import Asker, pad_left
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.tasks.ruler import generate, score
 from pikv_hf.eval.tasks.sample import EvalSample
 
 from ..routing.routing_study import interval
-from .pretrained_perplexity import MAIN, cache_name, kept
+from .pretrained_perplexity import MAIN, cache_name
 from .read_once import read_once
 
 #: Those that SmolLM2-135M answers at these lengths.
@@ -53,7 +53,6 @@ PARTS = (Part(1024, 8, MAIN),)
 def measure(asker: Asker, part: Part, file: Path) -> Iterator[Row]:
     """Yield what every codec answers and scores for each sample; what the file has is not measured anew."""
     known = kept(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     samples = generate(asker.tokenizer, part.tokens, part.samples, tasks=TASKS, seed=SEED)
     # Some of each task, so that what was stopped has about as many of all.
     codecs = "none", *part.codecs
@@ -65,8 +64,7 @@ def measure(asker: Asker, part: Part, file: Path) -> Iterator[Row]:
             if missing := [codec for codec in codecs if codec not in done]:
                 for row in measured(asker, batch, missing):
                     done[row["codec"]] = row
-                    with file.open("a") as out:
-                        out.write(json.dumps(row) + "\n")
+                    keep(file, [row])
             yield from (done[codec] for codec in codecs)
 
 

@@ -7,7 +7,6 @@ behind them, whose own pages stay exact: `eval/results/scheme-perplexity-smollm2
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ import torch
 from rich.console import Console
 
 from pikv_hf.eval.runner.models import load_model
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.tasks.perplexity import text_windows
 
 from ...report.result_rows import show_table, write_rows
-from .pretrained_perplexity import METRIC, Part, WindowReader, kept, rows_of
+from .pretrained_perplexity import METRIC, Part, WindowReader, rows_of
 from .quantisation_schemes import KEY_SCHEMES, VALUE_SCHEMES
 from .quantisation_schemes_study import page_sizes
 from .real_text import Text, texts
@@ -67,7 +67,6 @@ def choices() -> list[Choice]:
 def measure(model: Any, tokenizer: Any, read: Text, part: Part, file: Path) -> Iterator[Row]:
     """Yield what each choice makes of each window of a text; what the file has is not measured anew."""
     known = kept(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
         done = {row["codec"]: row for row in known if row["window"] == window.id}
         if missing := [choice for choice in choices() if choice.name not in done]:
@@ -75,8 +74,7 @@ def measure(model: Any, tokenizer: Any, read: Text, part: Part, file: Path) -> I
             for choice in missing:
                 row = {"window": window.id, "codec": choice.name, **measured(reader, choice)}
                 done[choice.name] = row
-                with file.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                keep(file, [row])
         yield from (done[choice.name] for choice in choices())
 
 

@@ -8,7 +8,6 @@ pages have them. Coefficients have 16 bits or are int4 codes. Not a codec of PiK
 import argparse
 import dataclasses
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,13 @@ import torch
 from rich.console import Console
 
 from pikv_hf.eval.runner.models import load_model
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.tasks.perplexity import text_windows
 from pikv_hf.kernels.page_codes import Kind
 
 from ...report.result_rows import show_table, write_rows
 from .attention_error import PAGE
-from .pretrained_perplexity import METRIC, Part, WindowReader, kept, rows_of
+from .pretrained_perplexity import METRIC, Part, WindowReader, rows_of
 from .quantisation_schemes import Shipped
 from .real_text import Text, texts
 
@@ -177,7 +177,6 @@ class Reconstruction:
 def measure(model: Any, tokenizer: Any, read: Text, part: Part, file: Path) -> Iterator[Row]:
     """Yield what each scheme makes of each window of a text; what the file has is not measured anew."""
     known = kept(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
         done = {row["codec"]: row for row in known if row["window"] == window.id}
         if missing := [scheme for scheme in schemes() if scheme.name not in done]:
@@ -185,8 +184,7 @@ def measure(model: Any, tokenizer: Any, read: Text, part: Part, file: Path) -> I
             for scheme in missing:
                 row = {"window": window.id, "codec": scheme.name, **measured(changes, scheme)}
                 done[scheme.name] = row
-                with file.open("a") as out:
-                    out.write(json.dumps(row) + "\n")
+                keep(file, [row])
         yield from (done[scheme.name] for scheme in schemes())
 
 

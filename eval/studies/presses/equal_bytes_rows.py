@@ -1,6 +1,5 @@
 """Summarise what the study of presses at equal bytes kept: scores with intervals, bytes, differences to PiKVPress."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -8,9 +7,12 @@ from typing import Any
 
 from pikv_hf.eval.report.result_rows import write_rows
 from pikv_hf.eval.runner.run_summary import by_task, interval
+from pikv_hf.eval.studies.kept_rows import kept
 
 Row = dict[str, Any]
 
+#: Of a file of samples, by what its name says.
+SUFFIX = ".jsonl.gz"
 #: What others are compared with, at the same share.
 COMPARED = "PiKVPress"
 #: Samples of a task that a bootstrap interval needs: of one it would have no width.
@@ -28,11 +30,10 @@ def write_results(parts: Path, output: Path, version: str, left_out: Mapping[str
     """Write the results of all parts in a folder: rows of one setting after the other, and what could not be run."""
     rows: list[Row] = []
     errors: list[Row] = []
-    files = sorted(parts.glob("*.jsonl"), key=_place)
+    files = sorted(parts.glob(f"*{SUFFIX}"), key=_place)
     for file in files:
-        model, dtype, tokens, question, seed = file.stem.rsplit("-", 4)
-        measured = [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        current = [row for row in measured if row["version"] == version or row["version"].startswith("kvpress ")]
+        model, dtype, tokens, question, seed = file.name.removesuffix(SUFFIX).rsplit("-", 4)
+        current = [row for row in kept(file) if row["version"] == version or row["version"].startswith("kvpress ")]
         setting = {"model": model, "dtype": dtype, "tokens": int(tokens), "question": question, "seed": int(seed)}
         rows += [setting | row for row in rows_of(current)]
         errors += [setting | row for row in errors_of(current)]
@@ -41,7 +42,7 @@ def write_results(parts: Path, output: Path, version: str, left_out: Mapping[str
 
 
 def _place(file: Path) -> tuple[Any, ...]:
-    model, dtype, tokens, question, seed = file.stem.rsplit("-", 4)
+    model, dtype, tokens, question, seed = file.name.removesuffix(SUFFIX).rsplit("-", 4)
     return model, dtype, question != "unseen", int(tokens), int(seed)
 
 

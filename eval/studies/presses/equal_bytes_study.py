@@ -7,7 +7,6 @@ not measured again; results are made of all that is kept there.
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,8 @@ from pikv_hf.eval.runner.options import EvalOptions
 from pikv_hf.eval.runner.protocol import Asker
 from pikv_hf.eval.runner.quiet import quiet_transformers, warn_once
 from pikv_hf.eval.runner.suites import build_set
-from pikv_hf.eval.studies.presses.equal_bytes_rows import write_results
+from pikv_hf.eval.studies.kept_rows import keep, kept
+from pikv_hf.eval.studies.presses.equal_bytes_rows import SUFFIX, write_results
 from pikv_hf.eval.studies.presses.equal_bytes_sample import FULL, INT4, Method, Row, SampleRunner, check
 from pikv_hf.eval.tasks.sample import EvalSample
 from pikv_hf.presses.joint_press import JointPress
@@ -99,7 +99,7 @@ class Setting:
     def file(self, folder: Path) -> Path:
         """Return where its parts are kept."""
         question = "aware" if self.query_aware else "unseen"
-        return folder / f"{Path(self.model).name}-{self.dtype}-{self.length}-{question}-{self.seed}.jsonl"
+        return folder / f"{Path(self.model).name}-{self.dtype}-{self.length}-{question}-{self.seed}{SUFFIX}"
 
 
 def version_of(method: Method, own: str) -> str:
@@ -108,31 +108,18 @@ def version_of(method: Method, own: str) -> str:
     return own if is_own else f"kvpress {package_version('kvpress')}"
 
 
-def kept(file: Path) -> list[Row]:
-    """Return what is known; a line that was cut off is not."""
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def measure(
     runner: SampleRunner, samples: Sequence[EvalSample], methods: Sequence[Method], own: str, file: Path
 ) -> Iterator[list[Row]]:
     """Yield the rows of each sample that has methods left to measure, and append them to the file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     versions = {method: version_of(method, own) for method in methods}
     known = {(row["press"], row["share"], row["version"], row["id"]) for row in kept(file)}
-    if file.exists() and not file.read_bytes().endswith(b"\n"):
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept(file)))
     for sample in samples:
         left = [each for each in methods if (each.name, each.share, versions[each], sample.id) not in known]
         if not left:
             continue
         rows = [row | {"version": versions[Method(row["press"], row["share"])]} for row in runner.measure(sample, left)]
-        # Written at once, unbuffered: several processes may share the tasks of a setting.
-        with file.open("ab", buffering=0) as out:
-            out.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        keep(file, rows)
         yield rows
 
 

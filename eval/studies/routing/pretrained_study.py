@@ -6,7 +6,6 @@ others bear. Each sample is kept as soon as it is measured: what was stopped goe
 
 import argparse
 import dataclasses
-import json
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from pikv_hf import PiKVCache, PiKVConfig
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.runner.protocol import Asker
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.studies.routing.decode_trace import PLACEMENTS, SINKS, WINDOW, Rule
 from pikv_hf.eval.studies.routing.routing_study import interval
 from pikv_hf.eval.tasks.ruler import generate, score
@@ -76,7 +76,6 @@ def measure(asker: Asker, part: Part, seed: int, file: Path) -> Iterator[Row]:
     """Yield what each sample of a part scores and reads; those in the file are not measured anew."""
     known = kept(file)
     yield from known
-    file.parent.mkdir(parents=True, exist_ok=True)
     samples = generate(asker.tokenizer, part.length, part.samples, tasks=TASKS, seed=seed)
     # Some of each task, so that what was stopped has about as many of all.
     batches = [
@@ -88,14 +87,8 @@ def measure(asker: Asker, part: Part, seed: int, file: Path) -> Iterator[Row]:
         if any(sample.id == row["id"] for sample in batch for row in known):
             continue
         rows = measured(asker, batch, part)
-        with file.open("a") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+        keep(file, rows)
         yield from rows
-
-
-def kept(file: Path) -> list[Row]:
-    """Return what is known of samples."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def measured(asker: Asker, batch: Sequence[EvalSample], part: Part) -> list[Row]:

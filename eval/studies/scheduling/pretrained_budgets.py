@@ -6,7 +6,6 @@ what was stopped goes on where it was.
 
 import argparse
 import contextlib
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.runner.protocol import Asker, Encoded
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.studies.scheduling.budget_study import interval
 from pikv_hf.eval.tasks.ruler import generate, score
 from pikv_hf.eval.tasks.sample import EvalSample
@@ -126,11 +126,6 @@ class Reader:
         return tokens * numbers * torch.bfloat16.itemsize
 
 
-def kept(file: Path) -> list[Row]:
-    """Return the rows that have been measured."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def rows_of(measured: Sequence[Row], compared: Sequence[Way]) -> list[Row]:
     """Summarise rows of samples: a row for each way."""
     scores = {way.name: {row["id"]: row["score"] for row in measured if row["way"] == way.name} for way in compared}
@@ -190,7 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     given = {"tasks": TASKS, "seed": arguments.seed}
     samples = generate(reader.asker.tokenizer, LENGTH, arguments.samples, **given)
     measured, compared = kept(arguments.parts), ways(arguments.pages)
-    arguments.parts.parent.mkdir(parents=True, exist_ok=True)
     # Those that lose most come first.
     batches = [
         samples[task * arguments.samples :][first : min(first + BATCH, arguments.samples)]
@@ -204,8 +198,7 @@ def main(argv: list[str] | None = None) -> None:
                 if any((row["id"], row["way"]) == (batch[0].id, way.name) for row in measured):
                     continue
                 rows = reader.measured(batch, way)
-                with arguments.parts.open("a") as out:
-                    out.writelines(json.dumps(row) + "\n" for row in rows)
+                keep(arguments.parts, rows)
                 measured += rows
                 console.print(f"{way.name}, {batch[0].task}: {[row['score'] for row in rows]}", soft_wrap=True)
     rows = rows_of(measured, compared)

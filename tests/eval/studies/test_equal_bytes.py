@@ -19,6 +19,7 @@ from pikv_hf.eval.errors import InputError
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.runner.memory_meter import stored_bytes
 from pikv_hf.eval.runner.protocol import Asker
+from pikv_hf.eval.studies.kept_rows import kept
 from pikv_hf.eval.studies.presses import equal_bytes_study as study
 from pikv_hf.eval.studies.presses.equal_bytes_rows import errors_of, rows_of
 from pikv_hf.eval.studies.presses.equal_bytes_sample import FULL, INT4, Method, SampleRunner, check
@@ -191,9 +192,9 @@ def test_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     once = _main(tmp_path, *presses)
     assert {(row["press"], row["samples"]) for row in once} == {("KnormPress", 4), ("PiKVPress", 4), (FULL, 4)}
     (file,) = (tmp_path / "parts").iterdir()
-    lines = file.read_text().splitlines(keepends=True)
-    # The last row is cut off, as by a process that was ended while it wrote.
-    file.write_text("".join(lines[:-1]) + lines[-1][:30])
+    rows = kept(file)
+    # The last sample is cut off, as by a process that was ended while it wrote.
+    file.write_bytes(file.read_bytes()[:-10])
     asked: list[tuple[str, list[Method]]] = []
     measured = SampleRunner.measure
 
@@ -202,9 +203,8 @@ def test_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         return measured(self, one, methods)
 
     monkeypatch.setattr(SampleRunner, "measure", noting)
-    lost = json.loads(lines[-1])
     again = _main(tmp_path, *presses)
-    assert asked == [(lost["id"], [Method(lost["press"], lost["share"])])]
+    assert asked == [(rows[-1]["id"], methods_of(["KnormPress", "PiKVPress", FULL], [0.5]))]
     assert sorted(map(json.dumps, again)) == sorted(map(json.dumps, once))
     asked.clear()
     # Another version measures this project's presses anew, and nothing else.
