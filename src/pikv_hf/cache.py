@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
-from .integration.attachment import Attachment, ensure_attached
+from .integration.attachment import Attachment
+from .integration.cache_attachment import attached_for_cache
 from .integration.model_modules import unwrapped
 from .layer import layer_list
 from .layer.cache_lock import new_cache_lock
@@ -166,9 +167,8 @@ class PiKVCache(Cache):
     @classmethod
     def _over(cls, spread: Devices | PartLayout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
         """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
-        attachment = ensure_attached(model, config.placement or "expert")
-        attachment.count_cache()
-        return cls(attachment.model.config, config, attachment, spread)
+        with attached_for_cache(model, config.placement or "expert") as attachment:
+            return cls(attachment.model.config, config, attachment, spread)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any

@@ -220,3 +220,25 @@ def test_for_model_takes_one_kind_of_options(model: Any) -> None:
         PiKVCache.for_model(model, pagesize=8)
     with pytest.raises(TypeError, match="PiKVConfig, got dict"):
         PiKVCache(model.config, {"page_size": 8})
+
+
+OF_PAGES = [
+    {"key_codec": "int4"},
+    {"value_codec": "int8", "key_codec": "int8"},
+    {"routing": "page_bound"},
+    {"budget": "25%"},
+    {"tiers": {"cpu": None}},
+]
+
+
+@pytest.mark.parametrize("options", OF_PAGES, ids=str)
+def test_what_is_for_pages_is_refused_where_all_layers_slide(options: dict[str, Any]) -> None:
+    sliding = transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON, sliding_window=8))
+    with pytest.raises(ValueError, match=r"_codec=|routing=|budget=|tiers=") as caught:
+        PiKVCache.for_model(sliding, placement="hash", **options)
+    assert "bounded by windows of 8 tokens" in str(caught.value)
+    assert all(f"{name}={value!r}" in str(caught.value) for name, value in options.items())
+    assert sliding.config._attn_implementation == "sdpa"
+    # What it says helps.
+    assert PiKVCache.for_model(sliding, placement="hash", sliding_layers="paged", **options).layers
+    assert PiKVCache.for_model(sliding, placement="hash", page_size=8).layers

@@ -1,7 +1,7 @@
 """Making the layers of a cache, complete with their parts, schedulers and the tiers that they share."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -19,6 +19,9 @@ from .layer import PiKVLayer
 from .layer_part import make_parts
 from .model_link import ModelLink
 from .own_layer import indexer_dims, layers_of
+
+#: Options that change what pages hold, where they are, or which are read.
+OF_PAGES = ("key_codec", "value_codec", "routing", "budget", "tiers")
 
 
 def checked_options(config: Any, pikv_config: Any, single_options: dict[str, Any], attached: bool) -> PiKVConfig:
@@ -114,6 +117,8 @@ def make_layers(
     layers = layers_of(config)
     dims = indexer_dims(config.get_text_config(decoder=True), layers)
     paged = [index for index, layer in enumerate(layers) if _is_paged(layer, options) or dims[index] is not None]
+    if not paged:
+        _check_without_pages(layers, options)
     layouts = {index: _layout_of(index, link, spread) for index in paged}
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
@@ -165,6 +170,19 @@ def _masks_windows(config: Any) -> bool:
     kind = type(config.get_text_config(decoder=True))
     code = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
     return code is None or any("sliding" in name or "chunked" in name for name in vars(code))
+
+
+def _check_without_pages(layers: Sequence[Any], options: PiKVConfig) -> None:
+    """Refuse what would be done to pages where no layer has any."""
+    asked = [name for name in OF_PAGES if name in options.changed()]
+    if not asked:
+        return
+    given = ", ".join(f"{name}={getattr(options, name)!r}" for name in asked)
+    windows = sorted({layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)})
+    if windows:
+        why = f"all layers are bounded by windows of {', '.join(map(str, windows))} tokens"
+        raise ValueError(f'{given} is for layers in pages, and {why}: leave it out, or add sliding_layers="paged"')
+    raise ValueError(f"{given} is for layers in pages, and none of this model's {len(layers)} layers has keys and values")
 
 
 def _check_reads_chosen(index: int, options: PiKVConfig) -> None:
