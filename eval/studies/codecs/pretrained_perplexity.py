@@ -7,9 +7,9 @@ chunks. Each window is kept with what each cache made of it as soon as that is m
 import dataclasses
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ METRIC = (
 )
 
 Row = dict[str, Any]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,15 +78,33 @@ def cache_name(codec: str) -> str:
 
 def measure(model: Any, tokenizer: Any, part: Part, read: Text, file: Path) -> Iterator[Row]:
     """Yield what each codec makes of each window of a text; what the file has is not measured anew."""
+    codecs = {codec: codec for codec in part.codecs}
+    return measure_windows(model, tokenizer, part, read, file, codecs, lambda reader: reader.measure)
+
+
+def measure_windows(
+    model: Any,
+    tokenizer: Any,
+    part: Part,
+    read: Text,
+    file: Path,
+    ways: Mapping[str, T],
+    changing: Callable[["WindowReader"], Callable[[T], Row]],
+) -> Iterator[Row]:
+    """Yield what each way, by name, makes of each window of a text; what the file has is not measured anew.
+
+    `changing` returns, for a window that was read, the function that measures a way.
+    """
     known = kept(file)
     for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
-        done = {row["codec"]: row for row in known if (row["text"], row["window"]) == (read.name, window.id)}
-        if missing := [codec for codec in part.codecs if codec not in done]:
-            reader = WindowReader(model, window)
-            for codec in missing:
-                done[codec] = {"text": read.name, "window": window.id, **reader.measure(codec)}
-                keep(file, [done[codec]])
-        yield from (done[codec] for codec in part.codecs)
+        about = {"text": read.name, "window": window.id}
+        done = {row["codec"]: row for row in known if about.items() <= row.items()}
+        if missing := [name for name in ways if name not in done]:
+            measured = changing(WindowReader(model, window))
+            for name in missing:
+                done[name] = {**about, "codec": name, **measured(ways[name])}
+                keep(file, [done[name]])
+        yield from (done[name] for name in ways)
 
 
 class WindowReader:
@@ -99,7 +118,7 @@ class WindowReader:
     def measure(self, codec: str) -> Row:
         """Return what a codec makes of each chunk of 64 tokens, on average, and its bytes."""
         cache = self._filled(codec)
-        row: Row = {"codec": codec}
+        row: Row = {}
         if isinstance(cache, PiKVCache) and codec != "none":
             packed = Packed.of(cache)
             row |= {"share": packed.share, "split": packed.split}

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,9 @@ import torch
 from rich.console import Console
 
 from pikv_hf.eval.runner.models import load_model
-from pikv_hf.eval.studies.kept_rows import keep, kept
-from pikv_hf.eval.tasks.perplexity import text_windows
 
 from ...report.result_rows import show_table, write_rows
-from .pretrained_perplexity import METRIC, Part, WindowReader, rows_of
+from .pretrained_perplexity import METRIC, Part, WindowReader, measure_windows, rows_of
 from .quantisation_schemes import KEY_SCHEMES, VALUE_SCHEMES
 from .quantisation_schemes_study import page_sizes
 from .real_text import Text, texts
@@ -64,18 +63,10 @@ def choices() -> list[Choice]:
     return found
 
 
-def measure(model: Any, tokenizer: Any, read: Text, part: Part, file: Path) -> Iterator[Row]:
+def measure(model: Any, tokenizer: Any, part: Part, read: Text, file: Path) -> Iterator[Row]:
     """Yield what each choice makes of each window of a text; what the file has is not measured anew."""
-    known = kept(file)
-    for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
-        done = {row["codec"]: row for row in known if row["window"] == window.id}
-        if missing := [choice for choice in choices() if choice.name not in done]:
-            reader = WindowReader(model, window)
-            for choice in missing:
-                row = {"window": window.id, "codec": choice.name, **measured(reader, choice)}
-                done[choice.name] = row
-                keep(file, [row])
-        yield from (done[choice.name] for choice in choices())
+    ways = {choice.name: choice for choice in choices()}
+    return measure_windows(model, tokenizer, part, read, file, ways, lambda reader: partial(measured, reader))
 
 
 def measured(reader: WindowReader, choice: Choice) -> Row:
@@ -108,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[Row] = []
     for read in texts():
         found: list[Row] = []
-        for row in measure(model, tokenizer, read, PART, arguments.parts / f"schemes-{read.name}.jsonl"):
+        for row in measure(model, tokenizer, PART, read, arguments.parts / f"schemes-{read.name}.jsonl"):
             found.append(row)
             console.print(f"{read.name}: {len(found)} of {PART.windows * len(shares)}")
         for row in rows_of(PART, read, found):

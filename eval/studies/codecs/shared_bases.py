@@ -8,7 +8,8 @@ pages have them. Coefficients have 16 bits or are int4 codes. Not a codec of PiK
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,11 @@ import torch
 from rich.console import Console
 
 from pikv_hf.eval.runner.models import load_model
-from pikv_hf.eval.studies.kept_rows import keep, kept
-from pikv_hf.eval.tasks.perplexity import text_windows
 from pikv_hf.kernels.page_codes import Kind
 
 from ...report.result_rows import show_table, write_rows
 from .attention_error import PAGE
-from .pretrained_perplexity import METRIC, Part, WindowReader, rows_of
+from .pretrained_perplexity import METRIC, Part, WindowReader, measure_windows, rows_of
 from .quantisation_schemes import Shipped
 from .real_text import Text, texts
 
@@ -174,18 +173,14 @@ class Reconstruction:
         return changed
 
 
-def measure(model: Any, tokenizer: Any, read: Text, part: Part, file: Path) -> Iterator[Row]:
+def measure(model: Any, tokenizer: Any, part: Part, read: Text, file: Path) -> Iterator[Row]:
     """Yield what each scheme makes of each window of a text; what the file has is not measured anew."""
-    known = kept(file)
-    for window in text_windows(read.ids(tokenizer), part.tokens, part.windows, part.tokens - part.scored):
-        done = {row["codec"]: row for row in known if row["window"] == window.id}
-        if missing := [scheme for scheme in schemes() if scheme.name not in done]:
-            changes = Reconstruction(WindowReader(model, window))
-            for scheme in missing:
-                row = {"window": window.id, "codec": scheme.name, **measured(changes, scheme)}
-                done[scheme.name] = row
-                keep(file, [row])
-        yield from (done[scheme.name] for scheme in schemes())
+    ways = {scheme.name: scheme for scheme in schemes()}
+
+    def changing(reader: WindowReader) -> Callable[[Scheme], Row]:
+        return partial(measured, Reconstruction(reader))
+
+    return measure_windows(model, tokenizer, part, read, file, ways, changing)
 
 
 def measured(changes: Reconstruction, scheme: Scheme) -> Row:
@@ -226,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for read in texts():
         found: list[Row] = []
-        for row in measure(model, tokenizer, read, PART, arguments.parts / f"shared-{read.name}.jsonl"):
+        for row in measure(model, tokenizer, PART, read, arguments.parts / f"shared-{read.name}.jsonl"):
             found.append(row)
             console.print(f"{read.name}: {len(found)} of {PART.windows * len(schemes())}")
         rows += summary(PART, read, found, config.num_key_value_heads, head_dim)

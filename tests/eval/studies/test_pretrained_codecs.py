@@ -249,9 +249,9 @@ def test_schemes_are_kept(model: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     some = [Scheme("keys", "int4"), Scheme("keys", "int4", 2), Scheme("values", "int2", 2, "int4")]
     monkeypatch.setattr(shared_bases, "schemes", lambda: some)
     read, part = Text("code", "x = 1\n" * 90, "made up"), Part(TOKENS, 1, TOKENS - PREFILL)
-    once = list(shared_bases.measure(model, Letters(), read, part, tmp_path / "part.jsonl"))
+    once = list(shared_bases.measure(model, Letters(), part, read, tmp_path / "part.jsonl"))
     monkeypatch.setattr(shared_bases, "measured", None)
-    assert list(shared_bases.measure(model, Letters(), read, part, tmp_path / "part.jsonl")) == once
+    assert list(shared_bases.measure(model, Letters(), part, read, tmp_path / "part.jsonl")) == once
     rows = shared_bases.summary(part, read, once, 2, 16)
     assert [row["scheme"] for row in rows] == [scheme.name for scheme in some]
     assert [("rank" in row, "energy" in row) for row in rows] == [(False, False), (True, True), (True, True)]

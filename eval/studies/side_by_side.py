@@ -1,0 +1,131 @@
+"""Print the table of docs/benchmarks.md that has the bundled and the pretrained model side by side.
+
+From committed results: scores in percent, behind them the full cache's of the same samples, and how many these were.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pikv_hf.eval.real_model.load import DENSE
+from pikv_hf.eval.report.summary_file import read_summary
+from pikv_hf.eval.report.table import NOTHING, markdown
+from pikv_hf.eval.runner.models import REFERENCE
+from pikv_hf.eval.studies.presses.equal_bytes_rows import COMPARED
+from pikv_hf.eval.studies.presses.equal_bytes_sample import FULL
+from pikv_hf.eval.studies.presses.equal_bytes_table import FILE
+
+Row = dict[str, Any]
+
+CODECS = ("int8", "int4", "auto")
+SHARES = (0.25, 0.125)
+
+
+def side_by_side(results: Path) -> str:
+    """Return the table in Markdown, from a folder of results."""
+    pairs = [*_presses(results), *_codecs(results), *_routing(results), *_budgets(results)]
+    return markdown(["score (full cache), samples", "bundled model", "SmolLM2-135M"], pairs)
+
+
+def _cell(score: float, full: float, samples: int) -> str:
+    return f"{score:.1f} ({full:.1f}), {samples}"
+
+
+def _read(file: Path) -> Row:
+    found: Row = json.loads(file.read_text())
+    return found
+
+
+def _presses(results: Path) -> Iterator[list[str]]:
+    """Yield a row per share for PiKVPress, and one for the best of kvpress at it, whatever bytes that took."""
+    rows = [row for row in _read(results / FILE)["scores"] if (row["tokens"], row["question"]) == (1024, "unseen")]
+    models = {model: [row for row in rows if row["model"] == model] for model in (REFERENCE, DENSE)}
+    shares = sorted({row["share"] for row in rows if row["press"] == COMPARED}, reverse=True)
+    for share in shares:
+        own, peers = [], []
+        for measured in models.values():
+            full = next((row["score"] for row in measured if row["press"] == FULL), None)
+            here = {row["press"]: row for row in measured if row["share"] == share}
+            ours = here.pop(COMPARED, None)
+            best = max(_as_many(here.values(), ours), key=lambda row: row["score"], default=None)
+            own.append(NOTHING if ours is None or full is None else _pressed(ours, full))
+            peers.append(NOTHING if best is None or full is None else f"{best['press']} {_pressed(best, full)}")
+        yield [f"{COMPARED} at {100 * share:.4g}% of the bytes", *own]
+        yield [f"kvpress's best at {100 * share:.4g}%", *peers]
+
+
+def _as_many(rows: Iterable[Row], like: Row | None) -> list[Row]:
+    """Return the rows that have at least half as many samples: those that were stopped early tell nothing."""
+    return [row for row in rows if like is not None and 2 * row["samples"] >= like["samples"]]
+
+
+def _pressed(row: Row, full: float) -> str:
+    return f"{row['score']:.1f} ({full:.1f}) at {100 * row['kv_share']:.1f}%, {row['samples']}"
+
+
+def _codecs(results: Path) -> Iterator[list[str]]:
+    """Yield a row per codec: RULER at 1,024 tokens."""
+    runs = {run.cache: run for run in (read_summary(file) for file in (results / "codecs").glob("*/summary.json"))}
+    real = {row["codec"]: row for row in _read(results / "codecs-smollm2.json")["ruler"]}
+    exact = runs["dynamic"].score.mean
+    for codec in CODECS:
+        run, row = runs[f"pikv:key_codec={codec},value_codec={codec}"], real[codec]
+        yield [
+            f"keys and values in {codec}",
+            _cell(run.score.mean, exact, run.samples),
+            _cell(row["score"], real["none"]["score"], row["samples"]),
+        ]
+
+
+def _routing(results: Path) -> Iterator[list[str]]:
+    """Yield a row per policy and share of the pages: RULER at 2,048 tokens."""
+    bundled = [
+        row
+        for row in _read(results / "routing.json")["ruler"]
+        if (row["tokens"], row["placement"], row["question"]) == (2048, "sequential", "read in one call")
+    ]
+    real = [row for row in _read(results / "routing-smollm2.json")["ruler"] if row["tokens"] == 2048]
+    for policy in ("page_bound", "page_mass"):
+        for share in SHARES:
+            cells = [_one(rows, policy=policy, share=share) for rows in (bundled, real)]
+            yield [
+                f"{policy}, reads {100 * share:.4g}% of the pages",
+                *(NOTHING if row is None else _cell(row["score"], row["exact"], row["samples"]) for row in cells),
+            ]
+
+
+def _budgets(results: Path) -> Iterator[list[str]]:
+    """Yield a row for a budget with the default scheduler, and one for a prompt in chunks."""
+    bundled, real = _read(results / "budgets.json"), _read(results / "budgets-smollm2.json")["ruler"]
+    needles = _one(bundled["generation"], scheduler="joint", placement="expert", share=0.25)
+    chunks = _one(bundled["ruler"], scheduler="joint")
+    full = _one(real, way="full")
+    assert needles is not None
+    assert chunks is not None
+    assert full is not None
+    once, parts = _one(real, way="budget 25%"), _one(real, way="budget 25% in chunks of 512")
+    exact = chunks["score"] - chunks["difference"]
+    columns = {
+        "budget=25%, prompt at once; needles while generating": f"{needles['both']:.1f}, {needles['needles']}",
+        "budget=25%, prompt in chunks": _cell(chunks["score"], exact, chunks["samples"]),
+    }
+    for (name, cell), row in zip(columns.items(), (once, parts), strict=True):
+        yield [name, cell, NOTHING if row is None else _cell(row["score"], full["score"], row["samples"])]
+
+
+def _one(rows: Sequence[Row], **named: Any) -> Row | None:
+    """Return the row with these values, None if there is none."""
+    return next((row for row in rows if all(row.get(name) == value for name, value in named.items())), None)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, help="eval/results")
+    print(side_by_side(parser.parse_args().results), end="")
+
+
+if __name__ == "__main__":
+    main()
