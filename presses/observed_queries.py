@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pikv_hf.allocation.observed_queries import Observer
+from pikv_hf.allocation.observed_queries import ObservedCall, Observer
 from pikv_hf.common.foreign_attributes import OBSERVER_ATTRIBUTE
 from pikv_hf.common.transformers_release import INSTALLED, cache_of_call, with_cache
 from pikv_hf.integration.attachment import ensure_attached
@@ -73,7 +73,8 @@ def _columns_before(module: nn.Module, call: dict[str, Any]) -> int:
 
 def _note(observer: Observer, past: int, query: torch.Tensor, mask: torch.Tensor | None, given: dict[str, Any]) -> None:
     scale = query.shape[-1] ** -0.5 if given.get("scaling") is None else given["scaling"]
-    observer(query, past, new_tokens_valid(mask, query.shape[2]), scale, given.get("s_aux"), given.get("softcap"))
+    valid = new_tokens_valid(mask, query.shape[2])
+    observer(ObservedCall(query, past, valid, scale, given.get("s_aux"), given.get("softcap")))
 
 
 def watch(model: Any) -> None:

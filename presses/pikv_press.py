@@ -3,6 +3,7 @@
 import logging
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,11 +120,8 @@ class PiKVPress(JointPress):
         assert observer.recent is not None
         gram = gram_of(module, observer.recent.queries.shape[1], values.shape[-1])
         recalled = observer.recall_of(keys) if kwargs.get("pikv_by_recall", True) else None
-        if recalled is None:
-            logger.warning_once(  # type: ignore[attr-defined]
-                f"PiKVPress: what would be recalled is not known of {type(module).__name__}; its tokens are judged by "
-                "the attention that the latest queries paid"
-            )
+        if recalled is None and "pikv_by_recall" not in kwargs:
+            _warn_of([module])
         stored = kwargs.get("pikv_stored")
         return token_loss(observer, gram, keys, values, stored, recalled, smoothing=self.smoothing)
 
@@ -136,7 +134,10 @@ class PiKVPress(JointPress):
 
     def press_layers(self, views: list[LayerView]) -> None:
         """Divide the budget over all layers and store what it leaves."""
-        known = {"pikv_by_recall": all(Observer.of(view.module).recall_of(view.keys) is not None for view in views)}
+        unknown = [view.module for view in views if Observer.of(view.module).recall_of(view.keys) is None]
+        if unknown:
+            _warn_of(unknown)
+        known = {"pikv_by_recall": not unknown}
         layers = [
             LayerTokens.of(view.keys, view.values, view.stored, self.token_scores(view, known), pages_of(view))
             for view in views
@@ -202,6 +203,15 @@ class PiKVPress(JointPress):
         keys, values = (rounded(part, widths, keys=name) for part, name in ((view.keys, True), (view.values, False)))
         view.layer.keys, view.layer.values = keys, values
         self.evict(LayerView(view.module, view.layer, keys, values, view.stored), (widths > 0) & view.stored)
+
+
+def _warn_of(modules: Sequence[nn.Module]) -> None:
+    """Say once of which layers it is not known what would be recalled."""
+    layers = ", ".join(str(getattr(module, "layer_idx", "?")) for module in modules)
+    logger.warning_once(  # type: ignore[attr-defined]
+        f"PiKVPress: what would be recalled is not known of {type(modules[0]).__name__} in layers {layers}; tokens of "
+        "all layers are judged by the attention that the latest queries paid"
+    )
 
 
 def pages_of(view: LayerView) -> StoredPages:

@@ -9,7 +9,9 @@ from kvpress import SnapKVPress
 from press_runs import attached, ids_of, padded, read, shared_model
 from transformers import DynamicCache
 
-from pikv_hf.presses import QueryAwarePress
+from pikv_hf.allocation.observed_queries import Observer
+from pikv_hf.presses import PiKVPress, QueryAwarePress
+from pikv_hf.presses import pikv_press as pikv
 from pikv_hf.presses.query_aware_press import by_page
 
 WINDOW, TOKENS = 12, 70
@@ -170,3 +172,21 @@ def test_page_wise_eviction_keeps_whole_pages() -> None:
         pages = layer.stored_mask().unflatten(-1, (-1, 8))
         assert (pages.all(dim=-1) == pages.any(dim=-1)).all()
         assert pages.all(dim=-1).sum(dim=-1).tolist() == [[6, 6]]
+
+
+def test_layers_of_which_recall_is_not_known_are_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pikv.logger.warning_once.cache_clear()  # type: ignore[attr-defined]
+    model, ids = FAMILIES["qwen3_moe"].build(), ids_of(64)
+    read(model, attached(model), ids, PiKVPress(0.5))
+    assert "would be recalled" not in caplog.text
+    known = Observer.recall_of
+    layer = model.model.layers[1].self_attn
+
+    def recall_of(self: Observer, keys: torch.Tensor) -> torch.Tensor | None:
+        return None if self is Observer.of(layer) else known(self, keys)
+
+    monkeypatch.setattr(Observer, "recall_of", recall_of)
+    read(model, attached(model), ids, PiKVPress(0.5))
+    assert "not known of Qwen3MoeAttention in layers 1;" in caplog.text

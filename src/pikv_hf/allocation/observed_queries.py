@@ -71,6 +71,45 @@ class RunningTurn:
     cache: "weakref.ref[Any] | None"
 
 
+@dataclass(frozen=True, slots=True)
+class ObservedCall:
+    """What an observer is shown of a call of attention.
+
+    Attributes
+    ----------
+    query : torch.Tensor
+        `(B, Hq, Q, D)` of the new tokens.
+    past : int
+        Tokens before them.
+    valid : torch.Tensor or None
+        `(B, Q)` bool, False for padding.
+    scale : float
+        What attention multiplies logits by.
+    sinks : torch.Tensor or None
+        `(Hq,)` logits of attention sinks.
+    softcap : float or None
+        Where logits are capped by `softcap * tanh(logits / softcap)`.
+    keys : torch.Tensor or None
+        Those of the new tokens, `(B, H, Q, D)`.
+    running : RunningTurn or None
+        How queries are moved behind them; with the keys it tells what would be recalled.
+    """
+
+    query: torch.Tensor
+    past: int
+    valid: torch.Tensor | None
+    scale: float
+    sinks: torch.Tensor | None
+    softcap: float | None
+    keys: torch.Tensor | None = None
+    running: RunningTurn | None = None
+
+    @property
+    def cache(self) -> Any:
+        """What the call writes to, None if nothing or not known."""
+        return None if self.running is None or self.running.cache is None else self.running.cache()
+
+
 class Observer:
     """Keeps the latest queries of one attention module, and how well its tokens would be recalled.
 
@@ -117,39 +156,25 @@ class Observer:
             setattr(module, OBSERVER_ATTRIBUTE, observer)
         return observer
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        past: int,
-        valid: torch.Tensor | None,
-        scale: float,
-        sinks: torch.Tensor | None,
-        softcap: float | None,
-        keys: torch.Tensor | None = None,
-        running: RunningTurn | None = None,
-    ) -> None:
-        """Note the queries `(B, Hq, Q, D)` of a call after `past` tokens; `valid` `(B, Q)` is False for padding.
-
-        `keys` are those of the same tokens, `(B, H, Q, D)`; with how queries are moved, these tell what is recalled.
-        """
-        new = query.shape[2]
+    def __call__(self, call: ObservedCall) -> None:
+        """Note the queries of a call, and how well its tokens would be recalled."""
+        query, past, new, cache = call.query, call.past, call.query.shape[2], call.cache
         self.calls += 1
-        cache = None if running is None or running.cache is None else running.cache()
         if past == 0 or len(query) != self.batch or (cache is not None and cache is not self._heard()):
             self.recent = None
         self._heard = (lambda: None) if cache is None else weakref.ref(cache)
         if past < self.seen:
             # Which tokens have gone since is not known, nor what the others are now called.
             self._cache = lambda: None
-        self.scale, self.sinks, self.softcap = scale, sinks, softcap
+        self.scale, self.sinks, self.softcap = call.scale, call.sinks, call.softcap
         self.batch, self.new, self.seen = query.shape[0], new, past + new
-        call = Observed(query.detach(), torch.arange(past, past + new, device=query.device), valid)
-        latest = call.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
+        queries = Observed(query.detach(), torch.arange(past, past + new, device=query.device), call.valid)
+        latest = queries.pick(torch.arange(max(0, new - RECENT), new, device=query.device))
         joined = latest if self.recent is None else self.recent + latest
         self.recent = joined.pick(torch.arange(len(joined.positions), device=query.device)[-RECENT:])
         if self.recalls:
             with torch.autocast(query.device.type, enabled=False):
-                self._recall(query.detach(), past, valid, keys, running)
+                self._recall(call)
 
     @property
     def first(self) -> torch.Tensor | None:
@@ -167,28 +192,21 @@ class Observer:
         return pad(self.recalled, (0, keys.shape[2] - self.recalled.shape[2]), value=torch.nan)
 
     @torch.compiler.disable
-    def _recall(
-        self,
-        query: torch.Tensor,
-        past: int,
-        valid: torch.Tensor | None,
-        keys: torch.Tensor | None,
-        running: RunningTurn | None,
-    ) -> None:
-        before, cache = self.recalled, None if running is None or running.cache is None else running.cache()
+    def _recall(self, call: ObservedCall) -> None:
+        query, past, cache, running, before = call.query.detach(), call.past, call.cache, call.running, self.recalled
         if past == 0 or before is None or cache is None or self._cache() is not cache or len(before) != len(query):
             before = self._first = None
         self.recalled = None
-        if running is None or cache is None or keys is None or (past and before is None):
+        if running is None or cache is None or call.keys is None or (past and before is None):
             return
         if query.shape[2] > 1 and running.turn is not None:
-            keys, sinks = keys.detach(), None if self.sinks is None else self.sinks.detach()
+            keys, sinks = call.keys.detach(), None if self.sinks is None else self.sinks.detach()
             back = running.turn.back()
             first = None if self._first is None else back(self._first)
             given = query, keys, back(keys), self.scale
-            new = recall_mass(*given, valid=valid, sinks=sinks, softcap=self.softcap, first=first)
+            new = recall_mass(*given, valid=call.valid, sinks=sinks, softcap=self.softcap, first=first)
             if self._first is None:
-                self._first = _first_keys(keys, valid)
+                self._first = _first_keys(keys, call.valid)
             if before is not None:
                 new = torch.cat([pad(before, (0, past - before.shape[2]), value=torch.nan), new], dim=2)
         elif query.shape[2] == 1 and before is not None:

@@ -7,6 +7,7 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..allocation.observed_queries import ObservedCall
 from ..attention.attention_mass import OBSERVED
 from ..attention.dense_attention import dense_attention, needs_gradients
 from ..attention.mask_bias import MaskBias
@@ -157,11 +158,14 @@ class _Call:
     def show_to_observer(self, tokens: int, key: torch.Tensor) -> None:
         """Call what a press has put on the module; `tokens` are those of the layer with the new ones, the last keys."""
         if (observer := vars(self.module).get(OBSERVER_ATTRIBUTE)) is not None:
-            new = self.query.shape[2]
-            valid = new_tokens_valid(self.mask, new)
-            keys = key[:, :, -new:] if key.shape[2] >= new else None
-            running = running_turn(self.module)
-            observer(self.query, tokens - new, valid, self.scale, self.sinks, self.softcap, keys, running)
+            observer(self.observed(tokens, key))
+
+    def observed(self, tokens: int, key: torch.Tensor) -> ObservedCall:
+        """Return what an observer is shown; `tokens` are those of the layer with the new ones, the last keys."""
+        new = self.query.shape[2]
+        valid, keys = new_tokens_valid(self.mask, new), key[:, :, -new:] if key.shape[2] >= new else None
+        given = self.query, tokens - new, valid, self.scale, self.sinks, self.softcap
+        return ObservedCall(*given, keys, running_turn(self.module))
 
     def output(self, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
         """Return `(B, Hq, Q, Dv)` and its LSE as transformers wants it, sinks included: `(B, Q, Hq, Dv)`."""
@@ -207,9 +211,7 @@ def _attend_layer(layer: PiKVLayer, call: _Call, key: torch.Tensor, value: torch
     remember_queries(store, query, call.scale)
     joint = None if decodes else layer.edits.joint
     if joint is not None:
-        valid = new_tokens_valid(mask, call.query.shape[2])
-        keys, running = key[:, :, -call.query.shape[2] :], running_turn(call.module)
-        joint.observe(layer.edits, call.query, valid, call.scale, call.sinks, call.softcap, keys, running)
+        joint.observe(layer.edits, call.observed(seen, key))
     if is_prompt:
         # Nothing is stored yet, so ordinary attention over the fresh K/V is all there is.
         shown = as_averages(mask, query.dtype) if call.keeps_padding and mask is not None else mask

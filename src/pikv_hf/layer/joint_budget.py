@@ -9,7 +9,7 @@ import torch
 
 from ..allocation.bit_allocation import BudgetTooSmallError
 from ..allocation.known_recall import KnownRecall
-from ..allocation.observed_queries import Observer, RunningTurn
+from ..allocation.observed_queries import ObservedCall, Observer
 from ..allocation.token_widths import LayerTokens, same_shape, token_widths
 from ..scheduling.growth_limit import BudgetError
 from ..scheduling.page_scheduler import PageScheduler
@@ -89,31 +89,20 @@ class JointBudget(BudgetAccount):
         """Forget the running call: its tokens, or some of them, are gone, or it will not go on."""
         self._call = RunningCall()
 
-    def observe(
-        self,
-        member: LayerEdits,
-        query: torch.Tensor,
-        valid: torch.Tensor | None,
-        scale: float,
-        sinks: torch.Tensor | None,
-        softcap: float | None,
-        keys: torch.Tensor,
-        running: RunningTurn | None,
-    ) -> None:
-        """Note queries `(B, Hq, Q, D)` and keys of a layer's newest tokens; `valid` `(B, Q)` are no padding.
+    def observe(self, member: LayerEdits, call: ObservedCall) -> None:
+        """Note the queries and keys of a layer's newest tokens.
 
         How well these would be recalled is remembered with the layer: later decisions ask for it.
         """
-        call, scheduler, past = self._call, _scheduler(member), member.store.state.seen - query.shape[2]
-        cache = None if running is None or running.cache is None else running.cache()
-        observer, recall = Observer(recalls=query.shape[2] >= LEAST_RECALLED), scheduler.recall
-        if observer.recalls and past and recall is not None and cache is not None:
-            observer.resume(recall.mass(past), recall.first, cache)
-        observer(query, past, valid, scale, sinks, softcap, keys, running)
+        scheduler, cache = _scheduler(member), call.cache
+        observer, recall = Observer(recalls=call.query.shape[2] >= LEAST_RECALLED), scheduler.recall
+        if observer.recalls and call.past and recall is not None and cache is not None:
+            observer.resume(recall.mass(call.past), recall.first, cache)
+        observer(call)
         if observer.recalled is not None and observer.first is not None:
             scheduler.recall = KnownRecall.of(observer.recalled, observer.first)
-        if call.waits:
-            call.observers[member.layer_idx] = observer
+        if self._call.waits:
+            self._call.observers[member.layer_idx] = observer
 
     @layer_operation
     def ends(self, member: LayerEdits) -> None:

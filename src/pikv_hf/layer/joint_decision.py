@@ -2,9 +2,7 @@
 
 from typing import Any, Protocol
 
-import torch
-
-from ..allocation.observed_queries import RunningTurn
+from ..allocation.observed_queries import ObservedCall
 
 
 class JointDecision(Protocol):
@@ -13,18 +11,8 @@ class JointDecision(Protocol):
     def begins(self, member: Any, new: int, waits_already: bool) -> bool:
         """Return whether `new` tokens that a layer is about to get are to wait for a decision."""
 
-    def observe(
-        self,
-        member: Any,
-        query: torch.Tensor,
-        valid: torch.Tensor | None,
-        scale: float,
-        sinks: torch.Tensor | None,
-        softcap: float | None,
-        keys: torch.Tensor,
-        running: RunningTurn | None,
-    ) -> None:
-        """Note the queries of a layer's newest tokens, their keys, and how queries are moved behind them."""
+    def observe(self, member: Any, call: ObservedCall) -> None:
+        """Note the queries and keys of a layer's newest tokens."""
 
     def ends(self, member: Any) -> None:
         """Decide, if tokens wait for it, once the last layer has attended."""

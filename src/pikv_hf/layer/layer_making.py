@@ -182,7 +182,9 @@ def _check_without_pages(layers: Sequence[Any], options: PiKVConfig) -> None:
     if windows:
         why = f"all layers are bounded by windows of {', '.join(map(str, windows))} tokens"
         raise ValueError(f'{given} is for layers in pages, and {why}: leave it out, or add sliding_layers="paged"')
-    raise ValueError(f"{given} is for layers in pages, and none of this model's {len(layers)} layers has keys and values")
+    raise ValueError(
+        f"{given} is for layers in pages, and none of this model's {len(layers)} layers has keys and values"
+    )
 
 
 def _check_reads_chosen(index: int, options: PiKVConfig) -> None:
