@@ -14,7 +14,7 @@ NEWEST_DEVELOPED := $(NEWEST)/dev.stamp
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-fast test-newest check format bench gpu-check baseline codecs presses presses-real routing budgets plan models fuzz test-browser test-real clean
+.PHONY: help demo test test-fast test-newest check format bench gpu-check baseline codecs presses presses-real speed-real routing budgets plan models fuzz test-browser test-real clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -102,6 +102,12 @@ presses-real: $(RUNNABLE) ## Measure presses at equal bytes on a pretrained mode
 	$(REAL) --samples 20 --model reference
 	$(REAL) --samples 8 --query-aware --presses $(BEST) --output eval/results/presses-at-equal-bytes.json
 	@$(BIN)/python -P -m pikv_hf.eval.studies.presses.equal_bytes_table eval/results
+
+# Wants a machine that does nothing else.
+speed-real: $(RUNNABLE) ## Measure time and memory of caches and presses on a pretrained model, half an hour
+	$(BIN)/pikv eval run eval/speed_real.yaml --output eval/results/speed-real --overwrite
+	$(BIN)/python -P -m pikv_hf.eval.runner.archive eval/results/speed-real
+	@$(BIN)/python -P -m pikv_hf.eval.studies.side_by_side eval/results
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
 STUDY := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies

@@ -1,6 +1,7 @@
-"""Print the table of docs/benchmarks.md that has the bundled and the pretrained model side by side.
+"""Print the tables of docs/benchmarks.md about a pretrained model, from committed results.
 
-From committed results: scores in percent, behind them the full cache's of the same samples, and how many these were.
+One has it beside the bundled model: scores in percent, behind them the full cache's of the same samples, and how many
+these were. The other has time and memory of its caches and presses, over `DynamicCache`'s.
 """
 
 import argparse
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from pikv_hf.eval.real_model.load import DENSE
-from pikv_hf.eval.report.summary_file import read_summary
-from pikv_hf.eval.report.table import NOTHING, markdown
+from pikv_hf.eval.report.summary_file import Cost, read_summary
+from pikv_hf.eval.report.table import NOTHING, markdown, percent, times
 from pikv_hf.eval.runner.models import REFERENCE
 from pikv_hf.eval.studies.presses.equal_bytes_rows import COMPARED
 from pikv_hf.eval.studies.presses.equal_bytes_sample import FULL
@@ -21,6 +22,8 @@ Row = dict[str, Any]
 
 CODECS = ("int8", "int4", "auto")
 SHARES = (0.25, 0.125)
+#: Folder of the runs of eval/speed_real.yaml.
+SPEED = "speed-real"
 
 
 def side_by_side(results: Path) -> str:
@@ -120,11 +123,35 @@ def _one(rows: Sequence[Row], **named: Any) -> Row | None:
     return next((row for row in rows if all(row.get(name) == value for name, value in named.items())), None)
 
 
+def speed_table(folder: Path) -> str:
+    """Return a row per run below a folder: times of a prompt and of a token, bytes and peak over `DynamicCache`'s."""
+    runs = [read_summary(file) for file in sorted(folder.glob("*/summary.json"))]
+    (full,) = (run for run in runs if run.is_baseline)
+    rows = sorted(([run.label, *_costs(run.cost, full.cost)] for run in runs), key=lambda row: _place(row, full.label))
+    return markdown(["over DynamicCache's", "prompt", "token", "KV bytes", "peak MiB"], rows)
+
+
+def _place(row: Sequence[str], first: str) -> tuple[Any, ...]:
+    return row[0] != first, not row[0].startswith("PiKV"), row[0]
+
+
+def _costs(cost: Cost, full: Cost) -> list[str]:
+    speeds = (
+        (full.prefill_tokens_per_s, cost.prefill_tokens_per_s),
+        (full.decode_tokens_per_s, cost.decode_tokens_per_s),
+    )
+    ratios = [theirs / own if theirs is not None and own is not None else None for theirs, own in speeds]
+    peak = NOTHING if cost.peak_memory_bytes is None else f"{cost.peak_memory_bytes / 2**20:,.0f}"
+    return [*map(times, ratios), percent(cost.kv_share_prefill), peak]
+
+
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="eval/results")
-    print(side_by_side(parser.parse_args().results), end="")
+    results = parser.parse_args().results
+    print(side_by_side(results))
+    print(speed_table(results / SPEED), end="")
 
 
 if __name__ == "__main__":

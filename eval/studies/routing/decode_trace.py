@@ -228,10 +228,10 @@ class Counter(RoutingPolicy):
 
 
 class Reader:
-    """The bundled model, reading contexts and questions as `pikv eval` does, into caches of a layout."""
+    """A model, the bundled one by default, that reads contexts and questions as `pikv eval` does into caches."""
 
-    def __init__(self) -> None:
-        self.model, self.tokenizer = load_reference_model()
+    def __init__(self, model: Any = None, tokenizer: Any = None) -> None:
+        self.model, self.tokenizer = load_reference_model() if model is None else (model, tokenizer)
         self._before, self._between = frame(self.tokenizer)
 
     def _ids(self, text: str) -> torch.Tensor:

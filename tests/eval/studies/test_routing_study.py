@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pikv_hf.eval.studies.routing import routing_study
+from pikv_hf.eval.studies.kept_rows import kept
+from pikv_hf.eval.studies.routing import expert_placement, routing_study
 from pikv_hf.eval.studies.routing.decode_trace import (
     PLACEMENTS,
     Layout,
@@ -174,3 +175,24 @@ def test_adaptive_covers_what_it_is_asked_for(results: dict[str, Any]) -> None:
     assert {row["target"] for row in rows} == set(TARGETS)
     for row in rows:
         assert abs(row["covered_full"] - row["target"]) < 0.03
+
+
+@torch.inference_mode()
+def test_expert_placement_is_compared_on_the_same_samples(
+    reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn, file = reference.generate(400, 2, tasks=["niah_multikey_1"]), tmp_path / "parts.jsonl.gz"
+    assert list(expert_placement.measure(reader, drawn[:1], 400, file)) == [drawn[0].id]
+    once = kept(file)
+    assert list(expert_placement.measure(reader, drawn, 400, file)) == [sample.id for sample in drawn]
+    assert kept(file)[: len(once)] == once
+    rows = {(row["placement"], row["policy"], row["share"]): row for row in expert_placement.rows_of(kept(file))}
+    assert {row["samples"] for row in rows.values()} == {2}
+    for placement in ("expert", "sequential"):
+        assert rows[placement, "oracle", 0.25]["covered"] > rows[placement, "random", 0.25]["covered"]
+        assert rows[placement, "oracle", 0.25]["covered"] >= rows[placement, "oracle", 0.125]["covered"]
+    gain = rows["expert", "oracle", 0.25]["covered"] - rows["sequential", "oracle", 0.25]["covered"]
+    assert rows["sequential", "oracle", 0.25]["expert_minus"] == pytest.approx(gain)
+    assert "expert_minus" not in rows["expert", "oracle", 0.25]
+    monkeypatch.setattr(reader, "coverage", None)
+    assert list(expert_placement.measure(reader, drawn, 400, file)) == [sample.id for sample in drawn]
