@@ -134,7 +134,8 @@ plan: $(RUNNABLE) ## Check pikv plan against real caches, simulate many devices
 
 budgets: $(RUNNABLE) ## Measure what docs/budgets.md shows: schedulers, bytes, time
 	$(STUDY).scheduling.page_traces --output eval/results/page-traces.json
-	$(STUDY).scheduling.budget_study --output eval/results/budgets.json
+	$(STUDY).scheduling.budget_study --only generation ruler --output eval/results/budgets.json
+	$(STUDY).scheduling.budget_study --only "generation full" pressed --output eval/results/budgets-presses.json
 	$(BIN)/pikv bench generate --output eval/results/bench-generate-cpu.json
 	$(BIN)/pikv bench chunks --output eval/results/bench-chunks-cpu.json
 	$(BIN)/pikv bench load --output eval/results/bench-load-cpu.json

@@ -1,8 +1,10 @@
 """Reading, generating and asking under a budget: what the bundled model still finds."""
 
+import copy
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -13,6 +15,8 @@ from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.reference.load import load_reference_model
 from pikv_hf.eval.reference.synthetic import tasks, text
 from pikv_hf.eval.reference.synthetic.words import FILLERS, KEYS
+from pikv_hf.eval.runner.memory_meter import stored_bytes
+from pikv_hf.eval.studies.scheduling.decoding_ways import Way
 from pikv_hf.eval.tasks import reference
 from pikv_hf.eval.tasks.frame import frame
 from pikv_hf.eval.tasks.sample import EvalSample
@@ -24,6 +28,8 @@ from pikv_hf.scheduling.policies.registry import Floats, PageStats, SchedulingPo
 OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 32, "sink_tokens": 4}
 #: Tokens of each prompt and of what is generated after it, and needles in each.
 PROMPT, GENERATED, NEEDLES = 256, 640, 4
+#: Tokens between two decisions of a press.
+EVERY = 16
 #: The control: any page goes, each as likely as any other.
 RANDOM = "random"
 
@@ -136,30 +142,58 @@ class Generator:
             By document, and the most tokens that a row held in a layer after any step, mean over KV heads.
         """
         cache = make_cache(self.model, scheduler, budget, **OPTIONS, **options)
-        generated = torch.stack([document.generated for document in documents])
-        most = 0.0
+        most = self._read(documents, cache, most_held)
+        return self._asked(documents, cache), most
+
+    @torch.inference_mode()
+    def find_by_press(self, documents: Sequence[Document], way: Way, budget: int) -> tuple[list[Finding], float]:
+        """Do the same with a press that is active while prompts are read and text is generated, not while it is asked.
+
+        What is held is measured in bytes, as those of so many tokens, mean over rows and layers.
+        """
+        cache = way.cache(self.model, budget)
+        with way.press(budget, EVERY)(self.model):
+            most = self._read(documents, cache, partial(self._bytes_held, len(documents)))
+        return self._asked(documents, cache), most
+
+    def _bytes_held(self, rows: int, cache: Any) -> float:
+        config = self.model.config
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return stored_bytes(cache) / (rows * numbers * self.model.dtype.itemsize)
+
+    def _read(self, documents: Sequence[Document], cache: Any, held: Callable[[Any], float]) -> float:
+        """Read prompts in one call and generate; return the most that was held after any call."""
+        generated, past, most = torch.stack([document.generated for document in documents]), 0, 0.0
         for ids in (torch.stack([document.prompt for document in documents]), *generated.split(1, dim=1)):
-            self._next(ids, cache)
-            most = max(most, most_held(cache))
+            self._next(ids, cache, past)
+            past += ids.shape[1]
+            most = max(most, held(cache))
+        return most
+
+    def _asked(self, documents: Sequence[Document], cache: Any) -> list[Finding]:
+        past = len(documents[0].prompt) + len(documents[0].generated)
         right = [
-            self._ask([document.needles[number] for document in documents], cache) for number in range(2 * NEEDLES)
+            self._ask([document.needles[number] for document in documents], cache, past)
+            for number in range(2 * NEEDLES)
         ]
         by_document = torch.tensor(right, dtype=torch.float64).T
         shares = zip(by_document[:, :NEEDLES].mean(1).tolist(), by_document[:, NEEDLES:].mean(1).tolist(), strict=True)
-        return [Finding(*pair) for pair in shares], most
+        return [Finding(*pair) for pair in shares]
 
-    def _next(self, ids: torch.Tensor, cache: PiKVCache) -> torch.Tensor:
-        logits: torch.Tensor = self.model(ids, **cache_argument(cache), logits_to_keep=1).logits
+    def _next(self, ids: torch.Tensor, cache: Any, past: int) -> torch.Tensor:
+        """Return the token that follows; `past` were read before, whatever is left of them."""
+        positions = torch.arange(past, past + ids.shape[1])[None].expand(len(ids), -1)
+        logits: torch.Tensor = self.model(ids, position_ids=positions, **cache_argument(cache), logits_to_keep=1).logits
         return logits[:, -1:].argmax(-1)
 
-    def _ask(self, needles: Sequence[tuple[str, str]], cache: PiKVCache) -> list[bool]:
+    def _ask(self, needles: Sequence[tuple[str, str]], cache: Any, past: int) -> list[bool]:
         """Return for each row whether the number of its key is answered exactly."""
-        fork = cache.fork()
+        fork = copy.deepcopy(cache)
         question = torch.stack([self._ids("\n" + "\n".join(text.ask_one(key))) for key, _ in needles])
         expected = torch.stack([self._ids(f"{number}.") for _, number in needles])
-        answer = [self._next(question, fork)]
+        answer = [self._next(question, fork, past)]
         while len(answer) < expected.shape[1]:
-            answer.append(self._next(answer[-1], fork))
+            answer.append(self._next(answer[-1], fork, past + question.shape[1] + len(answer) - 1))
         return torch.cat(answer, dim=1).eq(expected).all(dim=1).tolist()
 
     @torch.inference_mode()
@@ -168,12 +202,14 @@ class Generator:
         before, between = frame(self.tokenizer)
         cache = make_cache(self.model, scheduler, budget, **OPTIONS)
         question = self._ids(sample.question + between + sample.answer_prefix)
+        past = 0
         for ids in (*self._ids(before + sample.context).split(chunk), question):
-            token = self._next(ids[None], cache)
+            token = self._next(ids[None], cache, past)
+            past += len(ids)
         answer: list[int] = []
         while len(answer) < sample.max_new_tokens and int(token) != self.tokenizer.eos_token_id:
             answer.append(int(token))
-            token = self._next(token, cache)
+            token = self._next(token, cache, past + len(answer) - 1)
         words = self.tokenizer.decode(answer, skip_special_tokens=True)
         return 100 * next(iter(reference.score(sample, words).values()))
 

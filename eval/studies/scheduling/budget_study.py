@@ -25,9 +25,11 @@ from pikv_hf.eval.studies.scheduling.budget_runs import (
     OPTIONS,
     PROMPT,
     RANDOM,
+    Finding,
     Generator,
     ruler_samples,
 )
+from pikv_hf.eval.studies.scheduling.decoding_ways import WAYS
 from pikv_hf.eval.tasks import reference
 
 Row = dict[str, Any]
@@ -37,12 +39,15 @@ SHARES = (0.125, 0.25, 0.5)
 PLACEMENTS: dict[str, dict[str, Any]] = {"expert": {}, "sequential": {"placement": "hash", "num_shards": 1}}
 #: What is also measured with pages in order of time, at one share.
 SEQUENTIAL = ("pikv", "h2o", "quest", "streaming_llm", RANDOM)
+#: What is active while text is generated, of :data:`WAYS`.
+PRESSES = tuple(name for name in WAYS if "Press" in name)
 LENGTH, CHUNK, PREFILL_SHARE = 2048, 128, 0.25
 METRIC = (
     "generation: share of needles whose number is answered exactly, in percent, those of the prompt and those of the "
     "generated text; the budget is a share of the tokens of both, in tokens per sequence and layer; held: the most "
     "tokens that a sequence held in a layer after any step, mean over KV heads; of 'joint' mean over layers too, "
-    "packed tokens counted as what they take of others. Intervals are 95%, normal, over "
+    "packed tokens counted as what they take of others; of presses the bytes of all layers, as those of tokens. "
+    "Intervals are 95%, normal, over "
     "documents. ruler: RULER's score in percent, mean over tasks, contexts read in chunks under a budget that is a "
     "share of the tokens seen; differences from full are paired by sample, intervals over samples"
 )
@@ -74,6 +79,9 @@ class Study:
         for share in SHARES:
             for name in (*SCHEDULERS, JOINT, RANDOM):
                 parts[f"generation {name} {share}"] = partial(self.generation, name, share, "expert")
+        for share in SHARES:
+            for name in PRESSES:
+                parts[f"pressed {name} {share}"] = partial(self.generation_by_press, name, share)
         for name in SEQUENTIAL:
             parts[f"generation {name} sequential"] = partial(self.generation, name, 0.25, "sequential")
         if self.samples:
@@ -86,9 +94,17 @@ class Study:
         """Ask for needles after a long generation."""
         budget = int(share * (PROMPT + GENERATED))
         found, held = self.generator.find(self.documents, scheduler, budget, PLACEMENTS[placement])
+        return self._needles({"scheduler": scheduler or "full", "placement": placement}, share, budget, found, held)
+
+    def generation_by_press(self, name: str, share: float) -> Row:
+        """Ask for needles after a long generation in which a press was active."""
+        budget = int(share * (PROMPT + GENERATED))
+        found, held = self.generator.find_by_press(self.documents, WAYS[name], budget)
+        return self._needles({"scheduler": name, "placement": "sequential"}, share, budget, found, held)
+
+    def _needles(self, about: Row, share: float, budget: int, found: Sequence[Finding], held: float) -> Row:
         row: Row = {
-            "scheduler": scheduler or "full",
-            "placement": placement,
+            **about,
             "share": share,
             "budget": budget,
             "held": held,
@@ -142,9 +158,8 @@ def ruler_rows(rows: Sequence[Row]) -> list[Row]:
 
 def tables_of(measured: dict[str, Row]) -> dict[str, list[Row]]:
     """Return the rows of all parts, by kind."""
-    of_kind = {
-        kind: [row for name, row in measured.items() if name.startswith(kind)] for kind in ("generation", "ruler")
-    }
+    kinds = {"generation": ("generation", "pressed"), "ruler": ("ruler",)}
+    of_kind = {kind: [row for name, row in measured.items() if name.startswith(of)] for kind, of in kinds.items()}
     return {**of_kind, "ruler": ruler_rows(of_kind["ruler"])}
 
 

@@ -6,28 +6,24 @@ its own. Every way is kept in a folder as soon as it is measured; what was stopp
 """
 
 import argparse
-import contextlib
-import dataclasses
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import DynamicCache
 
 from pikv_hf import PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.press_prefill import dense_bytes
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.runner.models import load_model
-from pikv_hf.eval.runner.presses import press_factory
 from pikv_hf.eval.studies.codecs.real_text import Text, texts
 from pikv_hf.eval.studies.scheduling.budget_study import interval
-from pikv_hf.presses import PiKVPress, QueryAwarePress
+from pikv_hf.eval.studies.scheduling.decoding_ways import OPTIONS, WAYS, Way
 
 Row = dict[str, Any]
 
@@ -36,8 +32,6 @@ PROMPT, GENERATED = 256, 4096
 EVERY = 64
 #: Steps of which times are compared, at the beginning of what exceeds the budget and at the end.
 TIMED = 512
-#: Nothing but the budget decides what stays.
-OPTIONS: dict[str, Any] = {"placement": "hash", "num_shards": 1, "recent_window": 0, "sink_tokens": 0}
 METRIC = (
     f"nats: mean negative log likelihood of the tokens after the first {PROMPT}, read one by one; minus_full: its "
     f"difference from the full cache, interval 95%, normal, over blocks of {EVERY} tokens of all windows; held: the "
@@ -47,45 +41,6 @@ METRIC = (
 )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Way:
-    """How tokens are kept: a cache, and a press that is active all the time."""
-
-    cache: Callable[[Any, int], Any]
-    press: Callable[[int], Any] = lambda budget: contextlib.nullcontext
-
-
-def _dynamic(model: Any, budget: int) -> DynamicCache:
-    return DynamicCache(config=model.config)
-
-
-def _paged(model: Any, budget: int) -> PiKVCache:
-    return PiKVCache.for_model(model, **OPTIONS)
-
-
-def _budgeted(scheduler: str) -> Callable[[Any, int], PiKVCache]:
-    return lambda model, budget: PiKVCache.for_model(model, budget=budget, scheduler=scheduler, **OPTIONS)
-
-
-def _decoding(press: str) -> Callable[[int], Any]:
-    """Return `DecodingPress` around a press: what it keeps leaves room for the tokens until it is asked again."""
-    options = f"compression_interval={EVERY}, hidden_states_buffer_size={EVERY}"
-    return lambda budget: press_factory(f"DecodingPress({press}, {options}, target_size={budget - EVERY})").make()
-
-
-WAYS: dict[str, Way] = {
-    "full": Way(_dynamic),
-    "budget, joint": Way(_budgeted("joint")),
-    "budget, pikv": Way(_budgeted("pikv")),
-    "PiKVPress": Way(_paged, lambda budget: PiKVPress(budget=budget, compression_interval=EVERY)),
-    "QueryAwarePress": Way(_paged, lambda budget: QueryAwarePress(budget=budget, compression_interval=EVERY)),
-    "DecodingPress(KeyDiffPress)": Way(_dynamic, _decoding("KeyDiffPress")),
-    "DecodingPress(TOVAPress)": Way(_dynamic, _decoding("TOVAPress")),
-    "DecodingPress(SnapKVPress)": Way(_dynamic, _decoding(f"SnapKVPress(window_size={EVERY // 2})")),
-    "DecodingPress(StreamingLLMPress)": Way(_dynamic, _decoding("StreamingLLMPress")),
-}
-
-
 @torch.no_grad()
 def measured(model: Any, ids: torch.Tensor, way: Way, budget: int) -> Row:
     """Return mean losses by block and window, bytes, and seconds by step, of windows `(B, PROMPT + N)`."""
@@ -93,7 +48,7 @@ def measured(model: Any, ids: torch.Tensor, way: Way, budget: int) -> Row:
     blocks: list[list[float]] = []
     losses: list[torch.Tensor] = []
     seconds, most = [], 0
-    with way.press(budget)(model):
+    with way.press(budget, EVERY)(model):
         logits = _step(model, cache, ids[:, :PROMPT], 0)
         for at in range(PROMPT, ids.shape[1]):
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, at], reduction="none")

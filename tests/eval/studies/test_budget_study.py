@@ -21,7 +21,8 @@ from pikv_hf.eval.studies.scheduling.budget_runs import (
     Generator,
     make_cache,
 )
-from pikv_hf.eval.studies.scheduling.budget_study import SEQUENTIAL, SHARES, Study, interval, main, tables_of
+from pikv_hf.eval.studies.scheduling.budget_study import PRESSES, SEQUENTIAL, SHARES, Study, interval, main, tables_of
+from pikv_hf.eval.studies.scheduling.decoding_ways import WAYS
 from pikv_hf.eval.tasks import reference
 
 pytestmark = pytest.mark.slow
@@ -64,6 +65,19 @@ def test_everything_is_found_without_a_budget_and_less_with_a_small_one(
     assert 64 < held <= 96
 
 
+@pytest.mark.parametrize("name", PRESSES)
+def test_presses_find_everything_with_room_for_it_and_keep_to_less(
+    name: str, generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget_runs, "GENERATED", 64)
+    documents = generator.documents(2, seed=1)
+    found, _ = generator.find_by_press(documents, WAYS[name], 2 * (PROMPT + 64))
+    assert found == [(1.0, 1.0)] * 2
+    _, held = generator.find_by_press(documents, WAYS[name], 160)
+    # `DecodingPress` leaves the prompt alone; tables and pages that are not full come on top of tokens.
+    assert held <= (PROMPT + 16 if "Decoding" in name else 200)
+
+
 def test_the_control_lets_any_page_go(generator: Generator) -> None:
     cache = make_cache(generator.model, RANDOM, 112, **OPTIONS)
     ids = generator.documents(1, seed=0)[0].prompt[None]
@@ -96,8 +110,9 @@ def test_parts_are_kept_and_taken_again(tmp_path: Path, generator: Generator, mo
     monkeypatch.setattr(budget_study, "Generator", lambda *_: generator)
     arguments = argparse.Namespace(documents=1, samples=0, seed=0, dtype="float32", parts=tmp_path)
     study = Study(arguments)
-    assert [name for name in study.parts() if name.startswith("generation")] == list(study.parts())
-    assert len(study.parts()) == 1 + len(SHARES) * (len(SCHEDULERS) + 2) + len(SEQUENTIAL)
+    names = [name.split()[0] for name in study.parts()]
+    assert names.count("generation") == 1 + len(SHARES) * (len(SCHEDULERS) + 2) + len(SEQUENTIAL)
+    assert names.count("pressed") == len(SHARES) * len(PRESSES) == len(names) - names.count("generation")
     calls: list[int] = []
 
     def part() -> dict[str, Any]:
