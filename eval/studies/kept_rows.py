@@ -4,6 +4,7 @@ A line of JSON for each row. In files whose name ends in `.gz` every addition is
 under version control, which have thousands of rows, can be added to as well.
 """
 
+import fcntl
 import gzip
 import json
 import zlib
@@ -15,44 +16,47 @@ Row = dict[str, Any]
 
 
 def kept(file: Path) -> list[Row]:
-    """Return the rows that a file has; an addition that was cut off at its end is not among them."""
-    return _read(file)[0]
+    """Return the rows that a file has; an addition that was cut off at its end is not among them.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged elsewhere.
+    """
+    if not file.exists():
+        return []
+    lines, _ = _whole(file, file.read_bytes())
+    return [json.loads(line) for line in lines.splitlines()]
 
 
 def keep(file: Path, rows: Sequence[Row]) -> None:
-    """Add rows, in one write: several processes may add to a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    before, whole = _read(file)
-    if not whole:
-        file.write_bytes(_packed(file, before))
-    with file.open("ab", buffering=0) as out:
-        out.write(_packed(file, rows))
-
-
-def _packed(file: Path, rows: Sequence[Row]) -> bytes:
+    """Add rows, in place of an addition that was cut off; several processes may add to a file."""
+    if not rows:
+        return
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    # Without a time: the same rows are the same bytes.
-    return gzip.compress(lines, mtime=0) if file.suffix == ".gz" else lines
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("ab+") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)
+        out.seek(0)
+        _, end = _whole(file, out.read())
+        out.truncate(end)
+        # Without a time: the same rows are the same bytes.
+        out.write(gzip.compress(lines, mtime=0) if file.suffix == ".gz" else lines)
 
 
-def _read(file: Path) -> tuple[list[Row], bool]:
-    """Return the rows, and whether there is nothing else in the file."""
-    data = file.read_bytes() if file.exists() else b""
-    lines, whole = _unpacked(data) if file.suffix == ".gz" else (data, True)
-    lines, _, rest = lines.rpartition(b"\n")
-    return [json.loads(line) for line in lines.splitlines()], whole and not rest
-
-
-def _unpacked(data: bytes) -> tuple[bytes, bool]:
-    """Return what is in the members of a gzip file, and whether the last one is whole."""
-    found = b""
-    while data:
+def _whole(file: Path, data: bytes) -> tuple[bytes, int]:
+    """Return the whole lines of what a file has, and where in it their additions end."""
+    if file.suffix != ".gz":
+        end = data.rfind(b"\n") + 1
+        return data[:end], end
+    found, end = b"", 0
+    while end < len(data):
         member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
         try:
-            content = member.decompress(data)
-        except zlib.error:
-            return found, False
+            lines = member.decompress(data[end:])
+        except zlib.error as error:
+            raise ValueError(f"{file} is damaged after {end:,} of {len(data):,} bytes: {error}") from error
         if not member.eof:
-            return found, False
-        found, data = found + content, member.unused_data
-    return found, True
+            break
+        found, end = found + lines, len(data) - len(member.unused_data)
+    return found, end

@@ -12,15 +12,14 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 from .config import PiKVConfig
 from .distributed.device_layout import Devices, PartLayout, find_spread
-from .integration.attachment import Attachment
-from .integration.cache_attachment import attached_for_cache
+from .integration.attachment import Attachment, ensure_attached
 from .integration.model_modules import unwrapped
 from .layer import layer_list
 from .layer.cache_lock import new_cache_lock
 from .layer.copied_layers import copy_layers
 from .layer.input_checks import admit
 from .layer.layer import PiKVLayer
-from .layer.layer_making import checked_options, effective_options, make_layers
+from .layer.layer_making import check_has_pages, checked_options, effective_options, make_layers
 from .layer.layer_operation import layer_operation
 from .layer.own_layer import has_positions, is_state_layer
 from .layer.row_choice import beam_rows, rows_at
@@ -130,15 +129,17 @@ class PiKVCache(Cache):
         Raises
         ------
         TypeError, ValueError
-            For unknown or invalid options, unsupported models, devices that there are not, and models without a known
-            router unless `placement="hash"`.
+            For unknown or invalid options, unsupported models, devices that there are not, models without a known
+            router unless `placement="hash"`, and a budget where no layer is kept in pages.
         RuntimeError
             If `process_group` is given, but not several processes were started.
         """
         if pikv_config is not None and options:
             raise TypeError(f"give either pikv_config or single options, got both (options: {', '.join(options)})")
         config = PiKVConfig.from_dict(options) if pikv_config is None else pikv_config
-        return cls._over(find_spread(devices, max_memory, process_group, timeout), model, config)
+        made = cls._over(find_spread(devices, max_memory, process_group, timeout), model, config)
+        check_has_pages(made.layers, config)
+        return made
 
     @classmethod
     def from_cache(cls, model: Any, cache: Cache, pikv_config: PiKVConfig | None = None, **options: Any) -> "PiKVCache":
@@ -167,8 +168,9 @@ class PiKVCache(Cache):
     @classmethod
     def _over(cls, spread: Devices | PartLayout | None, model: Any, config: PiKVConfig) -> "PiKVCache":
         """Attach a model and make a cache for it in these places, None for that of each layer's attention."""
-        with attached_for_cache(model, config.placement or "expert") as attachment:
-            return cls(attachment.model.config, config, attachment, spread)
+        attachment = ensure_attached(model, config.placement or "expert")
+        attachment.count_cache()
+        return cls(attachment.model.config, config, attachment, spread)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -236,9 +238,8 @@ class PiKVCache(Cache):
 
     def reset(self) -> None:
         """Forget everything, what was counted too, and return the memory: the cache is like a new one."""
-        layers: Any
-        layers, self.tiers = self._make_layers()
-        self.layers, self.filled_under = layers, None
+        made: Any = self._make_layers()
+        (self.layers, self.tiers), self.filled_under = made, None
 
     @layer_operation
     def crop(self, max_length: int) -> None:
@@ -261,9 +262,8 @@ class PiKVCache(Cache):
     @layer_operation
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times; the copies share their pages."""
-        layer_list.select_rows(
-            self.layers, torch.arange(layer_list.row_count(self.layers) or 0).repeat_interleave(repeats)
-        )
+        rows = torch.arange(layer_list.row_count(self.layers) or 0)
+        layer_list.select_rows(self.layers, rows.repeat_interleave(repeats))
 
     @layer_operation
     def batch_select_indices(self, indices: Any) -> None:

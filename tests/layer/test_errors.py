@@ -222,23 +222,43 @@ def test_for_model_takes_one_kind_of_options(model: Any) -> None:
         PiKVCache(model.config, {"page_size": 8})
 
 
-OF_PAGES = [
+WITHOUT_EFFECT = [
     {"key_codec": "int4"},
     {"value_codec": "int8", "key_codec": "int8"},
     {"routing": "page_bound"},
-    {"budget": "25%"},
     {"tiers": {"cpu": None}},
 ]
 
 
-@pytest.mark.parametrize("options", OF_PAGES, ids=str)
-def test_what_is_for_pages_is_refused_where_all_layers_slide(options: dict[str, Any]) -> None:
-    sliding = transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON, sliding_window=8))
-    with pytest.raises(ValueError, match=r"_codec=|routing=|budget=|tiers=") as caught:
-        PiKVCache.for_model(sliding, placement="hash", **options)
-    assert "bounded by windows of 8 tokens" in str(caught.value)
-    assert all(f"{name}={value!r}" in str(caught.value) for name, value in options.items())
-    assert sliding.config._attn_implementation == "sdpa"
+def sliding_model() -> Any:
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**COMMON, sliding_window=8))
+
+
+@pytest.mark.parametrize("options", WITHOUT_EFFECT, ids=str)
+def test_options_without_effect_are_named_where_all_layers_slide(options: dict[str, Any]) -> None:
+    sliding = sliding_model()
+    with pytest.warns(UserWarning, match="windows of 8 tokens") as caught:
+        cache = PiKVCache.for_model(sliding, placement="hash", **options)
+    (warning,) = caught
+    assert all(f"{name}={value!r}" in str(warning.message) for name, value in options.items())
+    assert warning.filename == __file__
+    with torch.no_grad():
+        sliding(torch.full((1, 20), 5), past_key_values=cache)
     # What it says helps.
     assert PiKVCache.for_model(sliding, placement="hash", sliding_layers="paged", **options).layers
     assert PiKVCache.for_model(sliding, placement="hash", page_size=8).layers
+
+
+def test_a_budget_that_nothing_would_keep_to_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"budget='25%' is for .* none of this model's \d+ is, windows of 8 tokens"):
+        PiKVCache.for_model(sliding_model(), placement="hash", budget="25%")
+
+
+def test_a_saved_cache_without_pages_is_loaded_whatever_its_codecs(tmp_path: Any) -> None:
+    sliding = sliding_model()
+    with pytest.warns(UserWarning, match="changes nothing"):
+        cache = PiKVCache.for_model(sliding, placement="hash", key_codec="int4")
+    with torch.no_grad():
+        sliding(torch.full((1, 20), 5), past_key_values=cache)
+    cache.save(tmp_path / "cache")
+    assert PiKVCache.load(tmp_path / "cache", sliding).get_seq_length() == 20

@@ -61,7 +61,9 @@ def hit_rate(model: Any, variant: Variant, work: Work, exact: Attention) -> floa
             if read.shape[-1] != own.shape[-1]:
                 variant.leave(model)
                 return None
-            hits.append((own.view(len(read), -1, own.shape[-1]) * read[:, None]).sum(-1).mean())
+            grouped = own.view(len(read), -1, own.shape[-1])
+            # In bf16 shares do not add up to one.
+            hits.append(((grouped * read[:, None]).sum(-1) / grouped.sum(-1)).mean())
     variant.leave(model)
     return float(torch.stack(hits).mean())
 
@@ -72,6 +74,10 @@ class Watcher(RoutingPolicy):
     def __init__(self, policy: RoutingPolicy) -> None:
         self._policy = policy
         self.unread: list[torch.Tensor] = []
+
+    def prepare(self, pools: Any) -> None:
+        """Have pools keep what the other policy ranks by."""
+        self._policy.prepare(pools)
 
     def rank(self, view: RoutingView) -> torch.Tensor:
         """Return the other policy's."""
@@ -85,14 +91,18 @@ class Watcher(RoutingPolicy):
 
 
 def _unread(view: RoutingView, choice: Choice) -> list[torch.Tensor]:
-    """Return the positions in full pages of one sequence that are not read, for each KV head."""
-    index = view.index
-    columns = choice.columns[:, 0]
-    taken = torch.ones_like(columns, dtype=torch.bool) if choice.taken is None else choice.taken[:, 0]
+    """Return the positions in full pages of one sequence that are not read, for each KV head.
+
+    Heads are those of a row, or rows of one head where a press has given each head tokens of its own.
+    """
+    index, columns = view.index, choice.columns.flatten(0, 1)
+    taken = torch.ones_like(columns, dtype=torch.bool) if choice.taken is None else choice.taken.flatten(0, 1)
     read = torch.zeros(len(columns), index.width, dtype=torch.bool).scatter_(1, columns, taken)
-    pages = [pool.positions[index.pages[0, index.columns[name]]] for name, pool in index.pools.items()]
-    positions, passed = torch.cat(pages), ~read & index.valid[0]
-    return [(found := positions[own].flatten().long())[found >= 0] for own in passed]
+    pages, valid = (part.expand(len(columns), -1) for part in (index.pages, index.valid))
+    held = [pool.positions[pages[:, index.columns[name]]] for name, pool in index.pools.items()]
+    positions, passed = torch.cat(held, dim=1), ~read & valid
+    found = [own[unread].flatten().long() for own, unread in zip(positions, passed, strict=True)]
+    return [own[own >= 0] for own in found]
 
 
 def _watch(layer: Any) -> Watcher | None:
@@ -109,6 +119,7 @@ def read_of(layer: Any, watcher: Watcher | None) -> torch.Tensor:
     if not isinstance(layer, PiKVLayer):
         return torch.ones(layer.keys.shape[1:3], dtype=torch.bool)
     read = layer.stored_mask()[0].clone()
-    for head, unread in enumerate(watcher.unread if watcher is not None else []):
-        read[head, unread] = False
+    if watcher is not None and watcher.unread:
+        for own, unread in zip(read, watcher.unread, strict=True):
+            own[unread] = False
     return read

@@ -1,16 +1,17 @@
 """The original's variants (A) to (G) by its own protocol: latency, bytes, hit rate, load imbalance and synergy.
 
-The original (arXiv 2508.06526) defines them in `downstream_tasks/EXPERIMENTAL_PROTOCOL.md` of its repository: a context
-of 4,096 tokens, requests with prompts of 512 tokens that write 128, eight of them at once, three runs and their range.
-Here they are measured on a pretrained model that was upcycled to a mixture of experts, and on its real text. Every run
-is kept in a folder as soon as it is measured; what was stopped goes on there.
+The original (arXiv 2508.06526) names the variants in `downstream_tasks/README.md` of its repository and how to measure
+in `downstream_tasks/EXPERIMENTAL_PROTOCOL.md`: a context of 4,096 tokens, requests with prompts of 512 tokens that
+write 128, eight of them at once, three runs and their range. Here they are measured on a pretrained model that was
+upcycled to a mixture of experts, and on real text; each run has a text of its own. Every run is kept as soon as it is
+measured; what was stopped goes on there.
 """
 
 import argparse
 import dataclasses
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,14 @@ from rich.console import Console
 from pikv_hf.eval.report.result_rows import show_table, write_rows
 from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.runner.quiet import quiet_transformers
-from pikv_hf.eval.studies.codecs.real_text import prose
+from pikv_hf.eval.studies.codecs.real_text import texts
+from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.studies.variants.attention_hits import exact_attention, hit_rate
 from pikv_hf.eval.studies.variants.request_runs import Variant, Work, serve
 
 Row = dict[str, Any]
 
 CONTEXT, PROMPT, NEW, REQUESTS, RUNS = 4096, 512, 128, 8, 3
-#: Tokens between the beginnings of the runs in the text.
-APART = 2000
 #: Steps of which hits are counted.
 STEPS = 16
 SHARDS = 4
@@ -36,8 +36,6 @@ SHARDS = 4
 RATIO = 0.5
 _HASH: dict[str, Any] = {"placement": "hash", "num_shards": SHARDS}
 _EXPERT, _BALANCED = _HASH | {"placement": "expert"}, _HASH | {"placement": "balanced"}
-_LORA = "LoRAPress"
-
 #: The press or option that comes closest to each of the original's modules, and every module alone.
 VARIANTS = (
     Variant("(G) DynamicCache"),
@@ -45,7 +43,6 @@ VARIANTS = (
     Variant("expert placement", options=_EXPERT),
     Variant("balanced placement", options=_BALANCED),
     Variant("PyramidPress", options=_HASH, press="PyramidPress", ratio=RATIO),
-    Variant("AdaKVPress(SnapKVPress)", options=_HASH, press="AdaKVPress(SnapKVPress)", ratio=RATIO),
     Variant("ChunkKVPress(SnapKVPress)", options=_HASH, press="ChunkKVPress(SnapKVPress)", ratio=RATIO),
     Variant(
         "(A) balanced placement, DuoPress",
@@ -56,19 +53,20 @@ VARIANTS = (
     ),
     Variant(
         "(B) expert placement, PyramidPress(headwise=True)",
-        parts=("expert placement", "PyramidPress", "AdaKVPress(SnapKVPress)"),
+        parts=("expert placement", "PyramidPress"),
         options=_EXPERT,
         press="PyramidPress(headwise=True)",
         ratio=RATIO,
     ),
-    Variant("(C) LoRAPress", options=_HASH, press=_LORA, ratio=RATIO),
+    Variant("(C) LoRAPress", options=_HASH, press="LoRAPress", ratio=RATIO),
     Variant("(D) routing, page_mass, 25% of the pages", options=_HASH | {"routing": "page_mass", "max_pages": 0.25}),
     Variant(
         "(E) LoRAPress, ChunkKVPress(SnapKVPress)",
         parts=("(C) LoRAPress", "ChunkKVPress(SnapKVPress)"),
         options=_HASH,
-        press=f"ComposedPress([{_LORA}, ChunkKVPress(SnapKVPress)])",
-        ratio=RATIO,
+        # Each does as much as it does alone.
+        press=f"ComposedPress([LoRAPress({RATIO}), ChunkKVPress(SnapKVPress({RATIO}))])",
+        ratio=None,
     ),
     Variant("(F) DuoPress", options=_HASH, press="DuoPress", ratio=RATIO),
     Variant("PiKVPress, 25%", options=_HASH, press="PiKVPress", ratio=0.75),
@@ -83,13 +81,16 @@ VARIANTS = (
 #: What every variant is built on: synergy is counted from here.
 BASE = "PiKVCache, exact"
 METRIC = (
-    f"latency: seconds that a request takes ({PROMPT} tokens of prompt and {NEW} written as given; {REQUESTS} requests "
-    "at once, a token of each in turn), mean and range over runs; context_seconds: to read the context of "
-    f"{CONTEXT} tokens once and compress it; kv_bytes: live bytes of all requests at the end, what they share counted "
-    "once; compression: those of DynamicCache over these; hit_rate: share of the exact model's attention that falls on "
-    f"what a step reads, {STEPS} steps of one request, null where a press renumbers tokens; imbalance: variance over "
-    "mean of the tokens of shards; fullest: most over mean; nats: mean negative log likelihood of what is written; "
-    f"synergy: change of a figure against '{BASE}', less the sum of the changes that its parts make alone"
+    f"latency: seconds that a request takes (to copy or fork the context's cache, to read {PROMPT} tokens of prompt and "
+    f"to write {NEW} as given; {REQUESTS} requests at once, a token of each in turn), mean and range over runs; "
+    f"context_seconds: to read the context of {CONTEXT} tokens once and compress it; context_bytes: live bytes then; "
+    "kv_bytes: those of all requests at the end, what they share counted once; compression: those of DynamicCache over "
+    "these; hit_rate: share of the exact model's attention that falls on what a step reads, mean over "
+    f"{STEPS} steps of one request, layers and heads, missing where a press renumbers tokens; imbalance: variance over "
+    "mean of the tokens of shards after the context, which grows with the tokens that are left; fullest: most over "
+    "mean; nats: mean negative log likelihood of what is written; synergy: change of a figure against "
+    f"'{BASE}', less the sum of the changes that its parts make alone: of bytes it is positive for two that both save, "
+    "since the second finds fewer. One warm-up of 512 tokens before each run, where the original has three iterations"
 )
 
 
@@ -102,9 +103,11 @@ def rows_of(parts: Mapping[str, Sequence[Row]], hits: Mapping[str, float | None]
             continue
         latencies = [run["latency"] for run in runs]
         row = {"variant": variant.name, "runs": len(runs), "latency": statistics.fmean(latencies)}
-        row |= {"latency_range": [min(latencies), max(latencies)], "hit_rate": hits.get(variant.name)}
-        for name, source in (("context_seconds",) * 2, ("kv_bytes", "open_bytes"), ("nats", "nats")):
-            row[name] = statistics.fmean(run[source] for run in runs)
+        row["latency_range"] = [round(seconds, 3) for seconds in (min(latencies), max(latencies))]
+        row["hit_rate"] = hits.get(variant.name)
+        for name in ("context_seconds", "context_bytes", "nats"):
+            row[name] = statistics.fmean(run[name] for run in runs)
+        row["kv_bytes"] = statistics.fmean(run["open_bytes"] for run in runs)
         for name in ("imbalance", "fullest"):
             found = [run[name] for run in runs if run[name] is not None]
             row[name] = statistics.fmean(found) if found else None
@@ -114,7 +117,7 @@ def rows_of(parts: Mapping[str, Sequence[Row]], hits: Mapping[str, float | None]
             rows[variant.name]["compression"] = first["kv_bytes"] / rows[variant.name]["kv_bytes"]
         if variant.parts and {variant.name, BASE, *variant.parts} <= rows.keys():
             rows[variant.name]["synergy"] = {
-                name: synergy(rows, variant, name) for name in ("latency", "kv_bytes", "nats")
+                name: round(synergy(rows, variant, name), 4) for name in ("latency", "kv_bytes", "nats")
             }
     return list(rows.values())
 
@@ -155,51 +158,66 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--runs", type=int, default=RUNS)
     parser.add_argument("--variants", nargs="+", choices=[each.name for each in VARIANTS], metavar="VARIANT")
-    parser.add_argument("--parts", type=Path, required=True, help="folder to keep runs in; those there are taken")
+    parser.add_argument("--parts", type=Path, required=True, help="file to keep runs in; those there are taken")
     parser.add_argument("--output", type=Path, help="file for the results")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     console, (model, tokenizer) = Console(highlight=False), load_model(arguments.model, arguments.dtype)
-    tokens = prose().ids(tokenizer)
-    works = [Work.of(tokens, run * APART, CONTEXT, PROMPT, NEW, REQUESTS) for run in range(arguments.runs)]
-    arguments.parts.mkdir(parents=True, exist_ok=True)
+    tokens = torch.cat([text.ids(tokenizer) for text in texts()])
+    size = CONTEXT + REQUESTS * (PROMPT + NEW)
+    works = [Work.of(tokens, run * size, CONTEXT, PROMPT, NEW, REQUESTS) for run in range(arguments.runs)]
     chosen = [each for each in VARIANTS if arguments.variants is None or each.name in arguments.variants]
-    runs: dict[str, list[Row]] = {}
-    # Runs outermost: what a machine does in the course of an hour hits all variants.
+    about = {"model": arguments.model, "dtype": arguments.dtype, "threads": arguments.threads}
+    about["sizes"] = [CONTEXT, PROMPT, NEW, REQUESTS]
     with quiet_transformers():
-        for run, work in enumerate(works):
-            for variant in chosen:
-                file = arguments.parts / f"{variant.name}-{run}.json"
-                if not file.exists():
-                    # The first call of its kind compiles kernels and fills memory.
-                    _warm_up(model, variant, work)
-                    file.write_text(json.dumps(dataclasses.asdict(serve(model, variant, work))))
-                    console.print(f"{variant.name}, run {run + 1}: measured")
-                runs.setdefault(variant.name, []).append(json.loads(file.read_text()))
-        hits = _hits(model, chosen, works[0], arguments.parts / "hits.json")
-    rows = rows_of(runs, hits)
+        for name in measure(model, chosen, works, about, arguments.parts):
+            console.print(f"{name}: measured")
+    found = [row for row in kept(arguments.parts) if about.items() <= row.items()]
+    names = [key(variant) for variant in chosen]
+    runs: dict[str, list[Row]] = {}
+    for row in found:
+        if "run" in row and row["run"] < arguments.runs and row["key"] in names:
+            runs.setdefault(row["variant"], []).append(row)
+    rows = rows_of(
+        runs, {row["variant"]: row["hit_rate"] for row in found if "hit_rate" in row and row["key"] in names}
+    )
     if arguments.output is not None:
-        about = {"metric": METRIC, "model": arguments.model, "dtype": arguments.dtype, "shards": SHARDS, "ratio": RATIO}
-        write_rows(arguments.output, about, {"variants": rows})
+        sources = [text.source for text in texts()]
+        given = {"metric": METRIC, **about, "shards": SHARDS, "ratio": RATIO, "texts": sources}
+        write_rows(arguments.output, given, {"variants": rows})
     _show(console, rows)
 
 
+def measure(model: Any, variants: Sequence[Variant], works: Sequence[Work], about: Row, file: Path) -> Iterator[str]:
+    """Measure what the file lacks, and yield what was. Runs are outermost: what a machine does hits all variants."""
+    known = [row for row in kept(file) if about.items() <= row.items()]
+    runs = {(row["key"], row["run"]) for row in known if "run" in row}
+    for run, work in enumerate(works):
+        for variant in variants:
+            if (key(variant), run) not in runs:
+                _warm_up(model, variant, work)
+                row = {"variant": variant.name, "key": key(variant), "run": run}
+                keep(file, [about | row | dataclasses.asdict(serve(model, variant, work))])
+                yield f"{variant.name}, run {run + 1}"
+    hits = {row["key"] for row in known if "hit_rate" in row}
+    left = [variant for variant in variants if key(variant) not in hits]
+    exact = exact_attention(model, works[0], min(STEPS, NEW)) if left else []
+    for variant in left:
+        rate = hit_rate(model, variant, works[0], exact)
+        keep(file, [about | {"variant": variant.name, "key": key(variant), "hit_rate": rate}])
+        yield f"{variant.name}, hits"
+
+
+def key(variant: Variant) -> str:
+    """Return what tells a variant's figures from those of another that had its name once."""
+    return json.dumps([variant.options, variant.press, variant.ratio])
+
+
 def _warm_up(model: Any, variant: Variant, work: Work) -> None:
-    """Do a little of everything that is timed."""
+    """Do a little of everything that is timed: the first call of its kind compiles kernels and fills memory."""
     little = Work(work.context[:, :512], tuple(each[:, :36] for each in work.requests[:1]), 32)
     serve(model, variant, little)
-
-
-def _hits(model: Any, variants: Sequence[Variant], work: Work, file: Path) -> dict[str, float | None]:
-    """Return the hit rate of each variant; those in the file are not measured anew."""
-    known: dict[str, float | None] = json.loads(file.read_text()) if file.exists() else {}
-    left = [variant for variant in variants if variant.name not in known]
-    exact = exact_attention(model, work, min(STEPS, NEW)) if left else []
-    for variant in left:
-        known[variant.name] = hit_rate(model, variant, work, exact)
-        file.write_text(json.dumps(known))
-    return known
 
 
 if __name__ == "__main__":

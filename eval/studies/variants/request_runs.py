@@ -16,6 +16,7 @@ from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.decode import timed
 from pikv_hf.eval.demo.measure import total_bytes
 from pikv_hf.eval.runner.presses import press_factory
+from pikv_hf.layer.layer import PiKVLayer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,15 +33,15 @@ class Variant:
         Of `PiKVCache.for_model`; None is `DynamicCache`.
     press : str
         As `pikv eval` takes it; none if empty.
-    ratio : float
-        Of the press: the share that goes.
+    ratio : float or None
+        Of the press: the share that goes; None if the press says so itself.
     """
 
     name: str
     parts: tuple[str, ...] = ()
     options: dict[str, Any] | None = None
     press: str = ""
-    ratio: float = 0.0
+    ratio: float | None = 0.0
 
     def cache(self, model: Any) -> Cache:
         """Return an empty cache."""
@@ -94,11 +95,12 @@ class Run:
     Attributes
     ----------
     latency : float
-        Seconds that a request takes, mean: reading its prompt and writing, without the time of others in between.
+        Seconds that a request takes, mean: a copy of the context's cache, reading its prompt and writing, without the
+        time of others in between.
     context_seconds : float
         To read the context and compress it.
     context_bytes, open_bytes : int
-        Live bytes after the context, and of all requests together at the end, what they share counted once.
+        Live bytes after the context, and of all requests' caches together at the end, what they share counted once.
     nats : float
         Mean negative log likelihood of what is written.
     imbalance, fullest : float or None
@@ -119,8 +121,7 @@ class Run:
 def serve(model: Any, variant: Variant, work: Work) -> Run:
     """Read the context, then serve all requests, a token of each in turn."""
     cache = variant.cache(model)
-    with variant.reading(model):
-        context_seconds, _ = timed(step, model, cache, work.context)
+    context_seconds, _ = timed(read_context, model, variant, cache, work.context)
     context_bytes = total_bytes([cache])
     imbalance, fullest = shard_spread(cache)
     copies, spent, losses = [], [0.0] * len(work.requests), []
@@ -137,9 +138,18 @@ def serve(model: Any, variant: Variant, work: Work) -> Run:
         if token + 1 < request.shape[1]:
             losses.append(_loss(logits, request[0, token + 1]))
     latency, nats = statistics.fmean(spent), statistics.fmean(losses)
-    open_bytes = total_bytes([cache, *copies])
+    open_bytes = total_bytes(copies)
     variant.leave(model)
     return Run(latency, context_seconds, context_bytes, open_bytes, nats, imbalance, fullest)
+
+
+def read_context(model: Any, variant: Variant, cache: Cache, ids: torch.Tensor) -> None:
+    """Read a context, compress it, and have the cache store all of it."""
+    with variant.reading(model):
+        step(model, cache, ids)
+    for layer in cache.layers:
+        if isinstance(layer, PiKVLayer):
+            layer.settle()
 
 
 def step(model: Any, cache: Cache, ids: torch.Tensor) -> torch.Tensor:
@@ -153,13 +163,23 @@ def _loss(logits: torch.Tensor, token: torch.Tensor) -> float:
 
 
 def shard_spread(cache: Cache) -> tuple[float | None, float | None]:
-    """Return variance over mean, and most over mean, of the tokens of shards, means over layers."""
+    """Return variance over mean, and most over mean, of the tokens of shards, means over layers and KV heads.
+
+    None without shards, or where nothing is left in them.
+    """
     if not isinstance(cache, PiKVCache):
         return None, None
-    spread = [_spread(layer.shard_tokens) for layer in cache.memory_report().layers]
+    tokens = [
+        # Where heads keep tokens of their own, each counts its own.
+        [count / layer.store.lanes for count in memory.shard_tokens]
+        for layer, memory in zip(cache.layers, cache.memory_report().layers, strict=True)
+    ]
+    spread = [_spread(counts) for counts in tokens if any(counts)]
+    if not spread:
+        return None, None
     return statistics.fmean(found[0] for found in spread), statistics.fmean(found[1] for found in spread)
 
 
-def _spread(tokens: Sequence[int]) -> tuple[float, float]:
+def _spread(tokens: Sequence[float]) -> tuple[float, float]:
     mean = statistics.fmean(tokens)
     return statistics.pvariance(tokens) / mean, max(tokens) / mean

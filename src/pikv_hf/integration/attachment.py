@@ -35,7 +35,7 @@ from .model_modules import check_modules, feed_forward_classes, unwrapped
 from .model_parts import ModelParts
 
 #: Held while a model is attached or detached: threads may do so at the same time.
-being_attached = new_cache_lock()
+_attaching = new_cache_lock()
 
 
 class Attachment:
@@ -66,7 +66,7 @@ class Attachment:
 
     def count_cache(self) -> None:
         """Note that a cache is made for the model."""
-        with being_attached:
+        with _attaching:
             self.caches_made += 1
 
     @property
@@ -263,7 +263,7 @@ class Attachment:
         self._stays = True
 
     def __enter__(self) -> "Attachment":
-        with being_attached:
+        with _attaching:
             self._entered += 1
             if self.model is not None and not self.active:
                 # Another thread has left its block since this one attached the model.
@@ -273,7 +273,7 @@ class Attachment:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with being_attached:
+        with _attaching:
             self._entered -= 1
             if not self._entered and not self._stays and (model := self.model) is not None:
                 detach(model)
@@ -310,7 +310,7 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
     >>> with attach(model):
     ...     model.generate(**inputs, past_key_values=PiKVCache.for_model(model))
     """
-    with being_attached:
+    with _attaching:
         known = attachment_of(model)
         was_active = known is not None and known.active
         attachment = ensure_attached(model, placement)
@@ -322,7 +322,7 @@ def attach(model: Any, placement: str = "expert") -> Attachment:
 def ensure_attached(model: Any, placement: str) -> Attachment:
     """Attach a model; a new attachment outlives any `with` block. See :func:`attach`."""
     model = unwrapped(model)
-    with being_attached:
+    with _attaching:
         attachment = attachment_of(model)
         if attachment is None:
             warn_if_newer()
@@ -367,7 +367,7 @@ def attachment_of(model: Any) -> Attachment | None:
 
 def detach(model: Any) -> None:
     """Undo :func:`attach`. Expert-placed caches of the model go on after it is attached again."""
-    with being_attached:
+    with _attaching:
         attachment = attachment_of(model)
         if attachment is not None:
             attachment.undo()

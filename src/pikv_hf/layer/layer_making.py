@@ -1,6 +1,7 @@
 """Making the layers of a cache, complete with their parts, schedulers and the tiers that they share."""
 
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..common.transformers_release import warn_if_newer
+from ..common.user_line import user_stacklevel
 from ..config import JOINT, PiKVConfig
 from ..distributed.device_layout import Devices, PartLayout
 from ..scheduling.page_scheduler import make_scheduler, scheduler_name
@@ -75,6 +77,32 @@ def _check_without_model(options: PiKVConfig) -> None:
         )
 
 
+def check_has_pages(layers: Sequence[Any], options: PiKVConfig) -> None:
+    """Say which options do nothing in a cache none of whose layers is kept in pages.
+
+    Raises
+    ------
+    ValueError
+        For a budget, which would not be kept to.
+
+    Warns
+    -----
+    UserWarning
+        For codecs, routing and tiers: results are right, and no byte is saved.
+    """
+    asked = {name: value for name, value in options.changed().items() if name in OF_PAGES}
+    if not asked or any(isinstance(layer, PiKVLayer) for layer in layers):
+        return
+    windows = sorted({layer.sliding_window for layer in layers if type(layer) is DynamicSlidingWindowLayer})
+    bounded = f", windows of {', '.join(map(str, windows))} tokens among them" if windows else ""
+    help_ = '; sliding_layers="paged" would keep windows in pages' if windows else ""
+    given = ", ".join(f"{name}={value!r}" for name, value in asked.items())
+    why = f"is for layers that are kept in pages, and none of this model's {len(layers)} is{bounded}{help_}"
+    if "budget" in asked:
+        raise ValueError(f"{given} {why}")
+    warnings.warn(f"{given} {why}: it changes nothing", stacklevel=user_stacklevel())
+
+
 def effective_options(options: PiKVConfig, attached: bool, layers: Iterable[Any]) -> dict[str, Any]:
     """Return the options of a cache that are not at their defaults, and what those that depend on others come to.
 
@@ -117,8 +145,6 @@ def make_layers(
     layers = layers_of(config)
     dims = indexer_dims(config.get_text_config(decoder=True), layers)
     paged = [index for index, layer in enumerate(layers) if _is_paged(layer, options) or dims[index] is not None]
-    if not paged:
-        _check_without_pages(layers, options)
     layouts = {index: _layout_of(index, link, spread) for index in paged}
     parts = max((layout.parts for layout in layouts.values()), default=1)
     tiers = None if options.tiers is None else Tiers(options, max(1, len(layouts)) * parts)
@@ -170,21 +196,6 @@ def _masks_windows(config: Any) -> bool:
     kind = type(config.get_text_config(decoder=True))
     code = sys.modules.get(kind.__module__.replace("configuration_", "modeling_"))
     return code is None or any("sliding" in name or "chunked" in name for name in vars(code))
-
-
-def _check_without_pages(layers: Sequence[Any], options: PiKVConfig) -> None:
-    """Refuse what would be done to pages where no layer has any."""
-    asked = [name for name in OF_PAGES if name in options.changed()]
-    if not asked:
-        return
-    given = ", ".join(f"{name}={getattr(options, name)!r}" for name in asked)
-    windows = sorted({layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)})
-    if windows:
-        why = f"all layers are bounded by windows of {', '.join(map(str, windows))} tokens"
-        raise ValueError(f'{given} is for layers in pages, and {why}: leave it out, or add sliding_layers="paged"')
-    raise ValueError(
-        f"{given} is for layers in pages, and none of this model's {len(layers)} layers has keys and values"
-    )
 
 
 def _check_reads_chosen(index: int, options: PiKVConfig) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import statistics
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import DynamicCache
 from pikv_hf import PiKVCache, detach
 from pikv_hf.eval.studies.variants import protocol_study as study
 from pikv_hf.eval.studies.variants.attention_hits import _watch, exact_attention, hit_rate, read_of
-from pikv_hf.eval.studies.variants.request_runs import Run, Variant, Work, serve, shard_spread, step
+from pikv_hf.eval.studies.variants.request_runs import Run, Variant, Work, read_context, serve, shard_spread, step
 
 BY_NAME = {variant.name: variant for variant in study.VARIANTS}
 EXACT = [name for name, each in BY_NAME.items() if not each.press and "routing" not in name]
@@ -63,11 +64,12 @@ def test_exact_variants_write_what_one_forward_over_the_whole_text_says(name: st
 def test_copies_of_dynamic_caches_count_each_and_forks_count_what_they_share_once(model, work: Work) -> None:
     dynamic, paged = (serve(model, BY_NAME[name], work) for name in (study.VARIANTS[0].name, study.BASE))
     config, tokens = model.config, work.context.shape[1] + work.requests[0].shape[1]
-    token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
-    )
-    assert dynamic.open_bytes == 4 * token * (tokens * len(work.requests) + work.context.shape[1])
-    assert paged.open_bytes < 1.5 * dynamic.open_bytes - 4 * token * work.context.shape[1] * len(work.requests)
+    dim = config.hidden_size // config.num_attention_heads
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * dim
+    assert dynamic.context_bytes == 4 * numbers * work.context.shape[1]
+    assert dynamic.open_bytes == 4 * numbers * tokens * len(work.requests)
+    # The context once, and for each request what it adds, in pages that are not full of each shard.
+    assert paged.open_bytes < dynamic.open_bytes + paged.context_bytes - dynamic.context_bytes
 
 
 def test_exact_attention_sums_to_one_and_all_of_it_hits(model, work: Work, exact) -> None:
@@ -129,6 +131,37 @@ def test_what_a_routed_step_does_not_read_is_whole_pages(model, work: Work) -> N
     detach(model)
 
 
+def test_heads_that_keep_tokens_of_their_own_read_what_was_chosen_for_each(model, work: Work) -> None:
+    options = {"placement": "hash", "num_shards": 1, "page_size": 8, "recent_window": 16, "sink_tokens": 0}
+    cache = PiKVCache.for_model(model, **options, routing="page_mass", max_pages=3)
+    with torch.inference_mode():
+        read_context(model, Variant("pressed", (), options, "PiKVPress", 0.5), cache, work.context)
+        watched = [_watch(layer) for layer in cache.layers]
+        step(model, cache, work.requests[0][:, :1])
+    for layer, watcher in zip(cache.layers, watched, strict=True):
+        stored, read = layer.stored_mask()[0], read_of(layer, watcher)
+        assert layer.store.lanes == len(watcher.unread) == len(stored) == 2
+        for of_stored, of_read, unread in zip(stored, read, watcher.unread, strict=True):
+            assert len(unread) > 0
+            # Whole pages of what is stored, and nothing twice.
+            assert of_stored[unread].all()
+            assert len(unread.unique()) == len(unread)
+            assert of_stored.sum() - of_read.sum() == len(unread)
+            assert len(unread) % 8 == 0
+    detach(model)
+
+
+def test_shards_of_heads_count_tokens_once(model, work: Work) -> None:
+    whole = PiKVCache.for_model(model, placement="hash", num_shards=4, page_size=16, recent_window=0, sink_tokens=0)
+    with torch.inference_mode():
+        read_context(model, Variant("pressed", (), {}, "PiKVPress", 0.1), whole, work.context)
+    assert all(layer.store.lanes == 2 for layer in whole.layers)
+    counts = [memory.shard_tokens for memory in whole.memory_report().layers]
+    spread = [statistics.pvariance(own) / 2 / statistics.fmean(own) for own in counts]
+    assert shard_spread(whole)[0] == pytest.approx(statistics.fmean(spread))
+    detach(model)
+
+
 def test_imbalance_is_none_without_shards_and_nought_where_they_are_even(model, work: Work) -> None:
     assert shard_spread(DynamicCache(config=model.config)) == (None, None)
     cache = PiKVCache.for_model(model, placement="hash", num_shards=4, page_size=16, recent_window=0, sink_tokens=0)
@@ -156,20 +189,32 @@ def test_synergy_is_what_the_parts_alone_do_not_explain() -> None:
 
 def test_the_study_goes_on_where_it_was(tmp_path, monkeypatch, model, capsys) -> None:
     class Words:
+        source = "drawn"
+
         def ids(self, tokenizer) -> torch.Tensor:
             return torch.randint(3, 190, (2000,), generator=torch.Generator().manual_seed(1))
 
-    sizes = {"CONTEXT": 600, "PROMPT": 40, "NEW": 4, "REQUESTS": 2, "APART": 10}
-    for name, value in sizes.items():
+    for name, value in {"CONTEXT": 600, "PROMPT": 40, "NEW": 4, "REQUESTS": 2}.items():
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(study, "prose", Words)
+    monkeypatch.setattr(study, "texts", lambda: [Words()])
     monkeypatch.setattr(study, "load_model", lambda *_: (model, None))
     names = [study.VARIANTS[0].name, study.BASE]
-    arguments = ["--parts", str(tmp_path / "parts"), "--runs", "2", "--threads", "1", "--output"]
+    arguments = ["--parts", str(tmp_path / "parts.jsonl"), "--runs", "2", "--threads", "1", "--output"]
     study.main([*arguments, str(tmp_path / "one.json"), "--variants", *names])
+    served = study.serve
     monkeypatch.setattr(study, "serve", None)
+    monkeypatch.setattr(study, "hit_rate", None)
     study.main([*arguments, str(tmp_path / "two.json"), "--variants", *names])
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["variants"] == two["variants"]
     assert [row["runs"] for row in one["variants"]] == [2, 2]
+    assert all(row["hit_rate"] == pytest.approx(1) for row in one["variants"])
     assert "original's variants" in capsys.readouterr().out
+    # Figures of another setting are not taken for those of this one.
+    calls = []
+    monkeypatch.setattr(study, "serve", lambda *given: calls.append(given) or served(*given))
+    monkeypatch.setattr(study, "hit_rate", lambda *_: 0.5)
+    study.main([*arguments, str(tmp_path / "three.json"), "--variants", *names, "--dtype", "float32"])
+    assert len(calls) == 2 * 2 * len(names)
+    three = json.loads((tmp_path / "three.json").read_text())
+    assert [row["hit_rate"] for row in three["variants"]] == [0.5, 0.5]
