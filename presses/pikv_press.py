@@ -209,8 +209,8 @@ def _warn_of(modules: Sequence[nn.Module]) -> None:
     """Say once of which layers it is not known what would be recalled."""
     layers = ", ".join(str(getattr(module, "layer_idx", "?")) for module in modules)
     logger.warning_once(  # type: ignore[attr-defined]
-        f"PiKVPress: what would be recalled is not known of {type(modules[0]).__name__} in layers {layers}; tokens of "
-        "all layers are judged by the attention that the latest queries paid"
+        f"PiKVPress: what would be recalled is not known of {type(modules[0]).__name__} in layers {layers}; tokens are "
+        "judged by the attention that the latest queries paid, those of other layers too"
     )
 
 

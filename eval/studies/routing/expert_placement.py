@@ -6,7 +6,7 @@ along exact answers, as `routing_study` has it; every sample is kept, and what w
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pikv_hf.eval.runner.models import load_model
 from pikv_hf.eval.runner.quiet import quiet_transformers
 from pikv_hf.eval.studies.kept_rows import keep, kept
 from pikv_hf.eval.studies.routing.decode_trace import PLACEMENTS, SHARDS, SINKS, WINDOW, Layout, Reader, Rule
-from pikv_hf.eval.studies.routing.routing_study import coverage_row
+from pikv_hf.eval.studies.routing.routing_study import Figures, coverage_row, placement_rows
 from pikv_hf.eval.tasks.ruler import generate
 from pikv_hf.eval.tasks.sample import EvalSample
 
@@ -32,11 +32,12 @@ POLICIES = {
     "hash": ("expert_topk", "hierarchical"),
     "sequential": ("page_bound", "random", "oracle"),
 }
+ADDED = ("covered_added", "covered_full_added")
 METRIC = (
     "read: share of all pages that a step reads, those included that are read in any case; covered: share of the "
     "attention that these take in the same step with everything read; covered_full: the same of full pages alone; "
-    "means over KV heads, layers and steps of exact answers. expert_minus: by how much expert placement covers more, "
-    "on the same samples. Intervals are 95%, normal, over samples"
+    "means over KV heads, layers and steps of exact answers. expert_minus_sequential: by how much more is read and "
+    "covered with expert placement, on the same samples. Intervals are 95%, normal, over samples"
 )
 
 
@@ -45,35 +46,35 @@ def rules(placement: str) -> list[Rule]:
     return [Rule(policy, share) for policy in POLICIES[placement] for share in SHARES]
 
 
-def measure(reader: Reader, samples: Sequence[EvalSample], length: int, file: Path) -> Iterator[str]:
-    """Measure what the file lacks, and yield the id of each sample that was."""
-    known = {(row["id"], row["placement"]) for row in kept(file)}
+def measure(reader: Reader, samples: Sequence[EvalSample], about: Row, file: Path) -> Iterator[str]:
+    """Measure what the file lacks, and yield the id of each sample that was measured; `about` is kept with its rows."""
+    known = [row for row in kept(file) if about.items() <= row.items()]
     for sample in samples:
-        for placement in PLACEMENTS:
-            if (sample.id, placement) in known:
-                continue
-            found = reader.coverage(sample, Layout(placement, PAGE_SIZE), rules(placement))
-            about = {"id": sample.id, "placement": placement, "tokens": length}
-            keep(file, [about | {"rule": dataclasses.asdict(rule), "note": note} for rule, note in found.items()])
-        yield sample.id
+        left = {
+            placement: wanted
+            for placement in PLACEMENTS
+            if (wanted := [rule for rule in rules(placement) if not _has(known, sample, placement, rule)])
+        }
+        for placement, wanted in left.items():
+            found = reader.coverage(sample, Layout(placement, PAGE_SIZE), wanted)
+            own = about | {"id": sample.id, "placement": placement}
+            keep(file, [own | {"rule": dataclasses.asdict(rule), "note": note} for rule, note in found.items()])
+        if left:
+            yield sample.id
 
 
-def rows_of(measured: Sequence[Row]) -> list[Row]:
-    """Return a row for each placement and rule."""
-    notes: dict[tuple[int, Layout, Rule], dict[str, tuple[float, ...]]] = {}
-    for row in measured:
-        key = row["tokens"], Layout(row["placement"], PAGE_SIZE), Rule(**row["rule"])
-        notes.setdefault(key, {})[row["id"]] = tuple(row["note"])
-    rows = []
-    for (length, layout, rule), of in notes.items():
-        row = coverage_row((length, layout, rule), list(of.values())) | {"samples": len(of)}
-        expert = notes.get((length, Layout("expert", PAGE_SIZE), rule), {})
-        both = of.keys() & expert.keys()
-        if layout.placement != "expert" and both:
-            # The figure of a note that comes second: what is covered.
-            row["expert_minus"] = sum(expert[name][1] - of[name][1] for name in both) / len(both)
-        rows.append(row)
-    return rows
+def _has(rows: Iterable[Row], sample: EvalSample, placement: str, rule: Rule) -> bool:
+    wanted = {"id": sample.id, "placement": placement, "rule": dataclasses.asdict(rule)}
+    return any(wanted.items() <= row.items() for row in rows)
+
+
+def figures(measured: Sequence[Row]) -> Figures:
+    """Return notes by length, layout and rule, samples in the same order."""
+    found: Figures = {}
+    for row in sorted(measured, key=lambda row: str(row["id"])):
+        layout, rule = Layout(row["placement"], PAGE_SIZE), Rule(**row["rule"])
+        found.setdefault((row["tokens"], layout, rule), []).append(tuple(row["note"]))
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,27 +90,41 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="file for the results")
     arguments = parser.parse_args(argv)
     console = Console(highlight=False)
+    about = {"model": arguments.model, "tokens": arguments.length, "seed": arguments.seed}
     with quiet_transformers(), torch.inference_mode():
         reader = Reader(*load_model(arguments.model, "float32"))
         drawn = generate(reader.tokenizer, arguments.length, arguments.samples, tasks=TASKS, seed=arguments.seed)
-        for sample in measure(reader, drawn, arguments.length, arguments.parts):
+        for sample in measure(reader, drawn, about, arguments.parts):
             console.print(sample)
-    rows = rows_of(kept(arguments.parts))
+    found = figures([row for row in kept(arguments.parts) if about.items() <= row.items()])
+    rows, added = [coverage_row(*item) for item in found.items()], placement_rows(found, {})
     if arguments.output is not None:
-        about = {"metric": METRIC, "model": arguments.model, "tasks": list(TASKS), "shards": SHARDS, "dtype": "float32"}
-        write_rows(arguments.output, about | {"recent_window": WINDOW, "sink_tokens": SINKS}, {"coverage": rows})
+        given = {"metric": METRIC, **about, "tasks": list(TASKS), "shards": SHARDS, "dtype": "float32"}
+        given |= {"recent_window": WINDOW, "sink_tokens": SINKS, "samples": len(next(iter(found.values()), []))}
+        write_rows(arguments.output, given, {"coverage": rows, "expert_minus_sequential": added})
     cells = [
         [
-            f"{row['placement']} / {row['policy']}",
+            f"{row['placement']} / {row['policy']} / {100 * row['share']:g}%",
             f"{100 * row['read']:.1f}",
             f"{100 * row['covered']:.1f} ± {100 * row['covered_ci']:.1f}",
-            f"{100 * row['covered_full']:.1f}",
-            f"{100 * row['expert_minus']:+.1f}" if "expert_minus" in row else "",
+            f"{100 * row['covered_full']:.1f} ± {100 * row['covered_full_ci']:.1f}",
         ]
         for row in rows
     ]
-    columns = ["placement / policy", "read (%)", "covered (%)", "of full pages (%)", "expert placement (points)"]
+    columns = ["placement / policy / share", "read (%)", "covered (%)", "of full pages (%)"]
     show_table(console, "What is covered, by placement", columns, cells)
+    cells = [
+        [
+            f"{row['policy']} / {100 * row['share']:g}%",
+            *(
+                f"{100 * row[name]:+.1f} ± {100 * row[f'{name}_ci']:.1f}"
+                for name in ("covered_added", "covered_full_added")
+            ),
+        ]
+        for row in added
+    ]
+    columns = ["policy / share", "covered (points)", "of full pages (points)"]
+    show_table(console, "What expert placement adds to sequential placement", columns, cells)
 
 
 if __name__ == "__main__":

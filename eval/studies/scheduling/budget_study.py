@@ -29,6 +29,7 @@ from pikv_hf.eval.studies.scheduling.budget_runs import (
     Generator,
     ruler_samples,
 )
+from pikv_hf.eval.studies.scheduling.decoding_ways import OPTIONS as PRESS_OPTIONS
 from pikv_hf.eval.studies.scheduling.decoding_ways import WAYS
 from pikv_hf.eval.tasks import reference
 
@@ -46,7 +47,7 @@ METRIC = (
     "generation: share of needles whose number is answered exactly, in percent, those of the prompt and those of the "
     "generated text; the budget is a share of the tokens of both, in tokens per sequence and layer; held: the most "
     "tokens that a sequence held in a layer after any step, mean over KV heads; of 'joint' mean over layers too, "
-    "packed tokens counted as what they take of others; of presses the bytes of all layers, as those of tokens. "
+    "packed tokens counted as what they take of others; of presses the bytes of all rows and layers, as tokens. "
     "Intervals are 95%, normal, over "
     "documents. ruler: RULER's score in percent, mean over tasks, contexts read in chunks under a budget that is a "
     "share of the tokens seen; differences from full are paired by sample, intervals over samples"
@@ -123,7 +124,9 @@ class Study:
 
     def measure(self, name: str, part: Callable[[], Row]) -> Row:
         """Measure a part, or take it from where it was kept; without a folder for parts nothing is kept."""
-        file = None if self.arguments.parts is None else self.arguments.parts / f"{name.replace(' ', '-')}.json"
+        given = self.arguments
+        setting = f"{given.documents}-{given.samples}-{given.seed}-{given.dtype}"
+        file = None if given.parts is None else given.parts / f"{name.replace(' ', '-')}-{setting}.json"
         if file is not None and file.exists():
             row: Row = json.loads(file.read_text())
             return row
@@ -192,6 +195,7 @@ def _save(file: Path, arguments: argparse.Namespace, tables: dict[str, list[Row]
         "metric": METRIC,
         "seed": arguments.seed,
         "options": OPTIONS,
+        "options_of_presses": PRESS_OPTIONS,
         "generation_tokens": [PROMPT, GENERATED],
         "needles_per_document": 2 * NEEDLES,
         "ruler_length": LENGTH,

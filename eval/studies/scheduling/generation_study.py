@@ -139,7 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     ids = torch.cat([windows_of(each, tokenizer, arguments.generated, arguments.windows) for each in read])
     parts: dict[str, Row] = {}
     for way in arguments.ways:
-        file = arguments.parts / f"{way}-{arguments.generated}-{budget}-{arguments.windows}.json"
+        setting = f"{Path(arguments.model).name}-{arguments.dtype}-{arguments.generated}-{budget}-{arguments.windows}"
+        file = arguments.parts / f"{way}-{setting}.json"
         if not file.exists():
             file.write_text(json.dumps(measured(model, ids, WAYS[way], budget)))
             console.print(f"{way}: measured")

@@ -81,8 +81,8 @@ VARIANTS = (
 #: What every variant is built on: synergy is counted from here.
 BASE = "PiKVCache, exact"
 METRIC = (
-    f"latency: seconds that a request takes (to copy or fork the context's cache, to read {PROMPT} tokens of prompt and "
-    f"to write {NEW} as given; {REQUESTS} requests at once, a token of each in turn), mean and range over runs; "
+    f"latency: seconds that a request takes (to copy or fork the context's cache, to read {PROMPT} tokens of prompt "
+    f"and to write {NEW} as given; {REQUESTS} requests at once, a token of each in turn), mean and range over runs; "
     f"context_seconds: to read the context of {CONTEXT} tokens once and compress it; context_bytes: live bytes then; "
     "kv_bytes: those of all requests at the end, what they share counted once; compression: those of DynamicCache over "
     "these; hit_rate: share of the exact model's attention that falls on what a step reads, mean over "

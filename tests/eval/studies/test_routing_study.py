@@ -182,17 +182,27 @@ def test_expert_placement_is_compared_on_the_same_samples(
     reader: Reader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn, file = reference.generate(400, 2, tasks=["niah_multikey_1"]), tmp_path / "parts.jsonl.gz"
-    assert list(expert_placement.measure(reader, drawn[:1], 400, file)) == [drawn[0].id]
+    about = {"model": "reference", "tokens": 400}
+    assert list(expert_placement.measure(reader, drawn[:1], about, file)) == [drawn[0].id]
     once = kept(file)
-    assert list(expert_placement.measure(reader, drawn, 400, file)) == [sample.id for sample in drawn]
+    assert list(expert_placement.measure(reader, drawn, about, file)) == [drawn[1].id]
     assert kept(file)[: len(once)] == once
-    rows = {(row["placement"], row["policy"], row["share"]): row for row in expert_placement.rows_of(kept(file))}
-    assert {row["samples"] for row in rows.values()} == {2}
+    found = expert_placement.figures(kept(file))
+    assert {len(notes) for notes in found.values()} == {2}
+    rows = {(row["placement"], row["policy"], row["share"]): row for row in map(_coverage, found.items())}
     for placement in ("expert", "sequential"):
         assert rows[placement, "oracle", 0.25]["covered"] > rows[placement, "random", 0.25]["covered"]
         assert rows[placement, "oracle", 0.25]["covered"] >= rows[placement, "oracle", 0.125]["covered"]
     gain = rows["expert", "oracle", 0.25]["covered"] - rows["sequential", "oracle", 0.25]["covered"]
-    assert rows["sequential", "oracle", 0.25]["expert_minus"] == pytest.approx(gain)
-    assert "expert_minus" not in rows["expert", "oracle", 0.25]
-    monkeypatch.setattr(reader, "coverage", None)
-    assert list(expert_placement.measure(reader, drawn, 400, file)) == [sample.id for sample in drawn]
+    added = {(row["policy"], row["share"]): row for row in routing_study.placement_rows(found, {})}
+    assert added["oracle", 0.25]["covered_added"] == pytest.approx(gain)
+    # Another setting has figures of its own.
+    measured: list[Any] = []
+    monkeypatch.setattr(reader, "coverage", lambda *given: measured.append(given) or {})
+    assert list(expert_placement.measure(reader, drawn, about, file)) == measured == []
+    list(expert_placement.measure(reader, drawn, about | {"seed": 7}, file))
+    assert len(measured) == 2 * len(PLACEMENTS)
+
+
+def _coverage(item: Any) -> dict[str, Any]:
+    return routing_study.coverage_row(*item)
