@@ -93,7 +93,7 @@ def _routing(results: Path) -> Iterator[list[str]]:
     """Yield a row per policy and share of the pages: RULER at 2,048 tokens."""
     bundled = [
         row
-        for row in _read(results / "routing.json")["ruler"]
+        for row in [*_read(results / "routing.json")["ruler"], *_read(results / "routing-mass.json")["ruler"]]
         if (row["placement"], row["question"]) == ("sequential", "read in one call")
     ]
     real = _read(results / "routing-smollm2.json")["ruler"]

@@ -214,6 +214,10 @@ class Counter(RoutingPolicy):
         self._layer, self._policy = layer, policy
         self.notes: list[float] = []
 
+    def prepare(self, pools: Any) -> None:
+        """Have pools keep what the other policy ranks by."""
+        self._policy.prepare(pools)
+
     def rank(self, view: RoutingView) -> torch.Tensor:
         """Return the other policy's."""
         return self._policy.rank(view)

@@ -85,6 +85,7 @@ def plan(samples: int, coverage_samples: int) -> list[Part]:
         "sequential": _rules(("page_bound", "adaptive")) + _rules(("expert_topk",), SHARES[:3]) + others,
         "hash": _rules(("expert_topk", "hierarchical"), SHARES[1:3]),
     }
+    mass = _rules(("page_mass",), SHARES[1:3])
     parts = [
         Part("coverage", length, page_size, {name: coverage_rules(name) for name in PLACEMENTS}, coverage_samples)
         for length in LENGTHS
@@ -102,6 +103,7 @@ def plan(samples: int, coverage_samples: int) -> list[Part]:
         _key_cells("ruler", 2048, 16, samples),
         Part("ruler", 1024, 8, rules, samples),
         _key_cells("ruler", 1024, 16, samples),
+        *(Part("ruler", 2048, size, {"sequential": mass}, samples, label="mass") for size in PAGE_SIZES),
     ]
 
 
