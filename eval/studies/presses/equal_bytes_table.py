@@ -46,12 +46,13 @@ def equal_bytes_tables(file: Path, model: str) -> str:
         found = [row for row in rows if (row["model"], row["tokens"], row["question"]) == (model, tokens, question)]
         asked = "question unseen" if question == "unseen" else "question seen with the context"
         tasks = _tasks(found)
-        stopped = {row["press"] for row in found if len(row["tasks"]) < len(tasks)}
+        most = max(row["samples"] for row in found)
+        stopped = {row["press"] for row in found if 2 * row["samples"] < most}
         compared = [row for row in found if row["press"] not in stopped]
         tables.append(f"{tokens:,} tokens, {asked}, {_named(tasks)}:\n\n{table(compared)}")
         if stopped:
             others = [row for row in found if row["press"] in stopped]
-            tables.append(f"Stopped, after {_named(_tasks(others))}:\n\n{table(others)}")
+            tables.append(f"Stopped after few samples:\n\n{table(others)}")
     return "\n".join(tables)
 
 
