@@ -107,7 +107,7 @@ presses-real: $(RUNNABLE) ## Measure presses at equal bytes on a pretrained mode
 speed-real: $(RUNNABLE) ## Measure time and memory of caches and presses on a pretrained model, half an hour
 	$(BIN)/pikv eval run eval/speed_real.yaml --output eval/results/speed-real --overwrite
 	$(BIN)/python -P -m pikv_hf.eval.runner.archive eval/results/speed-real
-	@$(BIN)/python -P -m pikv_hf.eval.studies.side_by_side eval/results
+	@$(BIN)/python -P -m pikv_hf.eval.studies.overview.side_by_side eval/results
 
 # The benchmark wants a machine that does nothing else; what a GPU contributes comes from `make gpu-check` there.
 STUDY := OMP_NUM_THREADS=1 $(BIN)/python -P -m pikv_hf.eval.studies

@@ -7,7 +7,7 @@ from typing import Any
 
 from pikv_hf.eval.report.summary_file import read_summary
 from pikv_hf.eval.report.table import escape, times
-from pikv_hf.eval.studies import side_by_side as tables
+from pikv_hf.eval.studies.overview import side_by_side as tables
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "eval" / "results"

@@ -1,0 +1,1 @@
+"""What studies found, put together: `side_by_side` makes the tables of docs/benchmarks.md about a pretrained model."""
