@@ -52,4 +52,4 @@ def test_results_are_small_enough_for_the_tree():
     if listed.returncode:
         pytest.skip("not a checkout")
     files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
-    assert sum(file.stat().st_size for file in files if file.exists()) <= 3_500_000
+    assert sum(file.stat().st_size for file in files if file.exists()) <= 3_000_000
