@@ -8,6 +8,7 @@ subcommands, options and make targets are looked up.
 import json
 import re
 import shlex
+import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import pytest
 import typer
 
 from pikv_hf.eval.cli.main import app
-from pikv_hf.eval.report import load_runs
 
 pytestmark = pytest.mark.slow
 
@@ -169,12 +169,45 @@ def test_the_headline_figures_are_those_of_the_results() -> None:
     step = next(case for case in decode if (case["batch"], case["tokens"]) == (1, 131072))
     times = [f"{1000 * step[cache]['p50']:.1f} ms" for cache in ("pikv", "dynamic")]
     assert f"{times[0]}, `DynamicCache` {times[1]}, **{step['ratio']:.1f}x faster**" in text
-    codecs = json.loads((RESULTS / "codec-costs.json").read_text())["codecs"]
-    share = next(row["bytes_4_heads"] for row in codecs if row["codec"] == "int4")
-    assert f"**{share:.0%} of the bytes**" in text
-    press = next(run.summary for run in load_runs([RESULTS / "presses"]) if is_a_quarter(run.summary))
-    assert f"RULER {press.score.mean:.1f}; kvpress's best" in text
+    codecs = json.loads((RESULTS / "codecs-smollm2.json").read_text())
+    int4 = [row for row in codecs["perplexity"] if row["codec"] == "int4"]
+    assert f"**{statistics.fmean(row['share'] for row in int4):.0%} of the bytes**" in text
+    prose, code = (
+        next(row for row in int4 if (row["text"], row["tokens"]) == (name, 2048)) for name in ("prose", "code")
+    )
+    assert f"SmolLM2-135M {prose['change']:+.1%} on prose, {code['change']:+.1%} on code" in text
+    ours, theirs, full = presses(0.125)
+    assert f"{ours['samples']} samples: RULER **{ours['score']:.1f}**, full cache {full['score']:.1f}" in text
+    best = f"{theirs['press'].removesuffix('Press')}, {theirs['score']:.1f} at {100 * theirs['kv_share']:.1f}%"
+    assert f"kvpress's best there, {best}." in text
+    ours, theirs, _ = presses(0.0625)
+    best = f"{theirs['press'].removesuffix('Press')} {theirs['score']:.1f} at {100 * theirs['kv_share']:.1f}%"
+    assert f"At 6.25%: {ours['score']:.1f}, {best} " in text
 
 
-def is_a_quarter(summary: Any) -> bool:
-    return summary.press == "PiKVPress" and summary.compression_ratio == 0.75
+def test_the_options_have_the_figures_of_the_results() -> None:
+    text = README.read_text(encoding="utf-8")
+    codecs = {row["codec"]: row for row in json.loads((RESULTS / "codecs-smollm2.json").read_text())["ruler"]}
+    assert f"RULER {codecs['int4']['score']:.1f} ({codecs['none']['score']:.1f})" in text
+    ours, _, full = presses(0.125)
+    assert f"12.5% of the bytes, RULER {ours['score']:.1f} ({full['score']:.1f})" in text
+    routed = json.loads((RESULTS / "routing-smollm2.json").read_text())["ruler"]
+    row = next(each for each in routed if (each["policy"], each["share"], each["tokens"]) == ("page_mass", 0.25, 2048))
+    assert f"25% of the pages read, RULER {row['score']:.1f} ({row['exact']:.1f})" in text
+    budgets = {row["way"]: row for row in json.loads((RESULTS / "budgets-smollm2.json").read_text())["ruler"]}
+    row, exact = budgets["budget 25%"], budgets["full"]
+    assert f"RULER {row['score']:.1f} ({exact['score']:.1f}), {row['samples']} samples" in text
+
+
+def presses(share: float) -> tuple[Any, Any, Any]:
+    """Return PiKVPress, the best of kvpress and the full cache on SmolLM2 at 1,024 tokens."""
+    scores = json.loads((RESULTS / "presses-at-equal-bytes.json").read_text())["scores"]
+    setting = {"model": "smollm2", "tokens": 1024, "question": "unseen"}
+    rows = [row for row in scores if setting.items() <= row.items()]
+    here = {row["press"]: row for row in rows if row["share"] == share}
+    ours = here.pop("PiKVPress")
+    return (
+        ours,
+        max(here.values(), key=lambda row: row["score"]),
+        next(row for row in rows if row["press"] == "DynamicCache"),
+    )
