@@ -26,7 +26,7 @@ def test_the_prediction_from_a_layers_own_input_is_its_query(family: str) -> Non
 
     handle = attention.register_forward_pre_hook(note, with_kwargs=True)
     queries: list[torch.Tensor] = []
-    setattr(attention, OBSERVER_ATTRIBUTE, lambda query, *_: queries.append(query.clone()))
+    setattr(attention, OBSERVER_ATTRIBUTE, lambda call: queries.append(call.query.clone()))
     inputs = prompts(1, 20)
     cache = PiKVCache.for_model(model, **OPTIONS)
     with torch.no_grad():
