@@ -32,7 +32,7 @@ FLOORS = """
 .eval.errors .eval.provenance
 .presses
 .
-.planning
+.planning .store
 .cache
 .serialization
 .integration

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from .config import PiKVConfig
     from .integration.attachment import attach, detach
     from .reports.memory_report import MemoryReport
+    from .store.context_store import ContextStore
 
-__all__ = ["MemoryReport", "PiKVCache", "PiKVConfig", "__version__", "attach", "detach"]
+__all__ = ["ContextStore", "MemoryReport", "PiKVCache", "PiKVConfig", "__version__", "attach", "detach"]
 
 _MODULES = {
+    "ContextStore": "store.context_store",
     "MemoryReport": "reports.memory_report",
     "PiKVCache": "cache",
     "PiKVConfig": "config",

@@ -1,0 +1,69 @@
+"""What a store of contexts has saved, and what it holds."""
+
+import dataclasses
+from typing import Any
+
+from ..reports.fitting_table import as_text, light_table
+
+
+@dataclasses.dataclass(slots=True)
+class StoreStats:
+    """Counts since the store was made; `str()` or `print()` shows a table.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Prompts of which a prefix was known, and those of which nothing was.
+    not_reusable : int
+        Prompts that were generated from without the store: padded or differing rows, or other inputs than token ids.
+    tokens_reused, tokens_read : int
+        Of prompts.
+    tokens_unreachable : int
+        Known ones that were read all the same: they end between checkpoints of layers that cannot be cropped, or their
+        caches have evicted tokens.
+    seconds_saved : float
+        What reading the reused tokens would have taken at the mean speed of those that :meth:`generate` read.
+    seconds_read : float
+        What reading took.
+    entries, tokens_stored : int
+        Now; tokens that entries share count once.
+    nbytes : int
+        Of all entries, shared pages once, and of free pages of their pools.
+    evictions : int
+        Entries that went for the budget.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    not_reusable: int = 0
+    tokens_reused: int = 0
+    tokens_read: int = 0
+    tokens_unreachable: int = 0
+    seconds_saved: float = 0.0
+    seconds_read: float = 0.0
+    entries: int = 0
+    tokens_stored: int = 0
+    nbytes: int = 0
+    evictions: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures as plain values."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    def __rich__(self) -> Any:
+        table = light_table("Contexts", show_header=False)
+        prompts = self.hits + self.misses
+        share = f" ({self.hits / prompts:.0%})" if prompts else ""
+        table.add_row("prompts with a known prefix", f"{self.hits:,} of {prompts:,}{share}")
+        if self.not_reusable:
+            table.add_row("prompts past the store", f"{self.not_reusable:,}")
+        table.add_row("tokens reused, read", f"{self.tokens_reused:,}, {self.tokens_read:,}")
+        if self.tokens_unreachable:
+            table.add_row("tokens known, but behind a checkpoint", f"{self.tokens_unreachable:,}")
+        table.add_row("seconds saved, about; spent reading", f"{self.seconds_saved:,.1f}; {self.seconds_read:,.1f}")
+        table.add_row("entries", f"{self.entries:,} of {self.tokens_stored:,} tokens, {self.nbytes:,} bytes")
+        table.add_row("evicted", f"{self.evictions:,} entries")
+        return table
