@@ -131,7 +131,6 @@ def test_beams_sampling_and_several_sequences(model: Any) -> None:
         {"do_sample": True, "temperature": 1.5, "num_return_sequences": 3},
         {"do_sample": True},
         {"num_beams": 2, "do_sample": False, "num_return_sequences": 2},
-        {"do_sample": False, "prompt_lookup_num_tokens": 2},
         {"do_sample": False, "return_dict_in_generate": True, "output_scores": True},
         {"do_sample": False, "prefill_chunk_size": 13},
     ]
@@ -145,6 +144,9 @@ def test_beams_sampling_and_several_sequences(model: Any) -> None:
             outputs.append(output if isinstance(output, torch.Tensor) else output.sequences)
         assert torch.equal(*outputs), way
     assert store.stats().hits == len(ways) - 1
+    drafted = {**GREEDY, "eos_token_id": VOCAB - 1, "prompt_lookup_num_tokens": 2}
+    assert torch.equal(store.generate(prompt, **drafted), model.generate(prompt, **drafted))
+    assert store.stats().not_reusable == 1
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mixtral_sliding"])

@@ -279,7 +279,7 @@ class ContextStore:
         Parameters
         ----------
         input_ids : torch.Tensor
-            `(B, n)`. Rows that differ, padding, and other inputs than token ids are read as without a store.
+            `(B, n)`. Rows that differ, padding, other inputs than token ids, and assisted decoding go past the store.
         **kwargs
             As for `model.generate`, but for a cache.
 

@@ -14,6 +14,8 @@ from ..integration.model_modules import unwrapped
 #: Arguments of `generate` with tensors that say nothing of K/V.
 _HARMLESS = ("attention_mask", "negative_prompt_ids", "negative_prompt_attention_mask", "streamer")
 _CACHES = ("past_key_values", "cache", CACHE_ARGUMENT)
+#: Of drafts, whose first call some releases of transformers (5.24) get wrong over a cache that has tokens.
+_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
 #: What makes `generate` itself choose a cache.
 _CHOICES = ("cache_implementation", "use_cache", "cache_config")
 
@@ -79,7 +81,10 @@ def _is_one_row(cache: PiKVCache) -> bool:
 
 
 def _is_reusable(input_ids: Any, kwargs: dict[str, Any], setting: _Setting) -> bool:
-    """Return whether token ids alone say what K/V are: equal rows without padding, and no other inputs."""
+    """Return whether token ids alone say what K/V are, and `generate` goes on from a cache with them.
+
+    Rows are equal and not padded, there are no other inputs, and no drafts.
+    """
     if input_ids.ndim != 2 or 0 in input_ids.shape or not bool((input_ids == input_ids[:1]).all()):
         return False
     mask = kwargs.get("attention_mask")
@@ -88,6 +93,8 @@ def _is_reusable(input_ids: Any, kwargs: dict[str, Any], setting: _Setting) -> b
         if setting["pad_token_id"] is not None and bool((input_ids == setting["pad_token_id"]).any()):
             return False
     elif mask.shape != input_ids.shape or not bool((mask == 1).all()):
+        return False
+    if any(setting[name] is not None for name in _DRAFTS):
         return False
     return not any(_may_matter(name, value) for name, value in kwargs.items() if name not in _HARMLESS)
 
