@@ -1,25 +1,17 @@
 """A store of contexts gives the tokens of a model without one, whatever was put and asked for before."""
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from context_prompts import FIRST, GREEDY, OPTIONS, OTHER, SECOND, ids, joined
 from families import FAMILIES, VOCAB
+from transformers import DynamicCache
 
 from pikv_hf import ContextStore, PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
-
-OPTIONS: dict[str, Any] = {"page_size": 8, "recent_window": 16, "sink_tokens": 2, "num_shards": 3}
-GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-def ids(length: int, seed: int) -> torch.Tensor:
-    return torch.randint(2, VOCAB - 1, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
-def joined(*parts: torch.Tensor) -> torch.Tensor:
-    return torch.cat(parts, dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +19,6 @@ def model() -> Any:
     return FAMILIES["qwen3_moe"].build()
 
 
-FIRST, SECOND, OTHER = ids(40, 1), ids(30, 2), ids(30, 3)
 #: Prompts, and how many of their tokens are known when they come one after the other.
 CHAT = [
     (joined(FIRST, SECOND), 0),
@@ -58,25 +49,55 @@ def test_tokens_are_those_without_a_store(family: str) -> None:
     assert store.stats().misses == 2
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_random_prompts(model: Any, seed: int) -> None:
-    """Prompts of few different pieces, under a budget that evicts; the longest prefix known without one is the most."""
+def check_tokens(model: Any, store: ContextStore, prompt: torch.Tensor, dense: dict[int, DynamicCache]) -> None:
+    """Compare what a store holds of a prompt with a dense cache that has read it."""
+    cache, known = store.get(prompt)
+    assert known == cache.get_seq_length()
+    number = hash(tuple(prompt[0].tolist()))
+    if number not in dense:
+        dense[number] = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(prompt, **cache_argument(dense[number]))
+    for ours, theirs in zip(cache.layers, dense[number].layers, strict=True):
+        for name in ("keys", "values") if known else ():
+            assert (getattr(ours, name) - getattr(theirs, name)[:, :, :known]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_programs(model: Any, seed: int, tmp_path: Path) -> None:
+    """Prompts of few different pieces, put by hand or generated from, evicted, forgotten, and a store begun anew."""
     draw = torch.Generator().manual_seed(seed)
     pieces = [ids(length, number) for number, length in enumerate((3, 9, 17, 24))]
-    budget = (None, 300_000)[seed % 2]
-    store = ContextStore(model, budget, least=(1, 8)[seed // 2 % 2], **OPTIONS)
-    for _ in range(12):
+    budget, least = (None, 150_000)[seed % 2], (1, 8)[seed // 2 % 2]
+    files: dict[str, Any] = {"path": tmp_path, "disk": 300_000} if seed // 4 % 2 else {}
+    store = ContextStore(model, budget, least=least, **files, **OPTIONS)
+    dense: dict[int, DynamicCache] = {}
+    evictions = loaded = 0
+    for _ in range(16):
         count = int(torch.randint(1, 5, (1,), generator=draw))
         chosen = torch.randint(len(pieces), (count,), generator=draw).tolist()
         prompt = joined(*(pieces[number] for number in chosen))
-        assert torch.equal(store.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+        what = int(torch.randint(8, (1,), generator=draw))
+        if what < 5:
+            assert torch.equal(store.generate(prompt, **GREEDY), model.generate(prompt, **GREEDY))
+        elif what == 5:
+            cache, known = store.get(prompt, most=prompt.shape[1] - 1)
+            with torch.no_grad():
+                model(prompt[:, known:], **cache_argument(cache))
+            store.put(prompt, cache)
+        elif what == 6:
+            store.forget(prompt)
+        else:
+            evictions, loaded = evictions + store.stats().evictions, loaded + store.stats().tokens_loaded
+            store = ContextStore(model, budget, least=least, **files, **OPTIONS)
+        check_tokens(model, store, prompt, dense)
         assert budget is None or store.nbytes <= budget
+        assert sum(file.stat().st_size for file in tmp_path.glob("*/ctx-*")) <= 300_000
     stats = store.stats()
-    assert stats.hits
-    assert bool(stats.evictions) == (budget is not None)
+    assert budget is None or evictions + stats.evictions
+    assert not files or loaded + stats.tokens_loaded
     store.forget()
-    assert store.nbytes == 0
-    assert len(store) == 0
+    assert (store.nbytes, len(store), store.stats().file_bytes) == (0, 0, 0)
 
 
 def test_shared_pages_are_there_once(model: Any) -> None:
@@ -101,7 +122,7 @@ def test_what_is_reported_is_what_entries_hold(model: Any) -> None:
     store = ContextStore(model, **OPTIONS)
     for seed in range(5):
         store.generate(joined(FIRST, ids(20, seed)), **GREEDY)
-    entries = [node.value for tree in store._trees.values() for node in tree.nodes()]
+    entries = [node.value for tree in store._memory._trees.values() for node in tree.nodes()]
     pools = {
         id(table.pools): table.pools for entry in entries for layer in entry.cache.layers for table in [layer.table]
     }

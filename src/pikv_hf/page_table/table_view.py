@@ -123,16 +123,28 @@ class TableView:
         """
         return self.dense_part(length, KV.KEYS, pools), self.dense_part(length, KV.VALUES, pools)
 
-    def dense_part(self, length: int, which: KV, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
-        """Return only the keys, or only the values, of :meth:`dense`."""
+    def dense_part(self, length: int, which: KV, pools: Iterable[PoolId] | None = None, start: int = 0) -> torch.Tensor:
+        """Return only the keys, or only the values, of :meth:`dense`, from position `start` on."""
         plain = self._writer.plain.keys if which is KV.KEYS else self._writer.plain.values
-        part = plain.new_zeros((len(self._rows), plain.shape[0], length, plain.shape[-1]))
+        part = plain.new_zeros((len(self._rows), plain.shape[0], length - start, plain.shape[-1]))
         for row, pool, ids in self._read(pools):
+            if start:
+                ids = ids[(pool.positions[ids] >= start).any(dim=1)]
             positions = pool.positions[ids].view(-1)
-            stored = (positions >= 0).nonzero().squeeze(1)
+            stored = (positions >= start).nonzero().squeeze(1)
             tokens = pool.decoded(ids, which).index_select(1, stored)
-            part[row].index_copy_(1, positions[stored].long(), tokens)
+            part[row].index_copy_(1, positions[stored].long() - start, tokens)
         return part
+
+    def experts_part(self, length: int, start: int) -> torch.Tensor:
+        """Return the primary experts of the tokens from a position on, `(B, length - start)` int16, -1 if unknown."""
+        plain = self._writer.plain
+        experts = plain.experts.new_full((len(self._rows), length - start), -1)
+        for row, pool, ids in self._read([PLAIN]):
+            positions = pool.positions[ids].view(-1)
+            stored = (positions >= start).nonzero().squeeze(1)
+            experts[row, positions[stored].long() - start] = pool.experts[ids].view(-1)[stored]
+        return experts
 
     def stored_mask(self, length: int, pools: Iterable[PoolId] | None = None) -> torch.Tensor:
         """Return `(B, length)` bool, at which positions the rows hold a token in these pools, by default in any."""

@@ -175,9 +175,13 @@ class TensorFile:
     def verify(self) -> None:
         """Raise :class:`CacheFileError` unless every tensor has the checksum it was written with."""
         for name in self.specs:
-            found, noted = xxhash.xxh3_64_hexdigest(bytes_of(self[name])), self.checksums.get(self._stored_names[name])
-            if found != noted:
-                raise CacheFileError(f"{self.path}: tensor {name!r} is damaged: checksum {found}, written was {noted}")
+            self.verify_one(name)
+
+    def verify_one(self, name: str) -> None:
+        """Raise :class:`CacheFileError` unless a tensor has the checksum it was written with."""
+        found, noted = xxhash.xxh3_64_hexdigest(bytes_of(self[name])), self.checksums.get(self._stored_names[name])
+        if found != noted:
+            raise CacheFileError(f"{self.path}: tensor {name!r} is damaged: checksum {found}, written was {noted}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -28,14 +28,14 @@ class ContextEntry:
         Of what the entry above it in the tree does not hold too.
     uses : int
         How often it was handed out.
-    priority : float
-        The entry of the lowest goes first; see :mod:`pikv_hf.store.eviction_value`.
+    age : float
+        See :mod:`pikv_hf.store.eviction_value`; as of its last use.
     """
 
     cache: PiKVCache
     nbytes: int = 0
     uses: int = 0
-    priority: float = 0.0
+    age: float = 0.0
 
 
 class HeldPools:
@@ -60,9 +60,14 @@ class HeldPools:
             if not self._counts[number]:
                 del self._counts[number], self._holders[number]
 
-    def free_bytes(self) -> int:
-        """Return the bytes of pages that nobody holds, once those that may be given back are."""
-        return sum(map(_free_bytes, self._holders.values()))
+    def free_bytes(self, most: int | None = None) -> int:
+        """Return the bytes of pages that nobody holds, after giving back many, or all where they are above `most`."""
+        free = sum(map(_free_bytes, self._holders.values()))
+        if most is not None and free > most:
+            for holder in self._holders.values():
+                _compact(holder)
+            free = sum(map(_free_bytes, self._holders.values()))
+        return free
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,6 +82,12 @@ class _Holder:
 def _free_bytes(holder: _Holder) -> int:
     holder.pools.give_back()
     return sum(pool.full_page_bytes * pool.allocator.free_pages for pool in holder.pools.by_id().values())
+
+
+@layer_operation
+def _compact(holder: _Holder) -> None:
+    for pool_id in holder.pools.by_id():
+        holder.pools.compact(pool_id)
 
 
 def tables_of(cache: PiKVCache) -> Iterator[PageTable]:

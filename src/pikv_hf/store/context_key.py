@@ -1,6 +1,8 @@
 """What else than token ids has to be the same for K/V to be the same: the model's weights, and its active adapters."""
 
+import hashlib
 import itertools
+import json
 from typing import NamedTuple
 
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..serialization.model_adapters import Adapter, adapters_now
+from ..serialization.model_fingerprint import Fingerprint
 
 
 class ContextKey(NamedTuple):
@@ -43,6 +46,12 @@ class ModelWatch:
         # Another tensor may come to lie where one was.
         self._numbers = WeakIdKeyDictionary()
         self._next = itertools.count()
+
+    def folder(self, options: str, salt: str) -> str:
+        """Return the name of the folder for K/V that the model now computes, with these options and this salt."""
+        fingerprint = Fingerprint.of(self._model).to_dict()
+        text = json.dumps([fingerprint, options, salt], sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def key(self) -> ContextKey:
         """Return the key of what the model computes now."""

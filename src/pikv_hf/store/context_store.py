@@ -1,8 +1,10 @@
 """The store of contexts: remembers K/V of what was read, and gives the longest known prefix of a prompt back."""
 
 import dataclasses
+import os
 import threading
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,15 +13,18 @@ import torch
 from ..cache import PiKVCache
 from ..common.budget import bytes_text, parse_bytes
 from ..config import PiKVConfig
-from ..integration.model_modules import unwrapped
+from ..distributed.device_layout import attention_device
+from ..integration.model_modules import find_attention_modules, unwrapped
 from ..layer.layer import PiKVLayer
-from ..layer.layer_list import row_count
+from ..layer.layer_list import paged_layers, row_count
 from ..layer.own_layer import has_positions, is_state_layer
-from .context_entry import ContextEntry, HeldPools, bytes_beyond, is_croppable
+from ..serialization.model_adapters import adapters_now
+from ..serialization.tensor_file import CacheFileError
+from .context_folder import ContextFolder
 from .context_key import ContextKey, ModelWatch
-from .eviction_value import ContextNode, ContextTree, entry_above, first_to_go, priority
+from .context_memory import ContextMemory
 from .generation import generate_with
-from .radix_tree import RadixTree, Tokens
+from .radix_tree import Tokens
 from .store_stats import StoreStats
 
 
@@ -38,6 +43,13 @@ class ContextStore:
     budget : str or int, optional
         The most bytes that entries may hold (`"8GiB"`), which holds after every call. Pages that only caches in use
         hold do not count. No limit by default.
+    path : path-like, optional
+        A folder, made if it is not there, that keeps contexts for later processes; several may use it at once. K/V are
+        written as they are decoded, every token once.
+    disk : str or int, optional
+        The most bytes of the files of this model, options and salt there. No limit by default.
+    salt : str
+        Contexts that were written under another salt are not found.
     least : int, optional
         The shortest prefix that is reused, in tokens; by default one page.
     checkpoint_every : int
@@ -64,14 +76,18 @@ class ContextStore:
         model: Any,
         budget: str | int | None = None,
         *,
+        path: str | os.PathLike[str] | None = None,
+        disk: str | int | None = None,
+        salt: str = "",
         least: int | None = None,
         checkpoint_every: int = 512,
         **options: Any,
     ) -> None:
         self.model = model
-        self.budget = parse_bytes(budget, "budget") if isinstance(budget, str) else budget
-        if self.budget is not None and self.budget < 0:
-            raise ValueError(f"budget must be a number of bytes, got {budget!r}")
+        self.budget = _bytes("budget", budget)
+        self._path, self._disk, self._salt = None if path is None else Path(path), _bytes("disk", disk), salt
+        if disk is not None and path is None:
+            raise ValueError(f"disk={disk!r} limits what is in a folder, and there is none: give path=")
         self._options = options
         # What is wrong with the options is said now.
         self._empty = PiKVCache.for_model(model, **options)
@@ -83,11 +99,14 @@ class ContextStore:
         kept_whole = any(map(_changes_for_good, self._empty.layers))
         #: Tokens between checkpoints, None where all layers can be cropped.
         self.checkpoints = checkpoint_every if kept_whole else None
+        self._modules = find_attention_modules(unwrapped(model))
         self._watch = ModelWatch(unwrapped(model))
-        self._trees: dict[ContextKey, ContextTree] = {}
-        self._pools = HeldPools()
+        if path is not None and any(len(layer.parts) > 1 for layer in paged_layers(self._empty.layers)):
+            raise ValueError("contexts whose shards are on several devices are kept in memory alone, got path=")
+        self._folders: dict[ContextKey, ContextFolder] = {}
+        self._memory = ContextMemory(self.budget, self.least)
         self._made_under: weakref.WeakKeyDictionary[PiKVCache, ContextKey] = weakref.WeakKeyDictionary()
-        self._stats, self._held, self._age = StoreStats(), 0, 0.0
+        self._stats = StoreStats()
         #: Tokens whose reading was timed.
         self._timed = 0
         self._lock = threading.RLock()
@@ -123,28 +142,49 @@ class ContextStore:
         return cache, known
 
     def _longest(self, key: ContextKey, tokens: Tokens) -> tuple[PiKVCache, int, int]:
-        """Return a fork of what begins with most of these tokens, its length, and how many of them are known at all.
+        """Return what begins with most of these tokens, its length, and how many of them are known at all."""
+        if (loaded := self._from_files(key, tokens)) is not None:
+            return *loaded, loaded[1]
+        cache, known, common = self._memory.longest(key, tokens)
+        return (self._new() if cache is None else cache), known, common
 
-        It is cut back to what they have in common, or is shorter where it cannot be cropped.
-        """
-        node, known = self._trees.get(key, RadixTree()).find(tokens)
-        known = known if known >= self.least else 0
-        if known:
-            # Whatever lies below begins with these tokens.
-            holder = next(each for each in node.below() if each.value is not None)
-            if (fork := _first_tokens(holder, known)) is not None:
-                return self._used(holder, fork), known, known
-            for each in node.path():
-                if each.value is not None and self.least <= each.length <= known:
-                    return self._used(each, each.value.cache.fork()), each.length, known
-        return PiKVCache.for_model(self.model, **self._options), 0, known
+    def _new(self) -> PiKVCache:
+        return PiKVCache.for_model(self.model, **self._options)
 
-    def _used(self, node: ContextNode, fork: PiKVCache) -> PiKVCache:
-        for each in node.path():
-            if each.value is not None:
-                each.value.uses += 1
-                each.value.priority = priority(each, self._age)
-        return fork
+    def _folder(self, key: ContextKey) -> ContextFolder | None:
+        """Return what keeps contexts of this key for later processes."""
+        if self._path is None:
+            return None
+        if key not in self._folders:
+            name = self._watch.folder(self._empty.pikv_config.to_json(), self._salt)
+            self._folders[key] = ContextFolder(self._path / name, self._disk)
+        return self._folders[key]
+
+    def _from_files(self, key: ContextKey, tokens: Tokens) -> tuple[PiKVCache, int] | None:
+        """Return a cache with what files know of these tokens and its length, None if memory knows as much."""
+        if (folder := self._folder(key)) is None:
+            return None
+        cropped = self.checkpoints is None
+        while (stored := folder.find(tokens) if cropped else folder.whole(tokens)) >= self.least:
+            if self._memory.known(key, tokens, whole=not cropped) >= stored:
+                return None
+            # States and windows come from the file; of tokens that memory knows the rest is read.
+            cache, known, _ = self._memory.longest(key, tokens) if cropped else (None, 0, 0)
+            cache = self._new() if cache is None else cache
+            try:
+                folder.extend(cache, tokens, stored, self._device_of)
+            except (CacheFileError, OSError):
+                # It is forgotten, and there may be another one.
+                continue
+            cache.filled_under = adapters_now(unwrapped(self.model))
+            self._stats.tokens_loaded += stored - known
+            self._memory.put(key, tokens[:stored], cache.fork())
+            return cache, stored
+        return None
+
+    def _device_of(self, layer: int) -> torch.device:
+        found = self._modules.get(layer)
+        return attention_device(None if found is None else found[1], unwrapped(self.model))
 
     # Remembering
 
@@ -180,10 +220,13 @@ class ContextStore:
                     "the cache was made before the model's weights or adapters changed: it is not what they compute"
                 )
             if len(tokens):
-                self._insert(key, tokens, cache.fork())
-                self._keep_budget()
-            tree = self._trees.get(key)
-            return tree is not None and tree.find(tokens)[1] == len(tokens)
+                self._memory.put(key, tokens, cache.fork())
+            folder = self._folder(key)
+            kept = self._memory.known(key, tokens) == len(tokens)
+        if folder is not None and len(tokens):
+            # Others go on meanwhile.
+            folder.write(tokens, cache)
+        return kept
 
     def _check(self, tokens: Tokens, cache: PiKVCache) -> None:
         if not isinstance(cache, PiKVCache):
@@ -201,75 +244,25 @@ class ContextStore:
         if any(getattr(getattr(layer, "store", None), "is_padded", False) for layer in cache.layers):
             raise ValueError("the cache has padding, and contexts are found by their tokens alone")
 
-    def _insert(self, key: ContextKey, tokens: Tokens, cache: PiKVCache) -> None:
-        """Put an entry into the tree, and one where it parts from another, so that what they share is known."""
-        tree = self._trees.setdefault(key, RadixTree())
-        node = tree.insert(tokens)
-        parting = node.parent if node.value is None else None
-        if node.value is None:
-            node.value = self._entry(cache)
-        if parting is not None and parting.parent is not None and parting.value is None:
-            shared = _first_tokens(node, parting.length)
-            parting.value = None if shared is None else self._entry(shared)
-        for each in list(node.path())[1:]:
-            if each.value is not None and len(each.children) == 1 and is_croppable(cache):
-                # The one below it holds all of its tokens.
-                self._drop(tree, each)
-        for each in [*node.path(), *(child for above in node.path() for child in above.children.values())]:
-            self._weigh(each)
-
-    def _entry(self, cache: PiKVCache) -> ContextEntry:
-        self._pools.add(cache)
-        return ContextEntry(cache)
-
-    def _weigh(self, node: ContextNode) -> None:
-        """Measure what an entry holds beyond the one above it."""
-        if (entry := node.value) is None:
-            return
-        above = entry_above(node)
-        before = entry.nbytes
-        entry.nbytes = bytes_beyond(entry.cache, None if above is None or above.value is None else above.value.cache)
-        self._held += entry.nbytes - before
-        entry.priority = priority(node, self._age)
-
-    def _drop(self, tree: ContextTree, node: ContextNode) -> None:
-        entry = node.value
-        assert entry is not None
-        self._held -= entry.nbytes
-        below = [each for each in node.below() if each.value is not None and each is not node]
-        tree.remove(node)
-        self._pools.remove(entry.cache)
-        for each in below:
-            self._weigh(each)
-
-    def _keep_budget(self) -> None:
-        while self.budget is not None and self.nbytes > self.budget:
-            found = first_to_go(self._trees.values())
-            if found is None:
-                return
-            tree, node = found
-            assert node.value is not None
-            self._age = node.value.priority
-            self._drop(tree, node)
-            self._stats.evictions += 1
-        self._trees = {key: tree for key, tree in self._trees.items() if tree.root.children}
-
     @property
     def nbytes(self) -> int:
         """Bytes that entries hold, shared pages once, with the free pages of their pools."""
         with self._lock:
-            return self._held + self._pools.free_bytes()
+            return self._memory.nbytes
 
     def forget(self, input_ids: torch.Tensor | None = None) -> None:
-        """Forget everything, or all contexts that begin with these tokens `(n,)` or `(1, n)`, of every adapter."""
+        """Forget everything, or all contexts that begin with these tokens `(n,)` or `(1, n)`, in memory and in files.
+
+        That is, of all weights and adapters that this store was used with. The last of the tokens does not count, since
+        a prompt is remembered up to there. In files, contexts that share tokens with one that goes may go too.
+        """
+        tokens = np.zeros(0, dtype=np.int64) if input_ids is None else tokens_of(input_ids)[:-1]
         with self._lock:
-            for tree in list(self._trees.values()):
-                tokens = np.zeros(0, dtype=np.int64) if input_ids is None else tokens_of(input_ids)
-                node, known = tree.find(tokens)
-                gone = [each for each in node.below() if each.value is not None] if known == len(tokens) else []
-                for each in reversed(gone):
-                    self._drop(tree, each)
-            self._trees = {key: tree for key, tree in self._trees.items() if tree.root.children}
+            if self._path is not None:
+                self._folder(self._watch.key())
+            self._memory.forget(tokens)
+            for folder in self._folders.values():
+                folder.forget(tokens)
 
     # Using it
 
@@ -311,10 +304,15 @@ class ContextStore:
     def stats(self) -> StoreStats:
         """Return what was reused and read so far, and what is held now; `print` shows it as a table."""
         with self._lock:
-            nodes = [node for tree in self._trees.values() for node in tree.root.below()]
-            entries = sum(node.value is not None for node in nodes)
-            tokens = sum(len(node.edge) for node in nodes)
-            return dataclasses.replace(self._stats, entries=entries, tokens_stored=tokens, nbytes=self.nbytes)
+            entries, tokens = self._memory.size()
+            now = {"entries": entries, "tokens_stored": tokens, "nbytes": self.nbytes}
+            now["evictions"] = self._memory.evictions
+            now |= {
+                "files": sum(map(len, self._folders.values())),
+                "errors": sum(f.errors for f in self._folders.values()),
+            }
+            now["file_bytes"] = sum(folder.nbytes for folder in self._folders.values())
+            return dataclasses.replace(self._stats, **now)
 
     def __len__(self) -> int:
         return self.stats().entries
@@ -322,6 +320,13 @@ class ContextStore:
     def __repr__(self) -> str:
         limit = "" if self.budget is None else f" of {bytes_text(self.budget)}"
         return f"ContextStore({len(self)} entries, {bytes_text(self.nbytes)}{limit})"
+
+
+def _bytes(name: str, given: str | int | None) -> int | None:
+    found = parse_bytes(given, name) if isinstance(given, str) else given
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int) or found < 0):
+        raise ValueError(f"{name} must be a number of bytes, got {given!r}")
+    return found
 
 
 def tokens_of(input_ids: torch.Tensor) -> Tokens:
@@ -335,16 +340,3 @@ def tokens_of(input_ids: torch.Tensor) -> Tokens:
 
 def _changes_for_good(layer: Any) -> bool:
     return not isinstance(layer, PiKVLayer) and (has_positions(layer) or is_state_layer(layer))
-
-
-def _first_tokens(node: ContextNode, length: int) -> PiKVCache | None:
-    """Return a fork of an entry that holds its first tokens only, None where it cannot be cropped to them."""
-    entry = node.value
-    assert entry is not None
-    fork = entry.cache.fork()
-    if length == node.length:
-        return fork
-    if is_croppable(fork):
-        fork.crop(length - node.length)
-        return fork
-    return None

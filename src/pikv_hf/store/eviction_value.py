@@ -2,8 +2,9 @@
 
 Greedy-Dual-Size-Frequency (Cherkasova, "Improving WWW Proxies Performance with Greedy-Dual-Size-Frequency Caching
 Policy", 1998): an entry has the priority `age + uses * saved / bytes`. `saved` are the tokens that would have to be
-read again without it, those behind the entry above it; `age` is the priority of the last entry that went, so that those
-which are not used sink below new ones, with no clock. An entry goes before those above it, which share its pages.
+read again without it, those behind the entry above it; `age` is the priority of the last entry that went before its
+last use, so that those which are not used sink below new ones, with no clock. An entry goes before those above it,
+which share its pages.
 """
 
 from collections.abc import Iterable
@@ -26,19 +27,14 @@ def saved_tokens(node: ContextNode) -> int:
     return node.length - (0 if above is None else above.length)
 
 
-def priority(node: ContextNode, age: float) -> float:
-    """Return the priority of an entry that has just been put or used."""
+def priority(node: ContextNode) -> float:
+    """Return the priority of an entry."""
     entry = node.value
     assert entry is not None
-    return age + (1 + entry.uses) * saved_tokens(node) / max(1, entry.nbytes)
+    return entry.age + (1 + entry.uses) * saved_tokens(node) / max(1, entry.nbytes)
 
 
 def first_to_go(trees: Iterable[ContextTree]) -> tuple[ContextTree, ContextNode] | None:
     """Return the entry of the lowest priority that has none below it, with its tree; None if there is no entry."""
     ends = [(tree, node) for tree in trees for node in tree.nodes() if not node.children]
-    return min(ends, key=lambda end: _priority_of(end[1]), default=None)
-
-
-def _priority_of(node: ContextNode) -> float:
-    assert node.value is not None
-    return node.value.priority
+    return min(ends, key=lambda end: priority(end[1]), default=None)

@@ -21,6 +21,8 @@ class StoreStats:
     tokens_unreachable : int
         Known ones that were read all the same: they end between checkpoints of layers that cannot be cropped, or their
         caches have evicted tokens.
+    tokens_loaded : int
+        From files.
     seconds_saved : float
         What reading the reused tokens would have taken at the mean speed of those that :meth:`generate` read.
     seconds_read : float
@@ -31,6 +33,10 @@ class StoreStats:
         Of all entries, shared pages once, and of free pages of their pools.
     evictions : int
         Entries that went for the budget.
+    files, file_bytes : int
+        Now, in the folder of the model as it is.
+    errors : int
+        How often a file could not be read or written.
     """
 
     hits: int = 0
@@ -39,12 +45,16 @@ class StoreStats:
     tokens_reused: int = 0
     tokens_read: int = 0
     tokens_unreachable: int = 0
+    tokens_loaded: int = 0
     seconds_saved: float = 0.0
     seconds_read: float = 0.0
     entries: int = 0
     tokens_stored: int = 0
     nbytes: int = 0
     evictions: int = 0
+    files: int = 0
+    file_bytes: int = 0
+    errors: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return all figures as plain values."""
@@ -65,5 +75,9 @@ class StoreStats:
             table.add_row("tokens known, but behind a checkpoint", f"{self.tokens_unreachable:,}")
         table.add_row("seconds saved, about; spent reading", f"{self.seconds_saved:,.1f}; {self.seconds_read:,.1f}")
         table.add_row("entries", f"{self.entries:,} of {self.tokens_stored:,} tokens, {self.nbytes:,} bytes")
+        if self.files or self.tokens_loaded:
+            table.add_row("files", f"{self.files:,}, {self.file_bytes:,} bytes; {self.tokens_loaded:,} tokens loaded")
+        if self.errors:
+            table.add_row("files that failed", f"{self.errors:,}")
         table.add_row("evicted", f"{self.evictions:,} entries")
         return table

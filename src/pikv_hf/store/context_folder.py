@@ -1,0 +1,264 @@
+"""The contexts that a folder has: found by their tokens, written whole or not at all, and kept within a limit.
+
+There is no index to fall behind the files: each says of itself what it is, with checksums, and appears under its name
+when all of it is on disk. What processes do to the folder they do under a lock, and each looks again when it changes.
+"""
+
+import fcntl
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..cache import PiKVCache
+from ..serialization.tensor_file import CacheFileError
+from .context_entry import is_croppable
+from .context_file import NAME, ContextFile, DeviceOf, append_context, name_of, tokens_before, write_context
+from .radix_tree import Node, RadixTree, Tokens
+
+_LOCK = ".lock"
+# What a writer that was killed may leave where the file system knows no files without names.
+_TEMPORARY = ".pikv-*.tmp"
+
+
+class ContextFolder:
+    """The files of one model, one set of options and one salt.
+
+    Parameters
+    ----------
+    path : Path
+        Made if it is not there, for its owner alone.
+    limit : int or None
+        The most bytes of all files, which holds after every call that writes.
+
+    Attributes
+    ----------
+    errors : int
+        How often something could not be read or written; the first time a warning says so.
+    """
+
+    def __init__(self, path: Path, limit: int | None) -> None:
+        self.path, self.limit, self.errors = path, limit, 0
+        self._files: dict[str, ContextFile] = {}
+        self._tree: RadixTree[ContextFile] = RadixTree()
+        self._seen: int | None = None
+        self._age = 0.0
+        self._lock, self._writing = threading.RLock(), set[str]()
+        try:
+            for made in (path.parent, path):
+                made.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with self._folder_lock(fcntl.LOCK_EX):
+                for left in path.glob(_TEMPORARY):
+                    left.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed(error, "cannot be written to")
+
+    # What there is
+
+    def refresh(self) -> None:
+        """Take note of files that have come or gone, whoever did it; damaged ones are removed with a warning."""
+        try:
+            changed = os.stat(self.path).st_mtime_ns
+            if changed == self._seen:
+                return
+            names = {entry.name for entry in os.scandir(self.path) if entry.is_file(follow_symlinks=False)}
+        except OSError as error:
+            self._failed(error, "cannot be read")
+            return
+        self._seen = changed
+        for name in self._files.keys() - names:
+            self._forget(name)
+        new: dict[str, ContextFile] = {}
+        for name in names - self._files.keys():
+            if NAME.fullmatch(name):
+                try:
+                    new[name] = ContextFile.read(self.path / name)
+                except FileNotFoundError:
+                    continue
+                except (CacheFileError, OSError, KeyError, ValueError) as error:
+                    self._sweep(self.path / name, error)
+        self._admit(new)
+
+    def _admit(self, new: dict[str, ContextFile]) -> None:
+        files = self._files | new
+        for name, file in new.items():
+            tokens = tokens_before(files, file)
+            if tokens is None:
+                self._sweep(file.path, f"it goes on from {file.parent}, which is gone")
+            elif name_of(tokens) != name:
+                self._sweep(file.path, "its tokens are not those that it is named after")
+            else:
+                self._add(tokens, file)
+
+    def _add(self, tokens: Tokens, file: ContextFile) -> None:
+        self._files[file.path.name] = file
+        self._tree.insert(tokens).value = file
+        file.priority = self._priority(file)
+
+    def _forget(self, name: str) -> set[str]:
+        """Forget a file and those that go on from it, which are of no use without; return their names."""
+        gone = {name}
+        while more := {name for name, file in self._files.items() if file.parent in gone} - gone:
+            gone |= more
+        files = [self._files.pop(each) for each in gone & self._files.keys()]
+        for node in [node for node in self._tree.nodes() if node.value in files]:
+            self._tree.remove(node)
+        return gone
+
+    def _remove(self, name: str) -> None:
+        for each in self._forget(name):
+            (self.path / each).unlink(missing_ok=True)
+
+    def _sweep(self, path: Path, why: object) -> None:
+        """Remove a file of ours that is of no use, and say so."""
+        warnings.warn(f"a stored context is skipped and removed: {path}: {why}", stacklevel=2)
+        try:
+            self._remove(path.name)
+        except OSError as error:
+            self._failed(error, "cannot be written to")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.nbytes for file in self._files.values())
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    # Reading
+
+    def find(self, tokens: Tokens) -> int:
+        """Return how many of the first tokens some file knows."""
+        with self._lock:
+            self.refresh()
+            return self._tree.find(tokens)[1]
+
+    def extend(self, cache: PiKVCache, tokens: Tokens, upto: int, device_of: DeviceOf) -> None:
+        """Append to a cache, which holds the first tokens, those up to `upto`, or up to a damaged file.
+
+        Raises
+        ------
+        CacheFileError, OSError
+            If a file is damaged or gone; it is removed, and the cache may have got a part of the tokens.
+        """
+        with self._lock:
+            chain = self._chain(tokens[:upto], cache.get_seq_length())
+        for file, end in reversed(chain):
+            try:
+                append_context(file, cache, end, device_of)
+            except OSError:
+                self.errors += 1
+                self._forget(file.path.name)
+                raise
+            except (CacheFileError, ValueError) as error:
+                self._sweep(file.path, error)
+                raise CacheFileError(str(error)) from error
+            file.uses += 1
+            file.priority = self._priority(file)
+
+    def _chain(self, tokens: Tokens, have: int) -> list[tuple[ContextFile, int]]:
+        """Return the files with tokens behind the first `have`, the last first, and up to where each is read."""
+        node, at = self._tree.find(tokens)
+        if at < len(tokens):
+            raise CacheFileError(f"of {len(tokens)} tokens {self.path} has {at} now")
+        holder: ContextFile = next(each.value for each in node.below() if each.value is not None)
+        chain = []
+        while at > have:
+            if holder.start < at:
+                chain.append((holder, at))
+                at = holder.start
+            if at:
+                holder = self._files[holder.parent or ""]
+        return chain
+
+    def whole(self, tokens: Tokens) -> int:
+        """Return the length of the longest file whose whole context these tokens begin with."""
+        with self._lock:
+            self.refresh()
+            return self._whole_length(*self._tree.find(tokens))
+
+    def _whole_length(self, node: Node[ContextFile], known: int) -> int:
+        return max((each.length for each in node.path() if each.value is not None and each.length <= known), default=0)
+
+    # Writing
+
+    def write(self, tokens: Tokens, cache: PiKVCache) -> None:
+        """Write what a cache holds of a context and no file does; what cannot be written is said once."""
+        path = self.path / name_of(tokens)
+        try:
+            with self._lock:
+                self.refresh()
+                found = None if path.name in self._writing else self._missing(tokens, cache)
+                if found is None:
+                    return
+                self._writing.add(path.name)
+            try:
+                # Other threads go on, and other processes write; nobody takes what is half written for left over.
+                with self._folder_lock(fcntl.LOCK_SH):
+                    file = write_context(path, tokens, *found, cache)
+            finally:
+                self._writing.discard(path.name)
+            with self._lock, self._folder_lock(fcntl.LOCK_EX):
+                self.refresh()
+                if path.name not in self._files:
+                    self._admit({path.name: file})
+                self._keep_limit()
+                self._seen = os.stat(self.path).st_mtime_ns
+        except OSError as error:
+            self._failed(error, "cannot be written to")
+
+    def _missing(self, tokens: Tokens, cache: PiKVCache) -> tuple[int, str | None] | None:
+        """Return from which token on files lack a context, and the file that has those before; None if they lack none.
+
+        What cannot be cropped goes on from a whole context, and is one only where it ends.
+        """
+        node, known = self._tree.find(tokens)
+        if is_croppable(cache):
+            holders = (each.value for each in node.below() if known and each.value is not None)
+        else:
+            known = self._whole_length(node, known)
+            holders = (each.value for each in node.path() if each.value is not None and each.length == known)
+        holder = next(iter(holders), None)
+        if known == len(tokens):
+            return None
+        return (0, None) if holder is None else (known, holder.path.name)
+
+    def _keep_limit(self) -> None:
+        while self.limit is not None and self.nbytes > self.limit:
+            needed = {file.parent for file in self._files.values()}
+            last = min((file for name, file in self._files.items() if name not in needed), key=_priority_of)
+            self._age = last.priority
+            self._remove(last.path.name)
+
+    def forget(self, tokens: Tokens) -> None:
+        """Remove all contexts that begin with these tokens, and those whose first tokens only they have."""
+        try:
+            with self._lock, self._folder_lock(fcntl.LOCK_EX):
+                self.refresh()
+                node, known = self._tree.find(tokens)
+                below = [each.value for each in node.below() if each.value is not None] if known == len(tokens) else []
+                for file in below:
+                    self._remove(file.path.name)
+        except OSError as error:
+            self._failed(error, "cannot be written to")
+
+    def _priority(self, file: ContextFile) -> float:
+        return self._age + (1 + file.uses) * (file.length - file.start) / max(1, file.nbytes)
+
+    @contextmanager
+    def _folder_lock(self, kind: int) -> Iterator[None]:
+        """Keep other processes, and threads, from changing what files there are, or all but writers of new ones."""
+        with open(self.path / _LOCK, "ab") as lock:
+            fcntl.flock(lock, kind)
+            yield
+
+    def _failed(self, error: OSError, what: str) -> None:
+        self.errors += 1
+        if self.errors == 1:
+            warnings.warn(f"the folder of contexts {self.path} {what}: {error}; going on without", stacklevel=3)
+
+
+def _priority_of(file: ContextFile) -> float:
+    return file.priority
