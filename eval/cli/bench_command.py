@@ -225,6 +225,25 @@ def load(
 
 
 @app.command()
+def store(
+    prefixes: Annotated[
+        list[int] | None, typer.Option("--tokens", min=1, help="Of a known prefix; may be repeated.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model that reads it.")] = 2,
+    chunk: Annotated[int, typer.Option(min=1, help="Tokens that it reads per call.")] = 4096,
+    directory: Annotated[Path | None, typer.Option(help="Where files go; by default a temporary folder.")] = None,
+    threads: Annotated[int, typer.Option(min=1, max=MOST_THREADS, help="CPU threads.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """What a store of contexts saves: first tokens after known prefixes, lookups, misses, and conversations."""
+    if directory is not None and not directory.is_dir():
+        raise InputError(f"--directory {directory}: no such folder")
+    from pikv_hf.eval.bench.context_reuse import run_and_show_store, run_store
+
+    run_and_show_store(run_store(prefixes or (8192, 32768), layers, chunk, directory), threads, output)
+
+
+@app.command()
 def processes(
     count: Annotated[int, typer.Option("--processes", min=2, max=64, help="Gloo processes, of one thread each.")] = 2,
     contexts: Annotated[
