@@ -8,10 +8,12 @@ import typer
 from pikv_hf.config import PiKVConfig
 from pikv_hf.eval.cli.bench_command import app as bench
 from pikv_hf.eval.cli.border import FAILED
+from pikv_hf.eval.cli.chat_command import chat
 from pikv_hf.eval.cli.command_group import CommandGroup
 from pikv_hf.eval.cli.eval_command import app as evaluation
 from pikv_hf.eval.cli.plan_command import plan
 from pikv_hf.eval.cli.report_command import app as report
+from pikv_hf.eval.cli.store_command import app as store
 from pikv_hf.eval.demo.options import DemoOptions, tier_limits
 from pikv_hf.eval.errors import user_input
 
@@ -29,6 +31,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(evaluation, name="eval")
 app.add_typer(report, name="report")
+app.add_typer(store, name="store")
 _DEFAULT = DemoOptions()
 
 
@@ -104,6 +107,7 @@ def demo(
 
 
 app.command()(plan)
+app.command()(chat)
 
 
 @app.command()

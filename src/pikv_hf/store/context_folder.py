@@ -232,6 +232,15 @@ class ContextFolder:
             self._age = last.priority
             self._remove(last.path.name)
 
+    def prune(self) -> None:
+        """Remove what is damaged, and what exceeds the limit."""
+        try:
+            with self._lock, self._folder_lock(fcntl.LOCK_EX):
+                self.refresh()
+                self._keep_limit()
+        except OSError as error:
+            self._failed(error, "cannot be written to")
+
     def forget(self, tokens: Tokens) -> None:
         """Remove all contexts that begin with these tokens, and those whose first tokens only they have."""
         try:

@@ -89,8 +89,10 @@ def _is_reusable(input_ids: Any, kwargs: dict[str, Any], setting: _Setting) -> b
         return False
     mask = kwargs.get("attention_mask")
     if mask is None:
-        # `generate` takes such tokens for padding.
-        if setting["pad_token_id"] is not None and bool((input_ids == setting["pad_token_id"]).any()):
+        # `generate` takes such tokens for padding, unless they end texts too.
+        pad, ends = setting["pad_token_id"], setting["eos_token_id"]
+        ends = ends if isinstance(ends, (list, tuple)) else [ends]
+        if pad is not None and pad not in ends and bool((input_ids == pad).any()):
             return False
     elif mask.shape != input_ids.shape or not bool((mask == 1).all()):
         return False

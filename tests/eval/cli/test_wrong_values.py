@@ -33,9 +33,15 @@ GIVEN: dict[str, list[str]] = {
     "report compare": ["a_folder", "a_folder"],
     "plan": ["--model", str(MODEL_CONFIGS / "OLMoE-1B-7B-0924.json"), "--context", "2048"],
     "demo": ["--tokens", "500"],
+    "chat": ["--model", "reference"],
+    "store ls": ["a_folder"],
+    "store stats": ["a_folder"],
+    "store verify": ["a_folder"],
+    "store prune": ["a_folder", "--to", "1MiB"],
 }
 #: Where work begins: nothing before it takes long.
 WORK = (
+    "pikv_hf.eval.bench.context_reuse._lookup",
     "pikv_hf.eval.bench.decode.geometry_model",
     "pikv_hf.eval.bench.generation.geometry_model",
     "pikv_hf.eval.bench.latent_decode.latent_model",
@@ -43,6 +49,7 @@ WORK = (
     "pikv_hf.eval.bench.saved_cache.geometry_model",
     "pikv_hf.eval.bench.steps._all_timings",
     "pikv_hf.eval.bench.processes._run_all",
+    "pikv_hf.eval.cli.chat_command._lines",
     "pikv_hf.eval.demo.demo.measure",
     "pikv_hf.eval.runner.run._measure",
 )
@@ -67,6 +74,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("pikv_hf.eval.runner.api.load_model", load_once)
     monkeypatch.setattr("pikv_hf.eval.demo.task.load_model", load_once)
+    monkeypatch.setattr("pikv_hf.eval.runner.models.load_model", load_once)
 
 
 @pytest.fixture
