@@ -34,7 +34,7 @@ test-fast: $(DEVELOPED) ## Run the tests not marked as slow, list the others
 # and routing are handed tensors, whichever release made them; processes hand them on; studies and reports of results,
 # packaging and documentation are the same for all releases. `make test` has those.
 WITH_TRANSFORMERS := tests/integration tests/presses tests/programs tests/serialization tests/reports tests/planning \
-  tests/layer tests/common tests/eval/demo tests/eval/runner tests/eval/real_model tests/test_cache_protocol.py tests/test_imports.py
+  tests/layer tests/common tests/store tests/eval/demo tests/eval/runner tests/eval/real_model tests/test_cache_protocol.py tests/test_imports.py
 # What users without kvpress import and run.
 WITHOUT_KVPRESS := tests/test_imports.py tests/test_cache_protocol.py tests/integration/test_attach.py \
   $(addprefix tests/presses/test_,without_kvpress.py press_budgets.py press_utility.py press_experts.py)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pikv_hf.eval.cli.scbench_command import cache_options
 from pikv_hf.eval.errors import user_input
 from pikv_hf.eval.runner.options import MOST_THREADS
 
@@ -44,9 +45,7 @@ def chat(
         if threads is not None:
             torch.set_num_threads(threads)
         loaded, tokenizer = load_model(model, dtype, device)
-        options: dict[str, Any] = {} if codec == "none" else {"key_codec": codec, "value_codec": codec}
-        options |= {} if _has_experts(loaded) else {"placement": "hash"}
-        contexts = ContextStore(loaded, budget, path=store, disk=disk, **options)
+        contexts = ContextStore(loaded, budget, path=store, disk=disk, **cache_options(loaded, codec))
     talk = Conversation(contexts, tokenizer, system, {"max_new_tokens": max_new_tokens})
     if greedy:
         talk.settings["do_sample"] = False
@@ -58,12 +57,6 @@ def chat(
             talk.command(line)
         elif line:
             talk.turn(line)
-
-
-def _has_experts(model: Any) -> bool:
-    text = model.config.get_text_config(decoder=True)
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    return any(getattr(text, name, None) for name in names)
 
 
 def _lines() -> Any:

@@ -13,6 +13,7 @@ from pikv_hf.eval.cli.command_group import CommandGroup
 from pikv_hf.eval.cli.eval_command import app as evaluation
 from pikv_hf.eval.cli.plan_command import plan
 from pikv_hf.eval.cli.report_command import app as report
+from pikv_hf.eval.cli.scbench_command import scbench
 from pikv_hf.eval.cli.store_command import app as store
 from pikv_hf.eval.demo.options import DemoOptions, tier_limits
 from pikv_hf.eval.errors import user_input
@@ -108,6 +109,7 @@ def demo(
 
 app.command()(plan)
 app.command()(chat)
+evaluation.command()(scbench)
 
 
 @app.command()

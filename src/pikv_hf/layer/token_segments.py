@@ -1,5 +1,6 @@
 """Tokens of a layer out of one cache and into another, as they are stored: latents, indexer keys and experts too."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class Segment(NamedTuple):
     values: torch.Tensor
     experts: torch.Tensor
 
+    def first(self, tokens: int) -> "Segment":
+        """Return the first tokens alone."""
+        return Segment(self.keys[:tokens], self.values[:tokens], self.experts[:tokens])
+
 
 @layer_operation
 def segment_of(layer: PiKVLayer, start: int) -> Segment:
@@ -49,18 +54,46 @@ def append_segment(layer: PiKVLayer, segment: Segment) -> None:
     ValueError
         If they do not fit what is stored; nothing has changed then.
     """
-    store, device = layer.store, layer.store.device if layer.state.seen else segment.keys.device
-    keys, values = (each.to(device).transpose(0, 1)[None] for each in (segment.keys, segment.values))
+    layer.edits.settle()
+    keys, values = (each.transpose(0, 1)[None] for each in (segment.keys, segment.values))
+    _append(layer, keys, values, segment.experts[None], None)
+
+
+@layer_operation
+def fill_rows(layer: PiKVLayer, rows: Sequence[Segment | None], columns: int) -> None:
+    """Fill an empty layer with a row of each of these tokens, None for none: in the last of so many columns.
+
+    The columns before them are padding, which is not stored.
+    """
+    known = next(row for row in rows if row is not None)
+    keys, values = (
+        each.new_zeros((len(rows), each.shape[1], columns, each.shape[2])) for each in (known.keys, known.values)
+    )
+    experts = known.experts.new_full((len(rows), columns), -1)
+    valid = torch.zeros((len(rows), columns), dtype=torch.bool, device=keys.device)
+    for number, row in enumerate(rows):
+        if row is not None:
+            start = columns - len(row.keys)
+            keys[number, :, start:], values[number, :, start:] = row.keys.transpose(0, 1), row.values.transpose(0, 1)
+            experts[number, start:], valid[number, start:] = row.experts, True
+    _append(layer, keys, values, experts, None if bool(valid.all()) else valid)
+
+
+def _append(
+    layer: PiKVLayer, keys: torch.Tensor, values: torch.Tensor, experts: torch.Tensor, valid: torch.Tensor | None
+) -> None:
+    """Store tokens `(B, H, n, D)` and `(B, H, n, Dv)`, as the layer stores them, of experts `(B, n)`."""
+    store, device = layer.store, layer.store.device if layer.state.seen else keys.device
+    keys, values = keys.to(device), values.to(device)
     own = values.shape[-1] - (-(-store.indexer_dim // keys.shape[1]) if store.indexer_dim else 0)
     given = KVFormat.of(keys, values[..., :own])
     if (known := store.kv_format()) is not None and known != given:
         raise ValueError(f"layer {layer.layer_idx}: K/V of {given} do not fit those that are stored, {known}")
-    layer.edits.settle()
     store.begin_if_empty(given)
     store.state.seen += keys.shape[2]
-    store.pending = PendingTokens(keys, values)
+    store.pending = PendingTokens(keys, values, valid)
     try:
-        store.place(segment.experts.to(device)[None].long())
+        store.place(experts.to(device).long())
         store.settle()
     except BaseException:
         store.pending = None

@@ -161,7 +161,9 @@ def _in_errors(path: Path) -> Iterator[None]:
 def tokens_before(files: dict[str, ContextFile], file: ContextFile) -> Tokens | None:
     """Return all tokens of the context of a file, None if one that it goes on from is gone."""
     parts, upto = [file.tokens], file.start
-    while upto:
+    for _ in files:
+        if not upto:
+            break
         before = files.get(file.parent or "")
         if before is None or before.length < upto:
             return None
@@ -169,4 +171,5 @@ def tokens_before(files: dict[str, ContextFile], file: ContextFile) -> Tokens | 
             parts.append(before.tokens[: upto - before.start])
             upto = before.start
         file = before
-    return np.concatenate(parts[::-1])
+    # Some that go on from one another in a circle never reach the beginning.
+    return None if upto else np.concatenate(parts[::-1])

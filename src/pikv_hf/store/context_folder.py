@@ -77,8 +77,11 @@ class ContextFolder:
                     new[name] = ContextFile.read(self.path / name)
                 except FileNotFoundError:
                     continue
-                except (CacheFileError, OSError, KeyError, ValueError) as error:
+                except (CacheFileError, KeyError, TypeError, ValueError) as error:
                     self._sweep(self.path / name, error)
+                except OSError as error:
+                    # It may be read another time.
+                    self._failed(error, "has a file that cannot be read")
         self._admit(new)
 
     def _admit(self, new: dict[str, ContextFile]) -> None:
@@ -122,7 +125,8 @@ class ContextFolder:
     @property
     def nbytes(self) -> int:
         """Bytes of all files."""
-        return sum(file.nbytes for file in self._files.values())
+        with self._lock:
+            return sum(file.nbytes for file in self._files.values())
 
     def __len__(self) -> int:
         return len(self._files)
@@ -149,11 +153,13 @@ class ContextFolder:
             try:
                 append_context(file, cache, end, device_of)
             except OSError:
-                self.errors += 1
-                self._forget(file.path.name)
+                with self._lock:
+                    self.errors += 1
+                    self._forget(file.path.name)
                 raise
             except (CacheFileError, ValueError) as error:
-                self._sweep(file.path, error)
+                with self._lock:
+                    self._sweep(file.path, error)
                 raise CacheFileError(str(error)) from error
             file.uses += 1
             file.priority = self._priority(file)

@@ -91,6 +91,9 @@ class ContextMemory:
             for child in parting.children.values():
                 self._weigh_below(child)
         self._weigh_below(node)
+        # What lies below begins with it now.
+        for child in node.children.values():
+            self._weigh_below(child)
         for each in list(node.path())[1:]:
             if each.value is not None and len(each.children) == 1 and is_croppable(cache):
                 # The one below it holds all of its tokens.

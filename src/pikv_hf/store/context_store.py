@@ -20,8 +20,9 @@ from ..layer.layer_list import paged_layers, row_count
 from ..layer.own_layer import has_positions, is_state_layer
 from ..serialization.model_adapters import adapters_now
 from ..serialization.tensor_file import CacheFileError
+from .active_press import has_press
 from .context_folder import ContextFolder
-from .context_key import ContextKey, ModelWatch
+from .context_key import ContextKey, ModelWatch, check_alike
 from .context_memory import ContextMemory
 from .generation import generate_with
 from .radix_tree import Tokens
@@ -83,6 +84,7 @@ class ContextStore:
         checkpoint_every: int = 512,
         **options: Any,
     ) -> None:
+        check_alike(unwrapped(model))
         self.model = model
         self.budget = _bytes("budget", budget)
         self._path, self._disk, self._salt = None if path is None else Path(path), _bytes("disk", disk), salt
@@ -101,7 +103,12 @@ class ContextStore:
         self.checkpoints = checkpoint_every if kept_whole else None
         self._modules = find_attention_modules(unwrapped(model))
         self._watch = ModelWatch(unwrapped(model))
-        if path is not None and any(len(layer.parts) > 1 for layer in paged_layers(self._empty.layers)):
+        paged = paged_layers(self._empty.layers)
+        if any(layer.exchange is not None for layer in paged):
+            raise ValueError("a store is of one process, got process_group=")
+        #: Whether rows of different contexts can be one batch.
+        self.joins_rows = self.checkpoints is None and all(len(layer.parts) == 1 for layer in paged)
+        if path is not None and any(len(layer.parts) > 1 for layer in paged):
             raise ValueError("contexts whose shards are on several devices are kept in memory alone, got path=")
         self._folders: dict[ContextKey, ContextFolder] = {}
         self._memory = ContextMemory(self.budget, self.least)
@@ -128,27 +135,38 @@ class ContextStore:
         tuple
             A :class:`PiKVCache` of the caller's own, and its length; an empty one and 0 if nothing is known.
         """
+        cache, known, common = self.look_up(input_ids, most)
+        self.count_prompt(known, input_ids.numel(), common)
+        return cache, known
+
+    def look_up(self, input_ids: torch.Tensor, most: int | None = None) -> tuple[PiKVCache, int, int]:
+        """Return what :meth:`get` does, and how many tokens are known at all; nothing is counted."""
         tokens = tokens_of(input_ids)
         with self._lock:
             key = self._watch.key()
             cache, known, common = self._longest(key, tokens[:most])
             self._made_under[cache] = key
+        return cache, known, common
+
+    def count_prompt(self, known: int, tokens: int, common: int) -> None:
+        """Count a prompt of so many tokens, of which `known` are reused and `common` might have been."""
+        with self._lock:
             stats = self._stats
             stats.hits += bool(known)
             stats.misses += not known
             stats.tokens_reused += known
-            stats.tokens_read += len(tokens) - known
+            stats.tokens_read += tokens - known
             stats.tokens_unreachable += common - known
-        return cache, known
 
     def _longest(self, key: ContextKey, tokens: Tokens) -> tuple[PiKVCache, int, int]:
         """Return what begins with most of these tokens, its length, and how many of them are known at all."""
         if (loaded := self._from_files(key, tokens)) is not None:
             return *loaded, loaded[1]
         cache, known, common = self._memory.longest(key, tokens)
-        return (self._new() if cache is None else cache), known, common
+        return (self.new() if cache is None else cache), known, common
 
-    def _new(self) -> PiKVCache:
+    def new(self) -> PiKVCache:
+        """Return an empty cache with the store's options."""
         return PiKVCache.for_model(self.model, **self._options)
 
     def _folder(self, key: ContextKey) -> ContextFolder | None:
@@ -170,7 +188,7 @@ class ContextStore:
                 return None
             # States and windows come from the file; of tokens that memory knows the rest is read.
             cache, known, _ = self._memory.longest(key, tokens) if cropped else (None, 0, 0)
-            cache = self._new() if cache is None else cache
+            cache = self.new() if cache is None else cache
             try:
                 folder.extend(cache, tokens, stored, self._device_of)
             except (CacheFileError, OSError):
@@ -208,7 +226,8 @@ class ContextStore:
         ------
         ValueError
             If the cache has read more tokens than are given, has several rows or padding, is of another model or other
-            options, or if adapters or weights have changed since :meth:`get` made it.
+            options, lacks tokens that a press has evicted, or if adapters or weights have changed since :meth:`get`
+            made it.
         """
         tokens = tokens_of(input_ids)
         self._check(tokens, cache)
@@ -241,8 +260,14 @@ class ContextStore:
             raise ValueError(f"the cache has read {seen} tokens, and {len(tokens)} are given")
         if (rows := row_count(cache.layers)) not in (None, 1):
             raise ValueError(f"the cache has {rows} rows, and a context is one; see batch_select_indices")
-        if any(getattr(getattr(layer, "store", None), "is_padded", False) for layer in cache.layers):
-            raise ValueError("the cache has padding, and contexts are found by their tokens alone")
+        for layer in paged_layers(cache.layers):
+            if layer.store.is_padded:
+                raise ValueError("the cache has padding, and contexts are found by their tokens alone")
+            if layer.state.evicted or layer.state.assigned or layer.state.dropped:
+                raise ValueError(
+                    f"layer {layer.layer_idx} of the cache lacks tokens that were evicted, or has others from outside: "
+                    "it is not what the model reads"
+                )
 
     @property
     def nbytes(self) -> int:
@@ -263,6 +288,8 @@ class ContextStore:
             self._memory.forget(tokens)
             for folder in self._folders.values():
                 folder.forget(tokens)
+            # The model's weights may have changed unseen.
+            self._folders.clear()
 
     # Using it
 
@@ -272,7 +299,8 @@ class ContextStore:
         Parameters
         ----------
         input_ids : torch.Tensor
-            `(B, n)`. Rows that differ, padding, other inputs than token ids, and assisted decoding go past the store.
+            `(B, n)`, padded on the left where `attention_mask` says so. Other inputs than token ids, and assisted
+            decoding, go past the store; so do several rows where layers cannot be cropped.
         **kwargs
             As for `model.generate`, but for a cache.
 
@@ -300,6 +328,10 @@ class ContextStore:
         """Note prompts that were generated from without the store."""
         with self._lock:
             self._stats.not_reusable += prompts
+
+    def has_press(self) -> bool:
+        """Return whether a press is at work on the model: then nothing is reused, and nothing remembered."""
+        return has_press(module for _, module in self._modules.values())
 
     def stats(self) -> StoreStats:
         """Return what was reused and read so far, and what is held now; `print` shows it as a table."""

@@ -15,7 +15,7 @@ class StoreStats:
     hits, misses : int
         Prompts of which a prefix was known, and those of which nothing was.
     not_reusable : int
-        Prompts that were generated from without the store: padded or differing rows, or other inputs than token ids.
+        Prompts that were generated from without the store: see docs/store.md.
     tokens_reused, tokens_read : int
         Of prompts.
     tokens_unreachable : int

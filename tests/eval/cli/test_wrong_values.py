@@ -27,6 +27,7 @@ GIVEN: dict[str, list[str]] = {
     "eval longbench": ["--data-dir", "bundled", "--limit", "1", "--task", "qasper", "--quiet"],
     "eval perplexity": ["--length", "600", "--samples", "1", "--quiet"],
     "eval needle": ["--length", "512", "--depth", "0", "--samples", "1", "--quiet"],
+    "eval scbench": ["--data-dir", "bundled", "--task", "scbench_kv", "--limit", "1"],
     "eval run": ["runs.yaml", "--quiet"],
     "report page": ["a_folder"],
     "report budgets": ["a_folder"],
@@ -50,6 +51,7 @@ WORK = (
     "pikv_hf.eval.bench.steps._all_timings",
     "pikv_hf.eval.bench.processes._run_all",
     "pikv_hf.eval.cli.chat_command._lines",
+    "pikv_hf.eval.runner.shared_contexts.ask_all",
     "pikv_hf.eval.demo.demo.measure",
     "pikv_hf.eval.runner.run._measure",
 )

@@ -1,0 +1,1 @@
+"""Which stored contexts should go first."""
