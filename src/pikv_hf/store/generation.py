@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from ..cache import PiKVCache
 from ..common.tensors import is_out_of_memory
-from ..common.transformers_release import CACHE_ARGUMENT, cache_argument
+from ..common.transformers_release import cache_argument, cache_of_call
 from ..integration.model_modules import unwrapped
 from ..layer.layer_list import row_count
 from .prompt_rows import joined_rows, left_padding, take_row
@@ -22,7 +22,6 @@ _HARMLESS = {
     *("synced_gpus", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask"),
     *vars(GenerationConfig()),
 }
-_CACHES = ("past_key_values", "cache", CACHE_ARGUMENT)
 #: Of drafts, whose first call some releases of transformers (5.24) get wrong over a cache that has tokens.
 _DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
 #: What makes `generate` itself choose a cache.
@@ -60,7 +59,9 @@ class Store(Protocol):
 
 def generate_with(store: Store, input_ids: torch.Tensor, kwargs: dict[str, Any]) -> Any:
     """Generate with the longest known prefixes; see :meth:`pikv_hf.ContextStore.generate`."""
-    if given := [name for name in (*_CACHES, *_CHOICES) if kwargs.get(name) is not None]:
+    if (cache := cache_of_call(kwargs)) is not None:
+        raise TypeError(f"generate() of a store brings a cache of its own, got a {type(cache).__name__}")
+    if given := [name for name in _CHOICES if kwargs.get(name) is not None]:
         raise TypeError(f"generate() of a store brings a cache of its own, got {given[0]}={kwargs[given[0]]!r}")
     setting = _Setting(store.model, kwargs)
     starts = None if store.has_press() else _reusable(input_ids, kwargs, setting)
