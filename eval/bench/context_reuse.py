@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from rich import box
 from rich.table import Table
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from pikv_hf import ContextStore, PiKVCache
 from pikv_hf.common.transformers_release import cache_argument
 from pikv_hf.eval.bench.bench_table import _times, show
 from pikv_hf.eval.bench.decode import geometry_model
 from pikv_hf.eval.bench.press_prefill import dense_bytes
+from pikv_hf.eval.bench.steps import small_model
 from pikv_hf.reports.fitting_table import FittingTable
 from pikv_hf.reports.memory_report import format_bytes
 from pikv_hf.store.radix_tree import RadixTree
@@ -81,26 +82,11 @@ def run_store(
     model = geometry_model(layers=layers)
     for tokens in prefixes:
         yield from _first_tokens(model, tokens, chunk, directory)
-    small = smollm2_shape()
+    small = small_model()
+    # Answers are of one length.
+    small.generation_config.eos_token_id = None
     yield _miss(small)
     yield _conversations(small)
-
-
-def smollm2_shape() -> Any:
-    """Return a random model of the shape of SmolLM2-135M."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=8192,
-        tie_word_embeddings=True,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
 
 
 def _lookup() -> ReuseTiming:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pikv_hf.eval.cli.scbench_command import cache_options
 from pikv_hf.eval.errors import user_input
 from pikv_hf.eval.runner.options import MOST_THREADS
 
@@ -40,12 +39,13 @@ def chat(
         import torch
 
         from pikv_hf import ContextStore
+        from pikv_hf.eval.runner.caches import store_options
         from pikv_hf.eval.runner.models import load_model
 
         if threads is not None:
             torch.set_num_threads(threads)
         loaded, tokenizer = load_model(model, dtype, device)
-        contexts = ContextStore(loaded, budget, path=store, disk=disk, **cache_options(loaded, codec))
+        contexts = ContextStore(loaded, budget, path=store, disk=disk, **store_options(loaded, codec))
     talk = Conversation(contexts, tokenizer, system, {"max_new_tokens": max_new_tokens})
     if greedy:
         talk.settings["do_sample"] = False
@@ -109,10 +109,9 @@ class Conversation:
         )
 
     def _ids(self) -> Any:
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(self.messages, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-        return self.tokenizer("\n".join(each["content"] for each in self.messages), return_tensors="pt")["input_ids"]
+        from pikv_hf.eval.runner.shared_contexts import message_ids
+
+        return message_ids(self.tokenizer, self.messages)
 
     def command(self, line: str) -> None:
         """Do what a line with a slash says."""

@@ -46,6 +46,7 @@ def scbench(
 
     from pikv_hf import ContextStore
     from pikv_hf.eval.report.result_rows import show_table, write_rows
+    from pikv_hf.eval.runner.caches import store_options
     from pikv_hf.eval.runner.models import load_model
     from pikv_hf.eval.runner.quiet import quiet_transformers
     from pikv_hf.eval.runner.shared_contexts import ask_all, summary_of
@@ -54,7 +55,7 @@ def scbench(
         if threads is not None:
             torch.set_num_threads(threads)
         loaded, tokenizer = load_model(model, dtype, device)
-        contexts = None if no_store else ContextStore(loaded, budget, path=store, **cache_options(loaded, codec))
+        contexts = None if no_store else ContextStore(loaded, budget, path=store, **store_options(loaded, codec))
     rows: list[dict[str, Any]] = []
     with quiet_transformers():
         for name, (task, records) in read.items():
@@ -79,11 +80,3 @@ def scbench(
     show_table(
         Console(highlight=False), f"SCBench, {mode}", ["task", "questions", "score", "read", "reused", "seconds"], cells
     )
-
-
-def cache_options(model: Any, codec: str) -> dict[str, Any]:
-    """Return a cache's options for a model with experts, or without, and a codec of keys and values."""
-    text = model.config.get_text_config(decoder=True)
-    names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    options: dict[str, Any] = {} if codec == "none" else {"key_codec": codec, "value_codec": codec}
-    return options if any(getattr(text, name, None) for name in names) else {**options, "placement": "hash"}

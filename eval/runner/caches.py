@@ -16,6 +16,7 @@ from pikv_hf import PiKVCache, PiKVConfig, attach
 from pikv_hf.common.extras import install_command
 from pikv_hf.common.suggest import did_you_mean
 from pikv_hf.eval.errors import InputError, user_input
+from pikv_hf.integration.model_modules import find_expert_routers
 from pikv_hf.presses.press_base import KVPRESS  # noqa: F401  It wraps the attention functions it finds: before ours.
 
 #: Backends of transformers' QuantizedCache: the module each needs, what installs it, and the widths it knows.
@@ -138,3 +139,9 @@ _FACTORIES: dict[str, Callable[[str, str], CacheFactory]] = {
     "quantized": _quantized,
     "pikv": _pikv,
 }
+
+
+def store_options(model: Any, codec: str) -> dict[str, Any]:
+    """Return options of a store's caches: a codec of keys and values, and placement by experts where there are any."""
+    placement = "expert" if find_expert_routers(model) else "hash"
+    return {"key_codec": codec, "value_codec": codec, "placement": placement}

@@ -6,7 +6,7 @@ its multi-request mode right after the context.
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def ask_all(
             said.append(task.before + record.context + asked if same_context or not said else asked)
             if same_context:
                 said = said[-1:]
-            ids = prompt_ids(tokenizer, said).to(model.device)
+            ids = message_ids(tokenizer, _conversation(said), enable_thinking=False).to(model.device)
             began = time.perf_counter()
             answer, reused = _answer(model, tokenizer, store, ids, max_new_tokens or task.max_new_tokens)
             yield {
@@ -69,18 +69,23 @@ def ask_all(
             said.append(turn.answers[0])
 
 
-def prompt_ids(tokenizer: Any, said: Sequence[str]) -> torch.Tensor:
-    """Return the prompt of questions and the answers between them, the last one to be answered, `(1, n)`."""
+def message_ids(tokenizer: Any, messages: Sequence[Mapping[str, str]], **template: Any) -> torch.Tensor:
+    """Return the prompt of a conversation, the last message to be answered, `(1, n)`.
+
+    Without a chat template messages are lines.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
-        text, specials = " ".join(said), True
+        text, specials = "\n".join(each["content"] for each in messages), True
     else:
-        messages = [{"role": ("user", "assistant")[number % 2], "content": each} for number, each in enumerate(said)]
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
         specials = False
     ids: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=specials)["input_ids"]
     return ids
+
+
+def _conversation(said: Sequence[str]) -> list[dict[str, str]]:
+    """Return questions and the answers between them as messages."""
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
 
 
 def _answer(model: Any, tokenizer: Any, store: ContextStore | None, ids: torch.Tensor, most: int) -> tuple[str, int]:

@@ -82,6 +82,8 @@ class PiKVCache(Cache):
         self.model_config = config
         # The adapters in use when the first tokens came; None where that is not known, as after `from_cache`.
         self.filled_under: list[Adapter] | None = None
+        # What a store of contexts knows of the model as it was when it gave this cache away.
+        self.read_under: object = None
         self.pikv_config = options
         self.attachment = attachment
         #: Of its layers and forks too.
@@ -239,7 +241,7 @@ class PiKVCache(Cache):
     def reset(self) -> None:
         """Forget everything, what was counted too, and return the memory: the cache is like a new one."""
         made: Any = self._make_layers()
-        (self.layers, self.tiers), self.filled_under = made, None
+        (self.layers, self.tiers), self.filled_under, self.read_under = made, None, None
 
     @layer_operation
     def crop(self, max_length: int) -> None:

@@ -140,3 +140,37 @@ def test_a_full_disk_is_said_once(model: Any, tmp_path: Path, monkeypatch: pytes
     with pytest.warns(UserWarning, match="No space left"):
         assert torch.equal(store.generate(FIRST, **GREEDY), model.generate(FIRST, **GREEDY))
     assert not files(tmp_path)
+
+
+def test_a_file_that_another_process_has_written_anew_is_read_anew(model: Any, tmp_path: Path) -> None:
+    """The same context may begin at another token in the file that takes an older one's place."""
+    long = joined(FIRST, SECOND)
+    one = ContextStore(model, path=tmp_path, **OPTIONS)
+    one.generate(FIRST, **GREEDY)
+    one.generate(long, **GREEDY)
+    known = {file.name: file.stat().st_size for file in files(tmp_path)}
+    two = ContextStore(model, path=tmp_path, **OPTIONS)
+    two.forget()
+    two.generate(long, **GREEDY)
+    anew = {file.name: file.stat().st_size for file in files(tmp_path)}
+    assert any(anew[name] != known[name] for name in anew.keys() & known.keys())
+    # The store that knew the older ones has them in memory no more.
+    one._memory.forget(FIRST[0, :0].numpy())
+    assert torch.equal(one.generate(long, **GREEDY), model.generate(long, **GREEDY))
+    assert one.stats().errors == 0
+    assert {file.name for file in files(tmp_path)} >= anew.keys()
+
+
+def test_a_link_is_not_written_through(model: Any, tmp_path: Path) -> None:
+    store = ContextStore(model, path=tmp_path, **OPTIONS)
+    store.generate(FIRST, **GREEDY)
+    names = [file.name for file in files(tmp_path)]
+    folder = files(tmp_path)[0].parent
+    store.forget()
+    outside = tmp_path / "outside"
+    outside.write_text("mine")
+    for name in names:
+        (folder / name).symlink_to(outside)
+    with pytest.warns(UserWarning, match="going on without"):
+        assert torch.equal(store.generate(FIRST, **GREEDY), model.generate(FIRST, **GREEDY))
+    assert outside.read_text() == "mine"

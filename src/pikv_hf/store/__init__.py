@@ -1,6 +1,7 @@
 """A store of contexts: what is known of earlier prompts is reused. `ContextStore` is the object that people use.
 
-`radix_tree` finds the longest known prefix of tokens, `context_entry` says what a stored context costs,
-`eviction_value` which goes first, `context_key` what else than tokens must be the same, and `generation` reads what is
-not known.
+`radix_tree` finds the longest known prefix of tokens. `context_memory` keeps entries, `context_entry` says what one
+costs, `eviction_value` which goes first. `context_folder` keeps files, `context_file` is one, `folder_report` lists
+them. `context_key` says what else than tokens must be the same. `generation` reads what is not known, of several
+prompts with `prompt_rows`, and nothing while there is an `active_press`.
 """

@@ -6,8 +6,10 @@ these n tokens, decoded. Layers that are not paged are whole in each file.
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from ..layer.layer import PiKVLayer
 from ..layer.token_segments import Segment, append_segment, segment_of
 from ..serialization.layer_loader import layer_loader
 from ..serialization.layer_writer import describe_layer
-from ..serialization.tensor_file import CacheFileError, TensorFile, require
+from ..serialization.tensor_file import CacheFileError, Spec, TensorFile, require
 from ..serialization.tensor_writer import Group, write_tensors
 from .radix_tree import Tokens
 
@@ -53,6 +55,8 @@ class ContextFile:
         `(length - start,)` its own.
     nbytes : int
         Of the file.
+    inode : int
+        Of the file: another one may come to have its name.
     uses : int
         How often it was read.
     priority : float
@@ -65,6 +69,7 @@ class ContextFile:
     parent: str | None
     tokens: Tokens
     nbytes: int
+    inode: int
     uses: int = 0
     priority: float = 0.0
 
@@ -83,17 +88,26 @@ class ContextFile:
         with file:
             file.verify_one("tokens")
             tokens = file["tokens"].numpy().copy()
-        return cls(path, start, length, parent, tokens, path.stat().st_size)
+        state = path.stat()
+        return cls(path, start, length, parent, tokens, state.st_size, state.st_ino)
 
 
-def write_context(path: Path, tokens: Tokens, start: int, parent: str | None, cache: PiKVCache) -> ContextFile:
-    """Write the tokens of a context from `start` on, all of which a cache holds; see :func:`write_tensors`."""
-    own = tokens[start:].copy()
-    groups, unpaged = [Group.of({"tokens": torch.from_numpy(own)})], {}
+def write_context(path: Path, tokens: Tokens, start: int, parent: str | None, cache: PiKVCache) -> None:
+    """Write the tokens of a context from `start` on, all of which a cache holds; see :func:`write_tensors`.
+
+    No more than a layer is decoded at a time.
+
+    Raises
+    ------
+    OSError
+        If it could not be written, or a symbolic link has its name.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    groups, unpaged = [Group.of({"tokens": torch.from_numpy(tokens[start:].copy())})], {}
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, PiKVLayer):
-            segment = segment_of(layer, start)
-            groups.append(Group.of({f"{name}.{index}": getattr(segment, name) for name in _PARTS}))
+            groups.append(_group(index, layer, start))
         else:
             description, written = describe_layer(index, layer)
             unpaged[index] = description
@@ -108,7 +122,18 @@ def write_context(path: Path, tokens: Tokens, start: int, parent: str | None, ca
         "unpaged": json.dumps(unpaged),
     }
     write_tensors(path, metadata, groups)
-    return ContextFile(path, start, len(tokens), parent, own, path.stat().st_size)
+
+
+def _group(index: int, layer: PiKVLayer, start: int) -> Group:
+    """Return the tokens of a layer from a column on, decoded when they are written."""
+    empty = segment_of(layer, layer.seen)
+    own = layer.seen - start
+    specs = {f"{name}.{index}": _spec(getattr(empty, name), own) for name in _PARTS}
+    return Group(specs, lambda: iter([segment_of(layer, start)]))
+
+
+def _spec(empty: torch.Tensor, tokens: int) -> Spec:
+    return Spec(empty.dtype, (tokens, *empty.shape[1:]))
 
 
 def append_context(known: ContextFile, cache: PiKVCache, upto: int, device_of: DeviceOf) -> None:

@@ -16,6 +16,7 @@ from ..cache import PiKVCache
 from ..serialization.tensor_file import CacheFileError
 from .context_entry import is_croppable
 from .context_file import NAME, ContextFile, DeviceOf, append_context, name_of, tokens_before, write_context
+from .eviction_value import gdsf
 from .radix_tree import Node, RadixTree, Tokens
 
 _LOCK = ".lock"
@@ -57,21 +58,24 @@ class ContextFolder:
 
     # What there is
 
-    def refresh(self) -> None:
-        """Take note of files that have come or gone, whoever did it; damaged ones are removed with a warning."""
+    def refresh(self, always: bool = False) -> None:
+        """Take note of files that have come, changed or gone, whoever did it; damaged ones go with a warning.
+
+        A change within a tick of the clock after the last look is seen with the next one, or if it is `always` looked.
+        """
         try:
             changed = os.stat(self.path).st_mtime_ns
-            if changed == self._seen:
+            if changed == self._seen and not always:
                 return
-            names = {entry.name for entry in os.scandir(self.path) if entry.is_file(follow_symlinks=False)}
+            found = {each.name: each.inode() for each in os.scandir(self.path) if each.is_file(follow_symlinks=False)}
         except OSError as error:
             self._failed(error, "cannot be read")
             return
         self._seen = changed
-        for name in self._files.keys() - names:
+        for name in [name for name, file in self._files.items() if found.get(name) != file.inode]:
             self._forget(name)
         new: dict[str, ContextFile] = {}
-        for name in names - self._files.keys():
+        for name in found.keys() - self._files.keys():
             if NAME.fullmatch(name):
                 try:
                     new[name] = ContextFile.read(self.path / name)
@@ -122,14 +126,14 @@ class ContextFolder:
         except OSError as error:
             self._failed(error, "cannot be written to")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all files."""
+    def size(self) -> tuple[int, int]:
+        """Return how many files there are, and their bytes."""
         with self._lock:
-            return sum(file.nbytes for file in self._files.values())
+            self.refresh()
+            return len(self._files), self._nbytes()
 
-    def __len__(self) -> int:
-        return len(self._files)
+    def _nbytes(self) -> int:
+        return sum(file.nbytes for file in self._files.values())
 
     # Reading
 
@@ -161,8 +165,9 @@ class ContextFolder:
                 with self._lock:
                     self._sweep(file.path, error)
                 raise CacheFileError(str(error)) from error
-            file.uses += 1
-            file.priority = self._priority(file)
+            with self._lock:
+                file.uses += 1
+                file.priority = self._priority(file)
 
     def _chain(self, tokens: Tokens, have: int) -> list[tuple[ContextFile, int]]:
         """Return the files with tokens behind the first `have`, the last first, and up to where each is read."""
@@ -194,24 +199,21 @@ class ContextFolder:
         """Write what a cache holds of a context and no file does; what cannot be written is said once."""
         path = self.path / name_of(tokens)
         try:
-            with self._lock:
-                self.refresh()
-                found = None if path.name in self._writing else self._missing(tokens, cache)
-                if found is None:
-                    return
-                self._writing.add(path.name)
-            try:
-                # Other threads go on, and other processes write; nobody takes what is half written for left over.
-                with self._folder_lock(fcntl.LOCK_SH):
-                    file = write_context(path, tokens, *found, cache)
-            finally:
-                self._writing.discard(path.name)
-            with self._lock, self._folder_lock(fcntl.LOCK_EX):
-                self.refresh()
-                if path.name not in self._files:
-                    self._admit({path.name: file})
+            # Others go on, and write; nobody removes what this one goes on from, or takes it for left over.
+            with self._folder_lock(fcntl.LOCK_SH):
+                with self._lock:
+                    self.refresh(always=True)
+                    found = None if path.name in self._writing else self._missing(tokens, cache)
+                    if found is None:
+                        return
+                    self._writing.add(path.name)
+                try:
+                    write_context(path, tokens, *found, cache)
+                finally:
+                    self._writing.discard(path.name)
+            with self._folder_lock(fcntl.LOCK_EX), self._lock:
+                self.refresh(always=True)
                 self._keep_limit()
-                self._seen = os.stat(self.path).st_mtime_ns
         except OSError as error:
             self._failed(error, "cannot be written to")
 
@@ -226,13 +228,13 @@ class ContextFolder:
         else:
             known = self._whole_length(node, known)
             holders = (each.value for each in node.path() if each.value is not None and each.length == known)
-        holder = next(iter(holders), None)
+        holder = next(holders, None)
         if known == len(tokens):
             return None
         return (0, None) if holder is None else (known, holder.path.name)
 
     def _keep_limit(self) -> None:
-        while self.limit is not None and self.nbytes > self.limit:
+        while self.limit is not None and self._nbytes() > self.limit:
             needed = {file.parent for file in self._files.values()}
             last = min((file for name, file in self._files.items() if name not in needed), key=_priority_of)
             self._age = last.priority
@@ -241,17 +243,17 @@ class ContextFolder:
     def prune(self) -> None:
         """Remove what is damaged, and what exceeds the limit."""
         try:
-            with self._lock, self._folder_lock(fcntl.LOCK_EX):
-                self.refresh()
+            with self._folder_lock(fcntl.LOCK_EX), self._lock:
+                self.refresh(always=True)
                 self._keep_limit()
         except OSError as error:
             self._failed(error, "cannot be written to")
 
     def forget(self, tokens: Tokens) -> None:
-        """Remove all contexts that begin with these tokens, and those whose first tokens only they have."""
+        """Remove all contexts that begin with these tokens, and those that go on from a part of one of them."""
         try:
-            with self._lock, self._folder_lock(fcntl.LOCK_EX):
-                self.refresh()
+            with self._folder_lock(fcntl.LOCK_EX), self._lock:
+                self.refresh(always=True)
                 node, known = self._tree.find(tokens)
                 below = [each.value for each in node.below() if each.value is not None] if known == len(tokens) else []
                 for file in below:
@@ -260,11 +262,14 @@ class ContextFolder:
             self._failed(error, "cannot be written to")
 
     def _priority(self, file: ContextFile) -> float:
-        return self._age + (1 + file.uses) * (file.length - file.start) / max(1, file.nbytes)
+        return gdsf(self._age, file.uses, file.length - file.start, file.nbytes)
 
     @contextmanager
     def _folder_lock(self, kind: int) -> Iterator[None]:
-        """Keep other processes, and threads, from changing what files there are, or all but writers of new ones."""
+        """Keep other processes, and threads, from changing what files there are, or all but writers of new ones.
+
+        It is taken before the lock of the threads, never within it.
+        """
         with open(self.path / _LOCK, "ab") as lock:
             fcntl.flock(lock, kind)
             yield

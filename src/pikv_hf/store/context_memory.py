@@ -85,7 +85,13 @@ class ContextMemory:
         parting = node.parent
         assert parting is not None
         if parting is not tree.root and parting.value is None:
-            shared = _first_tokens(node, parting.length)
+            try:
+                shared = _first_tokens(node, parting.length)
+            except BaseException:
+                # Out of memory: nothing is counted yet.
+                self._pools.remove(cache)
+                tree.remove(node)
+                raise
             parting.value = None if shared is None else self._entry(shared)
             self._weigh(parting)
             for child in parting.children.values():

@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import threading
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..integration.model_modules import find_attention_modules, unwrapped
 from ..layer.layer import PiKVLayer
 from ..layer.layer_list import paged_layers, row_count
 from ..layer.own_layer import has_positions, is_state_layer
-from ..serialization.model_adapters import adapters_now
+from ..serialization.model_adapters import adapters_now, difference
 from ..serialization.tensor_file import CacheFileError
 from .active_press import has_press
 from .context_folder import ContextFolder
@@ -103,6 +102,8 @@ class ContextStore:
         self.checkpoints = checkpoint_every if kept_whole else None
         self._modules = find_attention_modules(unwrapped(model))
         self._watch = ModelWatch(unwrapped(model))
+        if config.budget is not None:
+            raise ValueError(f"a store's caches keep all tokens, got a budget of {config.budget} for each of them")
         paged = paged_layers(self._empty.layers)
         if any(layer.exchange is not None for layer in paged):
             raise ValueError("a store is of one process, got process_group=")
@@ -112,7 +113,6 @@ class ContextStore:
             raise ValueError("contexts whose shards are on several devices are kept in memory alone, got path=")
         self._folders: dict[ContextKey, ContextFolder] = {}
         self._memory = ContextMemory(self.budget, self.least)
-        self._made_under: weakref.WeakKeyDictionary[PiKVCache, ContextKey] = weakref.WeakKeyDictionary()
         self._stats = StoreStats()
         #: Tokens whose reading was timed.
         self._timed = 0
@@ -145,7 +145,7 @@ class ContextStore:
         with self._lock:
             key = self._watch.key()
             cache, known, common = self._longest(key, tokens[:most])
-            self._made_under[cache] = key
+            cache.read_under = key
         return cache, known, common
 
     def count_prompt(self, known: int, tokens: int, common: int) -> None:
@@ -225,19 +225,22 @@ class ContextStore:
         Raises
         ------
         ValueError
-            If the cache has read more tokens than are given, has several rows or padding, is of another model or other
-            options, lacks tokens that a press has evicted, or if adapters or weights have changed since :meth:`get`
-            made it.
+            If the cache has read more tokens than are given, has several rows or padding, is of another model, of other
+            options or devices, lacks tokens that a press has evicted, or was filled under other adapters; or if weights
+            have changed since :meth:`get` made it, or what it is a fork of.
         """
         tokens = tokens_of(input_ids)
         self._check(tokens, cache)
         tokens = tokens[: cache.get_seq_length()]
         with self._lock:
             key = self._watch.key()
-            if self._made_under.get(cache, key) != key:
+            if cache.read_under not in (None, key):
                 raise ValueError(
                     "the cache was made before the model's weights or adapters changed: it is not what they compute"
                 )
+            filled = cache.filled_under
+            if filled is not None and (differences := difference(filled, adapters_now(unwrapped(self.model)))):
+                raise ValueError(f"the cache was filled by another model: {differences}")
             if len(tokens):
                 self._memory.put(key, tokens, cache.fork())
             folder = self._folder(key)
@@ -260,6 +263,9 @@ class ContextStore:
             raise ValueError(f"the cache has read {seen} tokens, and {len(tokens)} are given")
         if (rows := row_count(cache.layers)) not in (None, 1):
             raise ValueError(f"the cache has {rows} rows, and a context is one; see batch_select_indices")
+        parts, own = ([len(layer.parts) for layer in paged_layers(each.layers)] for each in (cache, self._empty))
+        if parts != own:
+            raise ValueError(f"the cache's layers are in {parts} parts, those of the store's caches in {own}")
         for layer in paged_layers(cache.layers):
             if layer.store.is_padded:
                 raise ValueError("the cache has padding, and contexts are found by their tokens alone")
@@ -288,8 +294,9 @@ class ContextStore:
             self._memory.forget(tokens)
             for folder in self._folders.values():
                 folder.forget(tokens)
-            # The model's weights may have changed unseen.
-            self._folders.clear()
+            if input_ids is None:
+                # The model's weights may have changed unseen, after which the folder's name.
+                self._folders.clear()
 
     # Using it
 
@@ -339,11 +346,9 @@ class ContextStore:
             entries, tokens = self._memory.size()
             now = {"entries": entries, "tokens_stored": tokens, "nbytes": self.nbytes}
             now["evictions"] = self._memory.evictions
-            now |= {
-                "files": sum(map(len, self._folders.values())),
-                "errors": sum(f.errors for f in self._folders.values()),
-            }
-            now["file_bytes"] = sum(folder.nbytes for folder in self._folders.values())
+            if (folder := self._folder(self._watch.key())) is not None:
+                files, nbytes = folder.size()
+                now |= {"files": files, "file_bytes": nbytes, "errors": folder.errors}
             return dataclasses.replace(self._stats, **now)
 
     def __len__(self) -> int:

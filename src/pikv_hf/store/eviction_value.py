@@ -27,11 +27,16 @@ def saved_tokens(node: ContextNode) -> int:
     return node.length - (0 if above is None else above.length)
 
 
+def gdsf(age: float, uses: int, saved: int, nbytes: int) -> float:
+    """Return the priority of what was used so often, since it was put too, and saves so many tokens."""
+    return age + (1 + uses) * saved / max(1, nbytes)
+
+
 def priority(node: ContextNode) -> float:
     """Return the priority of an entry."""
     entry = node.value
     assert entry is not None
-    return entry.age + (1 + entry.uses) * saved_tokens(node) / max(1, entry.nbytes)
+    return gdsf(entry.age, entry.uses, saved_tokens(node), entry.nbytes)
 
 
 def first_to_go(trees: Iterable[ContextTree]) -> tuple[ContextTree, ContextNode] | None:

@@ -52,7 +52,7 @@ def stored_contexts(path: Path, verify: bool = False) -> list[StoredContext]:
             if NAME.fullmatch(file.name) and file.is_file() and not file.is_symlink():
                 try:
                     files[file.name] = ContextFile.read(file)
-                except (CacheFileError, OSError, KeyError, ValueError) as error:
+                except (CacheFileError, OSError, KeyError, TypeError, ValueError) as error:
                     found.append(_damaged(file, error))
         found += sorted((_stored(files, file, verify) for file in files.values()), key=lambda each: -each.tokens)
     return found

@@ -22,10 +22,11 @@ _HARMLESS = {
     *("synced_gpus", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask"),
     *vars(GenerationConfig()),
 }
-#: Of drafts, whose first call some releases of transformers (5.24) get wrong over a cache that has tokens.
-_DRAFTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate")
-#: What makes `generate` itself choose a cache.
-_CHOICES = ("cache_implementation", "use_cache", "cache_config")
+#: Ways to decode that may not go on from a cache with tokens: of drafts the first call is wrong in transformers 5.24.
+_OTHER_LOOPS = (
+    *("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "speculation_type"),
+    *("custom_generate", "dola_layers", "penalty_alpha", "constraints", "force_words_ids", "token_healing"),
+)
 
 
 class Store(Protocol):
@@ -61,9 +62,10 @@ def generate_with(store: Store, input_ids: torch.Tensor, kwargs: dict[str, Any])
     """Generate with the longest known prefixes; see :meth:`pikv_hf.ContextStore.generate`."""
     if (cache := cache_of_call(kwargs)) is not None:
         raise TypeError(f"generate() of a store brings a cache of its own, got a {type(cache).__name__}")
-    if given := [name for name in _CHOICES if kwargs.get(name) is not None]:
-        raise TypeError(f"generate() of a store brings a cache of its own, got {given[0]}={kwargs[given[0]]!r}")
     setting = _Setting(store.model, kwargs)
+    if (kind := setting["cache_implementation"]) is not None or setting["use_cache"] is False:
+        asked = "use_cache=False" if kind is None else f"cache_implementation={kind!r}"
+        raise TypeError(f"generate() of a store brings a cache of its own, got {asked}")
     starts = None if store.has_press() else _reusable(input_ids, kwargs, setting)
     alike = starts is not None and not any(starts) and bool((input_ids == input_ids[:1]).all())
     if starts is None or not (alike or store.joins_rows):
@@ -118,11 +120,12 @@ def _several_prompts(store: Store, input_ids: torch.Tensor, starts: list[int], c
 
 
 def _remember(store: Store, tokens: torch.Tensor, cache: PiKVCache) -> None:
-    """Put a context into the store; an answer is not lost for want of memory to remember it."""
+    """Put a context into the store; an answer is not lost because it cannot be remembered, but a warning says so."""
     try:
         store.put(tokens, cache)
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, ValueError) as error:
+        # What the store refuses, as after another thread has switched adapters, is no reason either.
+        if not isinstance(error, ValueError) and not is_out_of_memory(error):
             raise
         warnings.warn(f"{tokens.shape[1]} tokens are not remembered: {error}", stacklevel=4)
 
@@ -144,7 +147,7 @@ class _Setting:
 def _reusable(input_ids: Any, kwargs: dict[str, Any], setting: _Setting) -> list[int] | None:
     """Return where each row begins, None unless token ids say what K/V are, and `generate` goes on from a cache.
 
-    Rows are padded on the left alone, there are no other inputs, and no drafts.
+    Rows are padded on the left alone, and there are no other inputs and no other loops than sampling and beams.
     """
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         return None
@@ -154,7 +157,8 @@ def _reusable(input_ids: Any, kwargs: dict[str, Any], setting: _Setting) -> list
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
         if pad is not None and pad not in ends and bool((input_ids == pad).any()):
             return None
-    if any(setting[name] is not None for name in _DRAFTS):
+    usual = GenerationConfig()
+    if any(setting[name] not in (None, False, getattr(usual, name, None)) for name in _OTHER_LOOPS):
         return None
     if any(value is not None and name not in _HARMLESS for name, value in kwargs.items()):
         return None
@@ -174,7 +178,7 @@ def _read(
     The columns of a row before its own of `starts` are padding.
     """
     last, began = input_ids.shape[1] - 1, time.perf_counter()
-    if known >= last:
+    if not last:
         return
     step = min(chunk or last, last)
     # Of none of them a logit is wanted, and those of all take more memory than the cache.

@@ -35,6 +35,7 @@ def joined_rows(empty: PiKVCache, caches: Sequence[PiKVCache], lengths: Sequence
     columns : int
         What is before a row's tokens is padding.
     """
+    empty.filled_under = next(cache.filled_under for cache, length in zip(caches, lengths, strict=True) if length)
     for index, layer in enumerate(paged_layers(empty.layers)):
         rows = [
             segment_of(paged_layers(cache.layers)[index], 0).first(length) if length else None
@@ -44,10 +45,11 @@ def joined_rows(empty: PiKVCache, caches: Sequence[PiKVCache], lengths: Sequence
     return empty
 
 
-def take_row(cache: PiKVCache, number: int, start: int, known: PiKVCache) -> None:
-    """Append to `known` the tokens of one row of a cache from column `start` on."""
-    known.filled_under = cache.filled_under
+def take_row(cache: PiKVCache, number: int, start: int, own: PiKVCache) -> None:
+    """Append to a cache of one row the tokens of a row of another cache from column `start` on."""
+    if own.filled_under is None:
+        own.filled_under = cache.filled_under
     row = cache.fork()
     row.batch_select_indices([number])
-    for ours, theirs in zip(paged_layers(known.layers), paged_layers(row.layers), strict=True):
+    for ours, theirs in zip(paged_layers(own.layers), paged_layers(row.layers), strict=True):
         append_segment(ours, segment_of(theirs, start))

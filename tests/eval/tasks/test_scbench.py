@@ -8,7 +8,7 @@ import pytest
 
 from pikv_hf import ContextStore
 from pikv_hf.eval.reference.load import load_reference_model
-from pikv_hf.eval.runner.shared_contexts import ask_all, prompt_ids, summary_of
+from pikv_hf.eval.runner.shared_contexts import _conversation, ask_all, message_ids, summary_of
 from pikv_hf.eval.tasks.scbench.records import BUNDLED, Record, Turn, read_records, record_of
 from pikv_hf.eval.tasks.scbench.sets import TASKS, question, score, task_named
 
@@ -43,7 +43,7 @@ def test_answers_are_those_without_a_store(reference: tuple[Any, Any], same_cont
 
 def test_later_questions_come_after_right_answers(reference: tuple[Any, Any]) -> None:
     tokenizer = reference[1]
-    ids = prompt_ids(tokenizer, ["The grass is", "green", "The sky is"])
+    ids = message_ids(tokenizer, _conversation(["The grass is", "green", "The sky is"]))
     assert tokenizer.decode(ids[0], skip_special_tokens=True).split() == [
         "The",
         "grass",
